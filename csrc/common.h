@@ -1,0 +1,108 @@
+// What every kernel of the package shares: the stable-ABI includes, vector clones, fresh memory, slices of a stack.
+#pragma once
+
+#include <torch/csrc/stable/library.h>
+#include <torch/csrc/stable/ops.h>
+#include <torch/csrc/stable/tensor.h>
+#include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/BFloat16.h>
+#include <torch/headeronly/util/Half.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <limits>
+#include <tuple>
+#include <vector>
+
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
+
+// One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it.
+#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
+#define SSLKERN_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#else
+#define SSLKERN_CLONES
+#endif
+#define SSLKERN_INLINE inline __attribute__((always_inline))
+
+namespace sslkern {
+
+namespace stable = torch::stable;
+using torch::headeronly::ScalarType;
+using torch::stable::Tensor;
+using Shape = std::vector<int64_t>;
+
+inline int64_t ceil_div(int64_t a, int64_t b) {
+  return (a + b - 1) / b;
+}
+
+// A new tensor, uninitialised. Large ones get huge pages before the first write: touching 51 MB page by page takes
+// 12 ms, the pass that fills it 1.8 ms.
+inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
+  Tensor out = stable::new_empty(like, shape, dtype);
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096, worthwhile = 1 << 21;
+  uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + page - 1) & ~(page - 1);
+  uintptr_t end = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) & ~(page - 1);
+  if (end > begin + worthwhile) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+#endif
+  return out;
+}
+
+template <class T>
+T* data(const Tensor& t) {
+  return static_cast<T*>(t.mutable_data_ptr());
+}
+
+template <class T>
+constexpr ScalarType dtype_of() {
+  return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
+}
+
+// Accumulation type: fp64 for fp64, fp32 for the rest.
+inline bool is_double(const Tensor& t) {
+  return t.scalar_type() == ScalarType::Double;
+}
+
+// One (N, D) matrix of a stack, with any strides and any of the four dtypes.
+struct Matrix {
+  char* data;
+  int64_t rows, cols, row_stride, col_stride;
+  ScalarType dtype;
+  int64_t element_size;
+
+  char* at(int64_t i, int64_t j) const {
+    return data + (i * row_stride + j * col_stride) * element_size;
+  }
+};
+
+// How many (N, D) matrices a tensor (..., N, D) stacks.
+inline int64_t stack_size(const Tensor& t) {
+  int64_t count = 1;
+  for (int64_t k = 0; k + 2 < t.dim(); ++k) count *= t.size(k);
+  return count;
+}
+
+inline Matrix slice(const Tensor& t, int64_t index) {
+  const int64_t dims = t.dim();
+  int64_t offset = 0;
+  for (int64_t k = dims - 3; k >= 0; --k) {
+    offset += (index % t.size(k)) * t.stride(k);
+    index /= t.size(k);
+  }
+  const int64_t element = t.element_size();
+  char* base = static_cast<char*>(t.mutable_data_ptr()) + offset * element;
+  return {base, t.size(dims - 2), t.size(dims - 1), t.stride(dims - 2), t.stride(dims - 1), t.scalar_type(), element};
+}
+
+// Sizes of the leading dimensions of (..., N, D), followed by `tail`; with `front` before them.
+inline Shape stacked(const Tensor& t, const Shape& tail, const Shape& front = {}) {
+  Shape shape = front;
+  for (int64_t k = 0; k + 2 < t.dim(); ++k) shape.push_back(t.size(k));
+  shape.insert(shape.end(), tail.begin(), tail.end());
+  return shape;
+}
+
+}  // namespace sslkern

@@ -1,0 +1,124 @@
+"""Back-ends: where a kernel runs, and why.
+
+A back-end is a `torch.library` namespace (`sslkern_reference`, `sslkern_native`, `sslkern_triton`). Every kernel is
+declared once, in all of them, with one schema; its plain-torch reference is the truth in tests, the fake (meta) kernel
+and the fall-back on a device for which nothing better is there.
+"""
+
+from __future__ import annotations
+
+import importlib
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+NAMES = ("triton", "native", "reference")  # the order in which they are preferred
+
+_libraries = {name: torch.library.Library(f"sslkern_{name}", "DEF") for name in NAMES}
+_missing: dict[str, str] = {}  # back-end -> why it is not there
+_kernels: dict[tuple[str, str, str], Callable] = {}  # (back-end, kernel, device type) -> operator
+_declared: list[str] = []
+_forced: str | None = None
+
+
+def declare(schema: str, reference: Callable) -> None:
+    """Define a kernel in every back-end. `reference` implements it on any device and gives the output shapes."""
+    name = schema.split("(")[0]
+    for backend, library in _libraries.items():
+        library.define(schema)
+        torch.library.register_fake(f"sslkern_{backend}::{name}", reference, lib=library)
+    _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
+    _declared.append(name)
+
+
+def implement(backend: str, name: str, function: Callable, *devices: str) -> None:
+    """Register a Python kernel (a Triton launcher) of a declared name for the given device types."""
+    for device in devices:
+        _libraries[backend].impl(name, function, device.upper())
+        _kernels[backend, name, device] = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+
+
+def load() -> None:
+    """Load the compiled back-ends. Called once, after every kernel is declared."""
+    try:
+        importlib.import_module("sslkern._C")
+    except ImportError as error:
+        _missing["native"] = (
+            f"the C++ extension does not load ({error}); `make build`, or "
+            "`pip install --no-build-isolation .` with torch installed, compiles it"
+        )
+    for name in _declared:
+        if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", "CPU"):
+            _kernels["native", name, "cpu"] = getattr(torch.ops.sslkern_native, name).default
+    interpret = os.environ.get("TRITON_INTERPRET") == "1"
+    if not torch.cuda.is_available() and not interpret:
+        _missing["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
+        return
+    try:
+        importlib.import_module("sslkern.triton_kernels")
+    except ImportError as error:
+        _missing["triton"] = f"Triton 3.6 or newer does not load ({error})"
+
+
+def missing() -> dict[str, str]:
+    """Back-ends that are not there, each with the reason in a sentence."""
+    return dict(_missing)
+
+
+def declared() -> tuple[str, ...]:
+    """The kernels, in the order of their declaration."""
+    return tuple(_declared)
+
+
+def forced() -> str | None:
+    """The back-end that `use` or SSLKERN_BACKEND forces, if any."""
+    return _forced
+
+
+def choice(name: str, device: str) -> str:
+    """The back-end that kernel `name` takes for a tensor on `device` ("cpu", "cuda", ...)."""
+    if _forced is not None:
+        if _forced != "reference" and (_forced, name, device) not in _kernels:
+            reason = _missing.get(_forced, f"it has no kernel {name} for {device} tensors")
+            raise RuntimeError(f"The back-end {_forced!r} was asked for and cannot be used: {reason}.")
+        return _forced
+    for backend in NAMES:
+        # on a CPU, Triton is an interpreter for tests: it has to be asked for
+        if (backend, name, device) in _kernels and (backend, device) != ("triton", "cpu"):
+            return backend
+    return "reference"
+
+
+def pick(name: str, x: torch.Tensor) -> Callable:
+    """The operator that runs kernel `name` on the device of `x`."""
+    backend, device = choice(name, x.device.type), x.device.type
+    if backend == "reference":
+        return getattr(torch.ops.sslkern_reference, name).default
+    return _kernels[backend, name, device]
+
+
+def _check(name: str) -> str:
+    if name not in NAMES:
+        raise ValueError(f"Back-end must be one of {', '.join(map(repr, NAMES))}, got {name!r}.")
+    return name
+
+
+@contextmanager
+def use(name: str) -> Iterator[None]:
+    """Run everything inside on one back-end: `with sslkern.backend.use("reference"): ...`.
+
+    The environment variable SSLKERN_BACKEND does the same for a whole run. A back-end that cannot serve a call raises
+    RuntimeError: nothing falls back silently.
+    """
+    global _forced
+    before, _forced = _forced, _check(name)
+    try:
+        yield
+    finally:
+        _forced = before
+
+
+if os.environ.get("SSLKERN_BACKEND"):
+    _forced = _check(os.environ["SSLKERN_BACKEND"])

@@ -1,0 +1,30 @@
+"""From the embeddings people have, (N, D), (B, T, D), (B, C, H, W), to the (..., N, D) of the ops, without a copy."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from torch import Tensor
+
+Positions = Literal["separate", "pooled"]
+
+
+def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> Tensor:
+    """A (..., N, D) view of z: features along `dim`, samples along `batch_dim`, all other dimensions positions.
+
+    "separate" makes every position a slice with statistics of its own; "pooled" counts positions as samples. Pooling
+    copies only where the layout has no such view (contiguous (B, C, H, W); channels-last has one).
+    """
+    if not isinstance(z, Tensor) or z.dim() < 2:
+        return z  # the op says what is wrong with it
+    if not (-z.dim() <= dim < z.dim() and -z.dim() <= batch_dim < z.dim()):
+        raise ValueError(
+            f"dim={dim} and batch_dim={batch_dim} must be dimensions of {name}, got shape {tuple(z.shape)}."
+        )
+    if (dim - batch_dim) % z.dim() == 0:
+        raise ValueError(f"dim and batch_dim must differ, both are {dim % z.dim()} for {name} of {z.dim()} dimensions.")
+    if positions == "separate":
+        return z.movedim((batch_dim, dim), (-2, -1))
+    if positions == "pooled":
+        return z.movedim(dim, -1).flatten(0, -2)
+    raise ValueError(f"positions must be one of 'separate', 'pooled', got {positions!r}.")

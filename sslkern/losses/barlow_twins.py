@@ -1,0 +1,91 @@
+"""Barlow Twins: redundancy reduction."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.cross_correlation import cross_correlation
+from ._positions import Positions, to_stack
+
+
+def barlow_twins_loss(
+    a: Tensor,
+    b: Tensor,
+    lambd: float = 0.0051,
+    eps: float = 1e-5,
+    *,
+    dim: int = -1,
+    batch_dim: int = 0,
+    positions: Positions = "separate",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""Barlow Twins of two views, exact, without the D x D cross-correlation where N is smaller.
+
+    With C = A_hat'B_hat / N of the batch-standardised views (batch norm without affine, biased variance):
+
+        invariance = sum_j (1 - C_jj)^2
+        redundancy = sum_{j != k} C_jk^2
+        loss       = invariance + lambd * redundancy
+
+    The default weight is the official script's.
+
+    Args:
+        a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
+            bfloat16, float16 or float64; any strides; N >= 2.
+        eps: added to the variance, as in batch norm.
+        dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
+        positions: "separate" averages a loss per position; "pooled" counts positions as samples.
+        return_terms: also return the two unweighted terms, detached, for logging.
+
+    Returns:
+        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
+
+    Raises:
+        TypeError, ValueError: as `sslkern.ops.cross_correlation`.
+
+    Source: Zbontar et al., Barlow Twins (2103.03230).
+    """
+    a = to_stack("a", a, dim, batch_dim, positions)
+    b = to_stack("b", b, dim, batch_dim, positions)
+    diagonal, offdiag = cross_correlation(a, b, eps)
+    invariance = (1 - diagonal).square().sum(-1).mean()
+    redundancy = offdiag.mean()
+    loss = invariance + lambd * redundancy
+    if not return_terms:
+        return loss
+    return loss, {"invariance": invariance.detach(), "redundancy": redundancy.detach()}
+
+
+class BarlowTwinsLoss(nn.Module):
+    """`barlow_twins_loss` as a module; it holds its settings and no state."""
+
+    def __init__(
+        self,
+        lambd: float = 0.0051,
+        eps: float = 1e-5,
+        *,
+        dim: int = -1,
+        batch_dim: int = 0,
+        positions: Positions = "separate",
+    ) -> None:
+        super().__init__()
+        self.lambd, self.eps = lambd, eps
+        self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+
+    def forward(self, a: Tensor, b: Tensor, return_terms: bool = False):
+        return barlow_twins_loss(
+            a,
+            b,
+            self.lambd,
+            self.eps,
+            dim=self.dim,
+            batch_dim=self.batch_dim,
+            positions=self.positions,
+            return_terms=return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"lambd={self.lambd}, eps={self.eps}, dim={self.dim}, batch_dim={self.batch_dim}, "
+            f"positions={self.positions!r}"
+        )

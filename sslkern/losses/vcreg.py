@@ -1,0 +1,88 @@
+"""VCReg: variance and covariance regularization of one representation."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops import _checks
+from ..ops.covariance import Estimator, covariance
+from ._positions import Positions, to_stack
+
+
+def vcreg_loss(
+    z: Tensor,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    estimator: Estimator = "plugin",
+    *,
+    dim: int = -1,
+    batch_dim: int = 0,
+    positions: Positions = "separate",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""Variance-covariance regularization of one batch of features.
+
+        variance   = mean_j max(0, gamma - sqrt(var_j + eps))
+        covariance = sum_{j != k} C_jk^2 / D
+        loss       = std_coeff * variance + cov_coeff * covariance
+
+    Args, errors and dtypes are those of `vicreg_loss`, for one tensor z: (N, D), (B, T, D), (B, C, H, W) with dim=1, ...
+
+    Returns:
+        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms), the terms unweighted and
+        detached.
+
+    Source: Zhu et al., VCReg (2306.13292); Mialon et al. (2209.14905).
+    """
+    if isinstance(z, Tensor):
+        _checks.non_negative("eps", eps)
+    variance, offdiag = covariance(to_stack("z", z, dim, batch_dim, positions), estimator)
+    hinge = (gamma - (variance + eps).sqrt()).relu().mean()
+    off = offdiag.mean() / variance.shape[-1]
+    loss = std_coeff * hinge + cov_coeff * off
+    if not return_terms:
+        return loss
+    return loss, {"variance": hinge.detach(), "covariance": off.detach()}
+
+
+class VCRegLoss(nn.Module):
+    """`vcreg_loss` as a module; it holds its settings and no state."""
+
+    def __init__(
+        self,
+        std_coeff: float = 25.0,
+        cov_coeff: float = 1.0,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        estimator: Estimator = "plugin",
+        *,
+        dim: int = -1,
+        batch_dim: int = 0,
+        positions: Positions = "separate",
+    ) -> None:
+        super().__init__()
+        self.std_coeff, self.cov_coeff = std_coeff, cov_coeff
+        self.gamma, self.eps, self.estimator = gamma, eps, estimator
+        self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+
+    def forward(self, z: Tensor, return_terms: bool = False):
+        return vcreg_loss(
+            z,
+            self.std_coeff,
+            self.cov_coeff,
+            self.gamma,
+            self.eps,
+            self.estimator,
+            dim=self.dim,
+            batch_dim=self.batch_dim,
+            positions=self.positions,
+            return_terms=return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, eps={self.eps}, "
+            f"estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, positions={self.positions!r}"
+        )

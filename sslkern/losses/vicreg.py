@@ -1,0 +1,105 @@
+"""VICReg: variance, invariance, covariance."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from ..ops.covariance import Estimator, vicreg
+from ._positions import Positions, to_stack
+
+
+def vicreg_loss(
+    a: Tensor,
+    b: Tensor,
+    sim_coeff: float = 25.0,
+    std_coeff: float = 25.0,
+    cov_coeff: float = 1.0,
+    gamma: float = 1.0,
+    eps: float = 1e-4,
+    estimator: Estimator = "plugin",
+    *,
+    dim: int = -1,
+    batch_dim: int = 0,
+    positions: Positions = "separate",
+    return_terms: bool = False,
+) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
+    r"""VICReg of two views, exact, without the D x D covariance where N is smaller.
+
+        invariance = mean_ij (a_ij - b_ij)^2
+        variance   = 1/2 sum_{z in a, b} mean_j max(0, gamma - sqrt(var_j(z) + eps))
+        covariance = sum_{z in a, b} sum_{j != k} C_jk(z)^2 / D
+        loss       = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
+
+    with unbiased variances and C = Zc'Zc / (N - 1). The defaults are the paper's.
+
+    Args:
+        a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
+            bfloat16, float16 or float64; any strides.
+        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any batch
+            size, so that micro-batches of 16 accumulate to the large-batch gradient. Needs N >= 4.
+        dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
+        positions: "separate" averages a loss per position; "pooled" counts positions as samples.
+        return_terms: also return the three unweighted terms, detached, for logging.
+
+    Returns:
+        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
+
+    Raises:
+        TypeError, ValueError: as `sslkern.ops.covariance`; shapes, dtypes or devices that differ.
+
+    Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
+    """
+    a = to_stack("a", a, dim, batch_dim, positions)
+    b = to_stack("b", b, dim, batch_dim, positions)
+    loss, terms = vicreg(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator)
+    if loss.dim():
+        loss = loss.mean()
+    if not return_terms:
+        return loss
+    invariance, variance, covariance = terms.reshape(-1, 3).mean(0).unbind()
+    return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
+
+
+class VICRegLoss(nn.Module):
+    """`vicreg_loss` as a module; it holds its settings and no state."""
+
+    def __init__(
+        self,
+        sim_coeff: float = 25.0,
+        std_coeff: float = 25.0,
+        cov_coeff: float = 1.0,
+        gamma: float = 1.0,
+        eps: float = 1e-4,
+        estimator: Estimator = "plugin",
+        *,
+        dim: int = -1,
+        batch_dim: int = 0,
+        positions: Positions = "separate",
+    ) -> None:
+        super().__init__()
+        self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
+        self.gamma, self.eps, self.estimator = gamma, eps, estimator
+        self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+
+    def forward(self, a: Tensor, b: Tensor, return_terms: bool = False):
+        return vicreg_loss(
+            a,
+            b,
+            self.sim_coeff,
+            self.std_coeff,
+            self.cov_coeff,
+            self.gamma,
+            self.eps,
+            self.estimator,
+            dim=self.dim,
+            batch_dim=self.batch_dim,
+            positions=self.positions,
+            return_terms=return_terms,
+        )
+
+    def extra_repr(self) -> str:
+        return (
+            f"sim_coeff={self.sim_coeff}, std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, "
+            f"eps={self.eps}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
+            f"positions={self.positions!r}"
+        )

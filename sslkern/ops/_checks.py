@@ -1,0 +1,52 @@
+"""Argument checks. Each failure is one sentence, before any work."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+
+def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
+    """z must be a floating (..., N, D) with N >= min_rows and D >= 1."""
+    if not isinstance(z, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor of shape (..., N, D), got {type(z).__name__}.")
+    if z.dtype not in _DTYPES:
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(z.dtype)}.")
+    if z.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}.")
+    if z.dim() < 2:
+        raise ValueError(f"{name} must have shape (..., N, D), got {tuple(z.shape)}.")
+    if z.shape[-2] < min_rows:
+        raise ValueError(f"{name} must have at least {min_rows} rows (N), got shape {tuple(z.shape)}.")
+    if z.shape[-1] < 1:
+        raise ValueError(f"{name} must have at least one column (D), got shape {tuple(z.shape)}.")
+
+
+def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Both views must agree in shape, dtype and device."""
+    if a.shape != b.shape:
+        raise ValueError(
+            f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}."
+        )
+    if a.device != b.device:
+        raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
+    if a.dtype != b.dtype:
+        raise TypeError(
+            f"{name_a} and {name_b} must have the same dtype, got {_short(a.dtype)} and {_short(b.dtype)}."
+        )
+
+
+def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+    if value not in choices:
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+
+
+def non_negative(name: str, value: float) -> None:
+    if not value >= 0:
+        raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")

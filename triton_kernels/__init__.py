@@ -1,0 +1,6 @@
+"""Triton kernels of sslkern, installed as `sslkern.triton_kernels`."""
+
+if __name__ == "triton_kernels":
+    raise ImportError(
+        "this folder is sslkern.triton_kernels; the package `triton_kernels` of the Triton project is another one"
+    )
