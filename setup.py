@@ -26,7 +26,6 @@ FLAGS = [
     "-Wall",
     "-Wno-unknown-pragmas",
     "-DTORCH_TARGET_VERSION=0x020b000000000000",
-    "-DPy_LIMITED_API=0x030a0000",
 ]
 
 setup(

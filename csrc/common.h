@@ -21,9 +21,9 @@
 
 // One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SSLKERN_CLONES __attribute__((target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#define SSLKERN_CLONES __attribute__((unused, target_clones("arch=skylake-avx512", "arch=haswell", "default")))
 #else
-#define SSLKERN_CLONES
+#define SSLKERN_CLONES [[maybe_unused]]
 #endif
 #define SSLKERN_INLINE inline __attribute__((always_inline))
 
@@ -45,7 +45,8 @@ inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, worthwhile = 1 << 21;
   uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + page - 1) & ~(page - 1);
-  uintptr_t end = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) & ~(page - 1);
+  uintptr_t end =
+      (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) & ~(page - 1);
   if (end > begin + worthwhile) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
   return out;

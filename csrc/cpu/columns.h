@@ -25,7 +25,7 @@ SSLKERN_INLINE void sum_rows_body(const T* x, int64_t ld, int64_t rows, int64_t 
   }
 }
 
-// out = (x - high - low) * scale; square += out^2
+// out = x - high - low; square += out^2
 template <class T>
 SSLKERN_INLINE void centre_rows_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* high, const T* low,
                                      T* out, int64_t out_ld, T* square) {
@@ -49,13 +49,125 @@ SSLKERN_INLINE void centre_rows_body(const T* x, int64_t ld, int64_t rows, int64
   }
 }
 
-#define SSLKERN_KERNELS(T)                                                                                        \
-  SSLKERN_CLONES static void sum_rows(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum) { \
-    sum_rows_body(x, ld, rows, cols, pivot, sum);                                                                 \
-  }                                                                                                               \
-  SSLKERN_CLONES static void centre_rows(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* high,       \
-                                         const T* low, T* out, int64_t out_ld, T* square) {                       \
-    centre_rows_body(x, ld, rows, cols, high, low, out, out_ld, square);                                          \
+template <class T>
+SSLKERN_INLINE void scale_rows_body(T* x, int64_t ld, int64_t rows, int64_t cols, const T* scale) {
+  for (int64_t i = 0; i < rows; ++i, x += ld) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) x[j] *= scale[j];
+  }
+}
+
+// sum += x o y, column by column
+template <class T>
+SSLKERN_INLINE void dot_rows_body(const T* x, const T* y, int64_t ld, int64_t rows, int64_t cols, T* sum) {
+  for (int64_t i = 0; i < rows; ++i, x += ld, y += ld) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) sum[j] += x[j] * y[j];
+  }
+}
+
+// out = (alpha product + column other - z along) * scale
+template <class T>
+SSLKERN_INLINE void standard_row_body(const T* product, const T* z, const T* other, T alpha, const T* column,
+                                      const T* along, const T* scale, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = (alpha * product[j] + column[j] * other[j] - z[j] * along[j]) * scale[j];
+}
+
+template <class T>
+SSLKERN_INLINE T square_sum_body(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += x[j] * x[j];
+  return sum;
+}
+
+template <class T>
+SSLKERN_INLINE T fourth_power_body(const T* x, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += (x[j] * x[j]) * (x[j] * x[j]);
+  return sum;
+}
+
+template <class T>
+SSLKERN_INLINE T distance_row_body(const T* x, const T* y, int64_t n) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) sum += (x[j] - y[j]) * (x[j] - y[j]);
+  return sum;
+}
+
+// sum_j += sum_i (row_sq_i z_ij - z_ij^3)
+template <class T>
+SSLKERN_INLINE void cubic_rows_body(const T* z, int64_t ld, int64_t rows, int64_t cols, const T* row_sq, T* sum) {
+  for (int64_t i = 0; i < rows; ++i, z += ld) {
+    const T r = row_sq[i];
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) sum[j] += (r - z[j] * z[j]) * z[j];
+  }
+}
+
+// out = alpha product + column z
+template <class T>
+SSLKERN_INLINE void gradient_row_body(const T* product, const T* z, const T* column, T alpha, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = alpha * product[j] + column[j] * z[j];
+}
+
+// out += scale (z^3 - row_sq z + shift)
+template <class T>
+SSLKERN_INLINE void cubic_row_body(const T* z, const T* shift, T row_sq, T scale, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] += scale * ((z[j] * z[j] - row_sq) * z[j] + shift[j]);
+}
+
+// out += coeff (x - y)
+template <class T>
+SSLKERN_INLINE void pull_row_body(const T* x, const T* y, T coeff, T* out, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] += coeff * (x[j] - y[j]);
+}
+
+// The clones of a body, for one T.
+#define SSLKERN_KERNELS(T)                                                                                             \
+  SSLKERN_CLONES static void sum_rows(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum) {    \
+    sum_rows_body(x, ld, rows, cols, pivot, sum);                                                                      \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void centre_rows(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* high,            \
+                                         const T* low, T* out, int64_t out_ld, T* square) {                            \
+    centre_rows_body(x, ld, rows, cols, high, low, out, out_ld, square);                                               \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void scale_rows(T* x, int64_t ld, int64_t rows, int64_t cols, const T* scale) {                \
+    scale_rows_body(x, ld, rows, cols, scale);                                                                         \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void dot_rows(const T* x, const T* y, int64_t ld, int64_t rows, int64_t cols, T* sum) {        \
+    dot_rows_body(x, y, ld, rows, cols, sum);                                                                          \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void standard_row(const T* product, const T* z, const T* other, T alpha, const T* column,      \
+                                          const T* along, const T* scale, T* out, int64_t n) {                         \
+    standard_row_body(product, z, other, alpha, column, along, scale, out, n);                                         \
+  }                                                                                                                    \
+  SSLKERN_CLONES static T square_sum(const T* x, int64_t n) {                                                          \
+    return square_sum_body(x, n);                                                                                      \
+  }                                                                                                                    \
+  SSLKERN_CLONES static T fourth_power(const T* x, int64_t n) {                                                        \
+    return fourth_power_body(x, n);                                                                                    \
+  }                                                                                                                    \
+  SSLKERN_CLONES static T distance_row(const T* x, const T* y, int64_t n) {                                            \
+    return distance_row_body(x, y, n);                                                                                 \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void cubic_rows(const T* z, int64_t ld, int64_t rows, int64_t cols, const T* row_sq, T* sum) { \
+    cubic_rows_body(z, ld, rows, cols, row_sq, sum);                                                                   \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void gradient_row(const T* product, const T* z, const T* column, T alpha, T* out, int64_t n) { \
+    gradient_row_body(product, z, column, alpha, out, n);                                                              \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void cubic_row(const T* z, const T* shift, T row_sq, T scale, T* out, int64_t n) {             \
+    cubic_row_body(z, shift, row_sq, scale, out, n);                                                                   \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void pull_row(const T* x, const T* y, T coeff, T* out, int64_t n) {                            \
+    pull_row_body(x, y, coeff, out, n);                                                                                \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)

@@ -1,0 +1,278 @@
+// Blocks of a matrix in cache: how they are cut, centred, and written back as a gradient. The cut depends on the shape
+// alone, so every slice of a stack takes the same steps and yields the same bits.
+#pragma once
+
+#include "columns.h"
+
+namespace sslkern {
+
+constexpr int64_t kColumnBlock = 1 << 19;  // numbers in a block of columns: 2 MB, beside its product in L2 and L3
+constexpr int64_t kRowBlock = 3 << 18;     // numbers in a block of rows
+
+inline int64_t round_up(int64_t x, int64_t to) {
+  return ceil_div(x, to) * to;
+}
+
+inline Tensor reshaped(Tensor& flat, int64_t rows, int64_t cols) {
+  return stable::view(stable::narrow(flat, 0, 0, rows * cols), {rows, cols});
+}
+
+// f(block, j0, j1) over column blocks that hold all rows, for `count` matrices at once: block[k] is (N, j1 - j0). Fewer
+// than 1024 columns at a time would spend it on adding products up.
+template <class T, class F>
+void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, const F& f) {
+  const int64_t width = std::min(d, round_up(std::max<int64_t>(kColumnBlock / n, 1024), kBlockCols));
+  std::vector<Tensor> flat, block(count, like);
+  for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {n * width}, dtype_of<T>()));
+  for (int64_t j0 = 0; j0 < d; j0 += width) {
+    const int64_t j1 = std::min(d, j0 + width);
+    for (int k = 0; k < count; ++k) block[k] = reshaped(flat[k], n, j1 - j0);
+    f(block, j0, j1);
+  }
+}
+
+// f(block, i0, i1) over row blocks that hold all columns: block[k] is (i1 - i0, D), or (D, i1 - i0) where `transpose`.
+template <class T, class F>
+void for_row_blocks(const Tensor& like, int64_t n, int64_t d, int count, bool transpose, const F& f) {
+  const int64_t height = std::min(n, round_up(std::max<int64_t>(kRowBlock / d, 2048), kBlockRows));
+  std::vector<Tensor> flat, block(count, like);
+  for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {height * d}, dtype_of<T>()));
+  for (int64_t i0 = 0; i0 < n; i0 += height) {
+    const int64_t rows = std::min(n, i0 + height) - i0;
+    for (int k = 0; k < count; ++k) block[k] = transpose ? reshaped(flat[k], d, rows) : reshaped(flat[k], rows, d);
+    f(block, i0, i0 + rows);
+  }
+}
+
+// f(part, j0, j1) in parallel over parts of at most kBlockCols columns of [begin, end).
+template <class F>
+void for_column_parts(int64_t begin, int64_t end, int64_t rows, const F& f) {
+  const int64_t grain = ceil_div(16384, rows * kBlockCols);
+  stable::parallel_for(0, ceil_div(end - begin, kBlockCols), grain, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t j0 = begin + part * kBlockCols;
+      f(part, j0, std::min(end, j0 + kBlockCols));
+    }
+  });
+}
+
+// f(part, i0, i1) in parallel over parts of at most kBlockRows rows of [begin, end); begin is a multiple of kBlockRows.
+template <class F>
+void for_row_parts(int64_t begin, int64_t end, int64_t cols, const F& f) {
+  const int64_t first_part = begin / kBlockRows, grain = ceil_div(16384, cols * kBlockRows);
+  stable::parallel_for(first_part, ceil_div(end, kBlockRows), grain, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) f(part, part * kBlockRows, std::min(end, (part + 1) * kBlockRows));
+  });
+}
+
+// Means and variances of columns [j0, j1), and their centred values into `block` (N, j1 - j0). Returns the sum of
+// fourth powers if it is wanted.
+template <class T>
+double centre_block(const Matrix& z, int64_t j0, int64_t j1, T* high, T* low, T* variance, T* block, bool quartic) {
+  const int64_t n = z.rows, ld = j1 - j0;
+  std::vector<double> fourth(ceil_div(ld, kBlockCols));
+  for_column_parts(j0, j1, n, [&](int64_t part, int64_t k0, int64_t k1) {
+    T* out = block + (k0 - j0);
+    centre_columns(z, k0, k1, high + k0, low + k0, variance + k0, out, ld);
+    if (!quartic) return;
+    for (int64_t i = 0; i < n; ++i) fourth[part] += fourth_power(out + i * ld, k1 - k0);
+  });
+  double total = 0;
+  for (double x : fourth) total += x;
+  return total;
+}
+
+// Columns [j0, j1), centred, and scaled where a scale is given, into `block`.
+template <class T>
+void recentre_block(const Matrix& z, int64_t j0, int64_t j1, const T* high, const T* low, const T* scale, T* block) {
+  const int64_t ld = j1 - j0;
+  for_column_parts(j0, j1, z.rows, [&](int64_t, int64_t k0, int64_t k1) {
+    std::vector<T> scratch;
+    T ignored[kBlockCols] = {};
+    for (int64_t i0 = 0; i0 < z.rows; i0 += kBlockRows) {
+      const int64_t i1 = std::min(z.rows, i0 + kBlockRows);
+      int64_t x_ld;
+      const T* x = tile(z, i0, i1, k0, k1, scratch, x_ld);
+      T* out = block + i0 * ld + (k0 - j0);
+      centre_rows(x, x_ld, i1 - i0, k1 - k0, high + k0, low + k0, out, ld, ignored);
+      if (scale != nullptr) scale_rows(out, ld, i1 - i0, k1 - k0, scale + k0);
+    }
+  });
+}
+
+// Column means of x o y, (rows, cols) each with row stride ld.
+template <class T>
+void column_means_of_product(const T* x, const T* y, int64_t ld, int64_t rows, int64_t cols, T* mean) {
+  double total[kBlockCols] = {};
+  for (int64_t i0 = 0; i0 < rows; i0 += kBlockRows) {
+    T part[kBlockCols] = {};
+    dot_rows(x + i0 * ld, y + i0 * ld, ld, std::min(kBlockRows, rows - i0), cols, part);
+    for (int64_t j = 0; j < cols; ++j) total[j] += part[j];
+  }
+  for (int64_t j = 0; j < cols; ++j) mean[j] = static_cast<T>(total[j] / rows);
+}
+
+// mean_i (|z_i|^2 z_ij - z_ij^3) of a centred (N, cols) block.
+template <class T>
+void cubic_means(const T* block, int64_t n, int64_t cols, const T* row_sq, T* mean) {
+  for_column_parts(0, cols, n, [&](int64_t, int64_t k0, int64_t k1) {
+    double total[kBlockCols] = {};
+    for (int64_t i0 = 0; i0 < n; i0 += kBlockRows) {
+      T part[kBlockCols] = {};
+      cubic_rows(block + i0 * cols + k0, cols, std::min(kBlockRows, n - i0), k1 - k0, row_sq + i0, part);
+      for (int64_t j = 0; j < k1 - k0; ++j) total[j] += part[j];
+    }
+    for (int64_t j = k0; j < k1; ++j) mean[j] = static_cast<T>(total[j - k0] / n);
+  });
+}
+
+// Column totals of per-part sums (parts, D), in the order of the parts.
+template <class T>
+void add_parts(const T* parts, int64_t count, int64_t d, std::vector<double>& total) {
+  total.assign(d, 0.);
+  for (int64_t p = 0; p < count; ++p)
+    for (int64_t j = 0; j < d; ++j) total[j] += parts[p * d + j];
+}
+
+// The passes over a tall matrix, in parallel over its rows; `sums` holds one row of partial sums per part.
+template <class T>
+class RowPass {
+ public:
+  RowPass(const Tensor& like, const Matrix& z, T* high, T* low)
+      : z_(z), high_(high), low_(low), sums_(fresh(like, {parts(), z.cols}, dtype_of<T>())), fourth_(parts()) {}
+
+  void means() {
+    std::vector<T> scratch, pivot(z_.cols);
+    int64_t ld;
+    std::copy_n(tile(z_, 0, 1, 0, z_.cols, scratch, ld), z_.cols, pivot.begin());
+    each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t, int64_t rows, int64_t j0, int64_t cols, T* sum) {
+      sum_rows(x, ld, rows, cols, pivot.data() + j0, sum);
+    });
+    add_parts(data<T>(sums_), parts(), z_.cols, total_);
+    split_mean(pivot.data(), total_.data(), z_.cols, z_.rows, high_, low_);
+  }
+
+  // Rows [i0, i1), centred, and scaled where a scale is given, into (i1 - i0, D) or its transpose. The squares of the
+  // centred values are summed on the way, and where row_sq is given its rows and the fourth powers too.
+  void centre(int64_t i0, int64_t i1, const T* scale, T* block, bool transpose, T* row_sq) {
+    const int64_t d = z_.cols, height = i1 - i0;
+    each_tile(i0, i1, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
+      T small[kTileRows * kBlockCols];
+      T* out = transpose ? small : block + (i - i0) * d + j0;
+      const int64_t out_ld = transpose ? cols : d;
+      centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
+      for (int64_t r = 0; row_sq != nullptr && r < rows; ++r) {
+        row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + square_sum(out + r * out_ld, cols);
+        fourth_[i / kBlockRows] += fourth_power(out + r * out_ld, cols);
+      }
+      if (scale != nullptr) scale_rows(out, out_ld, rows, cols, scale + j0);
+      if (!transpose) return;
+      for (int64_t j = 0; j < cols; ++j)
+        for (int64_t r = 0; r < rows; ++r) block[(j0 + j) * height + (i - i0) + r] = small[r * cols + j];
+    });
+  }
+
+  void cubic_means(const T* row_sq, T* mean) {
+    each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
+      T small[kTileRows * kBlockCols], ignored[kBlockCols] = {};
+      centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, small, cols, ignored);
+      cubic_rows(small, cols, rows, cols, row_sq + i, sum);
+    });
+    add_parts(data<T>(sums_), parts(), z_.cols, total_);
+    for (int64_t j = 0; j < z_.cols; ++j) mean[j] = static_cast<T>(total_[j] / z_.rows);
+  }
+
+  void variances(T* variance) {
+    add_parts(data<T>(sums_), parts(), z_.cols, total_);
+    for (int64_t j = 0; j < z_.cols; ++j) variance[j] = static_cast<T>(total_[j] / (z_.rows - 1));
+  }
+
+  double fourth_powers() const {
+    double total = 0;
+    for (double x : fourth_) total += x;
+    return total;
+  }
+
+ private:
+  static constexpr int64_t kTileRows = 64;  // with kBlockCols fp32 columns, 32 KB: L1
+
+  int64_t parts() const {
+    return ceil_div(z_.rows, kBlockRows);
+  }
+
+  // f(x, ld, i, rows, j0, cols, sum) over tiles; `sum` is zeroed at the head of a part and belongs to it.
+  template <class F>
+  void each_tile(int64_t begin, int64_t end, const F& f) {
+    for_row_parts(begin, end, z_.cols, [&](int64_t part, int64_t i0, int64_t i1) {
+      std::vector<T> scratch;
+      T* sums = data<T>(sums_) + part * z_.cols;
+      std::fill_n(sums, z_.cols, T(0));
+      fourth_[part] = 0;
+      for (int64_t i = i0; i < i1; i += kTileRows) {
+        const int64_t rows = std::min(kTileRows, i1 - i);
+        for (int64_t j0 = 0; j0 < z_.cols; j0 += kBlockCols) {
+          const int64_t cols = std::min(kBlockCols, z_.cols - j0);
+          int64_t ld;
+          const T* x = tile(z_, i, i + rows, j0, j0 + cols, scratch, ld);
+          f(x, ld, i, rows, j0, cols, sums + j0);
+        }
+      }
+    });
+  }
+
+  const Matrix z_;
+  T* const high_;
+  T* const low_;
+  const Tensor sums_;
+  std::vector<double> fourth_, total_;
+};
+
+// Rows of a gradient: written in place where it is a T already, rounded from a buffer otherwise.
+template <class T>
+class RowWriter {
+ public:
+  RowWriter(const Matrix& grad, int64_t cols)
+      : grad_(grad), cols_(cols), buffer_(grad.dtype == dtype_of<T>() ? 0 : cols) {}
+
+  T* row(int64_t i, int64_t j0) {
+    return buffer_.empty() ? reinterpret_cast<T*>(grad_.at(i, j0)) : buffer_.data();
+  }
+
+  void flush(int64_t i, int64_t j0) {
+    if (buffer_.empty()) return;
+    if (grad_.dtype == ScalarType::BFloat16) return store<torch::headeronly::BFloat16>(i, j0);
+    store<torch::headeronly::Half>(i, j0);
+  }
+
+ private:
+  template <class To>
+  void store(int64_t i, int64_t j0) {
+    To* out = reinterpret_cast<To*>(grad_.at(i, j0));
+    for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<To>(buffer_[j]);
+  }
+
+  const Matrix grad_;
+  const int64_t cols_;
+  std::vector<T> buffer_;
+};
+
+// sum_ij (a_ij - b_ij)^2
+template <class T>
+double squared_distance(const Matrix& a, const Matrix& b) {
+  std::vector<double> partial(ceil_div(a.rows, kBlockRows) * ceil_div(a.cols, kBlockCols));
+  for_column_parts(0, a.cols, a.rows, [&](int64_t part, int64_t j0, int64_t j1) {
+    std::vector<T> scratch_a, scratch_b;
+    for (int64_t i0 = 0; i0 < a.rows; i0 += kBlockRows) {
+      const int64_t i1 = std::min(a.rows, i0 + kBlockRows);
+      int64_t lda, ldb;
+      const T* x = tile(a, i0, i1, j0, j1, scratch_a, lda);
+      const T* y = tile(b, i0, i1, j0, j1, scratch_b, ldb);
+      for (int64_t i = 0; i < i1 - i0; ++i) partial[part] += distance_row(x + i * lda, y + i * ldb, j1 - j0);
+    }
+  });
+  double total = 0;
+  for (double x : partial) total += x;
+  return total;
+}
+
+}  // namespace sslkern

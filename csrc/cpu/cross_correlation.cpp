@@ -1,0 +1,257 @@
+// Cross-correlation on the CPU: blocks of both views are standardised into cache, multiplied by the vendor library, and
+// forgotten.
+#include "blocks.h"
+#include "columns.h"
+#include "gemm.h"
+
+namespace sslkern {
+namespace {
+
+// What forward and backward share: inputs and the workspaces between them.
+struct Views {
+  Tensor input[2];
+  Tensor centre, inv_std, diagonal, gram;
+  int64_t n, d, stack;
+  bool dual;
+};
+
+// One slice of them. gram[1] is null in the primal.
+template <class T>
+struct Pair {
+  Matrix z[2];
+  T *high[2], *low[2], *inv_std[2], *gram[2], *diagonal;
+  int64_t n, d;
+
+  Pair(const Views& v, int64_t s) : diagonal(data<T>(v.diagonal) + s * v.d), n(v.n), d(v.d) {
+    const int64_t m = v.dual ? v.n : v.d;
+    for (int64_t k = 0; k < 2; ++k) {
+      const int64_t index = k * v.stack + s;
+      z[k] = slice(v.input[k], s);
+      high[k] = data<T>(v.centre) + index * 2 * d;
+      low[k] = high[k] + d;
+      inv_std[k] = data<T>(v.inv_std) + index * d;
+      gram[k] = k == 0 || v.dual ? data<T>(v.gram) + index * m * m : nullptr;
+    }
+  }
+};
+
+// Variances (unbiased) to 1 / sqrt(biased + eps), in place.
+template <class T>
+void invert_std(T* variance, int64_t begin, int64_t end, int64_t n, double eps) {
+  for (int64_t j = begin; j < end; ++j)
+    variance[j] = static_cast<T>(1. / std::sqrt(variance[j] * ((n - 1.) / n) + eps));
+}
+
+// Standardises columns [j0, j1) of both views into their blocks, and the diagonal of their correlation with them.
+template <class T>
+void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, std::vector<Tensor>& blocks) {
+  const int64_t ld = j1 - j0;
+  T* block[2] = {data<T>(blocks[0]), data<T>(blocks[1])};
+  for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
+    const int64_t cols = k1 - k0, offset = k0 - j0;
+    for (int k = 0; k < 2; ++k) {
+      centre_columns(p.z[k], k0, k1, p.high[k] + k0, p.low[k] + k0, p.inv_std[k] + k0, block[k] + offset, ld);
+      invert_std(p.inv_std[k], k0, k1, p.n, eps);
+      scale_rows(block[k] + offset, ld, p.n, cols, p.inv_std[k] + k0);
+    }
+    column_means_of_product(block[0] + offset, block[1] + offset, ld, p.n, cols, p.diagonal + k0);
+  });
+}
+
+template <class T>
+double dual_forward(const Tensor& like, const Pair<T>& p, double eps) {
+  const bool onednn = takes_onednn<T>();
+  for_column_blocks<T>(like, p.n, p.d, 2, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
+    standardise_blocks(p, j0, j1, eps, block);
+    for (int k = 0; k < 2; ++k) add_gram(block[k], p.gram[k], j0 == 0, onednn);
+  });
+  finish_gram(p.gram[0], p.gram[0], p.n, T(1), false);
+  const double inner = finish_gram(p.gram[1], p.gram[0], p.n, T(1), false);
+  double square = 0;
+  for (int64_t j = 0; j < p.d; ++j) square += static_cast<double>(p.diagonal[j]) * p.diagonal[j];
+  return inner / (static_cast<double>(p.n) * p.n) - square;
+}
+
+// The correlation from the product of centred columns: scaled, split into diagonal and the rest, squares summed.
+template <class T>
+double finish_correlation(const Pair<T>& p) {
+  std::vector<double> partial(p.d);
+  stable::parallel_for(0, p.d, ceil_div(16384, p.d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      T* row = p.gram[0] + i * p.d;
+      const T scale = p.inv_std[0][i] / p.n;
+      for (int64_t j = 0; j < p.d; ++j) row[j] *= scale * p.inv_std[1][j];
+      p.diagonal[i] = row[i];
+      row[i] *= 0;  // NaN stays NaN
+      partial[i] = square_sum(row, p.d);
+    }
+  });
+  double total = 0;
+  for (double x : partial) total += x;
+  return total;
+}
+
+template <class T>
+double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
+  const bool onednn = takes_onednn<T>() && p.d > kThin;
+  RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
+  for (auto& view : pass) view.means();
+  for_row_blocks<T>(like, p.n, p.d, 2, onednn, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
+    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, nullptr, data<T>(block[k]), onednn, nullptr);
+    const Tensor x = onednn ? block[0] : transposed(block[0]), y = onednn ? block[1] : transposed(block[1]);
+    add_product(x, y, p.gram[0], false, i0 == 0, onednn);
+  });
+  for (int k = 0; k < 2; ++k) {
+    pass[k].variances(p.inv_std[k]);
+    invert_std(p.inv_std[k], 0, p.d, p.n, eps);
+  }
+  return finish_correlation(p);
+}
+
+// Gradients with respect to the standardised views are alpha * product + column_j * (the other view); `needed` says
+// whose.
+template <class T>
+struct Gradient {
+  T alpha;
+  std::vector<T> column;
+  const bool* needed;
+  Matrix out[2];
+};
+
+template <class T>
+void dual_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
+  const bool onednn = takes_onednn<T>();
+  for_column_blocks<T>(gram[0], p.n, p.d, 2, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
+    const int64_t ld = j1 - j0;
+    for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], data<T>(block[k]));
+    for (int k = 0; k < 2; ++k) {
+      if (!g.needed[k]) continue;
+      const Tensor result = matmul_nt(gram[1 - k], transposed(block[k]), onednn);
+      const T *product = data<T>(result), *z = data<T>(block[k]), *other = data<T>(block[1 - k]);
+      for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
+        const int64_t cols = k1 - k0, offset = k0 - j0;
+        T along[kBlockCols], cross[kBlockCols];
+        column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
+        column_means_of_product(other + offset, z + offset, ld, p.n, cols, cross);
+        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * cross[j];
+        RowWriter<T> writer(g.out[k], cols);
+        for (int64_t i = 0; i < p.n; ++i) {
+          const int64_t at = i * ld + offset;
+          standard_row(product + at, z + at, other + at, g.alpha, g.column.data() + k0, along, p.inv_std[k] + k0,
+                       writer.row(i, k0), cols);
+          writer.flush(i, k0);
+        }
+      });
+    }
+  });
+}
+
+// mean_i x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj, over rows of C for a and columns for b.
+template <class T>
+std::vector<T> along_views(const Pair<T>& p, const Gradient<T>& g, int view) {
+  std::vector<double> square(p.d);
+  for (int64_t i = 0; i < p.d; ++i) {
+    const T* row = p.gram[0] + i * p.d;
+    if (view == 0) {
+      square[i] = square_sum(row, p.d);
+    } else {
+      for (int64_t j = 0; j < p.d; ++j) square[j] += static_cast<double>(row[j]) * row[j];
+    }
+  }
+  std::vector<T> along(p.d);
+  for (int64_t j = 0; j < p.d; ++j) along[j] = static_cast<T>(g.alpha * square[j] + g.column[j] * p.diagonal[j]);
+  return along;
+}
+
+template <class T>
+void primal_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
+  const bool onednn = takes_onednn<T>();
+  RowPass<T> pass[2] = {{gram[0], p.z[0], p.high[0], p.low[0]}, {gram[0], p.z[1], p.high[1], p.low[1]}};
+  const std::vector<T> along[2] = {along_views(p, g, 0), along_views(p, g, 1)};
+  for_row_blocks<T>(gram[0], p.n, p.d, 2, false, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
+    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], data<T>(block[k]), false, nullptr);
+    for (int k = 0; k < 2; ++k) {
+      if (!g.needed[k]) continue;
+      const Tensor result = matmul_nt(block[1 - k], k == 0 ? gram[0] : transposed(gram[0]), onednn);
+      const T *product = data<T>(result), *z = data<T>(block[k]), *other = data<T>(block[1 - k]);
+      stable::parallel_for(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
+        RowWriter<T> writer(g.out[k], p.d);
+        for (int64_t i = begin; i < end; ++i) {
+          const int64_t at = (i - i0) * p.d;
+          standard_row(product + at, z + at, other + at, g.alpha, g.column.data(), along[k].data(), p.inv_std[k],
+                       writer.row(i, 0), p.d);
+          writer.flush(i, 0);
+        }
+      });
+    }
+  });
+}
+
+template <class T>
+void forward(const Views& v, double eps, Tensor& offdiag) {
+  for (int64_t s = 0; s < v.stack; ++s) {
+    const Pair<T> p(v, s);
+    data<T>(offdiag)[s] = static_cast<T>(v.dual ? dual_forward(v.gram, p, eps) : primal_forward(v.gram, p, eps));
+  }
+}
+
+template <class T>
+void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_offdiag, const bool* needed,
+              const Tensor* grads) {
+  const int64_t m = v.dual ? v.n : v.d;
+  const Tensor grams = stable::view(const_cast<Tensor&>(v.gram), {-1, m, m});
+  for (int64_t s = 0; s < v.stack; ++s) {
+    const Pair<T> p(v, s);
+    const double n = v.n, g = data<T>(grad_offdiag)[s];
+    Gradient<T> gradient{static_cast<T>(2 * g / (v.dual ? n * n : n)), std::vector<T>(v.d), needed, {}};
+    for (int64_t j = 0; j < v.d; ++j)
+      gradient.column[j] =
+          static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
+    for (int k = 0; k < 2; ++k)
+      if (needed[k]) gradient.out[k] = slice(grads[k], s);
+    const Tensor gram[2] = {stable::select(grams, 0, s), stable::select(grams, 0, v.dual ? v.stack + s : s)};
+    v.dual ? dual_backward(gram, p, gradient) : primal_backward(gram, p, gradient);
+  }
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_correlation_fwd(const Tensor a, const Tensor b, double eps,
+                                                                         bool dual) {
+  const auto dtype = is_double(a) ? ScalarType::Double : ScalarType::Float;
+  const int64_t n = a.size(a.dim() - 2), d = a.size(a.dim() - 1);
+  const Shape gram = dual ? stacked(a, {n, n}, {2}) : stacked(a, {d, d}, {1});
+  const Views v{{a, b},
+                fresh(a, stacked(a, {2, d}, {2}), dtype),
+                fresh(a, stacked(a, {d}, {2}), dtype),
+                fresh(a, stacked(a, {d}), dtype),
+                fresh(a, gram, dtype),
+                n,
+                d,
+                stack_size(a),
+                dual};
+  Tensor offdiag = fresh(a, stacked(a, {}), dtype);
+  is_double(a) ? forward<double>(v, eps, offdiag) : forward<float>(v, eps, offdiag);
+  return {v.diagonal, offdiag, v.centre, v.inv_std, v.gram};
+}
+
+std::tuple<Tensor, Tensor> cross_correlation_bwd(const Tensor grad_diagonal, const Tensor grad_offdiag, const Tensor a,
+                                                 const Tensor b, const Tensor centre, const Tensor inv_std,
+                                                 const Tensor diagonal, const Tensor gram, bool dual, bool need_a,
+                                                 bool need_b) {
+  const int64_t n = a.size(a.dim() - 2), d = a.size(a.dim() - 1);
+  const Views v{{a, b}, centre, inv_std, diagonal, gram, n, d, stack_size(a), dual};
+  const bool needed[2] = {need_a, need_b};
+  const Shape full = stacked(a, {n, d});
+  const Tensor grads[2] = {fresh(a, need_a ? full : Shape{0}, a.scalar_type()),
+                           fresh(b, need_b ? full : Shape{0}, b.scalar_type())};
+  const Tensor gd = stable::contiguous(grad_diagonal), go = stable::contiguous(grad_offdiag);
+  is_double(a) ? backward<double>(v, gd, go, needed, grads) : backward<float>(v, gd, go, needed, grads);
+  return {grads[0], grads[1]};
+}
+
+}  // namespace
+}  // namespace sslkern
+
+STABLE_TORCH_LIBRARY_IMPL(sslkern_native, CPU, m) {
+  m.impl("cross_correlation_fwd", TORCH_BOX(&sslkern::cross_correlation_fwd));
+  m.impl("cross_correlation_bwd", TORCH_BOX(&sslkern::cross_correlation_bwd));
+}
