@@ -4,3 +4,6 @@ if __name__ == "triton_kernels":
     raise ImportError(
         "this folder is sslkern.triton_kernels; the package `triton_kernels` of the Triton project is another one"
     )
+
+from . import covariance as covariance
+from . import cross_correlation as cross_correlation

@@ -122,11 +122,11 @@ SSLKERN_INLINE void cubic_row_body(const T* z, const T* shift, T row_sq, T scale
   for (int64_t j = 0; j < n; ++j) out[j] += scale * ((z[j] * z[j] - row_sq) * z[j] + shift[j]);
 }
 
-// out += coeff (x - y)
+// out += coeff (x - other), with x = z + high + low given by its centred values
 template <class T>
-SSLKERN_INLINE void pull_row_body(const T* x, const T* y, T coeff, T* out, int64_t n) {
+SSLKERN_INLINE void pull_row_body(const T* z, const T* high, const T* low, const T* other, T coeff, T* out, int64_t n) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] += coeff * (x[j] - y[j]);
+  for (int64_t j = 0; j < n; ++j) out[j] += coeff * (z[j] + ((high[j] - other[j]) + low[j]));
 }
 
 // The clones of a body, for one T.
@@ -166,8 +166,9 @@ SSLKERN_INLINE void pull_row_body(const T* x, const T* y, T coeff, T* out, int64
   SSLKERN_CLONES static void cubic_row(const T* z, const T* shift, T row_sq, T scale, T* out, int64_t n) {             \
     cubic_row_body(z, shift, row_sq, scale, out, n);                                                                   \
   }                                                                                                                    \
-  SSLKERN_CLONES static void pull_row(const T* x, const T* y, T coeff, T* out, int64_t n) {                            \
-    pull_row_body(x, y, coeff, out, n);                                                                                \
+  SSLKERN_CLONES static void pull_row(const T* z, const T* high, const T* low, const T* other, T coeff, T* out,        \
+                                      int64_t n) {                                                                     \
+    pull_row_body(z, high, low, other, coeff, out, n);                                                                 \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)

@@ -113,7 +113,7 @@ void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, i
   const int64_t cols = j1 - j0;
   stable::parallel_for(i0, i1, ceil_div(8192, cols), [&](int64_t begin, int64_t end) {
     RowWriter<T> writer(grad, cols);
-    std::vector<T> scratch_z, scratch_other;
+    std::vector<T> scratch;
     for (int64_t i = begin; i < end; ++i) {
       const T* z = block + (i - i0) * cols;
       T* out = writer.row(i, j0);
@@ -121,7 +121,7 @@ void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, i
       if (s.unbiased) cubic_row(z, e.shift.data() + j0, s.row_sq[i], e.cubic, out, cols);
       if (pull != nullptr) {
         int64_t ld;
-        pull_row(tile(s.z, i, i + 1, j0, j1, scratch_z, ld), tile(pull->other, i, i + 1, j0, j1, scratch_other, ld),
+        pull_row(z, s.high + j0, s.low + j0, tile(pull->other, i, i + 1, j0, j1, scratch, ld),
                  static_cast<T>(pull->coeff), out, cols);
       }
       writer.flush(i, j0);

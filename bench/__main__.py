@@ -1,0 +1,81 @@
+"""`python -m bench`: run the comparison, write results, table and plot.
+
+Every case runs in a process of its own, once as it is and once with THP_MEM_ALLOC_ENABLE=1, the setting that makes the
+plain-torch versions faster (whole-process, so it cannot be mixed).
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import torch
+from tqdm import tqdm
+
+from . import report
+from .cases import all_cases
+from .run import machine, run_case, save
+
+SMART = ("three-line", "three-line, compiled", "sslkern")
+
+
+def _worker(name: str, device: str, rounds: int, only: tuple[str, ...] | None) -> None:
+    case = dict(all_cases(device))[name]()
+    print("ROWS" + json.dumps(run_case(case, device, rounds, only)))
+
+
+def _run(name: str, args: argparse.Namespace, huge: bool) -> list[dict]:
+    command = [sys.executable, "-m", "bench", "--worker", name, "--device", args.device, "--rounds", str(args.rounds)]
+    environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"} if huge else dict(os.environ)
+    done = subprocess.run(command + (["--smart"] if huge else []), env=environment, capture_output=True, text=True)
+    for line in done.stdout.splitlines():
+        if line.startswith("ROWS"):
+            return json.loads(line[4:])
+    tqdm.write(f"{name}: failed\n{done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
+    return []
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
+    parser.add_argument("--filter", default="", help="regular expression on case names, e.g. 'vicreg|step'")
+    parser.add_argument("--rounds", type=int, default=15, help="timed rounds per case (at least 5)")
+    parser.add_argument("--out", type=Path, help="result file; default bench/results/<machine>.json")
+    parser.add_argument("--report", action="store_true", help="only make table and plot from the result file")
+    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    parser.add_argument("--smart", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.rounds < 5:
+        parser.error("--rounds must be at least 5, for a median")
+    if args.worker:
+        return _worker(args.worker, args.device, args.rounds, SMART if args.smart else None)
+    header = machine(args.device)
+    label = re.sub(r"[^a-z0-9]+", "-", f"{header['device']}-{header['threads']}t".lower()).strip("-")
+    path = args.out or Path("bench/results") / f"{label}.json"
+    if not args.report:
+        measure(args, header, path)
+    report.write(path, readme=args.readme)
+
+
+def measure(args: argparse.Namespace, header: dict, path: Path) -> None:
+    """Run the chosen cases; those of an earlier run of this machine that were not chosen stay in the file."""
+    chosen = [name for name, _ in all_cases(args.device) if re.search(args.filter, name)]
+    rows: dict[tuple[str, str, str], dict] = {}
+    if path.exists() and args.filter:
+        rows = {(r["case"], r["implementation"], r["pages"]): r for r in json.loads(path.read_text())["rows"]}
+    for name in (bar := tqdm(chosen, unit="case")):
+        bar.set_postfix_str(name)
+        for huge in (False, True) if args.device == "cpu" else (False,):
+            for row in _run(name, args, huge):
+                rows[row["case"], row["implementation"], row["pages"]] = row
+        save(path, header, list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,223 @@
+"""What is measured: each case builds its inputs once and names the implementations that answer the same question."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+import sslkern
+from sslkern import ops
+
+from . import baselines
+
+Loss = Callable[..., Tensor]
+
+
+@dataclass
+class Case:
+    """Tensors to differentiate, and implementations that map them to a scalar; `truth` gets them in fp64."""
+
+    family: str  # "step", "vicreg", ...: a table each
+    shape: tuple[int, ...]
+    inputs: Callable[[], list[Tensor]]
+    implementations: dict[str, Loss]
+    truth: Loss
+    after: dict[str, Callable[[list[Tensor]], None]] = field(default_factory=dict)
+    floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
+    note: str = ""
+
+    @property
+    def name(self) -> str:
+        return f"{self.family}-{'x'.join(map(str, self.shape))}{'-' + self.note if self.note else ''}"
+
+
+def views(n: int, d: int, device: str) -> list[Tensor]:
+    """Two correlated views with the spectrum of a real projector's output: not white, not centred."""
+    generator = torch.Generator().manual_seed(n * 7919 + d)
+    scale = torch.linspace(1.5, 0.2, d)
+    shared = torch.randn(n, d, generator=generator)
+    pair = [shared + 0.5 * torch.randn(n, d, generator=generator) for _ in range(2)]
+    return [(0.3 + z * scale).to(device).requires_grad_() for z in pair]
+
+
+def _compiled(f: Loss) -> Loss:
+    return torch.compile(f, dynamic=False)
+
+
+def _with_truth(loss: Loss, **settings) -> Loss:
+    def truth(*inputs: Tensor) -> Tensor:
+        with sslkern.backend.use("reference"):
+            return loss(*inputs, **settings)
+
+    return truth
+
+
+def _onednn(x: Tensor, w: Tensor) -> Tensor:
+    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
+
+
+def _dual_floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, device: str) -> Callable[[], None]:
+    """The bare GEMMs of the dual, both views: N x N by row panels, and G Z."""
+    z, gram = torch.randn(n, d, device=device), torch.randn(n, n, device=device)
+    step = -(-n // (8 if n >= 512 else 4 if n >= 192 else 1))
+
+    def floor() -> None:
+        for _ in range(2):
+            for i in range(0, n, step):
+                multiply(z[i : i + step], z[: i + step])
+            multiply(gram, z.T)
+
+    return floor
+
+
+def _floors(n: int, d: int, device: str) -> dict[str, Callable[[], None]]:
+    if n >= d:
+        return {}
+    floors = {"bare GEMMs, torch.mm": _dual_floor(lambda x, w: torch.mm(x, w.T), n, d, device)}
+    if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        floors["bare GEMMs, oneDNN"] = _dual_floor(_onednn, n, d, device)
+    return floors
+
+
+def loss_case(family: str, n: int, d: int, device: str) -> Case:
+    ours, smart = {
+        "vicreg": (sslkern.vicreg_loss, baselines.vicreg_dual if n < d else baselines.vicreg_primal),
+        "barlow": (sslkern.barlow_twins_loss, baselines.barlow_dual if n < d else baselines.barlow_primal),
+    }[family]
+    published = {"vicreg": baselines.vicreg_published, "barlow": baselines.barlow_published}[family]
+    implementations = {
+        "published": published,
+        "published, compiled": _compiled(published),
+        "three-line": smart,
+        "three-line, compiled": _compiled(smart),
+        "sslkern": ours,
+    }
+    floors = _floors(n, d, device) if family == "vicreg" else {}
+    return Case(family, (n, d), lambda: views(n, d, device), implementations, _with_truth(ours), floors=floors)
+
+
+def unbiased_case(n: int, d: int, device: str) -> Case:
+    """What the U-statistic costs over the plug-in."""
+
+    def unbiased(a: Tensor, b: Tensor) -> Tensor:
+        return sslkern.vicreg_loss(a, b, estimator="unbiased")
+
+    implementations = {"plug-in": sslkern.vicreg_loss, "sslkern": unbiased}
+    return Case("unbiased", (n, d), lambda: views(n, d, device), implementations, _with_truth(unbiased))
+
+
+def _weighed(pair: tuple[Tensor, Tensor]) -> Tensor:
+    return pair[0].sum() + pair[1].sum()
+
+
+def covariance_case(shape: tuple[int, ...], device: str) -> Case:
+    published = baselines.covariance_published if len(shape) == 2 else baselines.covariance_published_stack
+    implementations = {
+        "published": lambda z: _weighed(published(z)),
+        "sslkern": lambda z: _weighed(ops.covariance(z)),
+    }
+
+    def inputs() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(shape, generator=generator).add_(0.3).to(device).requires_grad_()]
+
+    floors = {}
+    if len(shape) == 2:
+        n, d = shape
+        z, c = torch.randn(shape, device=device), torch.randn(d, d, device=device)
+
+        def gemms() -> None:
+            torch.mm(z.T, z)
+            torch.mm(z, c)
+
+        source, target = torch.randn(n * d, device=device), torch.empty(n * d, device=device)
+
+        def copies() -> None:
+            for _ in range(2):
+                target.copy_(source)
+
+        floors = {"bare GEMMs, torch.mm": gemms, "four passes at copy rate": copies}
+    return Case(
+        "covariance", shape, inputs, implementations, _with_truth(lambda z: _weighed(ops.covariance(z))), {}, floors
+    )
+
+
+def _projector(widths: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for k, (before, after) in enumerate(pairwise(widths)):
+        layers.append(nn.Linear(before, after, bias=k + 2 == len(widths)))
+        if k + 2 < len(widths):
+            layers += [nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device: str) -> Case:
+    """A training step of a recipe's projector on features: forward, loss, backward, SGD with momentum."""
+    torch.manual_seed(0)
+    projector = _projector(widths).to(device)
+    generator = torch.Generator().manual_seed(1)
+    shared = torch.randn(n, widths[0], generator=generator)
+    features = [(shared + 0.5 * torch.randn(shared.shape, generator=generator)).to(device) for _ in range(2)]
+    # a rate of 0 does all the work and leaves the weights, so every call and every implementation sees the same ones
+    optimizer = torch.optim.SGD(projector.parameters(), lr=0.0, momentum=0.9)
+    published, smart, ours = {
+        "vicreg": (baselines.vicreg_published, baselines.vicreg_dual, sslkern.vicreg_loss),
+        "barlow": (baselines.barlow_published, baselines.barlow_dual, sslkern.barlow_twins_loss),
+    }[family]
+
+    def run(loss: Loss) -> Loss:
+        return lambda *weights: loss(projector(features[0]), projector(features[1]))
+
+    def truth(*weights: Tensor) -> Tensor:
+        double = _projector(widths).double().to(device)
+        names = [name for name, _ in double.named_parameters()]
+        a, b = (
+            torch.func.functional_call(double, dict(zip(names, weights, strict=True)), (x.double(),)) for x in features
+        )
+        return _with_truth(ours)(a, b)
+
+    def update(_: list[Tensor]) -> None:
+        optimizer.step()
+
+    implementations = {"published": run(published), "three-line": run(smart), "sslkern": run(ours)}
+    weights = list(projector.parameters())
+    return Case(
+        "step",
+        (n, *widths),
+        lambda: weights,
+        implementations,
+        truth,
+        dict.fromkeys(implementations, update),
+        {},
+        recipe,
+    )
+
+
+GRID = ((64, 8192), (256, 2048), (256, 8192), (1024, 4096), (2048, 8192), (4096, 1024), (8192, 2048))
+GPU_GRID = (*GRID, (1024, 16384), (4096, 4096))
+RECIPES = (
+    ("VICReg, official, per device", "vicreg", 64, (2048, 8192, 8192, 8192)),
+    ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
+    ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
+)
+TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
+
+
+def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
+    """Every case by name, built only when it is run: whole training steps first, the loss alone second."""
+    grid = GPU_GRID if device == "cuda" else GRID
+    cases: list[tuple[str, Callable[[], Case]]] = []
+    for recipe in RECIPES:
+        cases.append((f"step {recipe[0]}", lambda r=recipe: step_case(*r, device)))
+    for family in ("vicreg", "barlow"):
+        for n, d in grid:
+            cases.append((f"{family} {n} {d}", lambda f=family, n=n, d=d: loss_case(f, n, d, device)))
+    for n, d in ((256, 2048), (256, 8192), (1024, 4096), (4096, 1024)):
+        cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
+    for shape in TALL:
+        cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
+    return cases

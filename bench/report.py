@@ -1,0 +1,199 @@
+"""Tables and plot from a result file. Nothing in them is typed."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+EPS = 2.0**-23
+BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+TITLES = {
+    "step": "Whole training step: projector, loss, backward, SGD (ms)",
+    "vicreg": "VICReg alone, forward + backward (ms)",
+    "barlow": "Barlow Twins alone, forward + backward (ms)",
+    "unbiased": "The unbiased estimator over the plug-in (ms)",
+    "covariance": "`ops.covariance` on tall matrices and on a stack (ms)",
+}
+
+
+class Cell:
+    """The rows of one case, by implementation and page setting."""
+
+    def __init__(self, rows: list[dict]) -> None:
+        self.rows = {(r["implementation"], r["pages"]): r for r in rows}
+        self.first = rows[0]
+
+    def row(self, name: str, pages: str = "default") -> dict | None:
+        return self.rows.get((name, pages))
+
+    def trusted(self) -> bool:
+        """Ours is at most 4 times as wrong as the published formula, plus 8 eps."""
+        ours, published = self.row("sslkern"), self.row("published") or self.row("plug-in")
+        if ours is None or published is None:
+            return False
+        return all(ours[k] <= 4 * published[k] + 8 * EPS for k in ("loss_error", "grad_error"))
+
+    def ratio(self, name: str, pages: str = "default") -> float | None:
+        """How many times faster ours is than `name`, both from the same run; None where the errors forbid it."""
+        other, ours = self.row(name, pages), self.row("sslkern", pages)
+        if other is None or ours is None or not self.trusted():
+            return None
+        return other["median"] / ours["median"]
+
+    def smart_ratio(self) -> float | None:
+        """Against the best of the smart versions, compiled or not, with or without huge pages."""
+        found = [self.ratio(n, p) for n in ("three-line", "three-line, compiled") for p in ("default", "huge")]
+        return min((r for r in found if r is not None), default=None)
+
+    def over_floor(self, name: str) -> float | None:
+        floor, ours = self.row(name), self.row("sslkern")
+        return None if floor is None or ours is None else ours["median"] / floor["median"]
+
+
+def _ms(row: dict | None) -> str:
+    if row is None:
+        return ""
+    a, b, c = (1e3 * row[k] for k in ("median", "p20", "p80"))
+    digits = 0 if a >= 100 else 1 if a >= 10 else 2
+    return f"{a:.{digits}f} ({b:.{digits}f}-{c:.{digits}f})"
+
+
+def _times(ratio: float | None) -> str:
+    if ratio is None:
+        return "-"
+    text = f"{ratio:.0f}x" if ratio >= 20 else f"{ratio:.1f}x" if ratio >= 3 else f"{ratio:.2f}x"
+    return text if ratio >= 1 else f"**{text}, slower**"
+
+
+def _mb(row: dict | None) -> str:
+    return "" if row is None or "peak_bytes" not in row else f"{row['peak_bytes'] / 2**20:.0f}"
+
+
+def _error(row: dict | None) -> str:
+    return "" if row is None else f"{row['grad_error']:.0e}"
+
+
+def _columns(family: str) -> list[tuple[str, object]]:
+    shape = ("shape", lambda c: " x ".join(map(str, c.first["shape"])))
+    ours = ("sslkern", lambda c: _ms(c.row("sslkern")))
+    errors = (
+        "gradient error",
+        lambda c: f"{_error(c.row('published') or c.row('plug-in'))} / {_error(c.row('sslkern'))}",
+    )
+    published = ("published", lambda c: _ms(c.row("published")))
+    faster = ("faster", lambda c: _times(c.ratio("published")))
+    memory = ("extra MB", lambda c: f"{_mb(c.row('published'))} / {_mb(c.row('sslkern'))}")
+    smart = ("three-line", lambda c: _ms(c.row("three-line")))
+    smarter = ("faster than the best of it", lambda c: _times(c.smart_ratio()))
+    if family == "step":
+        note = ("recipe", lambda c: c.first["note"])
+        return [note, shape, published, smart, ours, faster, smarter, memory, errors]
+    if family == "unbiased":
+        cost = (
+            "cost",
+            lambda c: (
+                _times(None if (r := c.ratio("plug-in")) is None else 1 / r).replace("*", "").replace(", slower", "")
+            ),
+        )
+        return [shape, ("plug-in", lambda c: _ms(c.row("plug-in"))), ours, cost]
+    if family == "covariance":
+        floors = (
+            "bare GEMMs / four copies",
+            lambda c: f"{_ms(c.row('bare GEMMs, torch.mm'))} / {_ms(c.row('four passes at copy rate'))}",
+        )
+        return [shape, published, ours, faster, floors, memory, errors]
+    compiled = ("compiled", lambda c: _ms(c.row("published, compiled")))
+    over = (
+        "over its GEMMs, mm / oneDNN",
+        lambda c: " / ".join(_floor(c.over_floor(f"bare GEMMs, {n}")) for n in ("torch.mm", "oneDNN")),
+    )
+    columns = [shape, published, compiled, smart, ours, faster, smarter, over, memory, errors]
+    return columns if family == "vicreg" else [c for c in columns if c is not over]
+
+
+def _floor(ratio: float | None) -> str:
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def cells(rows: list[dict]) -> dict[str, list[Cell]]:
+    """Cases by family, in the order in which they were run."""
+    by_case: dict[str, list[dict]] = {}
+    for row in rows:
+        by_case.setdefault(row["case"], []).append(row)
+    families: dict[str, list[Cell]] = {}
+    for case in by_case.values():
+        families.setdefault(case[0]["op"], []).append(Cell(case))
+    return {family: families[family] for family in TITLES if family in families}
+
+
+def table(path: Path) -> str:
+    """The whole comparison in Markdown."""
+    results = json.loads(path.read_text())
+    m = results["machine"]
+    lines = [
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}). "
+        "Medians, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included; gradient error against fp64, "
+        'published / sslkern. "The best of it": plain or compiled, with or without huge pages.',
+    ]
+    for family, found in cells(results["rows"]).items():
+        columns = _columns(family)
+        lines += ["", f"**{TITLES[family]}**", "", "| " + " | ".join(name for name, _ in columns) + " |"]
+        lines.append("|" + " --- |" * len(columns))
+        lines += ["| " + " | ".join(f(cell) for _, f in columns) + " |" for cell in found]
+    return "\n".join(lines) + "\n"
+
+
+def plot(path: Path, target: Path) -> None:
+    """How many times faster than the published formula, and than the best three-line version, per case."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    shown = [
+        (f"{family}  {' x '.join(map(str, c.first['shape'][:2] if family != 'step' else c.first['shape'][::3]))}", c)
+        for family, found in cells(json.loads(path.read_text())["rows"]).items()
+        if family in ("step", "vicreg", "barlow")
+        for c in found
+    ]
+    figure, axes = plt.subplots(figsize=(8, 0.42 * len(shown) + 1.2))
+    for k, (_, cell) in enumerate(shown):
+        for offset, ratio, colour, label in (
+            (-0.2, cell.ratio("published"), "#1f77b4", "published formula"),
+            (0.2, cell.smart_ratio(), "#ff7f0e", "best three-line version"),
+        ):
+            if ratio is None:
+                continue
+            axes.barh(k + offset, ratio, 0.38, color=colour, label=label if k == 0 else None)
+            axes.text(ratio * 1.05, k + offset, f"{ratio:.3g}x", va="center", fontsize=8)
+    axes.set_yticks(range(len(shown)), [name for name, _ in shown])
+    axes.invert_yaxis()
+    axes.set_xscale("log")
+    axes.set_xlim(0.8, axes.get_xlim()[1] * 1.6)
+    axes.axvline(1, color="black", linewidth=0.8)
+    axes.set_xlabel("times faster, forward + backward (log scale)")
+    axes.legend(loc="lower right", title="sslkern against the")
+    figure.tight_layout()
+    figure.savefig(target, dpi=130)
+    plt.close(figure)
+
+
+def write(path: Path, readme: bool = False) -> None:
+    """Print the table; write it and the plot beside the results, and into the README on request."""
+    if not path.exists():
+        raise SystemExit(f"There are no results at {path}: run `python -m bench` first.")
+    text = table(path)
+    print(text)
+    path.with_suffix(".md").write_text(text)
+    plot(path, path.with_suffix(".png"))
+    print(f"{path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}")
+    if readme:
+        into_readme(Path("README.md"), text)
+
+
+def into_readme(target: Path, text: str) -> None:
+    content = target.read_text()
+    if BEGIN not in content or END not in content:
+        raise SystemExit(f"{target} has no lines {BEGIN} and {END} to put the table between.")
+    head, tail = content.split(BEGIN)[0], content.split(END)[1]
+    target.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")

@@ -1,0 +1,173 @@
+"""Timing, error and memory of a case, by the rules: interleaved, medians, fp64 truth, nothing without its error."""
+
+from __future__ import annotations
+
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from .cases import Case
+
+
+def busy_elsewhere(seconds: float = 0.4) -> float:
+    """Share of the processor that is busy while this process sleeps."""
+    if not Path("/proc/stat").exists():
+        return 0.0
+
+    def jiffies() -> tuple[int, int]:
+        numbers = [int(x) for x in Path("/proc/stat").read_text().split("\n")[0].split()[1:9]]
+        return sum(numbers) - numbers[3] - numbers[4], sum(numbers)
+
+    busy, total = jiffies()
+    time.sleep(seconds)
+    busy_after, total_after = jiffies()
+    return (busy_after - busy) / max(1, total_after - total)
+
+
+def wait_for_quiet(limit: float = 0.05, patience: float = 60.0) -> float:
+    """Wait until at most 5 % of the processor is busy elsewhere; returns what it settled at."""
+    deadline = time.monotonic() + patience
+    while (busy := busy_elsewhere()) > limit and time.monotonic() < deadline:
+        time.sleep(1.0)
+    return busy
+
+
+def _synchronise(device: str) -> None:
+    if device == "cuda":
+        torch.cuda.synchronize()
+
+
+def _call(case: Case, name: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
+    loss, after = case.implementations[name], case.after.get(name)
+
+    def call() -> Tensor:
+        for x in inputs:
+            x.grad = None
+        value = loss(*inputs)
+        value.backward()
+        if after is not None:
+            after(inputs)
+        return value.detach()
+
+    return call
+
+
+def _seconds(call: Callable[[], object], device: str) -> float:
+    _synchronise(device)
+    start = time.perf_counter()
+    call()
+    _synchronise(device)
+    return time.perf_counter() - start
+
+
+def _truth(case: Case, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
+    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    value = case.truth(*doubles)
+    value.backward()
+    return value.detach(), [x.grad for x in doubles]
+
+
+def _errors(value: Tensor, inputs: list[Tensor], truth: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
+    loss_error = float((value.double() - truth[0]).abs() / truth[0].abs().clamp_min(1e-300))
+    difference = sum(float((x.grad.double() - t).square().sum()) for x, t in zip(inputs, truth[1], strict=True))
+    size = sum(float(t.square().sum()) for t in truth[1])
+    return loss_error, (difference / size) ** 0.5
+
+
+def peak_bytes(call: Callable[[], object], device: str) -> int:
+    """Peak of allocated bytes during the call, over what was there before; gradients count, inputs do not."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call()
+        return torch.cuda.max_memory_allocated() - before
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        call()
+    now = peak = 0
+    for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
+        if event.name() == "[memory]":
+            now += event.nbytes()
+            peak = max(peak, now)
+    return peak
+
+
+def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None = None) -> list[dict]:
+    """One row per implementation: median, p20, p80, errors against fp64, peak bytes, first call."""
+    inputs = case.inputs()
+    names = [n for n in case.implementations if only is None or n in only]
+    calls: dict[str, Callable[[], object]] = {n: _call(case, n, inputs) for n in names}
+    calls.update(case.floors)
+    truth = _truth(case, inputs)
+    rows: dict[str, dict] = {}
+    for name, call in calls.items():
+        row = {
+            "case": case.name,
+            "op": case.family,
+            "implementation": name,
+            "shape": list(case.shape),
+            "note": case.note,
+        }
+        row["first_call"] = _seconds(call, device)
+        if name in case.implementations:
+            row["loss_error"], row["grad_error"] = _errors(call(), inputs, truth)
+            row["peak_bytes"] = peak_bytes(call, device)
+        rows[name] = row
+    for x in inputs:
+        x.grad = None
+    gc.collect()
+    busy = wait_for_quiet()
+    times: dict[str, list[float]] = {name: [] for name in calls}
+    budget = time.monotonic() + 90
+    for _ in range(rounds):
+        for name, call in calls.items():
+            times[name].append(_seconds(call, device))
+        if time.monotonic() > budget and len(times[name]) >= 5:
+            break
+    for name, seconds in times.items():
+        low, high = statistics.quantiles(seconds, n=5)[0], statistics.quantiles(seconds, n=5)[-1]
+        rows[name].update(
+            median=statistics.median(seconds),
+            p20=low,
+            p80=high,
+            rounds=len(seconds),
+            busy=round(busy, 3),
+            dtype="float32",
+            mode="forward+backward",
+            precision=torch.get_float32_matmul_precision(),
+            pages="huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default",
+        )
+    return list(rows.values())
+
+
+def machine(device: str) -> dict:
+    """What the numbers were measured on."""
+    import sslkern
+
+    name = platform.processor() or platform.machine()
+    if Path("/proc/cpuinfo").exists():
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else name,
+        "threads": torch.get_num_threads(),
+        "torch": torch.__version__,
+        "sslkern": sslkern.__version__,
+        "python": platform.python_version(),
+        "commit": commit,
+    }
+
+
+def save(path: Path, header: dict, rows: list[dict]) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps({"machine": header, "rows": rows}, indent=1) + "\n")

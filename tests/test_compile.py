@@ -1,0 +1,79 @@
+"""torch.compile and torch.library see ordinary ops."""
+
+import cases
+import pytest
+import torch
+
+from sslkern import backend as backends
+from sslkern import losses, metrics
+
+COMPILED = {
+    "vicreg": (lambda a, b: losses.vicreg_loss(a, b), (12, 20)),
+    "vicreg, unbiased": (lambda a, b: losses.VICRegLoss(estimator="unbiased")(a, b), (20, 12)),
+    "vicreg, positions": (lambda a, b: losses.vicreg_loss(a, b, return_terms=True)[0], (9, 3, 5)),
+    "vcreg": (lambda a, b: losses.vcreg_loss(a) + losses.vcreg_loss(b, estimator="unbiased"), (12, 20)),
+    "barlow": (lambda a, b: losses.barlow_twins_loss(a, b), (12, 20)),
+    "barlow, primal": (lambda a, b: losses.BarlowTwinsLoss()(a, b), (20, 12)),
+    "participation ratio": (lambda a, b: metrics.participation_ratio(a) + metrics.participation_ratio(b), (12, 20)),
+}
+
+
+def check(function, views, compiler):
+    """Compiled whole, values and gradients equal eager's, in training and without grad."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    eager = cases.value_and_grad(lambda *x: (function(*x),), views)
+    ours = cases.value_and_grad(lambda *x: (compiled(*x),), views)
+    assert all(map(torch.equal, ours[0] + ours[1], eager[0] + eager[1]))
+    with torch.no_grad():
+        assert torch.equal(compiled(*views), eager[0][0])
+
+
+@pytest.mark.parametrize("name", COMPILED)
+def test_compiled_losses_have_the_bits_of_eager(name, backend, device):
+    """fullgraph=True: no graph break in any loss on any back-end."""
+    function, shape = COMPILED[name]
+    check(function, [torch.randn(*shape, device=device) for _ in range(2)], "aot_eager")
+
+
+def test_inductor(backend, device):
+    """VICReg whole, forward and backward, through inductor."""
+    check(losses.vicreg_loss, [torch.randn(12, 20, device=device) for _ in range(2)], "inductor")
+
+
+def samples(kernel, dtype, device):
+    """Arguments of every kernel, by its name: both forms and estimators, a matrix and a stack. A new kernel: a case."""
+    reference = torch.ops.sslkern_reference
+    for shape in ((5, 9), (2, 9, 5)):
+        dual = shape[-2] < shape[-1]
+        a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        if kernel.startswith("cross_correlation"):
+            diagonal, offdiag, *saved = reference.cross_correlation_fwd(a, b, 1e-5, dual)
+            backward = (diagonal, offdiag, a, b, saved[0], saved[1], diagonal, saved[2], dual)
+            yield from {"cross_correlation_fwd": [(a, b, 1e-5, dual)]}.get(
+                kernel, [(*backward, True, True), (*backward, True, False), (*backward, False, True)]
+            )
+        for unbiased in (False, True):
+            if kernel.startswith("covariance"):
+                variance, offdiag, centre, gram, row_sq = reference.covariance_fwd(a, unbiased, dual)
+                backward = (variance, offdiag, a, centre, variance, gram, row_sq, unbiased, dual)
+                yield {"covariance_fwd": (a, unbiased, dual)}.get(kernel, backward)
+            if kernel.startswith("vicreg"):
+                settings = (*cases.VICREG, unbiased, dual)
+                loss, _, *saved = reference.vicreg_fwd(a, b, *settings)
+                backward = (loss, a, b, *saved, *settings)
+                yield from {"vicreg_fwd": [(a, b, *settings)]}.get(
+                    kernel, [(*backward, True, True), (*backward, True, False), (*backward, False, True)]
+                )
+
+
+@pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
+@pytest.mark.parametrize("kernel", backends.declared())
+def test_opcheck(kernel, dtype, backend, device):
+    """Schema, fake kernel, dtypes, strides and aliasing of every declared kernel; one without samples fails."""
+    operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), kernel).default
+    tried = 0
+    for arguments in samples(kernel, dtype, device):
+        torch.library.opcheck(operator, arguments)
+        tried += 1
+    assert tried, f"{kernel} has no sample arguments"

@@ -1,0 +1,126 @@
+"""Compiles every Triton kernel for three architectures with no GPU, and reads the machine code.
+
+Each kernel must keep to its registers (no stack, no local memory), fit the shared memory of an SM, and read by 16
+bytes. The kernels are the `COMPILE_CASES` of the modules of `triton_kernels`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+triton = pytest.importorskip("triton", reason="needs Triton") if "pytest" in sys.modules else __import__("triton")
+import triton.language as tl  # noqa: E402
+
+TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+ARCHITECTURES = (80, 90, 100)
+SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
+SPILLING = "spilling"
+pytestmark = pytest.mark.skipif(
+    not ((TOOLS / "cuobjdump").exists() and (TOOLS / "nvdisasm").exists()),
+    reason="this Triton comes without NVIDIA's cuobjdump and nvdisasm",
+)
+
+
+@triton.jit
+def spilling_kernel(x, out):
+    """512 values per thread that a reduction keeps alive: more than the 255 registers there are."""
+    at = tl.arange(0, 16384)
+    values = tl.load(x + at)
+    tl.store(out + at, values - tl.max(values, 0))
+
+
+def compile_cases() -> dict:
+    """Kernels by name, among them the one that must be found to spill."""
+    from sslkern.triton_kernels import (
+        columns,
+        covariance_backward,
+        covariance_forward,
+        cross_correlation,
+        cross_correlation_backward,
+        gemm,
+        gram,
+        launch,
+    )
+
+    modules = (
+        columns,
+        covariance_backward,
+        covariance_forward,
+        cross_correlation,
+        cross_correlation_backward,
+        gemm,
+        gram,
+    )
+    cases = {case.name: case for module in modules for case in module.COMPILE_CASES}
+    cases[SPILLING] = launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
+    return cases
+
+
+def compiled(case, architecture: int):
+    """The kernel with pointers and sizes divisible by 16, as a typical launch has them."""
+    from triton.backends.compiler import GPUTarget
+    from triton.compiler import ASTSource
+
+    signature = case.signature()
+    divisible = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(signature.values())
+        if kind.startswith("*") or kind == "i32"
+    }
+    source = ASTSource(case.kernel, signature, constexprs=dict(case.constants), attrs=divisible)
+    return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
+
+
+def tool(name: str, *arguments: str) -> str:
+    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def report(case, architecture: int, folder: Path) -> dict:
+    kernel = compiled(case, architecture)
+    cubin = folder / f"{case.name}.cubin"
+    cubin.write_bytes(kernel.asm["cubin"])
+    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
+    code = tool("nvdisasm", "-c", str(cubin))
+    return {
+        "registers": int(usage["REG"]),
+        "stack": int(usage["STACK"]),
+        "local": int(usage["LOCAL"]),
+        "shared": kernel.metadata.shared,
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        "narrow_loads": len(re.findall(r"\bLDG\.E(?:\.(?:U8|U16|S8|S16))?\s", code)),
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*?(?:128|256)\b", code)),
+    }
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+def reports(request, tmp_path_factory) -> tuple[int, dict]:
+    """All kernels of one architecture, compiled where TRITON_INTERPRET does not replace the compiler."""
+    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
+    command = [sys.executable, __file__, str(request.param), str(tmp_path_factory.mktemp("cubins"))]
+    run = subprocess.run(command, capture_output=True, text=True, env=environment)
+    assert run.returncode == 0, run.stderr[-4000:]
+    return request.param, json.loads(run.stdout)
+
+
+@pytest.mark.parametrize("name", [name for name in compile_cases() if name != SPILLING])
+def test_machine_code(reports, name):
+    architecture, found = reports[0], reports[1][name]
+    assert found["stack"] == found["local"] == found["spills"] == 0, found
+    assert found["shared"] <= SHARED_LIMIT[architecture], found
+    assert found["wide_loads"] > found["narrow_loads"], found
+
+
+def test_a_spilling_kernel_is_found(reports):
+    found = reports[1][SPILLING]
+    assert found["spills"] > 0 and max(found["stack"], found["local"]) > 0, found
+
+
+if __name__ == "__main__":
+    print(json.dumps({n: report(case, int(sys.argv[1]), Path(sys.argv[2])) for n, case in compile_cases().items()}))

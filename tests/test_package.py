@@ -1,0 +1,155 @@
+"""The package from outside: `python -m sslkern`, environment variables, and what is said where something is missing."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import sslkern
+from sslkern import backend as backends
+
+ROOT = Path(__file__).parent.parent
+HIDE_NATIVE = """
+import sys
+class Hide:
+    def find_spec(self, name, path=None, target=None):
+        if name == "sslkern._C":
+            raise ImportError("hidden by the test")
+sys.meta_path.insert(0, Hide())
+"""
+
+
+def python(*arguments, **environment):
+    """Run a fresh interpreter in the repository's root, free of the settings of this one."""
+    ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "TRITON_INTERPRET")
+    clean = {name: value for name, value in os.environ.items() if name not in ours}
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env={**clean, **environment},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+
+
+def table(output):
+    """kernel -> (back-end of a CPU tensor, of a CUDA tensor), as printed."""
+    rows = [line.split() for line in output.splitlines()]
+    return {row[0]: tuple(row[1:]) for row in rows if row and row[0] in backends.declared()}
+
+
+def test_it_says_what_is_there():
+    """Versions, every back-end with its state, every kernel with its choice; a missing one with its reason."""
+    done = python("-m", "sslkern")
+    assert done.returncode == 0, done.stderr
+    assert f"sslkern {sslkern.__version__}" in done.stdout and f"torch {torch.__version__}" in done.stdout
+    for name in backends.NAMES:
+        (line,) = (line for line in done.stdout.splitlines() if line.split()[:1] == [name])
+        assert line.split()[1] == "available" or len(line.partition("missing: ")[2]) > 10, line
+    assert set(table(done.stdout)) == set(backends.declared())
+    if not torch.cuda.is_available():
+        assert "missing: no CUDA device" in done.stdout
+    if "native" not in backends.missing():
+        assert {choice[0] for choice in table(done.stdout).values()} == {"native"}
+
+
+def test_the_environment_forces_a_back_end():
+    """SSLKERN_BACKEND=reference holds for every kernel; an unknown name ends in one sentence."""
+    done = python("-m", "sslkern", SSLKERN_BACKEND="reference")
+    assert "forced to 'reference'" in done.stdout
+    assert set(table(done.stdout).values()) == {("reference", "reference")}
+    bad = python("-m", "sslkern", SSLKERN_BACKEND="nativ")
+    assert bad.returncode != 0 and not bad.stdout
+    last = bad.stderr.strip().splitlines()[-1]
+    assert last.endswith("must be one of 'triton', 'native', 'reference', got 'nativ'."), bad.stderr
+
+
+def test_it_works_without_the_extension():
+    """Hidden, the extension's absence is told with its reason, and everything runs on the reference."""
+    call = "import torch, sslkern; print(sslkern.vicreg_loss(torch.ones(4, 3), torch.ones(4, 3)).item())"
+    done = python("-c", f"{HIDE_NATIVE}\n{call}")
+    assert done.returncode == 0 and float(done.stdout) == pytest.approx(24.75), done.stderr
+    done = python("-c", f"{HIDE_NATIVE}\nimport runpy; runpy.run_module('sslkern', run_name='__main__')")
+    assert done.returncode == 0, done.stderr
+    (line,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["native"])
+    assert "missing: the C++ extension does not load (hidden by the test)" in line
+    assert {choice[0] for choice in table(done.stdout).values()} == {"reference"}
+    done = python("-c", f"{HIDE_NATIVE}\n{call}", SSLKERN_BACKEND="native")
+    assert done.returncode != 0 and not done.stdout
+    last = done.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: The back-end 'native' was asked for and cannot be used"), done.stderr
+    assert "hidden by the test" in last
+
+
+def test_it_works_without_triton():
+    """Where Triton does not import, the interpreter's back-end is missing with a reason, and nothing else changes."""
+    hide = HIDE_NATIVE.replace("sslkern._C", "triton")
+    code = f"{hide}\nimport sslkern; print(sslkern.backend.missing()['triton'])"
+    done = python("-c", code, TRITON_INTERPRET="1")
+    assert done.returncode == 0 and "does not load (hidden by the test)" in done.stdout, done.stderr
+
+
+def test_the_folder_is_not_the_triton_projects_package():
+    """`import triton_kernels` from the root raises, with the reason."""
+    done = python("-c", "import triton_kernels")
+    assert done.returncode != 0
+    assert done.stderr.strip().splitlines()[-1].startswith("ImportError: this folder is sslkern.triton_kernels")
+
+
+def test_both_gemm_routes_agree(native, tmp_path):
+    """SSLKERN_CPU_GEMM=mm and =onednn give the same values and gradients to rounding."""
+    code = """
+import sys, torch
+import sslkern
+from sslkern import ops
+torch.manual_seed(0)
+found = []
+for shape in ((260, 700), (700, 260), (2, 64, 64)):
+    a, b = (torch.randn(shape, requires_grad=True) for _ in range(2))
+    outputs = [*ops.covariance(a, "unbiased"), *ops.cross_correlation(a, b), sslkern.vicreg_loss(a, b)]
+    found += [*outputs, *torch.autograd.grad([out.sum() for out in outputs], [a, b])]
+torch.save([x.detach() for x in found], sys.argv[1])
+"""
+    results = []
+    for route in ("mm", "onednn"):
+        done = python("-c", code, str(tmp_path / route), SSLKERN_CPU_GEMM=route, SSLKERN_BACKEND="native")
+        assert done.returncode == 0, done.stderr
+        results.append(torch.load(tmp_path / route))
+    for x, y in zip(*results, strict=True):
+        assert (x - y).abs().max() <= 64 * torch.finfo(torch.float32).eps * y.abs().max()
+
+
+def test_use_restores_what_was():
+    """Nested, and after an exception; an unknown name is refused before anything changes."""
+    before = backends.forced()
+    with backends.use("reference"):
+        with backends.use("native"):
+            assert backends.forced() == "native"
+        assert backends.forced() == "reference"
+        with pytest.raises(KeyError), backends.use("native"):
+            raise KeyError
+        with pytest.raises(ValueError, match="must be one of"), backends.use("cuda"):
+            pass
+        assert backends.forced() == "reference"
+    assert backends.forced() == before
+
+
+def test_a_device_without_a_kernel():
+    """Meta tensors take the reference, shapes and dtypes included; a forced back-end that has no kernel raises."""
+    a, b = (torch.empty(6, 9, dtype=torch.bfloat16, device="meta", requires_grad=True) for _ in range(2))
+    loss = sslkern.vicreg_loss(a, b)
+    loss.backward()
+    assert loss.device.type == "meta" and a.grad.shape == (6, 9) and a.grad.dtype == torch.bfloat16
+    with backends.use("native"), pytest.raises(RuntimeError, match="The back-end 'native' was asked for"):
+        sslkern.vicreg_loss(a, b)
+
+
+def test_public_names():
+    """Everything in __all__ exists, and the ops are functions."""
+    for module in (sslkern, sslkern.ops, sslkern.losses, sslkern.metrics):
+        assert all(getattr(module, name, None) is not None for name in module.__all__)
+    assert callable(sslkern.ops.covariance) and callable(sslkern.ops.cross_correlation)

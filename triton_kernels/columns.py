@@ -1,0 +1,294 @@
+"""Column statistics, and the pass that centres, standardises and rounds the operands of the vendor GEMM.
+
+Sums over rows run in fp32 over 8 rows and in fp64 above. Programs are one warp that holds whole columns, so their bits
+depend neither on alignment nor on the rest of the stack.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gemm import empty_operand, store_planes
+
+CHUNKS = 32  # most row chunks of a reducing pass: every reader merges them itself, which saves a launch
+
+
+@triton.jit
+def place(d, COLS: tl.constexpr):
+    """Slice and columns of this program; the first grid axis runs over both."""
+    blocks = tl.cdiv(d, COLS)
+    pid = tl.program_id(0)
+    return (pid // blocks).to(tl.int64), ((pid % blocks) * COLS + tl.arange(0, COLS)).to(tl.int64)
+
+
+@triton.jit
+def tile_of(start, last, cols, d, ROWS: tl.constexpr):
+    """ROWS rows from `start` on, and the mask of their tile."""
+    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
+    return rows[:, None], (rows[:, None] < last) & (cols[None, :] < d)
+
+
+@triton.jit
+def load_rows(z, rows, row_stride, here):
+    """The tile of these rows and the columns at `z`, in fp32; zero outside."""
+    return tl.load(z[None, :] + rows * row_stride, mask=here, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def sum_chunks(parts, chunks, step, inside):
+    """Sum over the row chunks of fp64 partials, `step` apart, in order."""
+    total = tl.full(inside.shape, 0.0, tl.float64)
+    for chunk in range(chunks):
+        total += tl.load(parts + tl.cast(chunk, tl.int64) * step, mask=inside, other=0.0)
+    return total
+
+
+@triton.jit
+def _moments_of(z, row_stride, first, last, cols, out, d):
+    """Sum of z - pivot, and of its square, over rows first..last; the pivot is row 0."""
+    inside = cols < d
+    pivot = tl.load(z, mask=inside, other=0.0).to(tl.float32)
+    total = tl.full(inside.shape, 0.0, tl.float64)
+    square = tl.full(inside.shape, 0.0, tl.float64)
+    for start in range(first, last, 8):
+        row, here = tile_of(start, last, cols, d, 8)
+        x = tl.where(here, load_rows(z, row, row_stride, here) - pivot[None, :], 0.0)
+        part = tl.sum(x, 0)
+        count = tl.minimum(8, last - start).to(tl.float32)
+        rest = tl.where(here, x - (part / count)[None, :], 0.0)  # about the mean of 8 rows nothing is lost to the pivot
+        total += part.to(tl.float64)
+        square += part.to(tl.float64) * part.to(tl.float64) / count.to(tl.float64)
+        square += tl.sum(rest * rest, 0).to(tl.float64)
+    tl.store(out, total, mask=inside)
+    tl.store(out + d, square, mask=inside)
+
+
+@triton.jit
+def moments_kernel(
+    a,  # (S, N, D)
+    a_slice,
+    a_row,
+    a_col,
+    b,  # (S, N, D) or None
+    b_slice,
+    b_row,
+    b_col,
+    moments,  # (V, S, chunks, 2, D) fp64
+    slices,
+    n,
+    d,
+    rows,
+    COLS: tl.constexpr,
+):
+    s, cols = place(d, COLS)
+    chunk, chunks = tl.program_id(1), tl.num_programs(1)
+    first = chunk * rows
+    last = tl.minimum(first + rows, n)
+    out = moments + (s * chunks + chunk) * 2 * d + cols
+    _moments_of(a + s * a_slice + cols * a_col, a_row, first, last, cols, out, d)
+    if b is not None:
+        out += tl.cast(slices, tl.int64) * chunks * 2 * d
+        _moments_of(b + s * b_slice + cols * b_col, b_row, first, last, cols, out, d)
+
+
+@triton.jit
+def standardised(z, row, row_stride, here, high, low, factor):
+    """(z - mean) * factor; exactly zero outside."""
+    x = load_rows(z, row, row_stride, here) - high[None, :] - low[None, :]
+    return tl.where(here, x * factor[None, :], 0.0)
+
+
+@triton.jit
+def load_statistics(centre, spread, s, d, cols, STANDARDISE: tl.constexpr):
+    """Mean as high + low, and the factor of the operand, as the forward kept them."""
+    inside = cols < d
+    high = tl.load(centre + s * 2 * d + cols, mask=inside, other=0.0)
+    low = tl.load(centre + s * 2 * d + d + cols, mask=inside, other=0.0)
+    if STANDARDISE:
+        return high, low, tl.load(spread + s * d + cols, mask=inside, other=0.0)
+    else:
+        return high, low, tl.full(cols.shape, 1.0, tl.float32)
+
+
+@triton.jit
+def statistics(z, moments, centre, spread, s, n, d, cols, eps, STANDARDISE: tl.constexpr):
+    """The same from moments; the first chunk's program keeps them."""
+    if moments is None:
+        return load_statistics(centre, spread, s, d, cols, STANDARDISE)
+    else:
+        inside, chunks = cols < d, tl.num_programs(1)
+        moments += s * chunks * 2 * d + cols
+        total = sum_chunks(moments, chunks, 2 * d, inside)
+        about_mean = sum_chunks(moments + d, chunks, 2 * d, inside) - total * (total / n)
+        mean = tl.load(z, mask=inside, other=0.0).to(tl.float32).to(tl.float64) + total / n
+        high = mean.to(tl.float32)
+        low = (mean - high.to(tl.float64)).to(tl.float32)
+        if STANDARDISE:
+            width = (1.0 / tl.sqrt(about_mean / n + eps)).to(tl.float32)
+            factor = width
+        else:
+            width = (about_mean / (n - 1)).to(tl.float32)
+            factor = tl.full(cols.shape, 1.0, tl.float32)
+        keep = cols < tl.where(tl.program_id(1) == 0, d, 0)
+        tl.store(centre + s * 2 * d + cols, high, mask=keep)
+        tl.store(centre + s * 2 * d + d + cols, low, mask=keep)
+        tl.store(spread + s * d + cols, width, mask=keep)
+        return high, low, factor
+
+
+@triton.jit
+def operands_kernel(
+    a,  # (S, N, D)
+    a_slice,
+    a_row,
+    a_col,
+    b,  # (S, N, D) or None
+    b_slice,
+    b_row,
+    b_col,
+    moments,  # (V, S, chunks, 2, D) fp64 in the forward, None in the backward
+    centre,  # (V, S, 2, D), written in the forward, read in the backward
+    spread,  # (V, S, D) variance, or inv_std when STANDARDISE; likewise
+    products,  # (S, Q, chunks, D) fp64 in the forward: squares of a, b and a - b, or x * y when STANDARDISE
+    planes,  # (V, S, planes x N x D) operands
+    plane_slice,
+    plane_row,
+    plane_step,
+    slices,
+    n,
+    d,
+    rows,
+    eps,
+    PLANES_A: tl.constexpr,
+    PLANES_B: tl.constexpr,
+    STANDARDISE: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    s, cols = place(d, COLS)
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, n)
+    a += s * a_slice + cols * a_col
+    high_a, low_a, factor_a = statistics(a, moments, centre, spread, s, n, d, cols, eps, STANDARDISE)
+    if b is not None:
+        b += s * b_slice + cols * b_col
+        high_b, low_b, factor_b = statistics(b, moments, centre, spread, s + slices, n, d, cols, eps, STANDARDISE)
+        planes_b = planes + (s + slices) * plane_slice + cols
+    planes_a = planes + s * plane_slice + cols
+    total_a = tl.full(cols.shape, 0.0, tl.float64)
+    total_b = tl.full(cols.shape, 0.0, tl.float64)
+    total_d = tl.full(cols.shape, 0.0, tl.float64)
+    for start in range(first, last, 4):  # 8 rows of two views spill
+        row, here = tile_of(start, last, cols, d, 4)
+        x = standardised(a, row, a_row, here, high_a, low_a, factor_a)
+        x = store_planes(planes_a[None, :] + row * plane_row, x, here, plane_step, PLANES_A)
+        y = x
+        if b is not None:
+            y = standardised(b, row, b_row, here, high_b, low_b, factor_b)
+            y = store_planes(planes_b[None, :] + row * plane_row, y, here, plane_step, PLANES_B)
+        if STANDARDISE:
+            total_a += tl.sum(x * y, 0).to(tl.float64)
+        else:
+            total_a += tl.sum(x * x, 0).to(tl.float64)
+            if b is not None:
+                difference = load_rows(a, row, a_row, here) - load_rows(b, row, b_row, here)
+                total_b += tl.sum(y * y, 0).to(tl.float64)
+                total_d += tl.sum(difference * difference, 0).to(tl.float64)
+    if products is not None:
+        step = tl.cast(tl.num_programs(1), tl.int64) * d
+        three: tl.constexpr = b is not None and not STANDARDISE
+        to = products + s * (3 if three else 1) * step + tl.program_id(1) * d + cols
+        tl.store(to, total_a, mask=cols < d)
+        if three:
+            tl.store(to + step, total_b, mask=cols < d)
+            tl.store(to + 2 * step, total_d, mask=cols < d)
+
+
+def moments(views: list[Tensor]) -> Tensor:
+    """Sums of the (S, N, D) views about their first rows and of their squares, per row chunk, (V, S, chunks, 2, D)."""
+    a, b = views[0], views[1] if len(views) == 2 else None
+    s, n, d = a.shape
+    rows, chunks = launch.chunking(n, CHUNKS)
+    out = launch.workspace(a, len(views), s, chunks, 2, d, dtype=torch.float64)
+    cols = launch.columns_per_program(a)
+    moments_kernel[(s * triton.cdiv(d, cols), chunks)](
+        *launch.strided(a), *launch.strided(b), out, s, n, d, rows, COLS=cols, num_warps=1
+    )
+    return out
+
+
+def operands(
+    views: list[Tensor],
+    sums: Tensor | None,
+    centre: Tensor,
+    spread: Tensor,
+    planes: tuple[str, str],
+    along: str,
+    eps: float | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """Operands of the GEMM, (V S, ., .), and products per chunk. Standardises where eps is given.
+
+    With `sums` (the forward) centre and spread are written, without (the backward) they are read.
+    """
+    a, b = views[0], views[1] if len(views) == 2 else None
+    s, n, d = a.shape
+    rows, chunks = launch.chunking(n, CHUNKS)
+    operand, step = empty_operand(a, len(views) * s, n, d, planes[0], along)
+    count = 1 if b is None or eps is not None else 3
+    products = None if sums is None else launch.workspace(a, s, count, chunks, d, dtype=torch.float64)
+    cols = launch.columns_per_program(a)
+    operands_kernel[(s * triton.cdiv(d, cols), chunks)](
+        *launch.strided(a),
+        *launch.strided(b),
+        sums,
+        centre,
+        spread,
+        products,
+        operand,
+        operand.stride(0),
+        operand.stride(1),
+        step,
+        s,
+        n,
+        d,
+        rows,
+        eps or 0.0,
+        PLANES_A=planes[0],
+        PLANES_B=planes[1],
+        STANDARDISE=eps is not None,
+        COLS=cols,
+        num_warps=1,
+    )
+    return operand, products
+
+
+def _moments_case(name: str, views: tuple[dict, dict], cols: int) -> launch.CompileCase:
+    pointers, constants = views
+    return launch.CompileCase(name, moments_kernel, {**pointers, "moments": "*fp64"}, {**constants, "COLS": cols})
+
+
+def _operands_case(name: str, views: tuple[dict, dict], cols: int, planes: str, standardise: bool, forward: bool):
+    pointers, constants = views
+    kept = {"centre": "*fp32", "spread": "*fp32", "planes": "*fp32" if planes == "f" else "*bf16"}
+    sums = {"moments": "*fp64", "products": "*fp64"} if forward else {}
+    absent = {} if forward else {"moments": None, "products": None}
+    tile = {"PLANES_A": planes, "PLANES_B": planes, "STANDARDISE": standardise, "COLS": cols}
+    return launch.CompileCase(
+        name, operands_kernel, {**pointers, **kept, **sums}, {**constants, **absent, **tile}, floats=("eps",)
+    )
+
+
+COMPILE_CASES = [
+    _moments_case("moments_one_view", launch.one_view("*fp32"), 128),
+    _moments_case("moments_two_views", launch.two_views("*fp32"), 128),
+    _moments_case("moments_bf16", launch.two_views("*bf16"), 256),
+    _operands_case("operands_one_view", launch.one_view("*fp32"), 128, "f", False, True),
+    _operands_case("operands_two_views", launch.two_views("*fp32"), 128, "f", False, True),
+    _operands_case("operands_bf16x3", launch.two_views("*fp32"), 128, "lhd", False, True),
+    _operands_case("operands_bf16", launch.two_views("*bf16"), 256, "h", False, True),
+    _operands_case("operands_standardised", launch.two_views("*fp32"), 128, "lhd", True, True),
+    _operands_case("operands_backward", launch.two_views("*fp32"), 128, "hlh", True, False),
+]

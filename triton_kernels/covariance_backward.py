@@ -1,0 +1,286 @@
+"""Backward of covariance and VICReg: one GEMM per view, and one pass that makes the gradient of it."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
+from .gemm import multiply, planes_for, split
+from .gram import row_sums
+
+
+class Coefficients(NamedTuple):
+    """Factors of the terms of the gradient, each to be multiplied by the incoming gradient of its slice."""
+
+    product: float  # of Gram times Zc
+    variance: float  # of v_j z_ij
+    trace: float  # of (sum v - v_j) z_ij
+    cubic: float  # of |z_i|^2 z_ij - z_ij^3, centred
+    direct: float  # of grad_variance_j z_ij
+    pull: float = 0.0  # of this - other
+    hinge: float = 0.0  # of [std < gamma] / std z_ij
+    gamma: float = 0.0
+    eps: float = 0.0
+
+    @classmethod
+    def of(cls, n: int, unbiased: bool, dual: bool, weight: float = 1.0) -> Coefficients:
+        """Those of `weight` times offdiag."""
+        c = (n - 1) / (n * (n - 2) * (n - 3)) if unbiased else 0.0
+        plugin = weight * (c * (n - 1) * (n - 2) if unbiased else 1.0)
+        return cls(
+            product=4 / (n - 1) ** (2 if dual else 1) * plugin,
+            variance=-4 / (n - 1) * plugin if dual else 0.0,
+            trace=4 * c / (n - 1) * weight,
+            cubic=-4 * c * n / (n - 1) * weight,
+            direct=2 / (n - 1),
+        )
+
+
+@triton.jit
+def _sum_cubic(z, z_row, centre, row_sq, out, at, n, d, rows, cols):
+    """Sum over a chunk of rows of |z_i|^2 z_ij - z_ij^3, for the view and slice `at`."""
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, n)
+    high, low, factor = load_statistics(centre, centre, at, d, cols, False)
+    acc = tl.full(cols.shape, 0.0, tl.float64)
+    for start in range(first, last, 8):
+        row, here = tile_of(start, last, cols, d, 8)
+        x = standardised(z, row, z_row, here, high, low, factor)
+        norm = tl.load(row_sq + at * n + row, mask=row < last, other=0.0)
+        acc += tl.sum(norm * x - x * x * x, 0).to(tl.float64)
+    tl.store(out + (at * tl.num_programs(1) + tl.program_id(1)) * d + cols, acc, mask=cols < d)
+
+
+@triton.jit
+def cubic_kernel(
+    a,  # (S, N, D)
+    a_slice,
+    a_row,
+    a_col,
+    b,  # (S, N, D) or None
+    b_slice,
+    b_row,
+    b_col,
+    centre,  # (V, S, 2, D)
+    row_sq,  # (V, S, N)
+    cubic,  # (V, S, chunks, D) fp64
+    slices,
+    n,
+    d,
+    rows,
+    COLS: tl.constexpr,
+):
+    s, cols = place(d, COLS)
+    _sum_cubic(a + s * a_slice + cols * a_col, a_row, centre, row_sq, cubic, s, n, d, rows, cols)
+    if b is not None:
+        _sum_cubic(b + s * b_slice + cols * b_col, b_row, centre, row_sq, cubic, s + slices, n, d, rows, cols)
+
+
+@triton.jit
+def _hinge_slope(variance, at, d, cols, gamma, eps):
+    """[std < gamma] / std, minus twice the derivative of the hinge with respect to the variance."""
+    std = tl.sqrt(tl.load(variance + at * d + cols, mask=cols < d, other=0.0) + eps)
+    return tl.where(std < gamma, 1.0 / std, 0.0)
+
+
+@triton.jit
+def _column_factor(column, variance, trace, at, d, cols, variance_coeff, trace_coeff):
+    """What multiplies z_ij beside the Gram product; `column` is the part of the incoming variance gradient."""
+    v = tl.load(variance + at * d + cols, mask=cols < d, other=0.0)
+    column += variance_coeff * v
+    if trace is not None:
+        column += trace_coeff * (tl.load(trace + at) - v)
+    return column
+
+
+@triton.jit
+def _view_gradient(
+    z,
+    z_row,
+    other,
+    other_row,
+    out,
+    product,
+    product_row,
+    centre,
+    row_sq,
+    cubic,
+    column,
+    at,
+    n,
+    d,
+    rows,
+    chunks,
+    cols,
+    product_coeff,
+    cubic_coeff,
+    pull_coeff,
+):
+    first = tl.program_id(1) * rows
+    last = tl.minimum(first + rows, n)
+    high, low, one = load_statistics(centre, centre, at, d, cols, False)
+    if cubic is not None:
+        mean = (sum_chunks(cubic + at * chunks * d + cols, chunks, d, cols < d) / n).to(tl.float32)
+    for start in range(first, last, 8):
+        row, here = tile_of(start, last, cols, d, 8)
+        x = standardised(z, row, z_row, here, high, low, one)
+        g = product_coeff * load_rows(product, row, product_row, here) + column[None, :] * x
+        if cubic is not None:
+            norm = tl.load(row_sq + at * n + row, mask=row < last, other=0.0)
+            g += cubic_coeff * (norm * x - x * x * x - mean[None, :])
+        if other is not None:
+            g += pull_coeff * (load_rows(z, row, z_row, here) - load_rows(other, row, other_row, here))
+        tl.store(out[None, :] + row * d, g.to(out.dtype.element_ty), mask=here)
+
+
+@triton.jit
+def gradient_kernel(
+    a,  # (S, N, D)
+    a_slice,
+    a_row,
+    a_col,
+    b,  # (S, N, D) or None
+    b_slice,
+    b_row,
+    b_col,
+    grad_a,  # (S, N, D), None where not needed
+    grad_b,
+    product,  # (V, S, N, D), rows pitched
+    product_slice,
+    product_row,
+    centre,  # (V, S, 2, D)
+    variance,  # (V, S, D)
+    row_sq,  # (V, S, N), None unless unbiased, as the next two
+    cubic,  # (V, S, chunks, D) fp64
+    trace,  # (V, S)
+    grad,  # (S,) of offdiag, or of the loss
+    grad_slice,
+    grad_variance,  # (S, D), or None for VICReg, whose hinge takes its place
+    gv_slice,
+    gv_col,
+    slices,
+    n,
+    d,
+    rows,
+    chunks,
+    product_coeff,  # the Coefficients, in their order
+    variance_coeff,
+    trace_coeff,
+    cubic_coeff,
+    direct_coeff,
+    pull_coeff,
+    hinge_coeff,
+    gamma,
+    eps,
+    COLS: tl.constexpr,
+):
+    s, cols = place(d, COLS)
+    sb = s + slices
+    g = tl.load(grad + s * grad_slice).to(tl.float32)
+    a += s * a_slice + cols * a_col
+    if grad_variance is not None:
+        to = grad_variance + s * gv_slice + cols * gv_col
+        column_a = direct_coeff * tl.load(to, mask=cols < d, other=0.0).to(tl.float32)
+    else:
+        b += s * b_slice + cols * b_col
+        column_a = hinge_coeff * g * _hinge_slope(variance, s, d, cols, gamma, eps)
+        column_b = hinge_coeff * g * _hinge_slope(variance, sb, d, cols, gamma, eps)
+    if grad_a is not None:
+        column = _column_factor(column_a, variance, trace, s, d, cols, variance_coeff * g, trace_coeff * g)
+        _view_gradient(
+            a, a_row, b, b_row, grad_a + s * n * d + cols, product + s * product_slice + cols, product_row,
+            centre, row_sq, cubic, column, s, n, d, rows, chunks, cols,
+            product_coeff * g, cubic_coeff * g, pull_coeff * g,
+        )  # fmt: skip
+    if grad_b is not None:
+        column = _column_factor(column_b, variance, trace, sb, d, cols, variance_coeff * g, trace_coeff * g)
+        _view_gradient(
+            b, b_row, a, a_row, grad_b + s * n * d + cols, product + sb * product_slice + cols, product_row,
+            centre, row_sq, cubic, column, sb, n, d, rows, chunks, cols,
+            product_coeff * g, cubic_coeff * g, pull_coeff * g,
+        )  # fmt: skip
+
+
+def backward(
+    views: list[Tensor],
+    needed: list[bool],
+    saved: tuple[Tensor, Tensor, Tensor, Tensor],
+    grad: Tensor,
+    grad_variance: Tensor | None,
+    coefficients: Coefficients,
+    unbiased: bool,
+    dual: bool,
+) -> list[Tensor]:
+    """Gradients of the (..., N, D) views that are needed, empty ones for the others."""
+    centre, variance, gram, row_sq = (t.contiguous() for t in saved)
+    grads = [torch.empty_like(z, memory_format=torch.contiguous_format) if w else z.new_empty(0)
+             for z, w in zip(views, needed, strict=True)]  # fmt: skip
+    views = [launch.slices(z) for z in views]
+    grad = grad.reshape(-1)
+    a, b = views[0], views[1] if len(views) == 2 else None
+    s, n, d = a.shape
+    m, cols = gram.shape[-1], launch.columns_per_program(a)
+    cubic = trace = None
+    with launch.on_device(a):
+        product = launch.pitched(a, len(views) * s, n, d)
+        role, along = ("right", "rows") if dual else ("left", "columns")
+        operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
+        gram = gram.view(-1, m, m)
+        if dual:
+            multiply(split(gram, "left", "columns"), operand, product)
+        else:
+            multiply(operand, split(gram, "right", "rows"), product)
+        chunk_rows, chunks = launch.chunking(n, CHUNKS)
+        blocks = s * triton.cdiv(d, cols)
+        if unbiased:
+            cubic = launch.workspace(a, len(views), s, chunks, d, dtype=torch.float64)
+            cubic_kernel[(blocks, chunks)](
+                *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, chunk_rows,
+                COLS=cols, num_warps=1,
+            )  # fmt: skip
+            trace = row_sums(variance)
+        rows, parts = launch.chunking(n, 4096)
+        gv = (None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())
+        outputs = [g if w else None for g, w in zip(grads, needed, strict=True)] + [None]
+        gradient_kernel[(blocks, parts)](
+            *launch.strided(a), *launch.strided(b), outputs[0], outputs[1],
+            product, product.stride(0), product.stride(1), centre, variance,
+            row_sq if unbiased else None, cubic, trace, grad, grad.stride(0), *gv,
+            s, n, d, rows, chunks, *coefficients, COLS=cols, num_warps=1,
+        )  # fmt: skip
+    return grads
+
+
+def _gradient_case(name: str, views: tuple[dict, dict], cols: int, grads: dict, absent: dict) -> launch.CompileCase:
+    pointers, constants = views
+    saved = {key: "*fp32" for key in ("product", "centre", "variance", "grad")} | {"cubic": "*fp64"}
+    saved |= {key: "*fp32" for key in ("row_sq", "trace", "grad_variance")}
+    saved = {key: value for key, value in saved.items() if key not in absent}
+    coefficients = tuple(f"{name}_coeff" for name in Coefficients._fields[:-2]) + Coefficients._fields[-2:]
+    constants = {**constants, **absent, "COLS": cols}
+    return launch.CompileCase(name, gradient_kernel, {**pointers, **grads, **saved}, constants, floats=coefficients)
+
+
+_PLUGIN = {"row_sq": None, "cubic": None, "trace": None}
+_CUBIC = {"centre": "*fp32", "row_sq": "*fp32", "cubic": "*fp64"}
+_NO_VARIANCE = {"grad_variance": None, "gv_slice": 0, "gv_col": 0}
+_BOTH = {"grad_a": "*fp32", "grad_b": "*fp32"}
+_ONE = {"grad_b": None, "gv_col": 1}
+COMPILE_CASES = [
+    _gradient_case("covariance_gradient", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE | _PLUGIN),
+    _gradient_case("covariance_gradient_unbiased", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE),
+    _gradient_case("vicreg_gradient", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE | _PLUGIN),
+    _gradient_case("vicreg_gradient_unbiased", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE),
+    launch.CompileCase(
+        "cubic",
+        cubic_kernel,
+        {"a": "*fp32", "b": "*fp32", **_CUBIC},
+        {"a_col": 1, "b_col": 1, "COLS": 128},
+    ),
+]

@@ -1,0 +1,140 @@
+"""Vendor GEMMs in the precision that torch's own switch asks for, and the bf16 planes they take.
+
+An fp32 matrix is handed over as fp32 (ieee), as one bf16 plane, or (bf16x3) as bf16 planes of its high and low halves
+laid side by side along the summed index, so that one GEMM with fp32 output sums all their products.
+"""
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+
+# per role, the planes along the summed index: f fp32, h high, l low, d half of high
+PLANES = {
+    "ieee": {"symmetric": "f", "left": "f", "right": "f"},
+    "bf16x3": {"symmetric": "lhd", "left": "hhl", "right": "hlh"},
+    "bf16": {"symmetric": "h", "left": "h", "right": "h"},
+}
+LOOPED_SLICES = (
+    16  # up to here one GEMM per slice: it may split its sum over the SMs, and gives the bits of the slice alone
+)
+
+
+def precision() -> str:
+    """ieee, bf16x3 or bf16, from torch's switch; torch 2.11 to 2.13 report "medium" as tf32 in the newer setting."""
+    setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
+    if setting in ("ieee", "bf16"):
+        return setting
+    try:
+        legacy = torch.get_float32_matmul_precision()
+    except RuntimeError:  # torch refuses once the newer setting was used
+        legacy = "high"
+    if setting == "tf32" and legacy == "highest":
+        legacy = "high"
+    return {"highest": "ieee", "high": "bf16x3", "medium": "bf16"}[legacy]
+
+
+def planes_for(role: str) -> str:
+    return PLANES[precision()][role]
+
+
+def empty_operand(z: Tensor, slices: int, n: int, d: int, planes: str, along: str) -> tuple[Tensor, int]:
+    """Room for an operand, planes side by side ("columns") or below each other ("rows"), and a plane's step."""
+    dtype = torch.float32 if planes == "f" else torch.bfloat16
+    if along == "columns":
+        return launch.pitched(z, slices, n, len(planes) * d, dtype), d
+    operand = launch.pitched(z, slices, len(planes) * n, d, dtype)
+    return operand, n * operand.stride(1)
+
+
+@triton.jit
+def store_planes(out, x, here, step, PLANES: tl.constexpr):
+    """Store the planes of fp32 x, and return what they hold together."""
+    if PLANES == "f":
+        tl.store(out, x, mask=here)
+        return x
+    else:
+        high = x.to(tl.bfloat16).to(tl.float32)
+        if PLANES == "h":
+            tl.store(out, high.to(tl.bfloat16), mask=here)
+            return high
+        else:
+            low = (x - high).to(tl.bfloat16).to(tl.float32)
+            for p in tl.static_range(3):
+                if PLANES[p] == "h":
+                    plane = high
+                elif PLANES[p] == "l":
+                    plane = low
+                else:
+                    plane = high * 0.5
+                tl.store(out + p * tl.cast(step, tl.int64), plane.to(tl.bfloat16), mask=here)
+            return high + low
+
+
+@triton.jit
+def split_kernel(
+    gram,  # (S, M, M)
+    planes,  # (S, planes x M x M)
+    plane_slice,
+    plane_row,
+    plane_step,
+    m,
+    PLANES: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    blocks = tl.cdiv(m, COLS)
+    pid = tl.program_id(0)
+    s = (pid // blocks).to(tl.int64)
+    row = (tl.program_id(1) * 8 + tl.arange(0, 8)).to(tl.int64)[:, None]
+    cols = ((pid % blocks) * COLS + tl.arange(0, COLS))[None, :]
+    here = (row < m) & (cols < m)
+    x = tl.load(gram + (s * m + row) * m + cols, mask=here, other=0.0)
+    store_planes(planes + s * plane_slice + row * plane_row + cols, x, here, plane_step, PLANES)
+
+
+def split(gram: Tensor, role: str, along: str) -> Tensor:
+    """The operand of a (S, M, M) fp32 matrix; itself where it is taken as fp32."""
+    planes = planes_for(role)
+    if planes == "f":
+        return gram
+    count, m = gram.shape[:2]
+    operand, step = empty_operand(gram, count, m, m, planes, along)
+    cols = launch.columns_per_program(gram)
+    grid = (count * triton.cdiv(m, cols), triton.cdiv(m, 8))
+    split_kernel[grid](
+        gram, operand, operand.stride(0), operand.stride(1), step, m, PLANES=planes, COLS=cols, num_warps=1
+    )
+    return operand
+
+
+def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
+    """x y of (S, ., .) fp32 or bf16 operands, in fp32. The `out` overloads are left alone by autocast."""
+    if x.is_cuda and x.shape[0] > LOOPED_SLICES:
+        if x.dtype == torch.float32:
+            return torch.bmm(x, y, out=out)
+        return torch.ops.aten.bmm.dtype_out(x, y, torch.float32, out=out)
+    for s in range(x.shape[0]):
+        if x.dtype == torch.float32:
+            torch.mm(x[s], y[s], out=out[s])
+        elif x.is_cuda:
+            torch.ops.aten.mm.dtype_out(x[s], y[s], torch.float32, out=out[s])
+        else:  # the interpreter: a CPU has no bf16 GEMM with fp32 output
+            torch.mm(x[s].float(), y[s].float(), out=out[s])
+    return out
+
+
+def symmetric_product(z: Tensor, n: int, d: int, dual: bool) -> Tensor:
+    """ZZ' (dual) or Z'Z of a "symmetric" operand; of bf16x3 planes the M = LH' + HH'/2 with M + M' = ZZ'."""
+    m = n if dual else d
+    x, k = (z, d) if dual else (z.mT, n)
+    left, right = (x[..., : 2 * k], x[..., k:]) if x.shape[-1] == 3 * k else (x, x)
+    return multiply(left, right.mT, launch.workspace(z, z.shape[0], m, m))
+
+
+COMPILE_CASES = [
+    launch.CompileCase("split", split_kernel, {"gram": "*fp32", "planes": "*bf16"}, {"PLANES": "hhl", "COLS": 128})
+]

@@ -1,0 +1,88 @@
+"""What every launcher shares: registration, the tile table, slices, chunks of rows, and workspaces."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from sslkern import backend
+
+DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+
+
+def register(name: str, function: Callable) -> None:
+    """Make `function` the Triton kernel `name`; on CPU tensors too, where the interpreter runs."""
+    backend.implement("triton", name, function, *DEVICES)
+
+
+def falls_back(z: Tensor) -> bool:
+    """fp64 is torch's own path, and an empty stack has nothing to launch: both run the reference."""
+    return z.dtype == torch.float64 or z.numel() == 0
+
+
+def on_device(z: Tensor) -> AbstractContextManager:
+    """Launches go to the current device, which need not be that of `z`."""
+    return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
+
+
+def slices(z: Tensor) -> Tensor:
+    """(..., N, D) as (S, N, D), without a copy wherever strides allow it."""
+    return z.reshape(-1, *z.shape[-2:])
+
+
+def strided(z: Tensor | None) -> tuple:
+    """A (S, N, D) input as the kernels take it: pointer, slice stride, row stride, column stride."""
+    return (None, 0, 0, 0) if z is None else (z, *z.stride())
+
+
+def columns_per_program(z: Tensor) -> int:
+    """One warp with a 16-byte load per thread and row."""
+    return 512 // z.element_size()
+
+
+def chunking(n: int, most: int) -> tuple[int, int]:
+    """(rows per chunk, chunks): at least 32 rows, at most `most` chunks. From N alone, so a stack changes no bits."""
+    rows = max(32, triton.cdiv(triton.cdiv(n, most), 8) * 8)
+    return rows, triton.cdiv(n, rows)
+
+
+def workspace(z: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A fresh contiguous tensor on the device of `z`."""
+    return torch.empty(shape, dtype=dtype, device=z.device)
+
+
+def pitched(z: Tensor, slices: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
+    """A fresh (S, rows, columns) whose rows start at 16 bytes: vector loads, and the same GEMM for every slice."""
+    return workspace(z, slices, rows, triton.cdiv(columns, 8) * 8, dtype=dtype)[..., :columns]
+
+
+class CompileCase(NamedTuple):
+    """A kernel as a typical launch compiles it: what `tests/test_compile_only.py` compiles with no GPU."""
+
+    name: str
+    kernel: Callable
+    pointers: dict[str, str]
+    constants: dict[str, object]
+    warps: int = 1
+    floats: tuple[str, ...] = ()
+
+    def signature(self) -> dict[str, str]:
+        """Type per argument: 32-bit integers but for the pointers, constants and floats."""
+        special = {**self.pointers, **dict.fromkeys(self.constants, "constexpr"), **dict.fromkeys(self.floats, "fp32")}
+        return {name: special.get(name, "i32") for name in self.kernel.arg_names}
+
+
+def one_view(dtype: str, **pointers: str) -> tuple[dict[str, str], dict[str, object]]:
+    """Pointers and constants of a kernel that gets one row-major view, `b` being absent."""
+    return {"a": dtype, **pointers}, {"a_col": 1, "b": None, "b_slice": 0, "b_row": 0, "b_col": 0}
+
+
+def two_views(dtype: str, **pointers: str) -> tuple[dict[str, str], dict[str, object]]:
+    """The same for two views."""
+    return {"a": dtype, "b": dtype, **pointers}, {"a_col": 1, "b_col": 1}
