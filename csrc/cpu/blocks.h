@@ -8,6 +8,7 @@ namespace sslkern {
 
 constexpr int64_t kColumnBlock = 1 << 19;  // numbers in a block of columns: 2 MB, beside its product in L2 and L3
 constexpr int64_t kRowBlock = 3 << 18;     // numbers in a block of rows
+constexpr int64_t kTileRows = 64;          // with kBlockCols fp32 columns, 32 KB: L1
 
 inline int64_t round_up(int64_t x, int64_t to) {
   return ceil_div(x, to) * to;
@@ -17,11 +18,14 @@ inline Tensor reshaped(Tensor& flat, int64_t rows, int64_t cols) {
   return stable::view(stable::narrow(flat, 0, 0, rows * cols), {rows, cols});
 }
 
+// A block is at most half of the matrix, so that with its product it takes no more than the matrix did.
+//
 // f(block, j0, j1) over column blocks that hold all rows, for `count` matrices at once: block[k] is (N, j1 - j0). Fewer
 // than 1024 columns at a time would spend it on adding products up.
 template <class T, class F>
 void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, const F& f) {
-  const int64_t width = std::min(d, round_up(std::max<int64_t>(kColumnBlock / n, 1024), kBlockCols));
+  const int64_t wanted = std::max<int64_t>(kColumnBlock / n, 1024);
+  const int64_t width = std::min(d, round_up(std::min(wanted, ceil_div(d, 2)), kBlockCols));
   std::vector<Tensor> flat, block(count, like);
   for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {n * width}, dtype_of<T>()));
   for (int64_t j0 = 0; j0 < d; j0 += width) {
@@ -34,7 +38,8 @@ void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, cons
 // f(block, i0, i1) over row blocks that hold all columns: block[k] is (i1 - i0, D), or (D, i1 - i0) where `transpose`.
 template <class T, class F>
 void for_row_blocks(const Tensor& like, int64_t n, int64_t d, int count, bool transpose, const F& f) {
-  const int64_t height = std::min(n, round_up(std::max<int64_t>(kRowBlock / d, 2048), kBlockRows));
+  const int64_t wanted = std::max<int64_t>(kRowBlock / d, 2048);
+  const int64_t height = std::min(n, round_up(std::min(wanted, ceil_div(n, 2)), kTileRows));
   std::vector<Tensor> flat, block(count, like);
   for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {height * d}, dtype_of<T>()));
   for (int64_t i0 = 0; i0 < n; i0 += height) {
@@ -56,12 +61,13 @@ void for_column_parts(int64_t begin, int64_t end, int64_t rows, const F& f) {
   });
 }
 
-// f(part, i0, i1) in parallel over parts of at most kBlockRows rows of [begin, end); begin is a multiple of kBlockRows.
+// f(part, i0, i1) in parallel over the rows of [begin, end), cut at the multiples of kBlockRows.
 template <class F>
 void for_row_parts(int64_t begin, int64_t end, int64_t cols, const F& f) {
   const int64_t first_part = begin / kBlockRows, grain = ceil_div(16384, cols * kBlockRows);
   stable::parallel_for(first_part, ceil_div(end, kBlockRows), grain, [&](int64_t first, int64_t last) {
-    for (int64_t part = first; part < last; ++part) f(part, part * kBlockRows, std::min(end, (part + 1) * kBlockRows));
+    for (int64_t part = first; part < last; ++part)
+      f(part, std::max(begin, part * kBlockRows), std::min(end, (part + 1) * kBlockRows));
   });
 }
 
@@ -194,8 +200,6 @@ class RowPass {
   }
 
  private:
-  static constexpr int64_t kTileRows = 64;  // with kBlockCols fp32 columns, 32 KB: L1
-
   int64_t parts() const {
     return ceil_div(z_.rows, kBlockRows);
   }
@@ -206,8 +210,10 @@ class RowPass {
     for_row_parts(begin, end, z_.cols, [&](int64_t part, int64_t i0, int64_t i1) {
       std::vector<T> scratch;
       T* sums = data<T>(sums_) + part * z_.cols;
-      std::fill_n(sums, z_.cols, T(0));
-      fourth_[part] = 0;
+      if (i0 == part * kBlockRows) {
+        std::fill_n(sums, z_.cols, T(0));
+        fourth_[part] = 0;
+      }
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = std::min(kTileRows, i1 - i);
         for (int64_t j0 = 0; j0 < z_.cols; j0 += kBlockCols) {

@@ -21,7 +21,11 @@ def participation_ratio(z: Tensor | tuple[Tensor, Tensor]) -> Tensor:
 
     Source: Gao et al., A theory of multineuronal dimensionality (2017).
     """
-    variance, offdiag = covariance(z) if isinstance(z, Tensor) else z
+    if isinstance(z, Tensor):
+        z = covariance(z)
+    if not (isinstance(z, tuple) and len(z) == 2 and all(isinstance(part, Tensor) for part in z)):
+        raise TypeError(f"z must be a torch.Tensor or the pair (variance, offdiag), got {type(z).__name__}.")
+    variance, offdiag = z
     return variance.sum(-1).square() / (offdiag + variance.square().sum(-1))
 
 

@@ -6,11 +6,12 @@ from typing import Literal
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
 
 from ..backend import declare, pick
 from ..reference import covariance as _reference
 from . import _checks
+from ._autograd import first_order
 
 Estimator = Literal["plugin", "unbiased"]
 Form = Literal["auto", "primal", "dual"]
@@ -46,7 +47,7 @@ class _Covariance(torch.autograd.Function):
         return variance, offdiag
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_variance, grad_offdiag):
         z, centre, variance, gram, row_sq = ctx.saved_tensors
         kernel = pick("covariance_bwd", z)
@@ -66,7 +67,7 @@ class _VICReg(torch.autograd.Function):
         return loss, terms
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_loss, _):
         a, b, centre, variance, gram, row_sq = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
+
 
 from ..backend import declare, pick
 from ..reference import cross_correlation as _reference
 from . import _checks
+from ._autograd import first_order
 from .covariance import Form, takes_dual
 
 declare(
@@ -31,7 +32,7 @@ class _CrossCorrelation(torch.autograd.Function):
         return diagonal, offdiag
 
     @staticmethod
-    @once_differentiable
+    @first_order
     def backward(ctx, grad_diagonal, grad_offdiag):
         a, b, centre, inv_std, diagonal, gram = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
