@@ -38,17 +38,31 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// A new tensor, uninitialised. Large ones get huge pages before the first write: touching 51 MB page by page takes
-// 12 ms, the pass that fills it 1.8 ms.
+// Huge pages for a large allocation, first touched by all threads alike. Page by page, touching 51 MB takes 12 ms, and
+// the pass that fills it 1.8 ms; and where half of the memory is new, static scheduling gives one thread all of its
+// faults.
+inline void prepare_pages(void* memory, int64_t bytes) {
+#if defined(__linux__) && defined(MADV_HUGEPAGE)
+  constexpr uintptr_t page = 4096, huge = 1 << 21;
+  const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) & ~(page - 1);
+  const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(page - 1);
+  if (end < begin + 2 * huge) return;
+  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
+  const int64_t threads = stable::get_num_threads();
+  stable::parallel_for(0, threads, 1, [=](int64_t first, int64_t last) {
+    for (uintptr_t chunk = begin; chunk < end; chunk += huge) {
+      const int64_t owner = static_cast<int64_t>((chunk - begin) / huge) % threads;
+      if (owner < first || owner >= last) continue;
+      for (uintptr_t p = chunk; p < std::min(end, chunk + huge); p += page) *reinterpret_cast<volatile char*>(p) = 0;
+    }
+  });
+#endif
+}
+
+// A new tensor, uninitialised, about to be written in full.
 inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   Tensor out = stable::new_empty(like, shape, dtype);
-#if defined(__linux__) && defined(MADV_HUGEPAGE)
-  constexpr uintptr_t page = 4096, worthwhile = 1 << 21;
-  uintptr_t begin = (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + page - 1) & ~(page - 1);
-  uintptr_t end =
-      (reinterpret_cast<uintptr_t>(out.mutable_data_ptr()) + out.numel() * out.element_size()) & ~(page - 1);
-  if (end > begin + worthwhile) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-#endif
+  prepare_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   return out;
 }
 

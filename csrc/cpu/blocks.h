@@ -8,7 +8,8 @@ namespace sslkern {
 
 constexpr int64_t kColumnBlock = 1 << 19;  // numbers in a block of columns: 2 MB, beside its product in L2 and L3
 constexpr int64_t kRowBlock = 3 << 18;     // numbers in a block of rows
-constexpr int64_t kTileRows = 64;          // with kBlockCols fp32 columns, 32 KB: L1
+constexpr int64_t kTileRows = 64;          // 64 x 128 fp32 numbers are 32 KB: L1
+constexpr int64_t kTileCols = 128;
 
 inline int64_t round_up(int64_t x, int64_t to) {
   return ceil_div(x, to) * to;
@@ -163,7 +164,7 @@ class RowPass {
   void centre(int64_t i0, int64_t i1, const T* scale, T* block, bool transpose, T* row_sq) {
     const int64_t d = z_.cols, height = i1 - i0;
     each_tile(i0, i1, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
-      T small[kTileRows * kBlockCols];
+      T small[kTileRows * kTileCols];
       T* out = transpose ? small : block + (i - i0) * d + j0;
       const int64_t out_ld = transpose ? cols : d;
       centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
@@ -180,7 +181,7 @@ class RowPass {
 
   void cubic_means(const T* row_sq, T* mean) {
     each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
-      T small[kTileRows * kBlockCols], ignored[kBlockCols] = {};
+      T small[kTileRows * kTileCols], ignored[kTileCols] = {};
       centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, small, cols, ignored);
       cubic_rows(small, cols, rows, cols, row_sq + i, sum);
     });
@@ -216,8 +217,8 @@ class RowPass {
       }
       for (int64_t i = i0; i < i1; i += kTileRows) {
         const int64_t rows = std::min(kTileRows, i1 - i);
-        for (int64_t j0 = 0; j0 < z_.cols; j0 += kBlockCols) {
-          const int64_t cols = std::min(kBlockCols, z_.cols - j0);
+        for (int64_t j0 = 0; j0 < z_.cols; j0 += kTileCols) {
+          const int64_t cols = std::min(kTileCols, z_.cols - j0);
           int64_t ld;
           const T* x = tile(z_, i, i + rows, j0, j0 + cols, scratch, ld);
           f(x, ld, i, rows, j0, cols, sums + j0);
@@ -262,18 +263,16 @@ class RowWriter {
   std::vector<T> buffer_;
 };
 
-// sum_ij (a_ij - b_ij)^2
+// sum_ij (a_ij - b_ij)^2, a partial sum per row
 template <class T>
 double squared_distance(const Matrix& a, const Matrix& b) {
-  std::vector<double> partial(ceil_div(a.rows, kBlockRows) * ceil_div(a.cols, kBlockCols));
-  for_column_parts(0, a.cols, a.rows, [&](int64_t part, int64_t j0, int64_t j1) {
+  std::vector<double> partial(a.rows);
+  stable::parallel_for(0, a.rows, ceil_div(16384, a.cols), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch_a, scratch_b;
-    for (int64_t i0 = 0; i0 < a.rows; i0 += kBlockRows) {
-      const int64_t i1 = std::min(a.rows, i0 + kBlockRows);
-      int64_t lda, ldb;
-      const T* x = tile(a, i0, i1, j0, j1, scratch_a, lda);
-      const T* y = tile(b, i0, i1, j0, j1, scratch_b, ldb);
-      for (int64_t i = 0; i < i1 - i0; ++i) partial[part] += distance_row(x + i * lda, y + i * ldb, j1 - j0);
+    int64_t unused;
+    for (int64_t i = begin; i < end; ++i) {
+      const T* x = tile(a, i, i + 1, 0, a.cols, scratch_a, unused);
+      partial[i] = distance_row(x, tile(b, i, i + 1, 0, a.cols, scratch_b, unused), a.cols);
     }
   });
   double total = 0;

@@ -7,12 +7,20 @@
 namespace sslkern {
 
 constexpr int64_t kBlockRows = 256;
-constexpr int64_t kBlockCols = 128;
+constexpr int64_t kBlockCols = 512;
+
+// Rows of a column block lie in pages of their own, where the hardware prefetcher starts anew each time.
+template <class T>
+SSLKERN_INLINE void prefetch_rows(const T* x, int64_t ld, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; j += 64 / sizeof(T)) __builtin_prefetch(x + i * ld + j);
+}
 
 template <class T>
 SSLKERN_INLINE void sum_rows_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum) {
   int64_t i = 0;
   for (; i + 4 <= rows; i += 4, x += 4 * ld) {
+    prefetch_rows(x + 4 * ld, ld, std::min<int64_t>(4, rows - i - 4), cols);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const T p = pivot[j];
@@ -31,6 +39,7 @@ SSLKERN_INLINE void centre_rows_body(const T* x, int64_t ld, int64_t rows, int64
                                      T* out, int64_t out_ld, T* square) {
   int64_t i = 0;
   for (; i + 2 <= rows; i += 2, x += 2 * ld, out += 2 * out_ld) {
+    prefetch_rows(x + 2 * ld, ld, std::min<int64_t>(2, rows - i - 2), cols);
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
       const T h = high[j], l = low[j], d = (x[j] - h) - l, e = (x[j + ld] - h) - l;
@@ -122,11 +131,13 @@ SSLKERN_INLINE void cubic_row_body(const T* z, const T* shift, T row_sq, T scale
   for (int64_t j = 0; j < n; ++j) out[j] += scale * ((z[j] * z[j] - row_sq) * z[j] + shift[j]);
 }
 
-// out += coeff (x - other), with x = z + high + low given by its centred values
+// The same, + coeff (x - other), with x = z + high + low given by its centred values
 template <class T>
-SSLKERN_INLINE void pull_row_body(const T* z, const T* high, const T* low, const T* other, T coeff, T* out, int64_t n) {
+SSLKERN_INLINE void pulled_row_body(const T* product, const T* z, const T* column, T alpha, const T* high, const T* low,
+                                    const T* other, T coeff, T* out, int64_t n) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] += coeff * (z[j] + ((high[j] - other[j]) + low[j]));
+  for (int64_t j = 0; j < n; ++j)
+    out[j] = alpha * product[j] + column[j] * z[j] + coeff * (z[j] + ((high[j] - other[j]) + low[j]));
 }
 
 // The clones of a body, for one T.
@@ -166,9 +177,9 @@ SSLKERN_INLINE void pull_row_body(const T* z, const T* high, const T* low, const
   SSLKERN_CLONES static void cubic_row(const T* z, const T* shift, T row_sq, T scale, T* out, int64_t n) {             \
     cubic_row_body(z, shift, row_sq, scale, out, n);                                                                   \
   }                                                                                                                    \
-  SSLKERN_CLONES static void pull_row(const T* z, const T* high, const T* low, const T* other, T coeff, T* out,        \
-                                      int64_t n) {                                                                     \
-    pull_row_body(z, high, low, other, coeff, out, n);                                                                 \
+  SSLKERN_CLONES static void pulled_row(const T* product, const T* z, const T* column, T alpha, const T* high,         \
+                                        const T* low, const T* other, T coeff, T* out, int64_t n) {                    \
+    pulled_row_body(product, z, column, alpha, high, low, other, coeff, out, n);                                       \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)

@@ -110,21 +110,26 @@ struct Epilogue {
 template <class T>
 void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, int64_t i0, int64_t i1, int64_t j0,
                     int64_t j1, const T* product, const T* block, const Matrix& grad) {
-  const int64_t cols = j1 - j0;
-  stable::parallel_for(i0, i1, ceil_div(8192, cols), [&](int64_t begin, int64_t end) {
-    RowWriter<T> writer(grad, cols);
+  const int64_t ld = j1 - j0;
+  stable::parallel_for(i0, i1, ceil_div(8192, ld), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch;
-    for (int64_t i = begin; i < end; ++i) {
-      const T* z = block + (i - i0) * cols;
-      T* out = writer.row(i, j0);
-      gradient_row(product + (i - i0) * cols, z, e.column.data() + j0, e.alpha, out, cols);
-      if (s.unbiased) cubic_row(z, e.shift.data() + j0, s.row_sq[i], e.cubic, out, cols);
-      if (pull != nullptr) {
-        int64_t ld;
-        pull_row(z, s.high + j0, s.low + j0, tile(pull->other, i, i + 1, j0, j1, scratch, ld),
-                 static_cast<T>(pull->coeff), out, cols);
+    for (int64_t k0 = j0; k0 < j1; k0 += kBlockCols) {  // few enough columns for their coefficients to stay in L1
+      const int64_t cols = std::min(kBlockCols, j1 - k0);
+      RowWriter<T> writer(grad, cols);
+      for (int64_t i = begin; i < end; ++i) {
+        const T *p = product + (i - i0) * ld + (k0 - j0), *z = block + (i - i0) * ld + (k0 - j0);
+        T* out = writer.row(i, k0);
+        if (pull == nullptr) {
+          gradient_row(p, z, e.column.data() + k0, e.alpha, out, cols);
+        } else {
+          int64_t unused;
+          const T* other = tile(pull->other, i, i + 1, k0, k0 + cols, scratch, unused);
+          pulled_row(p, z, e.column.data() + k0, e.alpha, s.high + k0, s.low + k0, other, static_cast<T>(pull->coeff),
+                     out, cols);
+        }
+        if (s.unbiased) cubic_row(z, e.shift.data() + k0, s.row_sq[i], e.cubic, out, cols);
+        writer.flush(i, k0);
       }
-      writer.flush(i, j0);
     }
   });
 }
