@@ -13,6 +13,7 @@ from . import launch
 from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
 from .gemm import multiply, planes_for, split
 from .gram import row_sums
+from .launch import rounded
 
 
 class Coefficients(NamedTuple):
@@ -136,7 +137,7 @@ def _view_gradient(
             g += cubic_coeff * (norm * x - x * x * x - mean[None, :])
         if other is not None:
             g += pull_coeff * (load_rows(z, row, z_row, here) - load_rows(other, row, other_row, here))
-        tl.store(out[None, :] + row * d, g.to(out.dtype.element_ty), mask=here)
+        tl.store(out[None, :] + row * d, rounded(g, out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -149,8 +150,8 @@ def gradient_kernel(
     b_slice,
     b_row,
     b_col,
-    grad_a,  # (S, N, D), None where not needed
-    grad_b,
+    grad_a,  # (S, N, D)
+    grad_b,  # (S, N, D), or None, and then all that follows is of `a` alone
     product,  # (V, S, N, D), rows pitched
     product_slice,
     product_row,
@@ -181,30 +182,52 @@ def gradient_kernel(
     COLS: tl.constexpr,
 ):
     s, cols = place(d, COLS)
-    sb = s + slices
     g = tl.load(grad + s * grad_slice).to(tl.float32)
     a += s * a_slice + cols * a_col
     if grad_variance is not None:
         to = grad_variance + s * gv_slice + cols * gv_col
-        column_a = direct_coeff * tl.load(to, mask=cols < d, other=0.0).to(tl.float32)
+        column = direct_coeff * tl.load(to, mask=cols < d, other=0.0).to(tl.float32)
     else:
         b += s * b_slice + cols * b_col
-        column_a = hinge_coeff * g * _hinge_slope(variance, s, d, cols, gamma, eps)
-        column_b = hinge_coeff * g * _hinge_slope(variance, sb, d, cols, gamma, eps)
-    if grad_a is not None:
-        column = _column_factor(column_a, variance, trace, s, d, cols, variance_coeff * g, trace_coeff * g)
-        _view_gradient(
-            a, a_row, b, b_row, grad_a + s * n * d + cols, product + s * product_slice + cols, product_row,
-            centre, row_sq, cubic, column, s, n, d, rows, chunks, cols,
-            product_coeff * g, cubic_coeff * g, pull_coeff * g,
-        )  # fmt: skip
+        column = hinge_coeff * g * _hinge_slope(variance, s, d, cols, gamma, eps)
+    column = _column_factor(column, variance, trace, s, d, cols, variance_coeff * g, trace_coeff * g)
+    _view_gradient(
+        a, a_row, b, b_row, grad_a + s * n * d + cols, product + s * product_slice + cols, product_row,
+        centre, row_sq, cubic, column, s, n, d, rows, chunks, cols,
+        product_coeff * g, cubic_coeff * g, pull_coeff * g,
+    )  # fmt: skip
     if grad_b is not None:
-        column = _column_factor(column_b, variance, trace, sb, d, cols, variance_coeff * g, trace_coeff * g)
+        sb = s + slices
+        column = hinge_coeff * g * _hinge_slope(variance, sb, d, cols, gamma, eps)
+        column = _column_factor(column, variance, trace, sb, d, cols, variance_coeff * g, trace_coeff * g)
         _view_gradient(
             b, b_row, a, a_row, grad_b + s * n * d + cols, product + sb * product_slice + cols, product_row,
             centre, row_sq, cubic, column, sb, n, d, rows, chunks, cols,
             product_coeff * g, cubic_coeff * g, pull_coeff * g,
         )  # fmt: skip
+
+
+def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: Tensor, dual: bool) -> Tensor:
+    """Gram times Zc (dual) or Zc times Gram of every view, (V S, N, D)."""
+    s, n, d = views[0].shape
+    role, along = ("right", "rows") if dual else ("left", "columns")
+    operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
+    product = launch.pitched(operand, len(views) * s, n, d)
+    if dual:
+        return multiply(split(gram, "left", "columns"), operand, product)
+    return multiply(operand, split(gram, "right", "rows"), product)
+
+
+def _cubic_sums(views: list[Tensor], centre: Tensor, row_sq: Tensor, cols: int) -> Tensor:
+    """Column sums of |z_i|^2 z_ij - z_ij^3 per chunk of rows, (V, S, chunks, D)."""
+    a, b = views[0], views[1] if len(views) == 2 else None
+    s, n, d = a.shape
+    rows, chunks = launch.chunking(n, CHUNKS)
+    cubic = launch.workspace(a, len(views), s, chunks, d, dtype=torch.float64)
+    cubic_kernel[(s * triton.cdiv(d, cols), chunks)](
+        *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, rows, COLS=cols, num_warps=1
+    )
+    return cubic
 
 
 def backward(
@@ -218,41 +241,30 @@ def backward(
     dual: bool,
 ) -> list[Tensor]:
     """Gradients of the (..., N, D) views that are needed, empty ones for the others."""
-    centre, variance, gram, row_sq = (t.contiguous() for t in saved)
     grads = [torch.empty_like(z, memory_format=torch.contiguous_format) if w else z.new_empty(0)
              for z, w in zip(views, needed, strict=True)]  # fmt: skip
-    views = [launch.slices(z) for z in views]
-    grad = grad.reshape(-1)
+    if not any(needed):
+        return grads
+    centre, variance, gram, row_sq = (t.contiguous() for t in saved)
+    views, outputs = [launch.slices(z) for z in views], [g for g, w in zip(grads, needed, strict=True) if w]
+    if not all(needed):  # the needed view first; of the other nothing but its rows is read
+        k = needed.index(True)
+        views = [views[k], views[1 - k]]
+        centre, variance, gram, row_sq = (t[k : k + 1] for t in (centre, variance, gram, row_sq))
+    own = views[: len(outputs)]
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
-    m, cols = gram.shape[-1], launch.columns_per_program(a)
-    cubic = trace = None
+    grad, cols = grad.reshape(-1), launch.columns_per_program(a)
     with launch.on_device(a):
-        product = launch.pitched(a, len(views) * s, n, d)
-        role, along = ("right", "rows") if dual else ("left", "columns")
-        operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
-        gram = gram.view(-1, m, m)
-        if dual:
-            multiply(split(gram, "left", "columns"), operand, product)
-        else:
-            multiply(operand, split(gram, "right", "rows"), product)
-        chunk_rows, chunks = launch.chunking(n, CHUNKS)
-        blocks = s * triton.cdiv(d, cols)
-        if unbiased:
-            cubic = launch.workspace(a, len(views), s, chunks, d, dtype=torch.float64)
-            cubic_kernel[(blocks, chunks)](
-                *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, chunk_rows,
-                COLS=cols, num_warps=1,
-            )  # fmt: skip
-            trace = row_sums(variance)
+        product = _gram_products(own, centre, variance, gram.view(-1, *gram.shape[-2:]), dual)
+        cubic = _cubic_sums(own, centre, row_sq, cols) if unbiased else None
         rows, parts = launch.chunking(n, 4096)
-        gv = (None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())
-        outputs = [g if w else None for g, w in zip(grads, needed, strict=True)] + [None]
-        gradient_kernel[(blocks, parts)](
-            *launch.strided(a), *launch.strided(b), outputs[0], outputs[1],
+        gradient_kernel[(s * triton.cdiv(d, cols), parts)](
+            *launch.strided(a), *launch.strided(b), outputs[0], outputs[1] if len(outputs) == 2 else None,
             product, product.stride(0), product.stride(1), centre, variance,
-            row_sq if unbiased else None, cubic, trace, grad, grad.stride(0), *gv,
-            s, n, d, rows, chunks, *coefficients, COLS=cols, num_warps=1,
+            row_sq if unbiased else None, cubic, row_sums(variance) if unbiased else None, grad, grad.stride(0),
+            *((None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())),
+            s, n, d, rows, cubic.shape[2] if unbiased else 0, *coefficients, COLS=cols, num_warps=1,
         )  # fmt: skip
     return grads
 

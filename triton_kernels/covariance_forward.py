@@ -10,15 +10,17 @@ from torch import Tensor
 from . import launch
 from .columns import moments, operands, sum_chunks
 from .gemm import planes_for, symmetric_product
-from .gram import COLS, TILE, block_sum, gram_tile, programs, row_norms, total
+from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, row_norms, total
 
 PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge, and once (a - b)^2
 
 
 @triton.jit
 def second_moments_kernel(
-    raw,  # (V, S, M, M)
-    gram,  # (V, S, M, M), `raw` itself unless SYMMETRISE
+    raw,  # (V, S, M, M), pitched
+    raw_slice,
+    raw_row,
+    gram,  # (V, S, M, M), None where `raw` is finished
     products,  # (S, Q, chunks, D) fp64
     variance,  # (V, S, D)
     parts,  # (S, V, 5, programs) fp64
@@ -44,7 +46,7 @@ def second_moments_kernel(
     for v in tl.static_range(VIEWS):
         at = s + v * slices
         out = parts + (s * VIEWS + v) * 5 * programs + p
-        x = gram_tile(raw, gram, at, p, m, 1.0 / (n - 1), PRIMAL, SYMMETRISE, TILE)
+        x = gram_tile(raw, raw_slice, raw_row, gram, at, p, m, 1.0 / (n - 1), PRIMAL, SYMMETRISE, TILE)
         tl.store(out, block_sum(x * x))
         # the variances that the rounded operands have, as the Gram has them: they are subtracted from it
         rounded = sum_chunks(products + v * step, chunks, d, inside) / (n - 1)
@@ -125,12 +127,13 @@ def forward(views: list[Tensor], unbiased: bool, dual: bool, settings: tuple[flo
         row_sq, fourth = row_norms(operand, n, d, dual) if unbiased else (launch.workspace(a, count, s, 0), None)
         raw = symmetric_product(operand, n, d, dual)
         symmetrise = planes == "lhd"
-        gram = torch.empty_like(raw) if symmetrise else raw
+        gram = empty_gram(raw, symmetrise)
         sim_coeff, std_coeff, cov_coeff, gamma, eps = settings
         p, chunks = programs(m, d), products.shape[2]
         parts = launch.workspace(a, s, count, PARTS, p, dtype=torch.float64)
         second_moments_kernel[(s * p,)](
-            raw, gram, products, variance, parts, s, n, m, d, chunks, p, gamma, eps,
+            raw, *raw.stride()[:2], None if dual and gram is raw else gram,
+            products, variance, parts, s, n, m, d, chunks, p, gamma, eps,
             VIEWS=count, PRIMAL=not dual, SYMMETRISE=symmetrise, TILE=TILE, COLS=COLS, num_warps=4,
         )  # fmt: skip
         scalar, terms = launch.workspace(a, s), launch.workspace(a, s, 3) if count == 2 else None

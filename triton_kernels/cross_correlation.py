@@ -13,13 +13,15 @@ from . import launch
 from .columns import moments, operands, sum_chunks
 from .cross_correlation_backward import backward
 from .gemm import PLANES, multiply, precision, symmetric_product
-from .gram import COLS, TILE, block_sum, gram_tile, programs, total
+from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, total
 
 
 @triton.jit
 def correlations_kernel(
-    raw,  # (2, S, N, N) when dual, else (S, D, D)
-    gram,  # the same, `raw` itself unless SYMMETRISE
+    raw,  # (2, S, N, N) when dual, else (S, D, D), pitched
+    raw_slice,
+    raw_row,
+    gram,  # the same, None where `raw` is finished
     products,  # (S, 1, chunks, D) fp64
     diagonal,  # (S, D)
     parts,  # (S, 2, programs) fp64: the Gram part, sum of squares of the diagonal
@@ -35,8 +37,8 @@ def correlations_kernel(
     COLS: tl.constexpr,
 ):
     s, p = (tl.program_id(0) // programs).to(tl.int64), tl.program_id(0) % programs
-    x = gram_tile(raw, gram, s, p, m, 1.0 / n, not DUAL, SYMMETRISE, TILE)
-    y = gram_tile(raw, gram, s + slices, p, m, 1.0, False, SYMMETRISE, TILE) if DUAL else x
+    x = gram_tile(raw, raw_slice, raw_row, gram, s, p, m, 1.0 / n, not DUAL, SYMMETRISE, TILE)
+    y = gram_tile(raw, raw_slice, raw_row, gram, s + slices, p, m, 1.0, False, SYMMETRISE, TILE) if DUAL else x
     parts += s * 2 * programs + p
     tl.store(parts, block_sum(x * y))
     cols = p * COLS + tl.arange(0, COLS)
@@ -63,10 +65,10 @@ def off_correlations_kernel(
 
 
 def _raw_gram(operand: Tensor, s: int, n: int, d: int, dual: bool) -> Tensor:
-    """AA' and BB' (2 S, N, N), up to symmetrising; or A'B (S, D, D)."""
+    """AA' and BB' (2 S, N, N), up to symmetrising; or A'B (S, D, D). Pitched."""
     if dual:
         return symmetric_product(operand, n, d, dual)
-    return multiply(operand[:s].mT, operand[s:], launch.workspace(operand, s, d, d))
+    return multiply(operand[:s].mT, operand[s:], launch.pitched(operand, s, d, d))
 
 
 def cross_correlation_fwd(
@@ -85,12 +87,13 @@ def cross_correlation_fwd(
         along = "columns" if dual else "rows"
         operand, products = operands(views, moments(views), centre, inv_std, planes, along, eps)
         raw = _raw_gram(operand, s, n, d, dual)
-        gram = torch.empty_like(raw) if symmetrise else raw
+        gram = empty_gram(raw, symmetrise)
         p, chunks = programs(m, d), products.shape[2]
         parts = launch.workspace(a, s, 2, p, dtype=torch.float64)
         diagonal, offdiag = launch.workspace(a, s, d), launch.workspace(a, s)
         correlations_kernel[(s * p,)](
-            raw, gram, products, diagonal, parts, s, n, m, d, chunks, p,
+            raw, *raw.stride()[:2], None if dual and gram is raw else gram,
+            products, diagonal, parts, s, n, m, d, chunks, p,
             DUAL=dual, SYMMETRISE=symmetrise, TILE=TILE, COLS=COLS, num_warps=4,
         )  # fmt: skip
         off_correlations_kernel[(s,)](parts, offdiag, n, p, DUAL=dual, num_warps=4)

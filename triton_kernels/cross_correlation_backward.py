@@ -10,6 +10,7 @@ from torch import Tensor
 from . import launch
 from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
 from .gemm import multiply, planes_for, split
+from .launch import rounded
 
 
 @triton.jit
@@ -32,9 +33,9 @@ def standardised_gradient_kernel(
     b_slice,
     b_row,
     b_col,
-    grad_a,  # (S, N, D); None for the sums
+    grad_a,  # (S, N, D), None where not needed
     grad_b,
-    product,  # (2, S, N, D), rows pitched
+    product,  # (V, S, N, D) of the needed views, rows pitched
     product_slice,
     product_row,
     centre,  # (2, S, 2, D)
@@ -62,14 +63,15 @@ def standardised_gradient_kernel(
     a += s * a_slice + cols * a_col
     b += s * b_slice + cols * b_col
     sb = s + slices
-    if SUM or grad_a is not None:
+    if grad_a is not None:
         _view(
             a, a_row, b, b_row, grad_a, product + s * product_slice + cols, product_row, centre, inv_std, sums,
             column, scale * grad, s, s, sb, n, d, rows, chunks, cols, SUM,
         )  # fmt: skip
-    if SUM or grad_b is not None:
+    if grad_b is not None:
+        slot = s if grad_a is None else sb
         _view(
-            b, b_row, a, a_row, grad_b, product + sb * product_slice + cols, product_row, centre, inv_std, sums,
+            b, b_row, a, a_row, grad_b, product + slot * product_slice + cols, product_row, centre, inv_std, sums,
             column, scale * grad, s, sb, s, n, d, rows, chunks, cols, SUM,
         )  # fmt: skip
 
@@ -120,22 +122,37 @@ def _view(
             along += tl.sum(g * x, 0).to(tl.float64)
         else:
             g = (g - mean[None, :] - x * slope[None, :]) * factor[None, :]
-            tl.store((out + s * n * d + cols)[None, :] + row * d, g.to(out.dtype.element_ty), mask=here)
+            tl.store((out + s * n * d + cols)[None, :] + row * d, rounded(g, out.dtype.element_ty), mask=here)
     if SUM:
         to = sums + tl.program_id(1).to(tl.int64) * 2 * d
         tl.store(to, total, mask=cols < d)
         tl.store(to + d, along, mask=cols < d)
 
 
-def _gram_products(gram: Tensor, operand: Tensor, product: Tensor, s: int, dual: bool) -> None:
-    """Gram of the other view times this view; or the other view times the cross-correlation, each (S, N, D)."""
+def _gram_products(
+    views: list[Tensor], centre: Tensor, inv_std: Tensor, gram: Tensor, dual: bool, need_a: bool, need_b: bool
+) -> Tensor:
+    """Gram of the other view times this view, or the other view times the correlation: (V S, N, D), of needed views."""
+    s, n, d = views[0].shape
+    these, others = slice(1 - need_a, 1 + need_b), slice(1 - need_b, 1 + need_a)
+    used, role, along = (these, "right", "rows") if dual else (others, "left", "columns")
+    # the presence of eps asks for standardised operands; its value is in inv_std
+    operand, _ = operands(views[used], None, centre[used], inv_std[used], (planes_for(role),) * 2, along, 0.0)
+    pairs = []
     if dual:
-        left = split(gram, "left", "columns")
-        multiply(left[s:], operand[:s], product[:s])
-        multiply(left[:s], operand[s:], product[s:])
+        left = split(gram[others].flatten(0, 1), "left", "columns")
+        pairs += [(left[-s:], operand[:s])] if need_a else []
+        pairs += [(left[:s], operand[-s:])] if need_b else []
     else:
-        multiply(operand[s:], split(gram, "right", "columns").mT, product[:s])
-        multiply(operand[:s], split(gram, "right", "rows"), product[s:])
+        right = split(gram[0], "right", "columns" if need_a else "rows")
+        pairs += [(operand[-s:], right.mT)] if need_a else []
+        if need_a and need_b and right.shape[-1] > d:  # planes side by side suit only the transposed
+            right = split(gram[0], "right", "rows")
+        pairs += [(operand[:s], right)] if need_b else []
+    product = launch.pitched(operand, len(pairs) * s, n, d)
+    for view, (x, y) in enumerate(pairs):
+        multiply(x, y, product[view * s : (view + 1) * s])
+    return product
 
 
 def backward(
@@ -152,16 +169,14 @@ def backward(
     centre, inv_std, diagonal, gram = (t.contiguous() for t in saved)
     grad_a, grad_b = (torch.empty_like(z, memory_format=torch.contiguous_format) if needed else z.new_empty(0)
                       for z, needed in ((a, need_a), (b, need_b)))  # fmt: skip
+    if not (need_a or need_b):
+        return grad_a, grad_b
     views = [launch.slices(a), launch.slices(b)]
     s, n, d = views[0].shape
     grad_diagonal, grad_offdiag = grad_diagonal.reshape(-1, d), grad_offdiag.reshape(-1)
     cols, m = launch.columns_per_program(a), gram.shape[-1]
     with launch.on_device(a):
-        role, along = ("right", "rows") if dual else ("left", "columns")
-        # the presence of eps asks for standardised operands; its value is in inv_std
-        operand, _ = operands(views, None, centre, inv_std, (planes_for(role),) * 2, along, 0.0)
-        product = launch.pitched(a, 2 * s, n, d)
-        _gram_products(gram.view(-1, m, m), operand, product, s, dual)
+        product = _gram_products(views, centre, inv_std, gram.view(-1, s, m, m), dual, need_a, need_b)
         rows, chunks = launch.chunking(n, CHUNKS)
         sums = launch.workspace(a, 2, s, chunks, 2, d, dtype=torch.float64)
         inputs = (*launch.strided(views[0]), *launch.strided(views[1]))
@@ -169,12 +184,12 @@ def backward(
             product, product.stride(0), product.stride(1), centre, inv_std, diagonal, sums,
             grad_diagonal, *grad_diagonal.stride(), grad_offdiag, grad_offdiag.stride(0), s, n, d,
         )  # fmt: skip
+        outputs = (grad_a if need_a else None, grad_b if need_b else None)
         scale = 2 / n**2 if dual else 2 / n
         grid = s * triton.cdiv(d, cols)
         launch_sums = standardised_gradient_kernel[(grid, chunks)]
-        launch_sums(*inputs, None, None, *common, rows, chunks, scale, DUAL=dual, SUM=True, COLS=cols, num_warps=1)
+        launch_sums(*inputs, *outputs, *common, rows, chunks, scale, DUAL=dual, SUM=True, COLS=cols, num_warps=1)
         rows, parts = launch.chunking(n, 4096)
-        outputs = (grad_a if need_a else None, grad_b if need_b else None)
         launch_apply = standardised_gradient_kernel[(grid, parts)]
         launch_apply(*inputs, *outputs, *common, rows, chunks, scale, DUAL=dual, SUM=False, COLS=cols, num_warps=1)
     return grad_a, grad_b
@@ -185,8 +200,7 @@ _SAVED = {key: "*fp32" for key in ("product", "centre", "inv_std", "diagonal", "
 
 def _gradient_case(name: str, sum_only: bool) -> launch.CompileCase:
     pointers, constants = launch.two_views("*fp32", sums="*fp64", **_SAVED)
-    grads = dict.fromkeys(("grad_a", "grad_b"), None if sum_only else "*fp32")
-    pointers, constants = (pointers, constants | grads) if sum_only else (pointers | grads, constants)
+    pointers |= {"grad_a": "*fp32", "grad_b": "*fp32"}
     constants = constants | {"gd_col": 1, "DUAL": True, "SUM": sum_only, "COLS": 128}
     return launch.CompileCase(name, standardised_gradient_kernel, pointers, constants, floats=("scale",))
 

@@ -12,6 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .launch import rounded
 
 # per role, the planes along the summed index: f fp32, h high, l low, d half of high
 PLANES = {
@@ -19,9 +20,6 @@ PLANES = {
     "bf16x3": {"symmetric": "lhd", "left": "hhl", "right": "hlh"},
     "bf16": {"symmetric": "h", "left": "h", "right": "h"},
 }
-LOOPED_SLICES = (
-    16  # up to here one GEMM per slice: it may split its sum over the SMs, and gives the bits of the slice alone
-)
 
 
 def precision() -> str:
@@ -58,12 +56,12 @@ def store_planes(out, x, here, step, PLANES: tl.constexpr):
         tl.store(out, x, mask=here)
         return x
     else:
-        high = x.to(tl.bfloat16).to(tl.float32)
+        high = rounded(x, tl.bfloat16).to(tl.float32)
         if PLANES == "h":
             tl.store(out, high.to(tl.bfloat16), mask=here)
             return high
         else:
-            low = (x - high).to(tl.bfloat16).to(tl.float32)
+            low = rounded(x - high, tl.bfloat16).to(tl.float32)
             for p in tl.static_range(3):
                 if PLANES[p] == "h":
                     plane = high
@@ -97,11 +95,11 @@ def split_kernel(
 
 
 def split(gram: Tensor, role: str, along: str) -> Tensor:
-    """The operand of a (S, M, M) fp32 matrix; itself where it is taken as fp32."""
+    """The operand of a contiguous (S, M, M) fp32 matrix; itself where it is taken as fp32 and has aligned slices."""
     planes = planes_for(role)
-    if planes == "f":
-        return gram
     count, m = gram.shape[:2]
+    if planes == "f" and m % 8 == 0:
+        return gram
     operand, step = empty_operand(gram, count, m, m, planes, along)
     cols = launch.columns_per_program(gram)
     grid = (count * triton.cdiv(m, cols), triton.cdiv(m, 8))
@@ -112,11 +110,10 @@ def split(gram: Tensor, role: str, along: str) -> Tensor:
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """x y of (S, ., .) fp32 or bf16 operands, in fp32. The `out` overloads are left alone by autocast."""
-    if x.is_cuda and x.shape[0] > LOOPED_SLICES:
-        if x.dtype == torch.float32:
-            return torch.bmm(x, y, out=out)
-        return torch.ops.aten.bmm.dtype_out(x, y, torch.float32, out=out)
+    """x y of (S, ., .) fp32 or bf16 operands, in fp32. The `out` overloads are left alone by autocast.
+
+    One GEMM per slice gives the bits of the slice alone, and may split its sum over the SMs.
+    """
     for s in range(x.shape[0]):
         if x.dtype == torch.float32:
             torch.mm(x[s], y[s], out=out[s])
@@ -128,11 +125,11 @@ def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 
 
 def symmetric_product(z: Tensor, n: int, d: int, dual: bool) -> Tensor:
-    """ZZ' (dual) or Z'Z of a "symmetric" operand; of bf16x3 planes the M = LH' + HH'/2 with M + M' = ZZ'."""
+    """ZZ' (dual) or Z'Z of a "symmetric" operand; of bf16x3 planes the M = LH' + HH'/2 with M + M' = ZZ'. Pitched."""
     m = n if dual else d
     x, k = (z, d) if dual else (z.mT, n)
     left, right = (x[..., : 2 * k], x[..., k:]) if x.shape[-1] == 3 * k else (x, x)
-    return multiply(left, right.mT, launch.workspace(z, z.shape[0], m, m))
+    return multiply(left, right.mT, launch.pitched(z, z.shape[0], m, m))
 
 
 COMPILE_CASES = [

@@ -18,23 +18,39 @@ def programs(m: int, d: int) -> int:
     return max(triton.cdiv(m, TILE) ** 2, triton.cdiv(d, COLS))
 
 
+def empty_gram(raw: Tensor, symmetrise: bool) -> Tensor:
+    """Room for the finished Gram of a pitched product, which is its own where that is contiguous in every stack."""
+    return torch.empty_like(raw, memory_format=torch.contiguous_format) if symmetrise or raw.shape[-1] % 8 else raw
+
+
 @triton.jit
-def gram_tile(raw, gram, s, p, m, scale, PRIMAL: tl.constexpr, SYMMETRISE: tl.constexpr, TILE: tl.constexpr):
+def gram_tile(
+    raw,  # (S, M, M), pitched
+    raw_slice,
+    raw_row,
+    gram,  # (S, M, M)
+    s,
+    p,
+    m,
+    scale,
+    PRIMAL: tl.constexpr,
+    SYMMETRISE: tl.constexpr,
+    TILE: tl.constexpr,
+):
     """Tile p of slice s, finished and kept in `gram`; zero past the last tile."""
     tiles = tl.cdiv(m, TILE)
     i = ((p // tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     j = ((p % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
-    base = s * m * m
-    at = base + i[:, None] * m + j[None, :]
+    raw += s * raw_slice
     inside = (i[:, None] < m) & (j[None, :] < m)
-    x = tl.load(raw + at, mask=inside, other=0.0)
+    x = tl.load(raw + i[:, None] * raw_row + j[None, :], mask=inside, other=0.0)
     if SYMMETRISE:
         mirrored = (j[:, None] < m) & (i[None, :] < m)
-        x += tl.trans(tl.load(raw + base + j[:, None] * m + i[None, :], mask=mirrored, other=0.0))
+        x += tl.trans(tl.load(raw + j[:, None] * raw_row + i[None, :], mask=mirrored, other=0.0))
     if PRIMAL:
         x = tl.where(i[:, None] == j[None, :], 0.0, x * scale)
-    if PRIMAL or SYMMETRISE:
-        tl.store(gram + at, x, mask=inside)
+    if gram is not None:
+        tl.store(gram + (s * m + i[:, None]) * m + j[None, :], x, mask=inside)
     return x
 
 

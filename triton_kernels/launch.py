@@ -9,11 +9,13 @@ from typing import NamedTuple
 
 import torch
 import triton
+import triton.language as tl
 from torch import Tensor
 
 from sslkern import backend
 
-DEVICES = ("cuda", "cpu") if os.environ.get("TRITON_INTERPRET") == "1" else ("cuda",)
+INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
+DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
 
 
 def register(name: str, function: Callable) -> None:
@@ -58,8 +60,22 @@ def workspace(z: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def pitched(z: Tensor, slices: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A fresh (S, rows, columns) whose rows start at 16 bytes: vector loads, and the same GEMM for every slice."""
-    return workspace(z, slices, rows, triton.cdiv(columns, 8) * 8, dtype=dtype)[..., :columns]
+    """A fresh (S, rows, columns) whose rows start at 16 bytes, for vector loads, and whose slices start at 128.
+
+    Vendor GEMMs choose a kernel by alignment: every slice has that of the slice alone. Contiguous for a square of 8 k.
+    """
+    pitch = triton.cdiv(columns, 8) * 8
+    step = triton.cdiv(rows * pitch, 64) * 64
+    return workspace(z, slices, step, dtype=dtype).as_strided((slices, rows, columns), (step, pitch, 1))
+
+
+@triton.jit
+def rounded(x, dtype: tl.constexpr):
+    """fp32 x in `dtype`, to nearest even."""
+    if INTERPRETED and dtype == tl.bfloat16:  # the interpreter truncates
+        bits = x.to(tl.int32, bitcast=True)
+        x = ((bits + 0x7FFF + ((bits >> 16) & 1)) & -65536).to(tl.float32, bitcast=True)
+    return x.to(dtype)
 
 
 class CompileCase(NamedTuple):

@@ -19,14 +19,14 @@ inline Tensor reshaped(Tensor& flat, int64_t rows, int64_t cols) {
   return stable::view(stable::narrow(flat, 0, 0, rows * cols), {rows, cols});
 }
 
-// A block is at most half of the matrix, so that with its product it takes no more than the matrix did.
+// A block is about a third of the matrix: with its product, and what the vendor library packs, less than the whole.
 //
 // f(block, j0, j1) over column blocks that hold all rows, for `count` matrices at once: block[k] is (N, j1 - j0). Fewer
 // than 1024 columns at a time would spend it on adding products up.
 template <class T, class F>
 void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, const F& f) {
   const int64_t wanted = std::max<int64_t>(kColumnBlock / n, 1024);
-  const int64_t width = std::min(d, round_up(std::min(wanted, ceil_div(d, 2)), kBlockCols));
+  const int64_t width = std::min(d, round_up(std::min(wanted, ceil_div(d, 3)), kBlockCols));
   std::vector<Tensor> flat, block(count, like);
   for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {n * width}, dtype_of<T>()));
   for (int64_t j0 = 0; j0 < d; j0 += width) {
@@ -40,7 +40,7 @@ void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, cons
 template <class T, class F>
 void for_row_blocks(const Tensor& like, int64_t n, int64_t d, int count, bool transpose, const F& f) {
   const int64_t wanted = std::max<int64_t>(kRowBlock / d, 2048);
-  const int64_t height = std::min(n, round_up(std::min(wanted, ceil_div(n, 2)), kTileRows));
+  const int64_t height = std::min(n, round_up(std::min(wanted, ceil_div(n, 3)), kTileRows));
   std::vector<Tensor> flat, block(count, like);
   for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {height * d}, dtype_of<T>()));
   for (int64_t i0 = 0; i0 < n; i0 += height) {
