@@ -24,7 +24,7 @@ lint: $(VENV)/ready
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -m clang_format --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror $(filter csrc/%,$(SOURCES))
 
 .venv/ready: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv

@@ -40,9 +40,7 @@ setup(
     # `triton_kernels` is also the import name of a package of the Triton project, so ours installs below sslkern
     package_dir={"sslkern.triton_kernels": "triton_kernels"},
     ext_modules=[
-        CppExtension(
-            "sslkern._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS}, py_limited_api=True
-        )
+        CppExtension("sslkern._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS}, py_limited_api=True)
     ],
     cmdclass={"build_ext": BuildExtension.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0")},
     options={"bdist_wheel": {"py_limited_api": "cp310"}},

@@ -65,11 +65,14 @@ def _dual_floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, de
     z, gram = torch.randn(n, d, device=device), torch.randn(n, n, device=device)
     step = -(-n // (8 if n >= 512 else 4 if n >= 192 else 1))
 
+    kept: list[Tensor] = []  # results live until the next call, as gradients do: new memory costs the floor as well
+
     def floor() -> None:
+        kept.clear()
         for _ in range(2):
             for i in range(0, n, step):
                 multiply(z[i : i + step], z[: i + step])
-            multiply(gram, z.T)
+        kept.extend(multiply(gram, z.T) for _ in range(2))
 
     return floor
 

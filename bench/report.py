@@ -131,9 +131,10 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text())
     m = results["machine"]
     lines = [
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}). "
-        "Medians, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included; gradient error against fp64, "
-        'published / sslkern. "The best of it": plain or compiled, with or without huge pages.',
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
+        "Medians in ms, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included;",
+        'gradient error against fp64, published / sslkern. "The best of it": plain or compiled, with or without huge',
+        "pages (THP_MEM_ALLOC_ENABLE=1).",
     ]
     for family, found in cells(results["rows"]).items():
         columns = _columns(family)

@@ -28,7 +28,7 @@ def vcreg_loss(
         covariance = sum_{j != k} C_jk^2 / D
         loss       = std_coeff * variance + cov_coeff * covariance
 
-    Args, errors and dtypes are those of `vicreg_loss`, for one tensor z: (N, D), (B, T, D), (B, C, H, W) with dim=1, ...
+    Args, errors and dtypes are those of `vicreg_loss`, for one tensor z: (N, D), (B, T, D), (B, C, H, W) with dim=1.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms), the terms unweighted and

@@ -35,8 +35,8 @@ def vicreg_loss(
     Args:
         a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
             bfloat16, float16 or float64; any strides.
-        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any batch
-            size, so that micro-batches of 16 accumulate to the large-batch gradient. Needs N >= 4.
+        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any
+            batch size, so that micro-batches of 16 accumulate to the large-batch gradient. Needs N >= 4.
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the three unweighted terms, detached, for logging.

@@ -24,6 +24,7 @@ def first_order(backward: Callable) -> Callable:
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         message = b"sslkern's ops can be differentiated once, not twice"
         raising = torch._C._functions.DelayedError(message, len(outputs))
-        return raising(*(o if o is None else o.detach().requires_grad_() for o in outputs))
+        marked: list[Any] = [o if o is None else o.detach().requires_grad_() for o in outputs]
+        return raising(*marked)
 
     return wrapper

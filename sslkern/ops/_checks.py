@@ -27,15 +27,11 @@ def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
 def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Both views must agree in shape, dtype and device."""
     if a.shape != b.shape:
-        raise ValueError(
-            f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}."
-        )
+        raise ValueError(f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
     if a.dtype != b.dtype:
-        raise TypeError(
-            f"{name_a} and {name_b} must have the same dtype, got {_short(a.dtype)} and {_short(b.dtype)}."
-        )
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {_short(a.dtype)} and {_short(b.dtype)}.")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:

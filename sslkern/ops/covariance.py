@@ -7,7 +7,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-
 from ..backend import declare, pick
 from ..reference import covariance as _reference
 from . import _checks
@@ -51,9 +50,7 @@ class _Covariance(torch.autograd.Function):
     def backward(ctx, grad_variance, grad_offdiag):
         z, centre, variance, gram, row_sq = ctx.saved_tensors
         kernel = pick("covariance_bwd", z)
-        grad = kernel(
-            grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, ctx.unbiased, ctx.dual
-        )
+        grad = kernel(grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, ctx.unbiased, ctx.dual)
         return grad, None, None
 
 
@@ -72,9 +69,7 @@ class _VICReg(torch.autograd.Function):
         a, b, centre, variance, gram, row_sq = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
         kernel = pick("vicreg_bwd", a)
-        grad_a, grad_b = kernel(
-            grad_loss, a, b, centre, variance, gram, row_sq, *ctx.settings, need_a, need_b
-        )
+        grad_a, grad_b = kernel(grad_loss, a, b, centre, variance, gram, row_sq, *ctx.settings, need_a, need_b)
         return (grad_a if need_a else None, grad_b if need_b else None, *(None,) * len(ctx.settings))
 
 
@@ -92,8 +87,8 @@ def covariance(z: Tensor, estimator: Estimator = "plugin", form: Form = "auto") 
         variance_j = C_jj                                              (..., D)
         offdiag    = sum_{j != k} C_jk^2                               (...)
 
-    "primal" forms the D x D matrix; "dual" uses ||Zc'Zc||_F = ||Zc Zc'||_F and forms the N x N one; "auto" takes the
-    dual where N < .8 D. estimator="unbiased" returns the U-statistic of sum_{j != k} Sigma_jk^2 from the same Gram: with
+    "primal" forms the D x D matrix; "dual" uses ||Zc'Zc||_F = ||Zc Zc'||_F and forms the N x N one; "auto" takes
+    the dual where N < .8 D. estimator="unbiased" returns the U-statistic of sum_{j != k} Sigma_jk^2 from the same Gram: with
     v the variances and c = (N-1)/(N(N-2)(N-3)),
 
         c [(N-1)(N-2) offdiag + (sum_j v_j)^2 - sum_j v_j^2 - N/(N-1) (sum_i |z_i|^4 - sum_ij z_ij^4)],

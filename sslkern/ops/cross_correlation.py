@@ -5,7 +5,6 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-
 from ..backend import declare, pick
 from ..reference import cross_correlation as _reference
 from . import _checks
@@ -56,7 +55,8 @@ def cross_correlation(a: Tensor, b: Tensor, eps: float = 1e-5, form: Form = "aut
     dual where N < .75 D.
 
     Args:
-        a, b: (..., N, D), the same shape, dtype (float32, bfloat16, float16 or float64) and device, any strides, N >= 2.
+        a, b: (..., N, D), N >= 2, the same shape, dtype (float32, bfloat16, float16 or float64) and device,
+            any strides.
         eps: added to the variance, in units of a^2.
         form: "auto", "primal" or "dual"; the value does not depend on it.
 
@@ -64,8 +64,8 @@ def cross_correlation(a: Tensor, b: Tensor, eps: float = 1e-5, form: Form = "aut
         diagonal and offdiag, float32 (float64 for float64), dimensionless, both differentiable once.
 
     Raises:
-        TypeError: not dense floating tensors, or of different dtypes. ValueError: shapes or devices differ, too few rows
-        or columns, negative eps, unknown form.
+        TypeError: not dense floating tensors, or of different dtypes. ValueError: shapes or devices differ, too few
+        rows or columns, negative eps, unknown form.
 
     Source: Zbontar et al., Barlow Twins (2103.03230), eq. 1-2.
     """

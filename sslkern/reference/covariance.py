@@ -141,9 +141,7 @@ def vicreg_bwd(
                 grads.append(this.new_empty(0))
                 continue
             zc = centred(this, centre[k])
-            grad = _input_gradient(
-                zc, grad_variance[k], grad_offdiag, variance[k], gram[k], row_sq[k], unbiased, dual
-            )
+            grad = _input_gradient(zc, grad_variance[k], grad_offdiag, variance[k], gram[k], row_sq[k], unbiased, dual)
             grad = grad + pull * (this.to(grad.dtype) - other.to(grad.dtype))
             grads.append(grad.to(this.dtype, memory_format=torch.contiguous_format))
     return grads[0], grads[1]
