@@ -88,8 +88,8 @@ def covariance(z: Tensor, estimator: Estimator = "plugin", form: Form = "auto") 
         offdiag    = sum_{j != k} C_jk^2                               (...)
 
     "primal" forms the D x D matrix; "dual" uses ||Zc'Zc||_F = ||Zc Zc'||_F and forms the N x N one; "auto" takes
-    the dual where N < .8 D. estimator="unbiased" returns the U-statistic of sum_{j != k} Sigma_jk^2 from the same Gram: with
-    v the variances and c = (N-1)/(N(N-2)(N-3)),
+    the dual where N < .8 D. estimator="unbiased" returns the U-statistic of sum_{j != k} Sigma_jk^2 from the same
+    Gram: with v the variances and c = (N-1)/(N(N-2)(N-3)),
 
         c [(N-1)(N-2) offdiag + (sum_j v_j)^2 - sum_j v_j^2 - N/(N-1) (sum_i |z_i|^4 - sum_ij z_ij^4)],
 
