@@ -112,6 +112,20 @@ inline Matrix slice(const Tensor& t, int64_t index) {
   return {base, t.size(dims - 2), t.size(dims - 1), t.stride(dims - 2), t.stride(dims - 1), t.scalar_type(), element};
 }
 
+// f(index) for every slice of a stack. Small slices run one per thread, and there their products run on that thread
+// alone: 16 slices of (128, 192) take half the time. A lone small slice is given an idle neighbour, for the same bits.
+template <class F>
+void for_slices(int64_t count, int64_t numbers, const F& f) {
+  constexpr int64_t small = 1 << 16;
+  if (numbers > small) {
+    for (int64_t s = 0; s < count; ++s) f(s);
+    return;
+  }
+  stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+    for (int64_t s = begin; s < std::min(end, count); ++s) f(s);
+  });
+}
+
 // Sizes of the leading dimensions of (..., N, D), followed by `tail`; with `front` before them.
 inline Shape stacked(const Tensor& t, const Shape& tail, const Shape& front = {}) {
   Shape shape = front;

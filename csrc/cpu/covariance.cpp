@@ -50,8 +50,8 @@ Saved restore(const Tensor& z, const Tensor& centre, const Tensor& variance, con
 
 template <class T>
 void covariance_forward(const Tensor& z, const Saved& saved, Tensor& offdiag) {
-  for (int64_t s = 0; s < saved.stack; ++s)
-    data<T>(offdiag)[s] = static_cast<T>(second_moments(z, saved.at<T>(slice(z, s), s)));
+  for_slices(saved.stack, saved.n * saved.d,
+             [&](int64_t s) { data<T>(offdiag)[s] = static_cast<T>(second_moments(z, saved.at<T>(slice(z, s), s))); });
 }
 
 Outputs covariance_fwd(const Tensor z, bool unbiased, bool dual) {
@@ -64,13 +64,12 @@ Outputs covariance_fwd(const Tensor z, bool unbiased, bool dual) {
 template <class T>
 void covariance_backward(const Tensor& z, const Saved& saved, const Tensor& grad_variance, const Tensor& grad_offdiag,
                          Tensor& grad) {
-  std::vector<double> column(saved.d);
-  for (int64_t s = 0; s < saved.stack; ++s) {
+  for_slices(saved.stack, saved.n * saved.d, [&](int64_t s) {
     const T* g = data<T>(grad_variance) + s * saved.d;
-    std::copy_n(g, saved.d, column.begin());
+    const std::vector<double> column(g, g + saved.d);
     input_gradient(saved.gram, s, saved.at<T>(slice(z, s), s), column, data<T>(grad_offdiag)[s],
                    static_cast<const Pull*>(nullptr), slice(grad, s));
-  }
+  });
 }
 
 Tensor covariance_bwd(const Tensor grad_variance, const Tensor grad_offdiag, const Tensor z, const Tensor centre,
@@ -96,7 +95,7 @@ double hinge(double v, const Settings& k) {
 template <class T>
 void vicreg_forward(const Tensor& a, const Tensor& b, const Saved& saved, const Settings& k, Tensor& loss,
                     Tensor& terms) {
-  for (int64_t s = 0; s < saved.stack; ++s) {
+  for_slices(saved.stack, saved.n * saved.d, [&](int64_t s) {
     const Matrix views[2] = {slice(a, s), slice(b, s)};
     double variance = 0, offdiag = 0;
     for (int64_t v = 0; v < 2; ++v) {
@@ -108,7 +107,7 @@ void vicreg_forward(const Tensor& a, const Tensor& b, const Saved& saved, const 
                             variance / (2. * saved.d), offdiag / saved.d};
     for (int t = 0; t < 3; ++t) data<T>(terms)[3 * s + t] = static_cast<T>(term[t]);
     data<T>(loss)[s] = static_cast<T>(k.sim * term[0] + k.std * term[1] + k.cov * term[2]);
-  }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vicreg_fwd(const Tensor a, const Tensor b, double sim,
@@ -126,8 +125,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> vicreg_fwd(const Tens
 template <class T>
 void vicreg_backward(const Tensor& grad_loss, const Tensor* inputs, const Saved& saved, const Settings& k,
                      const bool* needed, Tensor* grads) {
-  std::vector<double> column(saved.d);
-  for (int64_t s = 0; s < saved.stack; ++s) {
+  for_slices(saved.stack, saved.n * saved.d, [&](int64_t s) {
+    std::vector<double> column(saved.d);
     const double g = data<T>(grad_loss)[s];
     for (int64_t v = 0; v < 2; ++v) {
       if (!needed[v]) continue;
@@ -140,7 +139,7 @@ void vicreg_backward(const Tensor& grad_loss, const Tensor* inputs, const Saved&
       const Pull pull{slice(inputs[1 - v], s), g * 2 * k.sim / (static_cast<double>(saved.n) * saved.d)};
       input_gradient(saved.gram, index, view, column, g * k.cov / saved.d, &pull, slice(grads[v], s));
     }
-  }
+  });
 }
 
 std::tuple<Tensor, Tensor> vicreg_bwd(const Tensor grad_loss, const Tensor a, const Tensor b, const Tensor centre,

@@ -189,10 +189,10 @@ void primal_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g)
 
 template <class T>
 void forward(const Views& v, double eps, Tensor& offdiag) {
-  for (int64_t s = 0; s < v.stack; ++s) {
+  for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     data<T>(offdiag)[s] = static_cast<T>(v.dual ? dual_forward(v.gram, p, eps) : primal_forward(v.gram, p, eps));
-  }
+  });
 }
 
 template <class T>
@@ -200,7 +200,7 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
               const Tensor* grads) {
   const int64_t m = v.dual ? v.n : v.d;
   const Tensor grams = stable::view(const_cast<Tensor&>(v.gram), {-1, m, m});
-  for (int64_t s = 0; s < v.stack; ++s) {
+  for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     const double n = v.n, g = data<T>(grad_offdiag)[s];
     Gradient<T> gradient{static_cast<T>(2 * g / (v.dual ? n * n : n)), std::vector<T>(v.d), needed, {}};
@@ -211,7 +211,7 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
     const Tensor gram[2] = {stable::select(grams, 0, s), stable::select(grams, 0, v.dual ? v.stack + s : s)};
     v.dual ? dual_backward(gram, p, gradient) : primal_backward(gram, p, gradient);
-  }
+  });
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_correlation_fwd(const Tensor a, const Tensor b, double eps,
