@@ -21,7 +21,7 @@ from . import report
 from .cases import all_cases
 from .run import machine, run_case, save
 
-SMART = ("three-line", "three-line, compiled", "sslkern")
+SMART = ("three-line", "sslkern")
 
 
 def _worker(name: str, device: str, rounds: int, only: tuple[str, ...] | None) -> None:

@@ -131,7 +131,7 @@ def table(path: Path) -> str:
     results = json.loads(path.read_text())
     m = results["machine"]
     lines = [
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
+        f"{m['device']}, {m['threads']} threads{', bound' if m['bound'] == 'true' else ''}, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
         "Medians in ms, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included;",
         'gradient error against fp64, published / sslkern. "The best of it": plain or compiled, with or without huge',
         "pages (THP_MEM_ALLOC_ENABLE=1).",

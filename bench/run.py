@@ -34,7 +34,7 @@ def busy_elsewhere(seconds: float = 0.4) -> float:
     return (busy_after - busy) / max(1, total_after - total)
 
 
-def wait_for_quiet(limit: float = 0.05, patience: float = 60.0) -> float:
+def wait_for_quiet(limit: float = 0.05, patience: float = 30.0) -> float:
     """Wait until at most 5 % of the processor is busy elsewhere; returns what it settled at."""
     deadline = time.monotonic() + patience
     while (busy := busy_elsewhere()) > limit and time.monotonic() < deadline:
@@ -127,7 +127,7 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
     gc.collect()
     busy = wait_for_quiet()
     times: dict[str, list[float]] = {name: [] for name in calls}
-    budget = time.monotonic() + 90
+    budget = time.monotonic() + 30
     for _ in range(rounds):
         for name, call in calls.items():
             times[name].append(_seconds(call, device))
@@ -161,6 +161,7 @@ def machine(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "threads": torch.get_num_threads(),
+        "bound": os.environ.get("OMP_PROC_BIND", "no"),
         "torch": torch.__version__,
         "sslkern": sslkern.__version__,
         "python": platform.python_version(),

@@ -16,6 +16,7 @@ inline int64_t round_up(int64_t x, int64_t to) {
 }
 
 inline Tensor reshaped(Tensor& flat, int64_t rows, int64_t cols) {
+  if (flat.numel() == rows * cols) return stable::view(flat, {rows, cols});
   return stable::view(stable::narrow(flat, 0, 0, rows * cols), {rows, cols});
 }
 

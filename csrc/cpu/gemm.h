@@ -71,6 +71,7 @@ inline Tensor transposed(const Tensor& t) {
 }
 
 inline Tensor row_range(const Tensor& t, int64_t begin, int64_t end) {
+  if (begin == 0 && end == t.size(0)) return t;  // a call into the dispatcher costs 2 us
   return stable::narrow(const_cast<Tensor&>(t), 0, begin, end - begin);
 }
 
