@@ -1,7 +1,6 @@
 """Column statistics, and the pass that centres, standardises and rounds the operands of the vendor GEMM.
 
-Sums over rows run in fp32 over 8 rows and in fp64 above. Programs are one warp that holds whole columns, so their bits
-depend neither on alignment nor on the rest of the stack.
+Sums over rows run in fp32 over 8 rows and in fp64 above. One warp holds whole columns: alignment changes no bits.
 """
 
 from __future__ import annotations

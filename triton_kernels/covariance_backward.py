@@ -13,7 +13,7 @@ from . import launch
 from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
 from .gemm import multiply, planes_for, split
 from .gram import row_sums
-from .launch import rounded
+from .launch import inverse, rounded
 
 
 class Coefficients(NamedTuple):
@@ -127,7 +127,7 @@ def _view_gradient(
     last = tl.minimum(first + rows, n)
     high, low, one = load_statistics(centre, centre, at, d, cols, False)
     if cubic is not None:
-        mean = (sum_chunks(cubic + at * chunks * d + cols, chunks, d, cols < d) / n).to(tl.float32)
+        mean = (sum_chunks(cubic + at * chunks * d + cols, chunks, d, cols < d) * inverse(n)).to(tl.float32)
     for start in range(first, last, 8):
         row, here = tile_of(start, last, cols, d, 8)
         x = standardised(z, row, z_row, here, high, low, one)

@@ -11,6 +11,7 @@ from . import launch
 from .columns import moments, operands, sum_chunks
 from .gemm import planes_for, symmetric_product
 from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, row_norms, total
+from .launch import inverse
 
 PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge, and once (a - b)^2
 
@@ -46,10 +47,8 @@ def second_moments_kernel(
     for v in tl.static_range(VIEWS):
         at = s + v * slices
         out = parts + (s * VIEWS + v) * 5 * programs + p
-        x = gram_tile(raw, raw_slice, raw_row, gram, at, p, m, 1.0 / (n - 1), PRIMAL, SYMMETRISE, TILE)
-        tl.store(out, block_sum(x * x))
         # the variances that the rounded operands have, as the Gram has them: they are subtracted from it
-        rounded = sum_chunks(products + v * step, chunks, d, inside) / (n - 1)
+        rounded = sum_chunks(products + v * step, chunks, d, inside) * inverse(n - 1)
         tl.store(out + programs, tl.sum(rounded * rounded, 0))
         tl.store(out + 2 * programs, tl.sum(rounded, 0))
         if VIEWS == 2:
@@ -59,6 +58,8 @@ def second_moments_kernel(
             if v == 0:
                 distance = sum_chunks(products + 2 * step, chunks, d, inside)
                 tl.store(out + 4 * programs, tl.sum(distance, 0))
+        x = gram_tile(raw, raw_slice, raw_row, gram, at, p, m, 1.0 / (n - 1), PRIMAL, SYMMETRISE, TILE)
+        tl.store(out, block_sum(x * x))
 
 
 @triton.jit
@@ -68,12 +69,12 @@ def _offdiag(parts, fourth, n, programs, DUAL: tl.constexpr):
     squared = total(parts + programs, programs)
     n = tl.cast(n, tl.float64)
     if DUAL:
-        plugin = plugin / ((n - 1) * (n - 1)) - squared
+        plugin = plugin * inverse(n - 1) * inverse(n - 1) - squared
     if fourth is not None:
         trace = total(parts + 2 * programs, programs)
-        c = (n - 1) / (n * (n - 2) * (n - 3))
+        c = (n - 1) * inverse(n) * inverse(n - 2) * inverse(n - 3)
         moment = total(fourth, n.to(tl.int32))
-        plugin = c * ((n - 1) * (n - 2) * plugin + (trace * trace - squared) - n / (n - 1) * moment)
+        plugin = c * ((n - 1) * (n - 2) * plugin + (trace * trace - squared) - n * inverse(n - 1) * moment)
     return plugin
 
 
@@ -102,12 +103,12 @@ def finish_kernel(
     if VIEWS == 1:
         tl.store(offdiag + s, value.to(tl.float32))
     else:
-        invariance = total(parts + 4 * programs, programs) / n / d
+        invariance = total(parts + 4 * programs, programs) * inverse(n) * inverse(d)
         hinge = total(parts + 3 * programs, programs) + total(parts + 8 * programs, programs)
-        hinge = hinge / d / 2
+        hinge = hinge * inverse(d) / 2
         if fourth is not None:
             fourth += tl.cast(slices, tl.int64) * n
-        value = (value + _offdiag(parts + 5 * programs, fourth, n, programs, DUAL)) / d
+        value = (value + _offdiag(parts + 5 * programs, fourth, n, programs, DUAL)) * inverse(d)
         tl.store(terms + 3 * s, invariance.to(tl.float32))
         tl.store(terms + 3 * s + 1, hinge.to(tl.float32))
         tl.store(terms + 3 * s + 2, value.to(tl.float32))

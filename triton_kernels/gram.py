@@ -63,9 +63,9 @@ def block_sum(x):
 @triton.jit
 def total(parts, count):
     """Sum of `count` fp64 partials in a fixed order."""
-    lanes = tl.arange(0, 1024)
-    acc = tl.zeros((1024,), tl.float64)
-    for start in range(0, count, 1024):
+    lanes = tl.arange(0, 512)
+    acc = tl.zeros((512,), tl.float64)
+    for start in range(0, count, 512):
         acc += tl.load(parts + start + lanes, mask=start + lanes < count, other=0.0)
     return tl.sum(acc, 0)
 

@@ -78,6 +78,14 @@ def rounded(x, dtype: tl.constexpr):
     return x.to(dtype)
 
 
+@triton.jit
+def inverse(n):
+    """1 / n in fp64, by Newton's steps: a division is a call that spills."""
+    start = (1.0 / tl.cast(n, tl.float32)).to(tl.float64)
+    better = start * (2.0 - n * start)
+    return better * (2.0 - n * better)
+
+
 class CompileCase(NamedTuple):
     """A kernel as a typical launch compiles it: what `tests/test_compile_only.py` compiles with no GPU."""
 
