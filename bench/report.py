@@ -130,9 +130,8 @@ def table(path: Path) -> str:
     """The whole comparison in Markdown."""
     results = json.loads(path.read_text())
     m = results["machine"]
-    threads = f"{m['threads']} threads{', bound to their cores' if m['bound'] == 'true' else ''}"
     lines = [
-        f"{m['device']}, {threads}, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
         "Medians in ms, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included;",
         'gradient error against fp64, published / sslkern. "The best of it": plain or compiled, with or without huge',
         "pages (THP_MEM_ALLOC_ENABLE=1).",

@@ -84,21 +84,21 @@ def _errors(value: Tensor, inputs: list[Tensor], truth: tuple[Tensor, list[Tenso
     return loss_error, (difference / size) ** 0.5
 
 
-def peak_bytes(call: Callable[[], object], device: str) -> int:
-    """Peak of allocated bytes during the call, over what was there before; gradients count, inputs do not."""
+def peak_bytes(call: Callable[[], Tensor], device: str) -> tuple[int, Tensor]:
+    """Peak of allocated bytes during the call, and its result; gradients count, what was there before does not."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        call()
-        return torch.cuda.max_memory_allocated() - before
+        value = call()
+        return torch.cuda.max_memory_allocated() - before, value
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        call()
+        value = call()
     now = peak = 0
     for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return peak
+    return peak, value
 
 
 def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None = None) -> list[dict]:
@@ -119,8 +119,8 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
         }
         row["first_call"] = _seconds(call, device)
         if name in case.implementations:
-            row["loss_error"], row["grad_error"] = _errors(call(), inputs, truth)
-            row["peak_bytes"] = peak_bytes(call, device)
+            row["peak_bytes"], value = peak_bytes(call, device)
+            row["loss_error"], row["grad_error"] = _errors(value, inputs, truth)
         rows[name] = row
     for x in inputs:
         x.grad = None
@@ -161,7 +161,6 @@ def machine(device: str) -> dict:
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "threads": torch.get_num_threads(),
-        "bound": os.environ.get("OMP_PROC_BIND", "no"),
         "torch": torch.__version__,
         "sslkern": sslkern.__version__,
         "python": platform.python_version(),

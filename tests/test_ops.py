@@ -50,7 +50,7 @@ def test_the_form_auto_would_not_take_agrees(op_name, backend, device):
 
 @pytest.mark.parametrize("op_name", cases.OPS)
 def test_auto_takes_the_smaller_side(op_name, backend, device):
-    """The form "auto" has the bits of the form that kernels.md prescribes, on both sides of the threshold."""
+    """The form "auto" has the bits of the form that its rule names, on both sides of the threshold."""
     op = cases.OPS[op_name]
     for name in ("below .75", "below .8", "at .8", "33x17", "17x33"):
         inputs = cases.inputs_of(cases.CASES[name], op.inputs, torch.float32, device)
