@@ -116,13 +116,16 @@ def _floor(ratio: float | None) -> str:
 
 
 def cells(rows: list[dict]) -> dict[str, list[Cell]]:
-    """Cases by family, in the order in which they were run."""
+    """Cases by family, recipes as they were run and losses by shape."""
     by_case: dict[str, list[dict]] = {}
     for row in rows:
         by_case.setdefault(row["case"], []).append(row)
     families: dict[str, list[Cell]] = {}
     for case in by_case.values():
         families.setdefault(case[0]["op"], []).append(Cell(case))
+    for family, found in families.items():
+        if family != "step":
+            found.sort(key=lambda cell: cell.first["shape"])
     return {family: families[family] for family in TITLES if family in families}
 
 
@@ -173,7 +176,7 @@ def plot(path: Path, target: Path) -> None:
     axes.set_xlim(0.8, axes.get_xlim()[1] * 1.6)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel("times faster, forward + backward (log scale)")
-    axes.legend(loc="lower right", title="sslkern against the")
+    axes.legend(loc="upper right", title="sslkern against the")
     figure.tight_layout()
     figure.savefig(target, dpi=130)
     plt.close(figure)

@@ -119,6 +119,8 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
         }
         row["first_call"] = _seconds(call, device)
         if name in case.implementations:
+            for x in inputs:  # what the last call left is not this one's
+                x.grad = None
             row["peak_bytes"], value = peak_bytes(call, device)
             row["loss_error"], row["grad_error"] = _errors(value, inputs, truth)
         rows[name] = row
