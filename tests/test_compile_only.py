@@ -11,7 +11,9 @@ import os
 import re
 import subprocess
 import sys
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -38,27 +40,12 @@ def spilling_kernel(x, out):
 
 def compile_cases() -> dict:
     """Kernels by name, among them the one that must be found to spill."""
-    from sslkern.triton_kernels import (
-        columns,
-        covariance_backward,
-        covariance_forward,
-        cross_correlation,
-        cross_correlation_backward,
-        gemm,
-        gram,
-        launch,
-    )
+    from sslkern.triton_kernels import launch
 
-    modules = (
-        columns,
-        covariance_backward,
-        covariance_forward,
-        cross_correlation,
-        cross_correlation_backward,
-        gemm,
-        gram,
-    )
-    cases = {case.name: case for module in modules for case in module.COMPILE_CASES}
+    from sslkern import triton_kernels
+
+    modules = [import_module(f"{triton_kernels.__name__}.{m.name}") for m in iter_modules(triton_kernels.__path__)]
+    cases = {case.name: case for module in modules for case in getattr(module, "COMPILE_CASES", ())}
     cases[SPILLING] = launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
     return cases
 

@@ -130,10 +130,9 @@ void dual_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
       const T *product = data<T>(result), *z = data<T>(block[k]), *other = data<T>(block[1 - k]);
       for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
         const int64_t cols = k1 - k0, offset = k0 - j0;
-        T along[kBlockCols], cross[kBlockCols];
+        T along[kBlockCols];
         column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
-        column_means_of_product(other + offset, z + offset, ld, p.n, cols, cross);
-        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * cross[j];
+        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
         RowWriter<T> writer(g.out[k], cols);
         for (int64_t i = 0; i < p.n; ++i) {
           const int64_t at = i * ld + offset;
@@ -148,7 +147,7 @@ void dual_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
 
 // mean_i x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj, over rows of C for a and columns for b.
 template <class T>
-std::vector<T> along_views(const Pair<T>& p, const Gradient<T>& g, int view) {
+std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
   std::vector<double> square(p.d);
   for (int64_t i = 0; i < p.d; ++i) {
     const T* row = p.gram[0] + i * p.d;
@@ -167,7 +166,9 @@ template <class T>
 void primal_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
   const bool onednn = takes_onednn<T>();
   RowPass<T> pass[2] = {{gram[0], p.z[0], p.high[0], p.low[0]}, {gram[0], p.z[1], p.high[1], p.low[1]}};
-  const std::vector<T> along[2] = {along_views(p, g, 0), along_views(p, g, 1)};
+  std::vector<T> along[2];
+  for (int k = 0; k < 2; ++k)
+    if (g.needed[k]) along[k] = along_view(p, g, k);
   for_row_blocks<T>(gram[0], p.n, p.d, 2, false, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
     for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], data<T>(block[k]), false, nullptr);
     for (int k = 0; k < 2; ++k) {
