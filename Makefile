@@ -1,7 +1,6 @@
 # Everything a fresh clone needs: `make demo` and `make test`. Both keep to .venv, with the torch that TORCH= names; or,
 # with PYTHON=, to an overlay of that python and the torch >= 2.11 it has, into which nothing is installed but sslkern.
 TORCH ?= torch==2.13.0
-TOOLS := numpy "setuptools>=70.1" wheel ninja pytest pytest-benchmark ruff mypy clang-format scikit-learn matplotlib tqdm
 
 VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
@@ -20,7 +19,7 @@ bench: build
 
 build: $(VENV)/built
 
-lint: $(VENV)/ready
+lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -28,18 +27,17 @@ lint: $(VENV)/ready
 
 .venv/ready: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)" $(TOOLS)
-	.venv/bin/python -m pip install -q "triton>=3.6" || echo "no Triton for this machine: its tests will be skipped"
+	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=70.1" wheel ninja
 	touch $@
 
 build/overlay/ready: Makefile
 	$(PYTHON) -m venv --without-pip build/overlay
-	$(PYTHON) -c "import site, sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
+	$(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
 	  > $$(build/overlay/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/parent.pth
 	touch $@
 
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(PY) -m pip install -q --no-deps --no-build-isolation -e .
+	$(PY) -m pip install -q --no-build-isolation -e $(if $(PYTHON),. --no-deps,".[test]")
 	touch $@
 
 clean:

@@ -26,7 +26,7 @@ class Case:
     inputs: Callable[[], list[Tensor]]
     implementations: dict[str, Loss]
     truth: Loss
-    after: dict[str, Callable[[list[Tensor]], None]] = field(default_factory=dict)
+    after: Callable[[], object] = lambda: None  # the rest of a step
     floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
     note: str = ""
 
@@ -48,10 +48,10 @@ def _compiled(f: Loss) -> Loss:
     return torch.compile(f, dynamic=False)
 
 
-def _with_truth(loss: Loss, **settings) -> Loss:
+def _by_reference(loss: Loss) -> Loss:
     def truth(*inputs: Tensor) -> Tensor:
         with sslkern.backend.use("reference"):
-            return loss(*inputs, **settings)
+            return loss(*inputs)
 
     return truth
 
@@ -100,7 +100,7 @@ def loss_case(family: str, n: int, d: int, device: str) -> Case:
         "sslkern": ours,
     }
     floors = _floors(n, d, device) if family == "vicreg" else {}
-    return Case(family, (n, d), lambda: views(n, d, device), implementations, _with_truth(ours), floors=floors)
+    return Case(family, (n, d), lambda: views(n, d, device), implementations, _by_reference(ours), floors=floors)
 
 
 def unbiased_case(n: int, d: int, device: str) -> Case:
@@ -110,7 +110,7 @@ def unbiased_case(n: int, d: int, device: str) -> Case:
         return sslkern.vicreg_loss(a, b, estimator="unbiased")
 
     implementations = {"plug-in": sslkern.vicreg_loss, "sslkern": unbiased}
-    return Case("unbiased", (n, d), lambda: views(n, d, device), implementations, _with_truth(unbiased))
+    return Case("unbiased", (n, d), lambda: views(n, d, device), implementations, _by_reference(unbiased))
 
 
 def _weighed(pair: tuple[Tensor, Tensor]) -> Tensor:
@@ -144,9 +144,8 @@ def covariance_case(shape: tuple[int, ...], device: str) -> Case:
                 target.copy_(source)
 
         floors = {"bare GEMMs, torch.mm": gemms, "four passes at copy rate": copies}
-    return Case(
-        "covariance", shape, inputs, implementations, _with_truth(lambda z: _weighed(ops.covariance(z))), {}, floors
-    )
+    truth = _by_reference(implementations["sslkern"])
+    return Case("covariance", shape, inputs, implementations, truth, floors=floors)
 
 
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:
@@ -181,23 +180,11 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
         a, b = (
             torch.func.functional_call(double, dict(zip(names, weights, strict=True)), (x.double(),)) for x in features
         )
-        return _with_truth(ours)(a, b)
-
-    def update(_: list[Tensor]) -> None:
-        optimizer.step()
+        return _by_reference(ours)(a, b)
 
     implementations = {"published": run(published), "three-line": run(smart), "sslkern": run(ours)}
     weights = list(projector.parameters())
-    return Case(
-        "step",
-        (n, *widths),
-        lambda: weights,
-        implementations,
-        truth,
-        dict.fromkeys(implementations, update),
-        {},
-        recipe,
-    )
+    return Case("step", (n, *widths), lambda: weights, implementations, truth, after=optimizer.step, note=recipe)
 
 
 GRID = ((64, 8192), (256, 2048), (256, 8192), (1024, 4096), (2048, 8192), (4096, 1024), (8192, 2048))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 EPS = 2.0**-23
@@ -73,7 +74,7 @@ def _error(row: dict | None) -> str:
     return "" if row is None else f"{row['grad_error']:.0e}"
 
 
-def _columns(family: str) -> list[tuple[str, object]]:
+def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
     shape = ("shape", lambda c: " x ".join(map(str, c.first["shape"])))
     ours = ("sslkern", lambda c: _ms(c.row("sslkern")))
     errors = (
@@ -89,12 +90,7 @@ def _columns(family: str) -> list[tuple[str, object]]:
         note = ("recipe", lambda c: c.first["note"])
         return [note, shape, published, smart, ours, faster, smarter, memory, errors]
     if family == "unbiased":
-        cost = (
-            "cost",
-            lambda c: (
-                _times(None if (r := c.ratio("plug-in")) is None else 1 / r).replace("*", "").replace(", slower", "")
-            ),
-        )
+        cost = ("cost", lambda c: f"{1 / r:.2f}x" if (r := c.ratio("plug-in")) else "-")
         return [shape, ("plug-in", lambda c: _ms(c.row("plug-in"))), ours, cost]
     if family == "covariance":
         floors = (
@@ -133,8 +129,9 @@ def table(path: Path) -> str:
     """The whole comparison in Markdown."""
     results = json.loads(path.read_text())
     m = results["machine"]
+    commits = ", ".join(dict.fromkeys(row["commit"] for row in results["rows"]))
     lines = [
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {m['commit']} ({path}).",
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commit {commits} ({path}).",
         "Medians in ms, p20-p80 in brackets, interleaved in one process; memory beside inputs, gradients included;",
         'gradient error against fp64, published / sslkern. "The best of it": plain or compiled, with or without huge',
         "pages (THP_MEM_ALLOC_ENABLE=1).",
@@ -192,7 +189,7 @@ def write(path: Path, readme: bool = False) -> None:
     plot(path, path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}")
     if readme:
-        into_readme(Path("README.md"), text)
+        into_readme(Path("README.md"), f"![times faster]({path.with_suffix('.png')})\n\n{text}")
 
 
 def into_readme(target: Path, text: str) -> None:

@@ -11,10 +11,13 @@ import subprocess
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
+
+import sslkern
 
 from .cases import Case
 
@@ -48,15 +51,14 @@ def _synchronise(device: str) -> None:
 
 
 def _call(case: Case, name: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
-    loss, after = case.implementations[name], case.after.get(name)
+    loss = case.implementations[name]
 
     def call() -> Tensor:
         for x in inputs:
             x.grad = None
         value = loss(*inputs)
         value.backward()
-        if after is not None:
-            after(inputs)
+        case.after()
         return value.detach()
 
     return call
@@ -84,21 +86,24 @@ def _errors(value: Tensor, inputs: list[Tensor], truth: tuple[Tensor, list[Tenso
     return loss_error, (difference / size) ** 0.5
 
 
-def peak_bytes(call: Callable[[], Tensor], device: str) -> tuple[int, Tensor]:
-    """Peak of allocated bytes during the call, and its result; gradients count, what was there before does not."""
+T = TypeVar("T")
+
+
+def allocated(call: Callable[[], T], device: str = "cpu") -> tuple[int, int, T]:
+    """(peak, left, result) of a call: bytes over what was there before, at most and at the end."""
     if device == "cuda":
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        value = call()
-        return torch.cuda.max_memory_allocated() - before, value
+        result = call()
+        return torch.cuda.max_memory_allocated() - before, torch.cuda.memory_allocated() - before, result
     with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
-        value = call()
+        result = call()
     now = peak = 0
     for event in sorted(prof.profiler.kineto_results.events(), key=lambda e: e.start_ns()):
         if event.name() == "[memory]":
             now += event.nbytes()
             peak = max(peak, now)
-    return peak, value
+    return peak, now, result
 
 
 def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None = None) -> list[dict]:
@@ -109,6 +114,7 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
     calls.update(case.floors)
     truth = _truth(case, inputs)
     rows: dict[str, dict] = {}
+    commit = _commit()
     for name, call in calls.items():
         row = {
             "case": case.name,
@@ -116,12 +122,13 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
             "implementation": name,
             "shape": list(case.shape),
             "note": case.note,
+            "commit": commit,
         }
         row["first_call"] = _seconds(call, device)
         if name in case.implementations:
             for x in inputs:  # what the last call left is not this one's
                 x.grad = None
-            row["peak_bytes"], value = peak_bytes(call, device)
+            row["peak_bytes"], _, value = allocated(call, device)
             row["loss_error"], row["grad_error"] = _errors(value, inputs, truth)
         rows[name] = row
     for x in inputs:
@@ -151,22 +158,22 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
     return list(rows.values())
 
 
+def _commit() -> str:
+    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+
+
 def machine(device: str) -> dict:
     """What the numbers were measured on."""
-    import sslkern
-
     name = platform.processor() or platform.machine()
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
-    commit = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,
         "sslkern": sslkern.__version__,
         "python": platform.python_version(),
-        "commit": commit,
     }
 
 

@@ -40,13 +40,11 @@ def spilling_kernel(x, out):
 
 def compile_cases() -> dict:
     """Kernels by name, among them the one that must be found to spill."""
-    from sslkern.triton_kernels import launch
-
     from sslkern import triton_kernels
 
     modules = [import_module(f"{triton_kernels.__name__}.{m.name}") for m in iter_modules(triton_kernels.__path__)]
     cases = {case.name: case for module in modules for case in getattr(module, "COMPILE_CASES", ())}
-    cases[SPILLING] = launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
+    cases[SPILLING] = triton_kernels.launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
     return cases
 
 

@@ -1,27 +1,14 @@
 """What a call allocates, counted by torch's profiler, and what it leaves behind."""
 
-import json
 import sys
 
 import cases
 import pytest
 import torch
 
+from bench.run import allocated
+
 SMALL = 64 << 10  # bytes, per view and slice, beside 4 numbers per row and column
-
-
-def trace(function, path):
-    """(peak, left): bytes of torch's allocator above the start, at most and at the end; the result is still alive."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
-        kept = function()
-    profile.export_chrome_trace(str(path))
-    events = [event for event in json.loads(path.read_text())["traceEvents"] if event.get("name") == "[memory]"]
-    peak = total = 0
-    for event in sorted(events, key=lambda event: event["ts"]):
-        total += event["args"]["Bytes"]
-        peak = max(peak, total)
-    del kept
-    return peak, total
 
 
 def allowed(op_name, shape, dtype):
@@ -37,7 +24,7 @@ def allowed(op_name, shape, dtype):
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16), ids=str)
 @pytest.mark.parametrize("shape", ((256, 4096), (3000, 300), (4, 200, 600), (600, 600)), ids=str)
 @pytest.mark.parametrize("op_name", cases.OPS)
-def test_extra_memory(op_name, shape, dtype, native, tmp_path):
+def test_extra_memory(op_name, shape, dtype, native):
     """Beside inputs and gradients no more than `allowed`, at any moment of forward, backward and forward alone."""
     op = cases.OPS[op_name]
     workspace, gradients = allowed(op_name, shape, dtype)
@@ -51,17 +38,17 @@ def test_extra_memory(op_name, shape, dtype, native, tmp_path):
         with torch.no_grad():
             return op.call(*views)
 
-    peak, left = trace(training, tmp_path / "training.json")
+    peak, left = allocated(training)[:2]
     assert gradients <= peak <= workspace + gradients
     assert left <= gradients + SMALL
-    peak, left = trace(inference, tmp_path / "inference.json")
+    peak, left = allocated(inference)[:2]
     assert peak <= workspace
     assert left <= sum(out.numel() * out.element_size() for out in inference()) + SMALL
 
 
-def test_the_count_sees_workspaces(tmp_path):
+def test_the_count_sees_workspaces():
     """A temporary and a result count as such."""
-    peak, left = trace(lambda: torch.empty(1000, 1000).add(1), tmp_path / "trace.json")
+    peak, left, _ = allocated(lambda: torch.empty(1000, 1000).add(1))
     assert 8_000_000 <= peak < 8_100_000 and 4_000_000 <= left < 4_100_000
 
 
