@@ -19,9 +19,14 @@
 #include <sys/mman.h>
 #endif
 
-// One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it.
+// One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it. By level
+// or feature: a clone for arch=haswell serves that Intel processor and no other.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#define SSLKERN_CLONES __attribute__((unused, target_clones("arch=skylake-avx512", "arch=haswell", "default")))
+#if __GNUC__ >= 12
+#define SSLKERN_CLONES __attribute__((unused, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+#else
+#define SSLKERN_CLONES __attribute__((unused, target_clones("avx512f", "avx2", "default")))
+#endif
 #else
 #define SSLKERN_CLONES [[maybe_unused]]
 #endif
@@ -38,25 +43,21 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
   return (a + b - 1) / b;
 }
 
-// Huge pages for a large allocation, first touched by all threads alike. Page by page, touching 51 MB takes 12 ms, and
-// the pass that fills it 1.8 ms; and where half of the memory is new, static scheduling gives one thread all of its
-// faults.
+// Huge pages for a large allocation: page by page, touching 51 MB takes 12 ms, and the pass that fills it 1.8 ms. Each
+// thread touches what it writes, when it writes it, and finds it in cache.
 inline void prepare_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, huge = 1 << 21;
   const uintptr_t begin = (reinterpret_cast<uintptr_t>(memory) + page - 1) & ~(page - 1);
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(page - 1);
-  if (end < begin + 2 * huge) return;
-  madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
-  const int64_t threads = stable::get_num_threads();
-  stable::parallel_for(0, threads, 1, [=](int64_t first, int64_t last) {
-    for (uintptr_t chunk = begin; chunk < end; chunk += huge) {
-      const int64_t owner = static_cast<int64_t>((chunk - begin) / huge) % threads;
-      if (owner < first || owner >= last) continue;
-      for (uintptr_t p = chunk; p < std::min(end, chunk + huge); p += page) *reinterpret_cast<volatile char*>(p) = 0;
-    }
-  });
+  if (end >= begin + 2 * huge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+inline double sum_of(const std::vector<double>& x) {
+  double total = 0;
+  for (double value : x) total += value;
+  return total;
 }
 
 // A new tensor, uninitialised, about to be written in full.

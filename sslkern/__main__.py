@@ -40,7 +40,9 @@ def main() -> None:
     print("\nback-ends")
     missing = backend.missing()
     for name in backend.NAMES:
-        print(f"  {name:<10} {'missing: ' + missing[name] if name in missing else 'available'}")
+        state = f"missing: {missing[name]}" if name in missing else "available"
+        products = f" (products: {backend.products()})" if name == "native" and name not in missing else ""
+        print(f"  {name:<10} {state}{products}")
     if backend.forced() is not None:
         print(f"  forced to {backend.forced()!r}")
     print(f"\n{'kernel':<24} {'cpu tensor':<12} cuda tensor")

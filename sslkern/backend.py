@@ -15,6 +15,7 @@ from contextlib import contextmanager
 import torch
 
 NAMES = ("triton", "native", "reference")  # the order in which they are preferred
+CPU_GEMMS = ("", "avx2", "mm", "onednn")  # what SSLKERN_CPU_GEMM may ask for; empty leaves the choice to us
 
 _libraries = {name: torch.library.Library(f"sslkern_{name}", "DEF") for name in NAMES}
 _missing: dict[str, str] = {}  # back-end -> why it is not there
@@ -60,6 +61,11 @@ def load() -> None:
         importlib.import_module("sslkern.triton_kernels")
     except ImportError as error:
         _missing["triton"] = f"Triton 3.6 or newer does not load ({error})"
+
+
+def products() -> str:
+    """Who multiplies the native back-end's fp32 matrices, in words; SSLKERN_CPU_GEMM changes it."""
+    return "" if "native" in _missing else importlib.import_module("sslkern._C").products()
 
 
 def missing() -> dict[str, str]:
@@ -120,5 +126,8 @@ def use(name: str) -> Iterator[None]:
         _forced = before
 
 
+if os.environ.get("SSLKERN_CPU_GEMM", "") not in CPU_GEMMS:
+    asked = os.environ["SSLKERN_CPU_GEMM"]
+    raise ValueError(f"SSLKERN_CPU_GEMM must be one of {', '.join(map(repr, CPU_GEMMS[1:]))}, got {asked!r}.")
 if os.environ.get("SSLKERN_BACKEND"):
     _forced = _check(os.environ["SSLKERN_BACKEND"])

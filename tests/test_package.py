@@ -100,27 +100,22 @@ def test_the_folder_is_not_the_triton_projects_package():
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError: this folder is sslkern.triton_kernels")
 
 
-def test_both_gemm_routes_agree(native, tmp_path):
-    """SSLKERN_CPU_GEMM=mm and =onednn give the same values and gradients to rounding."""
-    code = """
-import sys, torch
-import sslkern
-from sslkern import ops
-torch.manual_seed(0)
-found = []
-for shape in ((260, 700), (700, 260), (2, 64, 64)):
-    a, b = (torch.randn(shape, requires_grad=True) for _ in range(2))
-    outputs = [*ops.covariance(a, "unbiased"), *ops.cross_correlation(a, b), sslkern.vicreg_loss(a, b)]
-    found += [*outputs, *torch.autograd.grad([out.sum() for out in outputs], [a, b])]
-torch.save([x.detach() for x in found], sys.argv[1])
-"""
-    results = []
-    for route in ("mm", "onednn"):
-        done = python("-c", code, str(tmp_path / route), SSLKERN_CPU_GEMM=route, SSLKERN_BACKEND="native")
-        assert done.returncode == 0, done.stderr
-        results.append(torch.load(tmp_path / route))
-    for x, y in zip(*results, strict=True):
-        assert (x - y).abs().max() <= 64 * torch.finfo(torch.float32).eps * y.abs().max()
+@pytest.mark.parametrize("route", backends.CPU_GEMMS[1:])
+def test_every_product_route_follows_fp64(route, native):
+    """SSLKERN_CPU_GEMM=avx2, =mm and =onednn pass the tests of values, gradients and odd input, and say so."""
+    told = python("-c", "from sslkern import backend; print(backend.products())", SSLKERN_CPU_GEMM=route).stdout
+    expected = {"avx2": ("AVX2 tiles", "oneDNN", "torch.mm"), "mm": ("torch.mm",), "onednn": ("oneDNN", "torch.mm")}
+    assert told.startswith(expected[route]), told
+    files = ("tests/test_ops.py", "tests/test_edges.py")
+    done = python("-m", "pytest", "-q", "-k", "native", "-p", "no:cacheprovider", *files, SSLKERN_CPU_GEMM=route)
+    assert done.returncode == 0, done.stdout[-3000:]
+
+
+def test_an_unknown_product_route_is_refused():
+    """One sentence, before any work."""
+    bad = python("-c", "import sslkern", SSLKERN_CPU_GEMM="mkl")
+    assert bad.returncode != 0
+    assert bad.stderr.strip().endswith("ValueError: SSLKERN_CPU_GEMM must be one of 'avx2', 'mm', 'onednn', got 'mkl'.")
 
 
 def test_use_restores_what_was():

@@ -3,52 +3,108 @@
 #pragma once
 
 #include "columns.h"
+#include "gemm.h"
 
 namespace sslkern {
 
 constexpr int64_t kColumnBlock = 1 << 19;  // numbers in a block of columns: 2 MB, beside its product in L2 and L3
 constexpr int64_t kRowBlock = 3 << 18;     // numbers in a block of rows
+constexpr int64_t kSmallBlock = 1 << 15;   // numbers in a block for tiles: 128 KB, beside its product and a Gram in L2
 constexpr int64_t kTileRows = 64;          // 64 x 128 fp32 numbers are 32 KB: L1
 constexpr int64_t kTileCols = 128;
+constexpr int64_t kTileNumbers = kTileRows * kTileCols;
+
+// Rows of a tile of so many columns.
+inline int64_t tile_height(int64_t cols) {
+  return std::clamp<int64_t>(kTileNumbers / cols, 16, kBlockRows);
+}
 
 inline int64_t round_up(int64_t x, int64_t to) {
   return ceil_div(x, to) * to;
 }
 
-inline Tensor reshaped(Tensor& flat, int64_t rows, int64_t cols) {
-  if (flat.numel() == rows * cols) return stable::view(flat, {rows, cols});
-  return stable::view(stable::narrow(flat, 0, 0, rows * cols), {rows, cols});
+// How the long side of a matrix is cut: into parts, each a thread's own, and these into blocks. For tiles the threads
+// share the parts out, and the sums of all parts are no more than half of the matrix. A vendor library uses all threads
+// in one part, whose blocks are about a third of the matrix: with their product, and what the library packs, less than
+// the whole.
+struct Cut {
+  int64_t total, part, block;
+
+  int64_t parts() const {
+    return ceil_div(total, part);
+  }
+};
+
+inline Cut cut_for_tiles(int64_t total, int64_t m, int64_t block, int64_t whole) {
+  const int64_t parts = std::clamp<int64_t>(total / (2 * m), 1, 64);
+  return {total, round_up(ceil_div(total, parts), whole), block};
 }
 
-// A block is about a third of the matrix: with its product, and what the vendor library packs, less than the whole.
-//
-// f(block, j0, j1) over column blocks that hold all rows, for `count` matrices at once: block[k] is (N, j1 - j0). Fewer
-// than 1024 columns at a time would spend it on adding products up.
-template <class T, class F>
-void for_column_blocks(const Tensor& like, int64_t n, int64_t d, int count, const F& f) {
+// Columns, all rows of them. Fewer than 1024 at a time would spend a vendor library's time on adding products up.
+inline Cut cut_columns(int64_t n, int64_t d, Gemm gemm) {
+  if (gemm == Gemm::tiles) {
+    const int64_t width = std::min(kBlockCols, kSmallBlock / n / kTile * kTile);
+    return cut_for_tiles(d, n, width, width);
+  }
   const int64_t wanted = std::max<int64_t>(kColumnBlock / n, 1024);
-  const int64_t width = std::min(d, round_up(std::min(wanted, ceil_div(d, 3)), kBlockCols));
-  std::vector<Tensor> flat, block(count, like);
-  for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {n * width}, dtype_of<T>()));
-  for (int64_t j0 = 0; j0 < d; j0 += width) {
-    const int64_t j1 = std::min(d, j0 + width);
-    for (int k = 0; k < count; ++k) block[k] = reshaped(flat[k], n, j1 - j0);
-    f(block, j0, j1);
-  }
+  return {d, d, round_up(std::min(wanted, ceil_div(d, 3)), kBlockCols)};
 }
 
-// f(block, i0, i1) over row blocks that hold all columns: block[k] is (i1 - i0, D), or (D, i1 - i0) where `transpose`.
-template <class T, class F>
-void for_row_blocks(const Tensor& like, int64_t n, int64_t d, int count, bool transpose, const F& f) {
-  const int64_t wanted = std::max<int64_t>(kRowBlock / d, 2048);
-  const int64_t height = std::min(n, round_up(std::min(wanted, ceil_div(n, 3)), kTileRows));
-  std::vector<Tensor> flat, block(count, like);
-  for (int k = 0; k < count; ++k) flat.push_back(fresh(like, {height * d}, dtype_of<T>()));
-  for (int64_t i0 = 0; i0 < n; i0 += height) {
-    const int64_t rows = std::min(n, i0 + height) - i0;
-    for (int k = 0; k < count; ++k) block[k] = transpose ? reshaped(flat[k], d, rows) : reshaped(flat[k], rows, d);
-    f(block, i0, i0 + rows);
+// Rows, all columns of them.
+inline Cut cut_rows(int64_t n, int64_t d, Gemm gemm) {
+  if (gemm == Gemm::tiles) {
+    const int64_t height = std::min(kBlockRows, kSmallBlock / d / kTileRows * kTileRows);
+    return cut_for_tiles(n, d, height, kBlockRows);
   }
+  const int64_t wanted = std::max<int64_t>(kRowBlock / d, 2048);
+  return {n, n, round_up(std::min(wanted, ceil_div(n, 3)), kTileRows)};
+}
+
+// A block of the cut: which part it belongs to, whether it is that part's first, and its range.
+struct Span {
+  int64_t part, begin, end;
+  bool first;
+};
+
+// f(span, memory, products) for every block, with memory[k] for `count` blocks of `across` numbers per row or column.
+template <class T, class F>
+void for_blocks(const Tensor& like, const Cut& cut, int64_t across, int count, Gemm gemm, const F& f) {
+  const int64_t parts = cut.parts(), numbers = across * std::min(cut.block, cut.total);
+  auto run = [&](int64_t part) {
+    Products<T> products(like, gemm);
+    std::vector<Tensor> memory;
+    for (int k = 0; k < count; ++k) memory.push_back(fresh(like, {numbers}, dtype_of<T>()));
+    const int64_t first = part * cut.part, last = std::min(cut.total, first + cut.part);
+    for (int64_t begin = first; begin < last; begin += cut.block)
+      f(Span{part, begin, std::min(last, begin + cut.block), begin == first}, memory, products);
+  };
+  if (parts == 1) return run(0);  // not in parallel_for, where nothing else may be parallel
+  stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t part = begin; part < end; ++part) run(part);
+  });
+}
+
+// f(span, block, products) over column blocks: block[k] is (N, columns), for `count` matrices at once.
+template <class T, class F>
+void for_column_blocks(const Tensor& like, int64_t n, const Cut& cut, int count, Gemm gemm, const F& f) {
+  for_blocks<T>(like, cut, n, count, gemm,
+                [&](const Span& span, const std::vector<Tensor>& memory, Products<T>& products) {
+                  std::vector<Operand<T>> block;
+                  for (const Tensor& flat : memory) block.push_back({flat, data<T>(flat), n, span.end - span.begin});
+                  f(span, block, products);
+                });
+}
+
+// f(span, block, products) over row blocks: block[k] is (rows, D), which lies transposed where `transposed`.
+template <class T, class F>
+void for_row_blocks(const Tensor& like, int64_t d, const Cut& cut, int count, Gemm gemm, bool transposed, const F& f) {
+  for_blocks<T>(like, cut, d, count, gemm,
+                [&](const Span& span, const std::vector<Tensor>& memory, Products<T>& products) {
+                  std::vector<Operand<T>> block;
+                  for (const Tensor& flat : memory)
+                    block.push_back({flat, data<T>(flat), span.end - span.begin, d, transposed});
+                  f(span, block, products);
+                });
 }
 
 // f(part, j0, j1) in parallel over parts of at most kBlockCols columns of [begin, end).
@@ -85,9 +141,7 @@ double centre_block(const Matrix& z, int64_t j0, int64_t j1, T* high, T* low, T*
     if (!quartic) return;
     for (int64_t i = 0; i < n; ++i) fourth[part] += fourth_power(out + i * ld, k1 - k0);
   });
-  double total = 0;
-  for (double x : fourth) total += x;
-  return total;
+  return sum_of(fourth);
 }
 
 // Columns [j0, j1), centred, and scaled where a scale is given, into `block`.
@@ -102,7 +156,7 @@ void recentre_block(const Matrix& z, int64_t j0, int64_t j1, const T* high, cons
       int64_t x_ld;
       const T* x = tile(z, i0, i1, k0, k1, scratch, x_ld);
       T* out = block + i0 * ld + (k0 - j0);
-      centre_rows(x, x_ld, i1 - i0, k1 - k0, high + k0, low + k0, out, ld, ignored);
+      centre(x, x_ld, i1 - i0, k1 - k0, high + k0, low + k0, out, ld, ignored);
       if (scale != nullptr) scale_rows(out, ld, i1 - i0, k1 - k0, scale + k0);
     }
   });
@@ -154,21 +208,22 @@ class RowPass {
     int64_t ld;
     std::copy_n(tile(z_, 0, 1, 0, z_.cols, scratch, ld), z_.cols, pivot.begin());
     each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t, int64_t rows, int64_t j0, int64_t cols, T* sum) {
-      sum_rows(x, ld, rows, cols, pivot.data() + j0, sum);
+      add_sums(x, ld, rows, cols, pivot.data() + j0, sum);
     });
     add_parts(data<T>(sums_), parts(), z_.cols, total_);
     split_mean(pivot.data(), total_.data(), z_.cols, z_.rows, high_, low_);
   }
 
-  // Rows [i0, i1), centred, and scaled where a scale is given, into (i1 - i0, D) or its transpose. The squares of the
+  // Rows [i0, i1), centred, and scaled where a scale is given, into a block (i1 - i0, D). The squares of the
   // centred values are summed on the way, and where row_sq is given its rows and the fourth powers too.
-  void centre(int64_t i0, int64_t i1, const T* scale, T* block, bool transpose, T* row_sq) {
+  void centre(int64_t i0, int64_t i1, const T* scale, const Operand<T>& block, T* row_sq) {
     const int64_t d = z_.cols, height = i1 - i0;
+    const bool transpose = block.transposed;
     each_tile(i0, i1, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
-      T small[kTileRows * kTileCols];
-      T* out = transpose ? small : block + (i - i0) * d + j0;
+      T small[kTileNumbers];
+      T* out = transpose ? small : block.data + (i - i0) * d + j0;
       const int64_t out_ld = transpose ? cols : d;
-      centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
+      sslkern::centre(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
       for (int64_t r = 0; row_sq != nullptr && r < rows; ++r) {
         row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + square_sum(out + r * out_ld, cols);
         fourth_[i / kBlockRows] += fourth_power(out + r * out_ld, cols);
@@ -176,14 +231,14 @@ class RowPass {
       if (scale != nullptr) scale_rows(out, out_ld, rows, cols, scale + j0);
       if (!transpose) return;
       for (int64_t j = 0; j < cols; ++j)
-        for (int64_t r = 0; r < rows; ++r) block[(j0 + j) * height + (i - i0) + r] = small[r * cols + j];
+        for (int64_t r = 0; r < rows; ++r) block.data[(j0 + j) * height + (i - i0) + r] = small[r * cols + j];
     });
   }
 
   void cubic_means(const T* row_sq, T* mean) {
     each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
-      T small[kTileRows * kTileCols], ignored[kTileCols] = {};
-      centre_rows(x, ld, rows, cols, high_ + j0, low_ + j0, small, cols, ignored);
+      T small[kTileNumbers], ignored[kTileCols] = {};
+      sslkern::centre(x, ld, rows, cols, high_ + j0, low_ + j0, small, cols, ignored);
       cubic_rows(small, cols, rows, cols, row_sq + i, sum);
     });
     add_parts(data<T>(sums_), parts(), z_.cols, total_);
@@ -196,9 +251,7 @@ class RowPass {
   }
 
   double fourth_powers() const {
-    double total = 0;
-    for (double x : fourth_) total += x;
-    return total;
+    return sum_of(fourth_);
   }
 
  private:
@@ -216,8 +269,9 @@ class RowPass {
         std::fill_n(sums, z_.cols, T(0));
         fourth_[part] = 0;
       }
-      for (int64_t i = i0; i < i1; i += kTileRows) {
-        const int64_t rows = std::min(kTileRows, i1 - i);
+      const int64_t height = tile_height(std::min(z_.cols, kTileCols));
+      for (int64_t i = i0; i < i1; i += height) {
+        const int64_t rows = std::min(height, i1 - i);
         for (int64_t j0 = 0; j0 < z_.cols; j0 += kTileCols) {
           const int64_t cols = std::min(kTileCols, z_.cols - j0);
           int64_t ld;
@@ -235,50 +289,66 @@ class RowPass {
   std::vector<double> fourth_, total_;
 };
 
-// Rows of a gradient: written in place where it is a T already, rounded from a buffer otherwise.
+// Tiles of a gradient: written in place where it is a T already, rounded from a buffer otherwise.
 template <class T>
-class RowWriter {
+class TileWriter {
  public:
-  RowWriter(const Matrix& grad, int64_t cols)
-      : grad_(grad), cols_(cols), buffer_(grad.dtype == dtype_of<T>() ? 0 : cols) {}
+  explicit TileWriter(const Matrix& grad) : grad_(grad), in_place_(grad.dtype == dtype_of<T>()) {}
 
-  T* row(int64_t i, int64_t j0) {
-    return buffer_.empty() ? reinterpret_cast<T*>(grad_.at(i, j0)) : buffer_.data();
+  T* at(int64_t i, int64_t j, int64_t rows, int64_t cols, int64_t& ld) {
+    ld = in_place_ ? grad_.row_stride : cols;
+    if (in_place_) return reinterpret_cast<T*>(grad_.at(i, j));
+    buffer_.resize(rows * cols);
+    return buffer_.data();
   }
 
-  void flush(int64_t i, int64_t j0) {
-    if (buffer_.empty()) return;
-    if (grad_.dtype == ScalarType::BFloat16) return store<torch::headeronly::BFloat16>(i, j0);
-    store<torch::headeronly::Half>(i, j0);
+  void flush(int64_t i, int64_t j, int64_t rows, int64_t cols) {
+    if (in_place_) return;
+    if (grad_.dtype == ScalarType::BFloat16) return store<torch::headeronly::BFloat16>(i, j, rows, cols);
+    store<torch::headeronly::Half>(i, j, rows, cols);
   }
 
  private:
   template <class To>
-  void store(int64_t i, int64_t j0) {
-    To* out = reinterpret_cast<To*>(grad_.at(i, j0));
-    for (int64_t j = 0; j < cols_; ++j) out[j] = static_cast<To>(buffer_[j]);
+  void store(int64_t i, int64_t j, int64_t rows, int64_t cols) {
+    for (int64_t r = 0; r < rows; ++r) {
+      To* out = reinterpret_cast<To*>(grad_.at(i + r, j));
+      for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<To>(buffer_[r * cols + c]);
+    }
   }
 
   const Matrix grad_;
-  const int64_t cols_;
+  const bool in_place_;
   std::vector<T> buffer_;
 };
 
-// sum_ij (a_ij - b_ij)^2, a partial sum per row
+// f(i, j, rows, cols) over tiles of rows [begin, end) and columns [j0, j1).
+template <class F>
+void for_tiles(int64_t begin, int64_t end, int64_t j0, int64_t j1, const F& f) {
+  for (int64_t j = j0; j < j1; j += kBlockCols) {  // few enough columns for their coefficients to stay in L1
+    const int64_t cols = std::min(kBlockCols, j1 - j), height = tile_height(cols);
+    for (int64_t i = begin; i < end; i += height) f(i, j, std::min(height, end - i), cols);
+  }
+}
+
+// sum_ij (a_ij - b_ij)^2, a partial sum for every few rows
 template <class T>
 double squared_distance(const Matrix& a, const Matrix& b) {
-  std::vector<double> partial(a.rows);
-  stable::parallel_for(0, a.rows, ceil_div(16384, a.cols), [&](int64_t begin, int64_t end) {
+  const int64_t height = std::clamp<int64_t>(16384 / a.cols, 1, kBlockRows);
+  std::vector<double> partial(ceil_div(a.rows, height));
+  stable::parallel_for(0, ceil_div(a.rows, height), 1, [&](int64_t first, int64_t last) {
     std::vector<T> scratch_a, scratch_b;
-    int64_t unused;
-    for (int64_t i = begin; i < end; ++i) {
-      const T* x = tile(a, i, i + 1, 0, a.cols, scratch_a, unused);
-      partial[i] = distance_row(x, tile(b, i, i + 1, 0, a.cols, scratch_b, unused), a.cols);
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t i0 = part * height, rows = std::min(height, a.rows - i0);
+      int64_t ld, other_ld;
+      const T* x = tile(a, i0, i0 + rows, 0, a.cols, scratch_a, ld);
+      const T* y = tile(b, i0, i0 + rows, 0, a.cols, scratch_b, other_ld);
+      const int64_t fold = rows_in_fold(rows, a.cols, ld == a.cols && other_ld == a.cols);
+      for (int64_t r = 0; r < rows; r += fold)
+        partial[part] += distance_row(x + r * ld, y + r * other_ld, std::min(fold, rows - r) * a.cols);
     }
   });
-  double total = 0;
-  for (double x : partial) total += x;
-  return total;
+  return sum_of(partial);
 }
 
 }  // namespace sslkern

@@ -2,8 +2,6 @@
 #pragma once
 
 #include "blocks.h"
-#include "columns.h"
-#include "gemm.h"
 
 namespace sslkern {
 
@@ -46,32 +44,38 @@ double unbiased_offdiag(const Slice<T>& s, double plugin, double fourth_powers) 
 template <class T>
 double dual_moments(const Tensor& like, const Slice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
-  const bool onednn = takes_onednn<T>();
-  double fourth = 0;
-  for_column_blocks<T>(like, n, d, 1, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
-    const double quartic = centre_block(s.z, j0, j1, s.high, s.low, s.variance, data<T>(block[0]), s.unbiased);
-    fourth += quartic;
-    add_gram(block[0], s.gram, j0 == 0, onednn);
+  const Gemm gemm = gemm_for<T>(n);
+  const Cut cut = cut_columns(n, d, gemm);
+  PartialGrams<T> grams(like, s.gram, n, cut.parts());
+  std::vector<double> fourth(cut.parts());
+  for_column_blocks<T>(like, n, cut, 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+    fourth[span.part] += centre_block(s.z, span.begin, span.end, s.high, s.low, s.variance, block[0].data, s.unbiased);
+    products.add(block[0], block[0], grams.at(span.part), span.first);
   });
+  grams.add_up(true);
   const double total = finish_gram(s.gram, s.gram, n, T(1), false);
   double square = 0;
   for (int64_t j = 0; j < d; ++j) square += static_cast<double>(s.variance[j]) * s.variance[j];
   const double plugin = total / ((n - 1.) * (n - 1.)) - square;
   if (!s.unbiased) return plugin;
   for (int64_t i = 0; i < n; ++i) s.row_sq[i] = s.gram[i * n + i];
-  return unbiased_offdiag(s, plugin, fourth);
+  return unbiased_offdiag(s, plugin, sum_of(fourth));
 }
 
 template <class T>
 double primal_moments(const Tensor& like, const Slice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
-  const bool onednn = takes_onednn<T>() && d > kThin;
+  const Gemm gemm = gemm_for<T>(d);
+  const Cut cut = cut_rows(n, d, gemm);
+  PartialGrams<T> grams(like, s.gram, d, cut.parts());
   RowPass<T> pass(like, s.z, s.high, s.low);
   pass.means();
-  for_row_blocks<T>(like, n, d, 1, onednn, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
-    pass.centre(i0, i1, nullptr, data<T>(block[0]), onednn, s.unbiased ? s.row_sq : nullptr);
-    add_gram(onednn ? block[0] : transposed(block[0]), s.gram, i0 == 0, onednn);
+  const bool transposed = gemm == Gemm::onednn;
+  for_row_blocks<T>(like, d, cut, 1, gemm, transposed, [&](const Span& span, const auto& block, Products<T>& products) {
+    pass.centre(span.begin, span.end, nullptr, block[0], s.unbiased ? s.row_sq : nullptr);
+    products.add(block[0].t(), block[0].t(), grams.at(span.part), span.first);
   });
+  grams.add_up(true);
   pass.variances(s.variance);
   const double plugin = finish_gram(s.gram, s.gram, d, static_cast<T>(1. / (n - 1)), true);
   return s.unbiased ? unbiased_offdiag(s, plugin, pass.fourth_powers()) : plugin;
@@ -113,24 +117,25 @@ void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, i
   const int64_t ld = j1 - j0;
   stable::parallel_for(i0, i1, ceil_div(8192, ld), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch;
-    for (int64_t k0 = j0; k0 < j1; k0 += kBlockCols) {  // few enough columns for their coefficients to stay in L1
-      const int64_t cols = std::min(kBlockCols, j1 - k0);
-      RowWriter<T> writer(grad, cols);
-      for (int64_t i = begin; i < end; ++i) {
-        const T *p = product + (i - i0) * ld + (k0 - j0), *z = block + (i - i0) * ld + (k0 - j0);
-        T* out = writer.row(i, k0);
-        if (pull == nullptr) {
-          gradient_row(p, z, e.column.data() + k0, e.alpha, out, cols);
-        } else {
-          int64_t unused;
-          const T* other = tile(pull->other, i, i + 1, k0, k0 + cols, scratch, unused);
-          pulled_row(p, z, e.column.data() + k0, e.alpha, s.high + k0, s.low + k0, other, static_cast<T>(pull->coeff),
-                     out, cols);
-        }
-        if (s.unbiased) cubic_row(z, e.shift.data() + k0, s.row_sq[i], e.cubic, out, cols);
-        writer.flush(i, k0);
+    TileWriter<T> writer(grad);
+    for_tiles(begin, end, j0, j1, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
+      const int64_t at = (i - i0) * ld + (j - j0);
+      GradientTile<T> tile_of{rows, cols, product + at, block + at, ld, e.alpha, e.column.data() + j};
+      if (pull != nullptr) {
+        tile_of.other = tile(pull->other, i, i + rows, j, j + cols, scratch, tile_of.other_ld);
+        tile_of.coeff = static_cast<T>(pull->coeff);
+        tile_of.high = s.high + j;
+        tile_of.low = s.low + j;
       }
-    }
+      if (s.unbiased) {
+        tile_of.row_sq = s.row_sq + i;
+        tile_of.cubic = e.cubic;
+        tile_of.shift = e.shift.data() + j;
+      }
+      tile_of.out = writer.at(i, j, rows, cols, tile_of.out_ld);
+      write_tile(tile_of);
+      writer.flush(i, j, rows, cols);
+    });
   });
 }
 
@@ -139,24 +144,24 @@ template <class T>
 void input_gradient(const Tensor& grams, int64_t index, const Slice<T>& s, const std::vector<double>& grad_variance,
                     double grad_offdiag, const Pull* pull, const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
-  const bool onednn = takes_onednn<T>();
-  const Tensor gram = stable::select(stable::view(const_cast<Tensor&>(grams), {-1, m, m}), 0, index);
+  const Gemm gemm = gemm_for<T>(m);
+  const Operand<T> gram{stable::select(stable::view(const_cast<Tensor&>(grams), {-1, m * m}), 0, index), s.gram, m, m};
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {
-    for_column_blocks<T>(grams, n, d, 1, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
-      T* z = data<T>(block[0]);
-      recentre_block<T>(s.z, j0, j1, s.high, s.low, nullptr, z);
-      if (s.unbiased) cubic_means(z, n, j1 - j0, s.row_sq, e.shift.data() + j0);
-      const Tensor product = matmul_nt(gram, transposed(block[0]), onednn);
-      write_gradient(s, e, pull, 0, n, j0, j1, data<T>(product), z, grad);
+    const Cut cut = cut_columns(n, d, gemm);
+    for_column_blocks<T>(grams, n, cut, 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+      T* z = block[0].data;
+      recentre_block<T>(s.z, span.begin, span.end, s.high, s.low, nullptr, z);
+      if (s.unbiased) cubic_means(z, n, span.end - span.begin, s.row_sq, e.shift.data() + span.begin);
+      write_gradient(s, e, pull, 0, n, span.begin, span.end, products.nt(gram, block[0].t()), z, grad);
     });
   } else {
+    const Cut cut = cut_rows(n, d, gemm);
     RowPass<T> pass(grams, s.z, s.high, s.low);
     if (s.unbiased) pass.cubic_means(s.row_sq, e.shift.data());
-    for_row_blocks<T>(grams, n, d, 1, false, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
-      pass.centre(i0, i1, nullptr, data<T>(block[0]), false, nullptr);
-      const Tensor product = matmul_nt(block[0], gram, onednn);
-      write_gradient(s, e, pull, i0, i1, 0, d, data<T>(product), data<T>(block[0]), grad);
+    for_row_blocks<T>(grams, d, cut, 1, gemm, false, [&](const Span& span, const auto& block, Products<T>& products) {
+      pass.centre(span.begin, span.end, nullptr, block[0], nullptr);
+      write_gradient(s, e, pull, span.begin, span.end, 0, d, products.nt(block[0], gram), block[0].data, grad);
     });
   }
 }

@@ -1,8 +1,6 @@
 // Cross-correlation on the CPU: blocks of both views are standardised into cache, multiplied by the vendor library, and
 // forgotten.
 #include "blocks.h"
-#include "columns.h"
-#include "gemm.h"
 
 namespace sslkern {
 namespace {
@@ -44,9 +42,8 @@ void invert_std(T* variance, int64_t begin, int64_t end, int64_t n, double eps) 
 
 // Standardises columns [j0, j1) of both views into their blocks, and the diagonal of their correlation with them.
 template <class T>
-void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, std::vector<Tensor>& blocks) {
+void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, T* const* block) {
   const int64_t ld = j1 - j0;
-  T* block[2] = {data<T>(blocks[0]), data<T>(blocks[1])};
   for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
     const int64_t cols = k1 - k0, offset = k0 - j0;
     for (int k = 0; k < 2; ++k) {
@@ -60,11 +57,15 @@ void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, st
 
 template <class T>
 double dual_forward(const Tensor& like, const Pair<T>& p, double eps) {
-  const bool onednn = takes_onednn<T>();
-  for_column_blocks<T>(like, p.n, p.d, 2, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
-    standardise_blocks(p, j0, j1, eps, block);
-    for (int k = 0; k < 2; ++k) add_gram(block[k], p.gram[k], j0 == 0, onednn);
+  const Gemm gemm = gemm_for<T>(p.n);
+  const Cut cut = cut_columns(p.n, p.d, gemm);
+  PartialGrams<T> grams[2] = {{like, p.gram[0], p.n, cut.parts()}, {like, p.gram[1], p.n, cut.parts()}};
+  for_column_blocks<T>(like, p.n, cut, 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+    T* const views[2] = {block[0].data, block[1].data};
+    standardise_blocks(p, span.begin, span.end, eps, views);
+    for (int k = 0; k < 2; ++k) products.add(block[k], block[k], grams[k].at(span.part), span.first);
   });
+  for (auto& view : grams) view.add_up(true);
   finish_gram(p.gram[0], p.gram[0], p.n, T(1), false);
   const double inner = finish_gram(p.gram[1], p.gram[0], p.n, T(1), false);
   double square = 0;
@@ -86,21 +87,23 @@ double finish_correlation(const Pair<T>& p) {
       partial[i] = square_sum(row, p.d);
     }
   });
-  double total = 0;
-  for (double x : partial) total += x;
-  return total;
+  return sum_of(partial);
 }
 
 template <class T>
 double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
-  const bool onednn = takes_onednn<T>() && p.d > kThin;
+  const Gemm gemm = gemm_for<T>(p.d);
+  const Cut cut = cut_rows(p.n, p.d, gemm);
+  PartialGrams<T> grams(like, p.gram[0], p.d, cut.parts());
+  const bool transposed = gemm == Gemm::onednn;
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   for (auto& view : pass) view.means();
-  for_row_blocks<T>(like, p.n, p.d, 2, onednn, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
-    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, nullptr, data<T>(block[k]), onednn, nullptr);
-    const Tensor x = onednn ? block[0] : transposed(block[0]), y = onednn ? block[1] : transposed(block[1]);
-    add_product(x, y, p.gram[0], false, i0 == 0, onednn);
-  });
+  for_row_blocks<T>(like, p.d, cut, 2, gemm, transposed,
+                    [&](const Span& span, const auto& block, Products<T>& products) {
+                      for (int k = 0; k < 2; ++k) pass[k].centre(span.begin, span.end, nullptr, block[k], nullptr);
+                      products.add(block[0].t(), block[1].t(), grams.at(span.part), span.first);
+                    });
+  grams.add_up(false);
   for (int k = 0; k < 2; ++k) {
     pass[k].variances(p.inv_std[k]);
     invert_std(p.inv_std[k], 0, p.d, p.n, eps);
@@ -119,30 +122,33 @@ struct Gradient {
 };
 
 template <class T>
-void dual_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
-  const bool onednn = takes_onednn<T>();
-  for_column_blocks<T>(gram[0], p.n, p.d, 2, [&](std::vector<Tensor>& block, int64_t j0, int64_t j1) {
-    const int64_t ld = j1 - j0;
-    for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], data<T>(block[k]));
-    for (int k = 0; k < 2; ++k) {
-      if (!g.needed[k]) continue;
-      const Tensor result = matmul_nt(gram[1 - k], transposed(block[k]), onednn);
-      const T *product = data<T>(result), *z = data<T>(block[k]), *other = data<T>(block[1 - k]);
-      for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
-        const int64_t cols = k1 - k0, offset = k0 - j0;
-        T along[kBlockCols];
-        column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
-        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
-        RowWriter<T> writer(g.out[k], cols);
-        for (int64_t i = 0; i < p.n; ++i) {
-          const int64_t at = i * ld + offset;
-          standard_row(product + at, z + at, other + at, g.alpha, g.column.data() + k0, along, p.inv_std[k] + k0,
-                       writer.row(i, k0), cols);
-          writer.flush(i, k0);
+void dual_backward(const Operand<T>* gram, const Pair<T>& p, const Gradient<T>& g) {
+  const Gemm gemm = gemm_for<T>(p.n);
+  const Cut cut = cut_columns(p.n, p.d, gemm);
+  for_column_blocks<T>(
+      gram[0].memory, p.n, cut, 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+        const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
+        for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], block[k].data);
+        for (int k = 0; k < 2; ++k) {
+          if (!g.needed[k]) continue;
+          const T *product = products.nt(gram[1 - k], block[k].t()), *z = block[k].data, *other = block[1 - k].data;
+          for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
+            const int64_t cols = k1 - k0, offset = k0 - j0;
+            T along[kBlockCols];
+            column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
+            for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
+            TileWriter<T> writer(g.out[k]);
+            for_tiles(0, p.n, k0, k1, [&](int64_t i, int64_t j, int64_t rows, int64_t) {
+              const int64_t at = i * ld + offset;
+              int64_t out_ld;
+              T* out = writer.at(i, j, rows, cols, out_ld);
+              standard_rows(product + at, z + at, other + at, ld, rows, cols, g.alpha, g.column.data() + j, along,
+                            p.inv_std[k] + j, out, out_ld);
+              writer.flush(i, j, rows, cols);
+            });
+          });
         }
       });
-    }
-  });
 }
 
 // mean_i x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj, over rows of C for a and columns for b.
@@ -163,26 +169,31 @@ std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
 }
 
 template <class T>
-void primal_backward(const Tensor* gram, const Pair<T>& p, const Gradient<T>& g) {
-  const bool onednn = takes_onednn<T>();
-  RowPass<T> pass[2] = {{gram[0], p.z[0], p.high[0], p.low[0]}, {gram[0], p.z[1], p.high[1], p.low[1]}};
+void primal_backward(const Operand<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
+  const Gemm gemm = gemm_for<T>(p.d);
+  const Cut cut = cut_rows(p.n, p.d, gemm);
+  const Tensor& like = gram.memory;
+  RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   std::vector<T> along[2];
   for (int k = 0; k < 2; ++k)
     if (g.needed[k]) along[k] = along_view(p, g, k);
-  for_row_blocks<T>(gram[0], p.n, p.d, 2, false, [&](std::vector<Tensor>& block, int64_t i0, int64_t i1) {
-    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], data<T>(block[k]), false, nullptr);
+  for_row_blocks<T>(like, p.d, cut, 2, gemm, false, [&](const Span& span, const auto& block, Products<T>& products) {
+    const int64_t i0 = span.begin, i1 = span.end;
+    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], block[k], nullptr);
     for (int k = 0; k < 2; ++k) {
       if (!g.needed[k]) continue;
-      const Tensor result = matmul_nt(block[1 - k], k == 0 ? gram[0] : transposed(gram[0]), onednn);
-      const T *product = data<T>(result), *z = data<T>(block[k]), *other = data<T>(block[1 - k]);
+      const T* product = products.nt(block[1 - k], k == 0 ? gram : gram.t());
+      const T *z = block[k].data, *other = block[1 - k].data;
       stable::parallel_for(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
-        RowWriter<T> writer(g.out[k], p.d);
-        for (int64_t i = begin; i < end; ++i) {
-          const int64_t at = (i - i0) * p.d;
-          standard_row(product + at, z + at, other + at, g.alpha, g.column.data(), along[k].data(), p.inv_std[k],
-                       writer.row(i, 0), p.d);
-          writer.flush(i, 0);
-        }
+        TileWriter<T> writer(g.out[k]);
+        for_tiles(begin, end, 0, p.d, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
+          const int64_t at = (i - i0) * p.d + j;
+          int64_t out_ld;
+          T* out = writer.at(i, j, rows, cols, out_ld);
+          standard_rows(product + at, z + at, other + at, p.d, rows, cols, g.alpha, g.column.data() + j,
+                        along[k].data() + j, p.inv_std[k] + j, out, out_ld);
+          writer.flush(i, j, rows, cols);
+        });
       });
     }
   });
@@ -200,7 +211,7 @@ template <class T>
 void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_offdiag, const bool* needed,
               const Tensor* grads) {
   const int64_t m = v.dual ? v.n : v.d;
-  const Tensor grams = stable::view(const_cast<Tensor&>(v.gram), {-1, m, m});
+  const Tensor grams = stable::view(const_cast<Tensor&>(v.gram), {-1, m * m});
   for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     const double n = v.n, g = data<T>(grad_offdiag)[s];
@@ -210,8 +221,10 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
           static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
     for (int k = 0; k < 2; ++k)
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
-    const Tensor gram[2] = {stable::select(grams, 0, s), stable::select(grams, 0, v.dual ? v.stack + s : s)};
-    v.dual ? dual_backward(gram, p, gradient) : primal_backward(gram, p, gradient);
+    const Operand<T> first{stable::select(grams, 0, s), p.gram[0], m, m};
+    if (!v.dual) return primal_backward(first, p, gradient);
+    const Operand<T> both[2] = {first, {stable::select(grams, 0, v.stack + s), p.gram[1], m, m}};
+    dual_backward(both, p, gradient);
   });
 }
 

@@ -1,12 +1,10 @@
-// Matrix products by the vendor library, through torch's dispatcher.
+// Matrix products: small ones by tiles in registers, the rest by the vendor library, through torch's dispatcher.
 #pragma once
 
-#include <cstdlib>
-#include <cstring>
 #include <optional>
 #include <string>
 
-#include "../common.h"
+#include "tiles.h"
 
 namespace sslkern {
 
@@ -40,12 +38,10 @@ inline bool is_amd() {
 }
 
 // On AMD, oneDNN runs fp32 at twice the rate of the MKL behind torch.mm (470 against 200 GF/s on 2 cores). Chosen by
-// vendor, never by timing. SSLKERN_CPU_GEMM=mm or =onednn overrides it.
+// vendor, never by timing.
 inline bool use_onednn() {
   static const bool chosen = [] {
-    const char* asked = std::getenv("SSLKERN_CPU_GEMM");
-    if (asked != nullptr && std::strcmp(asked, "mm") == 0) return false;
-    if (!is_amd() && (asked == nullptr || std::strcmp(asked, "onednn") != 0)) return false;
+    if (asked("mm") || (!is_amd() && !asked("onednn"))) return false;
     try {  // a private operator of torch: absent, it leaves us with mm
       const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU);
       Tensor one = stable::empty({1, 1}, ScalarType::Float, std::nullopt, cpu);
@@ -58,17 +54,50 @@ inline bool use_onednn() {
   return chosen;
 }
 
-// Up to so many columns, MKL's product of tall blocks is the faster one: 5 against 10 ms at (1000000, 16).
-constexpr int64_t kThin = 64;
+enum class Gemm { tiles, onednn, mm };
 
+// Up to this many rows of a Gram matrix, it and a block beside it stay in a core's L2.
+constexpr int64_t kTiled = 256;
+
+// Who multiplies where the Gram matrix is (m, m).
 template <class T>
-bool takes_onednn() {
-  return std::is_same_v<T, float> && use_onednn();
+Gemm gemm_for(int64_t m) {
+  if (m <= kTiled && tiles<T>().product != nullptr) return Gemm::tiles;
+  return std::is_same_v<T, float> && use_onednn() ? Gemm::onednn : Gemm::mm;
 }
 
-inline Tensor transposed(const Tensor& t) {
-  return stable::transpose(const_cast<Tensor&>(t), 0, 1);
+// The same in words.
+template <class T>
+std::string products_of() {
+  const std::string library = gemm_for<T>(kTiled + 1) == Gemm::onednn ? "oneDNN" : "torch.mm";
+  if (tiles<T>().product == nullptr) return library;
+  return tiles<T>().name + (" tiles up to a side of " + std::to_string(kTiled)) + ", " + library + " above";
 }
+
+// A (rows, cols) matrix that lies contiguous in `memory`, or the transpose of one that does.
+template <class T>
+struct Operand {
+  Tensor memory;
+  T* data;
+  int64_t rows, cols;
+  bool transposed = false;
+
+  Operand t() const {
+    return {memory, data, cols, rows, !transposed};
+  }
+
+  Strided<T> strided() const {
+    return transposed ? Strided<T>{data, 1, rows} : Strided<T>{data, cols, 1};
+  }
+
+  Tensor tensor() const {
+    const int64_t r = transposed ? cols : rows, c = transposed ? rows : cols;
+    Tensor flat = memory;
+    if (flat.numel() != r * c) flat = stable::narrow(flat, 0, 0, r * c);
+    Tensor out = stable::view(flat, {r, c});
+    return transposed ? stable::transpose(out, 0, 1) : out;
+  }
+};
 
 inline Tensor row_range(const Tensor& t, int64_t begin, int64_t end) {
   if (begin == 0 && end == t.size(0)) return t;  // a call into the dispatcher costs 2 us
@@ -78,7 +107,7 @@ inline Tensor row_range(const Tensor& t, int64_t begin, int64_t end) {
 // x w' in a new tensor. With oneDNN both may be whole transposed views, never narrowed ones: it takes seconds over
 // those.
 inline Tensor matmul_nt(const Tensor& x, const Tensor& w, bool onednn) {
-  return onednn ? onednn_linear(x, w) : aten_mm(x, transposed(w));
+  return onednn ? onednn_linear(x, w) : aten_mm(x, stable::transpose(const_cast<Tensor&>(w), 0, 1));
 }
 
 // Rows per panel of a symmetric product: 4 panels are best at 256 rows, 8 from 512 on; below, one product.
@@ -87,10 +116,9 @@ inline int64_t panel_rows(int64_t n) {
   return ceil_div(ceil_div(n, panels), 8) * 8;
 }
 
-// gram (m, m) = or += x y', by row panels; with y = x only its lower triangle. x and y are (m, k), contiguous or, for
-// mm, transposed.
+// gram (m, m) = or += x y', by row panels of the vendor library; with `symmetric` only its lower triangle.
 template <class T>
-void add_product(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool first, bool onednn) {
+void add_panels(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool first, bool onednn) {
   const int64_t m = x.size(0), step = panel_rows(m);
   for (int64_t i0 = 0; i0 < m; i0 += step) {
     const int64_t i1 = std::min(m, i0 + step), cols = symmetric ? i1 : m;
@@ -110,10 +138,78 @@ void add_product(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool
   }
 }
 
+// Products of one thread and their memory: what tiles pack and write, or the vendor library's last result.
 template <class T>
-void add_gram(const Tensor& x, T* gram, bool first, bool onednn) {
-  add_product(x, x, gram, true, first, onednn);
-}
+class Products {
+ public:
+  Products(const Tensor& like, Gemm gemm) : gemm_(gemm), packed_(like), result_(like) {}
+
+  // x w'
+  const T* nt(const Operand<T>& x, const Operand<T>& w) {
+    if (gemm_ != Gemm::tiles) {
+      result_ = x.memory;  // lets go of the last one first
+      result_ = matmul_nt(x.tensor(), w.tensor(), gemm_ == Gemm::onednn);
+      return data<T>(result_);
+    }
+    T* out = grow(result_, result_size_, x.rows * w.rows);
+    multiply(x.strided(), w.t().strided(), x.rows, w.rows, x.cols, out, w.rows, false, false, room(w));
+    return out;
+  }
+
+  // gram (m, m) = or += x y', x and y (m, k), contiguous or, for oneDNN, not transposed; with y = x only its lower
+  // triangle.
+  void add(const Operand<T>& x, const Operand<T>& y, T* gram, bool first) {
+    const bool symmetric = x.data == y.data;
+    if (gemm_ != Gemm::tiles) return add_panels(x.tensor(), y.tensor(), gram, symmetric, first, gemm_ == Gemm::onednn);
+    multiply(x.strided(), y.t().strided(), x.rows, x.rows, x.cols, gram, x.rows, symmetric, !first, room(y));
+  }
+
+ private:
+  T* room(const Operand<T>& w) {
+    return grow(packed_, packed_size_, packed_size(w.rows, w.cols));
+  }
+
+  static T* grow(Tensor& memory, int64_t& size, int64_t numbers) {
+    if (size < numbers) {
+      memory = fresh(memory, {numbers}, dtype_of<T>());
+      size = numbers;
+    }
+    return data<T>(memory);
+  }
+
+  const Gemm gemm_;
+  Tensor packed_, result_;
+  int64_t packed_size_ = 0, result_size_ = 0;
+};
+
+// A sum of products per part of the matrix, the first of them in the Gram matrix itself.
+template <class T>
+class PartialGrams {
+ public:
+  PartialGrams(const Tensor& like, T* gram, int64_t m, int64_t parts) : gram_(gram), m_(m), parts_(parts), rest_(like) {
+    if (parts > 1) rest_ = fresh(like, {parts - 1, m, m}, dtype_of<T>());
+  }
+
+  T* at(int64_t part) {
+    return part == 0 ? gram_ : data<T>(rest_) + (part - 1) * m_ * m_;
+  }
+
+  void add_up(bool symmetric) {
+    if (parts_ == 1) return;
+    stable::parallel_for(0, m_, ceil_div(16384, m_ * parts_), [&](int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i)
+        for (int64_t part = 1; part < parts_; ++part) {
+          const T* row = at(part) + i * m_;
+          for (int64_t j = 0; j < (symmetric ? i + 1 : m_); ++j) gram_[i * m_ + j] += row[j];
+        }
+    });
+  }
+
+ private:
+  T* const gram_;
+  const int64_t m_, parts_;
+  Tensor rest_;
+};
 
 // Scales gram, mirrors its lower triangle, zeroes the diagonal if asked, and returns <gram, other>, the sum of squares
 // if `other` is gram itself.
@@ -153,9 +249,7 @@ double finish_gram(T* gram, const T* other, int64_t m, T scale, bool zero_diagon
       if (strips - 1 - p != p) finish_strip(strips - 1 - p);
     }
   });
-  double total = 0;
-  for (double x : partial) total += x;
-  return total;
+  return sum_of(partial);
 }
 
 }  // namespace sslkern
