@@ -21,7 +21,7 @@ from . import report
 from .cases import all_cases
 from .run import machine, run_case, save
 
-SMART = ("three-line", "sslkern")
+SMART = ("three-line", "three-line, compiled", "sslkern")
 
 
 def _worker(name: str, device: str, rounds: int, only: tuple[str, ...] | None) -> None:

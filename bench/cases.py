@@ -60,29 +60,29 @@ def _onednn(x: Tensor, w: Tensor) -> Tensor:
     return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
-def _dual_floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, device: str) -> Callable[[], None]:
-    """The bare GEMMs of the dual, both views: N x N by row panels, and G Z."""
-    z, gram = torch.randn(n, d, device=device), torch.randn(n, n, device=device)
-    step = -(-n // (8 if n >= 512 else 4 if n >= 192 else 1))
+def _floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, device: str) -> Callable[[], None]:
+    """The bare GEMMs of the smaller side, both views: the Gram matrix by row panels, and the product with it."""
+    m = min(n, d)
+    rows, gram = torch.randn(m, max(n, d), device=device), torch.randn(m, m, device=device)
+    z = rows if n < d else torch.randn(n, d, device=device)
+    step = -(-m // (8 if m >= 512 else 4 if m >= 192 else 1))
 
     kept: list[Tensor] = []  # results live until the next call, as gradients do: new memory costs the floor as well
 
     def floor() -> None:
         kept.clear()
         for _ in range(2):
-            for i in range(0, n, step):
-                multiply(z[i : i + step], z[: i + step])
-        kept.extend(multiply(gram, z.T) for _ in range(2))
+            for i in range(0, m, step):
+                multiply(rows[i : i + step], rows[: i + step])
+        kept.extend(multiply(gram, z.T) if n < d else multiply(z, gram) for _ in range(2))
 
     return floor
 
 
 def _floors(n: int, d: int, device: str) -> dict[str, Callable[[], None]]:
-    if n >= d:
-        return {}
-    floors = {"bare GEMMs, torch.mm": _dual_floor(lambda x, w: torch.mm(x, w.T), n, d, device)}
+    floors = {"bare GEMMs, torch.mm": _floor(lambda x, w: torch.mm(x, w.T), n, d, device)}
     if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        floors["bare GEMMs, oneDNN"] = _dual_floor(_onednn, n, d, device)
+        floors["bare GEMMs, oneDNN"] = _floor(_onednn, n, d, device)
     return floors
 
 
