@@ -141,6 +141,9 @@ def table(path: Path) -> str:
         lines += ["", f"**{TITLES[family]}**", "", "| " + " | ".join(name for name, _ in columns) + " |"]
         lines.append("|" + " --- |" * len(columns))
         lines += ["| " + " | ".join(f(cell) for _, f in columns) + " |" for cell in found]
+        for cell in found:
+            if cell.first["reason"]:
+                lines += ["", f"{' x '.join(map(str, cell.first['shape']))}: {cell.first['reason']}"]
     return "\n".join(lines) + "\n"
 
 

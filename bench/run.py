@@ -122,6 +122,7 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
             "implementation": name,
             "shape": list(case.shape),
             "note": case.note,
+            "reason": case.reason,
             "commit": commit,
         }
         row["first_call"] = _seconds(call, inputs, device)
