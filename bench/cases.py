@@ -149,8 +149,9 @@ def covariance_case(shape: tuple[int, ...], device: str) -> Case:
     reason = ""
     if len(shape) == 2 and shape[-1] <= 64:
         reason = (
-            "The four passes over memory (mean, centred product, gradient, its result) alternate with the products of each "
-            "block and do not overlap them, and the system zeroes the new pages of the gradient first; copies do neither."
+            "The four passes over memory (mean, centred product, gradient, its result) alternate with the products of "
+            "each block and do not overlap them, and the system zeroes the new pages of the gradient first; copies do "
+            "neither."
         )
     return Case("covariance", shape, inputs, implementations, truth, floors=floors, reason=reason)
 
