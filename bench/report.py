@@ -42,7 +42,7 @@ class Cell:
         return other["median"] / ours["median"]
 
     def smart(self) -> tuple[float | None, bool]:
-        """Against the best of the smart versions, compiled or not, with or without huge pages; do the spreads overlap."""
+        """Against the best smart version, compiled or not, with or without huge pages; do the two spreads overlap?"""
         found = []
         for name in ("three-line", "three-line, compiled"):
             for pages in ("default", "huge"):
