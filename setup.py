@@ -33,6 +33,7 @@ setup(
         "sslkern",
         "sslkern.losses",
         "sslkern.metrics",
+        "sslkern.nn",
         "sslkern.ops",
         "sslkern.reference",
         "sslkern.triton_kernels",

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sslkern import backend as backends
-from sslkern import losses, metrics
+from sslkern import losses, metrics, ops
 
 COMPILED = {
     "vicreg": (lambda a, b: losses.vicreg_loss(a, b), (12, 20)),
@@ -14,6 +14,8 @@ COMPILED = {
     "vcreg": (lambda a, b: losses.vcreg_loss(a) + losses.vcreg_loss(b, estimator="unbiased"), (12, 20)),
     "barlow": (lambda a, b: losses.barlow_twins_loss(a, b), (12, 20)),
     "barlow, primal": (lambda a, b: losses.BarlowTwinsLoss()(a, b), (20, 12)),
+    "batch moments": (lambda a, b: sum(x.sum() for x in (*ops.batch_moments(a), *ops.batch_moments(b))), (12, 5, 3)),
+    "batch norm": (lambda a, b: ops.batch_norm(a, training=True, activation="relu").mul(b).sum(), (12, 5, 3)),
     "participation ratio": (lambda a, b: metrics.participation_ratio(a) + metrics.participation_ratio(b), (12, 20)),
 }
 
@@ -44,6 +46,17 @@ def test_inductor(backend, device):
 def samples(kernel, dtype, device):
     """Arguments of every kernel, by its name: both forms and estimators, a matrix and a stack. A new kernel: a case."""
     reference = torch.ops.sslkern_reference
+    for shape in ((6, 5), (3, 5, 4), (2, 3, 70)) if kernel.startswith("batch_") else ():
+        x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        weight, bias = torch.randn(2, shape[1], device=device)
+        centre, variance = reference.batch_moments_fwd(x)
+        sums = reference.batch_norm_sums(dy, x, weight, bias, centre, variance, 1e-5, True)
+        yield {
+            "batch_moments_fwd": (x,),
+            "batch_norm_fwd": (x, weight, bias, centre, variance, 1e-5, True),
+            "batch_norm_sums": (dy, x, weight, bias, centre, variance, 1e-5, True),
+            "batch_norm_bwd": (dy, x, weight, bias, centre, variance, sums, 12.0, 1e-5, False),
+        }[kernel]
     for shape in ((5, 9), (2, 9, 5)):
         dual = shape[-2] < shape[-1]
         a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
@@ -71,6 +84,10 @@ def samples(kernel, dtype, device):
 @pytest.mark.parametrize("kernel", backends.declared())
 def test_opcheck(kernel, dtype, backend, device):
     """Schema, fake kernel, dtypes, strides and aliasing of every declared kernel; one without samples fails."""
+    try:
+        backends.choice(kernel, device.type)
+    except RuntimeError as error:
+        pytest.skip(str(error))
     operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), kernel).default
     tried = 0
     for arguments in samples(kernel, dtype, device):

@@ -1,6 +1,7 @@
 """The primitives: checked, differentiable torch ops over the back-ends."""
 
+from .batch_norm import batch_moments, batch_norm
 from .covariance import covariance
 from .cross_correlation import cross_correlation
 
-__all__ = ["covariance", "cross_correlation"]
+__all__ = ["batch_moments", "batch_norm", "covariance", "cross_correlation"]

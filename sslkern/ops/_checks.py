@@ -8,14 +8,29 @@ from torch import Tensor
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 
-def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
-    """z must be a floating (..., N, D) with N >= min_rows and D >= 1."""
+def _dense(name: str, z: object, shape: str) -> Tensor:
     if not isinstance(z, Tensor):
-        raise TypeError(f"{name} must be a torch.Tensor of shape (..., N, D), got {type(z).__name__}.")
+        raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(z).__name__}.")
     if z.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(z.dtype)}.")
     if z.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}.")
+    return z
+
+
+def channels(name: str, x: object) -> Tensor:
+    """x must be a floating (N, C, ...) with at least one number in each of at least one channel."""
+    x = _dense(name, x, "(N, C, ...)")
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have shape (N, C, ...), got {tuple(x.shape)}.")
+    if x.numel() == 0:
+        raise ValueError(f"{name} must have at least one channel and one number in it, got shape {tuple(x.shape)}.")
+    return x
+
+
+def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
+    """z must be a floating (..., N, D) with N >= min_rows and D >= 1."""
+    z = _dense(name, z, "(..., N, D)")
     if z.dim() < 2:
         raise ValueError(f"{name} must have shape (..., N, D), got {tuple(z.shape)}.")
     if z.shape[-2] < min_rows:

@@ -1,0 +1,294 @@
+"""Batch moments and batch norm against torch's own: values, gradients, running statistics, modules, and a model."""
+
+import copy
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import sslkern
+from sslkern import ops
+from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
+
+SHAPES = (
+    (2, 1),
+    (2, 3),
+    (7, 5),
+    (300, 700),
+    (1030, 17),
+    (5, 3, 7),
+    (4, 6, 100),
+    (2, 1, 5000),
+    (3, 5, 9, 11),
+    (130, 2, 3, 3),
+    (2, 70, 8, 8),
+    (4, 3, 6, 6, 6),
+)
+DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
+
+
+@pytest.fixture(params=("reference", "native"))
+def backend(request):
+    """The back-ends that have these kernels."""
+    if request.param in sslkern.backend.missing():
+        pytest.skip(sslkern.backend.missing()[request.param])
+    with sslkern.backend.use(request.param):
+        yield request.param
+
+
+def layouts(shape):
+    """The tensor as it is, channels-last, and with strides that no kernel takes."""
+    yield "contiguous", lambda x: x
+    if len(shape) > 2:
+        yield "channels last", lambda x: x.movedim(1, -1).contiguous().movedim(-1, 1)
+    yield "transposed", lambda x: x.transpose(0, -1).contiguous().transpose(0, -1)
+    yield "every second sample", lambda x: torch.stack([x, -x], 1).flatten(0, 1)[::2]
+
+
+def data(shape, dtype):
+    """x away from zero, affine parameters, running statistics and an upstream gradient, on a fixed seed."""
+    rng = torch.Generator().manual_seed(sum(shape))
+    normal = lambda *size: torch.randn(size, generator=rng, dtype=torch.float64)  # noqa: E731
+    parameters = torch.float64 if dtype == torch.float64 else torch.float32
+    channel = [t.to(parameters) for t in (normal(shape[1]), normal(shape[1]), normal(shape[1]), normal(shape[1]).exp())]
+    return (2 * normal(*shape) + 3).to(dtype), channel, normal(*shape).to(dtype)
+
+
+def call(function, x, channel, dy):
+    """Output, gradients of x, weight and bias, and the running statistics after it."""
+    x, weight, bias = (t.detach().clone().requires_grad_() for t in (x, *channel[:2]))
+    mean, variance = (t.clone() for t in channel[2:])
+    y = function(x, weight, bias, mean, variance)
+    return [y.detach(), *torch.autograd.grad(y, (x, weight, bias), dy), mean, variance]
+
+
+def torchs(training, activation):
+    def run(x, weight, bias, mean, variance):
+        y = F.batch_norm(x, mean, variance, weight, bias, training, 0.2, 1e-3)
+        return y.relu() if activation else y
+
+    return run
+
+
+def ours(training, activation):
+    return lambda x, weight, bias, mean, variance: ops.batch_norm(
+        x, weight, bias, mean, variance, training, 0.2, 1e-3, activation
+    )
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("training", (True, False))
+def test_agrees_with_torch(training, dtype, backend):
+    """fp64 to 1e-12 of the size of the sums; below, the error against fp64 is at most 4 times torch's, plus 8 eps."""
+    found = []
+    for shape, activation in itertools.product(SHAPES, (None, "relu")):
+        x, channel, dy = data(shape, dtype)
+        exact = call(torchs(training, activation), x.double(), [t.double() for t in channel], dy.double())
+        # what the gradients' sums add up, without their cancellation
+        size = call(torchs(False, activation), x.double(), [t.double() for t in channel], dy.double().abs())
+        plain = call(torchs(training, activation), x, channel, dy)
+        for layout, view in layouts(shape):
+            result = call(ours(training, activation), view(x), channel, view(dy))
+            if layout == "channels last" and len(shape) > 3:
+                assert result[0].stride() == view(x).stride(), (shape, layout)
+            for k, (r, e, p, s) in enumerate(zip(result, exact, plain, size, strict=True)):
+                scale = max(float(e.abs().max()), float(s.abs().max()))
+                error, torchs_error = (float((t.double() - e).abs().max()) for t in (r, p))
+                limit = (
+                    1e-12 * scale if dtype == torch.float64 else 4 * torchs_error + 8 * torch.finfo(r.dtype).eps * scale
+                )
+                if not error <= limit:
+                    found.append(f"{shape} {layout} {activation} output {k}: error {error:.1e}, limit {limit:.1e}")
+    assert not found, "\n".join(found)
+
+
+def test_moments_at_large_means(backend):
+    """At |mu|/sigma = 1e4 the relative error of the fp32 variance stays below 1e-6, in every layout and length."""
+    for shape in ((4096, 24), (64, 6, 700), (512, 3, 4, 5), (200_000, 2)):
+        x = 1e4 * (1 + torch.arange(shape[1]).view(-1, *[1] * (len(shape) - 2))) + torch.randn(shape)
+        dims = [d for d in range(x.dim()) if d != 1]
+        variance, mean = torch.var_mean(x.double(), dims, correction=0)
+        for name, view in layouts(shape):
+            m, v = ops.batch_moments(view(x))
+            assert ((v - variance) / variance).abs().max() < 1e-6, (shape, name)
+            assert ((m - mean) / mean).abs().max() < 1e-7, (shape, name)
+
+
+@pytest.mark.parametrize("activation", (None, "relu"))
+def test_gradcheck(activation, backend):
+    """fp64 finite differences of both ops, training and eval."""
+    for shape in ((5, 3), (3, 2, 4)):
+        x, weight, bias = (torch.randn(s, dtype=torch.float64, requires_grad=True) for s in (shape, shape[1], shape[1]))
+        assert torch.autograd.gradcheck(ops.batch_moments, x)
+        for running in ((None, None), (torch.zeros(shape[1]).double(), torch.ones(shape[1]).double())):
+            assert torch.autograd.gradcheck(
+                lambda x, w, b, r=running: ops.batch_norm(x, w, b, *r, activation=activation), (x, weight, bias)
+            )
+
+
+def test_bits_do_not_depend_on_threads_or_addresses(backend):
+    """Values and gradients, on 1 and on 2 threads and on a copy."""
+    if backend == "reference":
+        pytest.skip("torch's reductions do not promise it")
+    threads = torch.get_num_threads()
+    for shape in ((3000, 700), (64, 8, 30, 40), (300, 40, 3, 3)):
+        x, channel, dy = data(shape, torch.float32)
+        results = []
+        for count in (1, 2):
+            torch.set_num_threads(count)
+            try:
+                results.append(call(ours(True, "relu"), x.clone(), channel, dy))
+            finally:
+                torch.set_num_threads(threads)
+        assert all(map(torch.equal, *results)), shape
+
+
+MODULES = ((BatchNorm1d, nn.BatchNorm1d, (6, 4)), (BatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),
+           (BatchNorm2d, nn.BatchNorm2d, (6, 4, 3, 5)), (BatchNorm3d, nn.BatchNorm3d, (3, 4, 2, 3, 5)))  # fmt: skip
+SETTINGS = (
+    {},
+    {"momentum": None},
+    {"momentum": 0.3, "eps": 1e-2},
+    {"affine": False},
+    {"track_running_stats": False},
+    {"affine": False, "track_running_stats": False},
+)
+
+
+@pytest.mark.parametrize("settings", SETTINGS, ids=str)
+@pytest.mark.parametrize("ours, theirs, shape", MODULES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_modules_do_as_torchs(ours, theirs, shape, settings, backend):
+    """Three steps of training and one of eval: outputs, gradients, buffers; state_dicts load both ways."""
+    a, b = ours(4, dtype=torch.float64, **settings), theirs(4, dtype=torch.float64, **settings)
+    assert repr(a) == repr(b) and isinstance(a, theirs)
+    for step in range(4):
+        if step == 3:
+            a.eval(), b.eval()
+        x = torch.randn(shape, dtype=torch.float64) + step
+        for one, other in zip(*(call_module(layer, x) for layer in (a, b)), strict=True):
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+        for (name, one), (same, other) in zip(a.state_dict().items(), b.state_dict().items(), strict=True):
+            assert name == same
+            torch.testing.assert_close(one, other, rtol=1e-12, atol=1e-12)
+    theirs(4, dtype=torch.float64, **settings).load_state_dict(a.state_dict())
+    ours(4, dtype=torch.float64, **settings).load_state_dict(b.state_dict())
+
+
+def call_module(layer, x):
+    x = x.detach().requires_grad_()
+    y = layer(x)
+    return [y, *torch.autograd.grad(y.sin().sum(), [x, *layer.parameters()])]
+
+
+@pytest.mark.parametrize("ours, theirs, shape", MODULES, ids=lambda v: getattr(v, "__name__", str(v)))
+def test_errors_are_torchs(ours, theirs, shape, backend):
+    """A wrong number of dimensions or of channels, and one number per channel: the same type, one sentence."""
+    for x in (torch.randn(4), torch.randn(*shape[:1], 3, *shape[2:]), torch.randn(1, 4, *[1] * (len(shape) - 2))):
+        with pytest.raises(Exception) as expected:
+            theirs(4)(x)
+        with pytest.raises((ValueError, TypeError)) as found:
+            ours(4)(x)
+        assert isinstance(expected.value, (ValueError, RuntimeError))
+        assert "\n" not in str(found.value) and len(str(found.value)) > 20
+
+
+def test_bad_arguments(backend):
+    """One sentence, before any work."""
+    x = torch.randn(4, 3)
+    for arguments, error, text in (
+        (([1.0],), TypeError, "x must be a torch.Tensor"),
+        ((torch.ones(3, dtype=torch.int64),), TypeError, "got int64"),
+        ((torch.randn(4),), ValueError, r"shape \(N, C, ...\)"),
+        ((torch.randn(0, 3),), ValueError, "at least one"),
+        ((x, torch.ones(4)), ValueError, r"weight must have shape \(3,\)"),
+        ((x, None, [0.0]), TypeError, "bias must be a floating"),
+    ):
+        with pytest.raises(error, match=text):
+            ops.batch_norm(*arguments, training=True)
+    with pytest.raises(ValueError, match="activation must be"):
+        ops.batch_norm(x, activation="gelu")
+    with pytest.raises(ValueError, match="activation must be"):
+        BatchNorm2d(3, activation="gelu")
+    with pytest.raises(ValueError, match="eps must be"):
+        ops.batch_norm(x, eps=-1.0)
+    with pytest.raises(ValueError, match="no counterpart"):
+        convert_batchnorm(BatchNorm1d(3, activation="relu"), back=True)
+    with pytest.raises(TypeError, match="module must be"):
+        convert_batchnorm(3)
+
+
+def test_nan_stays_in_its_channel(backend):
+    """And passes the relu, forward and backward, as in torch."""
+    x = torch.randn(6, 3, 70)
+    x[2, 1, 5] = float("nan")
+    result = call(
+        ours(True, "relu"), x, [torch.ones(3), torch.zeros(3), torch.zeros(3), torch.ones(3)], torch.ones_like(x)
+    )
+    for values in (result[0].movedim(1, 0), result[1].movedim(1, 0), *result[2:]):
+        assert values.isnan().flatten(1).all(1).tolist() == [False, True, False] if values.dim() > 1 else True
+        assert not values[0].isnan().any() and not values[2].isnan().any()
+
+
+class Residual(nn.Module):
+    """A small ResNet: two blocks on 8 x 8 images."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Sequential(nn.Conv2d(1, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8), nn.ReLU())
+        self.blocks = nn.ModuleList(
+            nn.Sequential(nn.Conv2d(8, 8, 3, padding=1, bias=False), nn.BatchNorm2d(8)) for _ in range(2)
+        )
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(512, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 10))
+
+    def forward(self, x):
+        x = self.stem(x)
+        for block in self.blocks:
+            x = (x + block(x)).relu()
+        return self.head(x)
+
+
+def test_a_converted_model_trains_to_the_same_curve(backend):
+    """In place, with the same parameters; 20 steps in fp64 agree to 1e-9; converted back it is torch's again."""
+    torch.manual_seed(0)
+    model = Residual().double()
+    converted = copy.deepcopy(model)
+    parameters = list(converted.parameters())
+    assert convert_batchnorm(converted) is converted
+    assert all(p is q for p, q in zip(parameters, converted.parameters(), strict=True))
+    assert sum(type(m) in (BatchNorm1d, BatchNorm2d) for m in converted.modules()) == 4
+    x, y = torch.randn(48, 1, 8, 8, dtype=torch.float64), torch.randint(10, (48,))
+    curves = []
+    for net in (model, converted):
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1, momentum=0.9)
+        curve = []
+        for _ in range(20):
+            optimizer.zero_grad()
+            loss = F.cross_entropy(net(x), y)
+            loss.backward()
+            optimizer.step()
+            curve.append(float(loss.detach()))
+        curves.append(torch.tensor(curve))
+    torch.testing.assert_close(*curves, rtol=0, atol=1e-9)
+    convert_batchnorm(converted, back=True)
+    assert [type(m) for m in converted.modules()] == [type(m) for m in model.modules()]
+
+
+def test_geometry(backend):
+    """The batch mean is the least-squares centre, and backward is orthogonal to 1 and to x_hat: to 1e-12."""
+    x = torch.randn(50, 6, dtype=torch.float64) * 3 + 5
+    mean, variance = ops.batch_moments(x)
+
+    def distance(centre):
+        """Mean squared distance of the numbers of a channel to its hyperplane x = centre."""
+        return (x - centre).square().mean(0)
+
+    torch.testing.assert_close(distance(mean), variance, rtol=1e-12, atol=0)
+    for step in (1e-3, -1e-3):
+        assert (distance(mean + step) > distance(mean)).all()
+    x.requires_grad_()
+    y = ops.batch_norm(x, training=True, eps=0.0)
+    (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
+    assert dx.sum(0).abs().max() < 1e-12
+    assert (dx * y.detach()).sum(0).abs().max() < 1e-12
