@@ -21,18 +21,16 @@ from . import report
 from .cases import all_cases
 from .run import machine, run_case, save
 
-SMART = ("three-line", "three-line, compiled", "sslkern")
 
-
-def _worker(name: str, device: str, rounds: int, only: tuple[str, ...] | None) -> None:
+def _worker(name: str, device: str, rounds: int, huge: bool) -> None:
     case = dict(all_cases(device))[name]()
-    print("ROWS" + json.dumps(run_case(case, device, rounds, only)))
+    print("ROWS" + json.dumps(run_case(case, device, rounds, huge)))
 
 
 def _run(name: str, args: argparse.Namespace, huge: bool) -> list[dict]:
     command = [sys.executable, "-m", "bench", "--worker", name, "--device", args.device, "--rounds", str(args.rounds)]
     environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"} if huge else dict(os.environ)
-    done = subprocess.run(command + (["--smart"] if huge else []), env=environment, capture_output=True, text=True)
+    done = subprocess.run(command + (["--huge"] if huge else []), env=environment, capture_output=True, text=True)
     for line in done.stdout.splitlines():
         if line.startswith("ROWS"):
             return json.loads(line[4:])
@@ -49,12 +47,12 @@ def main() -> None:
     parser.add_argument("--report", action="store_true", help="only make table and plot from the result file")
     parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
-    parser.add_argument("--smart", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--huge", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.rounds < 5:
         parser.error("--rounds must be at least 5, for a median")
     if args.worker:
-        return _worker(args.worker, args.device, args.rounds, SMART if args.smart else None)
+        return _worker(args.worker, args.device, args.rounds, args.huge)
     header = machine(args.device)
     label = re.sub(r"[^a-z0-9]+", "-", f"{header['device']}-{header['threads']}t".lower()).strip("-")
     path = args.out or Path("bench/results") / f"{label}.json"

@@ -30,6 +30,8 @@ class Case:
     floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
     note: str = ""
     reason: str = ""  # what keeps it from its floor, for the reader of the table
+    backward: bool = True
+    huge: tuple[str, ...] = ("three-line", "three-line, compiled", "sslkern")  # measured with huge pages too
 
     @property
     def name(self) -> str:
@@ -156,6 +158,77 @@ def covariance_case(shape: tuple[int, ...], device: str) -> Case:
     return Case("covariance", shape, inputs, implementations, truth, floors=floors, reason=reason)
 
 
+LAYOUTS = {"contiguous": torch.contiguous_format, "channels last": torch.channels_last}
+
+
+def _images(shape: tuple[int, ...], layout: str, device: str) -> Tensor:
+    generator = torch.Generator().manual_seed(shape[0])
+    x = torch.randn(shape, generator=generator).mul_(2).add_(1).to(device)
+    return x.contiguous(memory_format=LAYOUTS[layout])
+
+
+def moments_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
+    """Mean and biased variance of every channel, forward alone."""
+    dims = [k for k in range(len(shape)) if k != 1]
+
+    def plain(x: Tensor) -> Tensor:
+        mean, square = x.mean(dims), x.square().mean(dims)
+        return (mean + (square - mean * mean)).sum()
+
+    implementations = {
+        "published": lambda x: sum(t.sum() for t in torch.var_mean(x, dims, correction=0)),
+        "three-line": plain,
+        "three-line, compiled": _compiled(plain),
+        "sslkern": lambda x: sum(t.sum() for t in ops.batch_moments(x)),
+    }
+    x = _images(shape, layout, device)
+    floors = {"copy": _copy(x)}
+    truth = _by_reference(implementations["sslkern"])
+    return Case("moments", shape, lambda: [x], implementations, truth, floors=floors, note=layout, backward=False)
+
+
+def _copy(x: Tensor) -> Callable[[], None]:
+    target = torch.empty_like(x)
+
+    def copy() -> None:
+        target.copy_(x)
+
+    return copy
+
+
+def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
+    """Training, with affine parameters and running statistics; the gradient comes as a tensor, not as a sum's."""
+    x, upstream = (_images((shape[0] + k, *shape[1:]), layout, device)[: shape[0]].detach() for k in range(2))
+    weight, bias = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
+
+    class Upstream(torch.autograd.Function):
+        """A scalar whose gradient is `upstream`."""
+
+        @staticmethod
+        def forward(ctx, y):
+            return y.flatten()[:1].sum()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return upstream.to(grad.dtype)
+
+    def run(norm: Callable[..., Tensor]) -> Loss:
+        def loss(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+            mean, variance = torch.zeros_like(weight).detach(), torch.ones_like(weight).detach()
+            return Upstream.apply(norm(x, mean, variance, weight, bias, True, 0.1, 1e-5))
+
+        return loss
+
+    def ours(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, *settings) -> Tensor:
+        return ops.batch_norm(x, weight, bias, mean, variance, *settings)
+
+    implementations = {"published": run(torch.nn.functional.batch_norm), "sslkern": run(ours)}
+    inputs = [t.requires_grad_() for t in (x, weight, bias)]
+    truth = _by_reference(implementations["sslkern"])
+    floors, names = {"copy": _copy(x.detach())}, ("published", "sslkern")
+    return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=layout, huge=names)
+
+
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for k, (before, after) in enumerate(pairwise(widths)):
@@ -202,6 +275,14 @@ RECIPES = (
     ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
     ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
 )
+NORMED = (
+    ((256, 2048), "contiguous"),
+    ((256, 8192), "contiguous"),
+    ((4096, 8192), "contiguous"),
+    *(((64, 64, 56, 56), layout) for layout in LAYOUTS),
+    *(((64, 512, 7, 7), layout) for layout in LAYOUTS),
+    *(((256, 2048, 7, 7), layout) for layout in LAYOUTS),
+)
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 
@@ -218,4 +299,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
+    for shape, layout in NORMED:
+        label = f"{' '.join(map(str, shape))} {layout}"
+        cases.append((f"moments {label}", lambda s=shape, at=layout: moments_case(s, at, device)))
+        cases.append((f"batch_norm {label}", lambda s=shape, at=layout: batch_norm_case(s, at, device)))
     return cases

@@ -13,6 +13,8 @@ TITLES = {
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "unbiased": "The unbiased estimator over the plug-in (ms)",
+    "batch_norm": "Batch norm, training, forward + backward (ms)",
+    "moments": "`ops.batch_moments`, forward (ms)",
     "covariance": "`ops.covariance` on tall matrices and on a stack (ms)",
 }
 
@@ -51,9 +53,9 @@ class Cell:
                     found.append((ratio, other["p20"] <= ours["p80"] and ours["p20"] <= other["p80"]))
         return min(found) if found else (None, False)
 
-    def over_floor(self, name: str) -> float | None:
+    def over_floor(self, name: str, times: float = 1) -> float | None:
         floor, ours = self.row(name), self.row("sslkern")
-        return None if floor is None or ours is None else ours["median"] / floor["median"]
+        return None if floor is None or ours is None else ours["median"] / (times * floor["median"])
 
 
 def _ms(row: dict | None) -> str:
@@ -107,6 +109,17 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
             lambda c: f"{_ms(c.row('bare GEMMs, torch.mm'))} / {_ms(c.row('four passes at copy rate'))}",
         )
         return [shape, published, ours, faster, floors, memory, errors]
+    layout = ("layout", lambda c: c.first["note"])
+    rate = ("GB/s, copy's", lambda c: f"{_rate(c.row('sslkern'), 1)}, {_rate(c.row('copy'), 2)}")
+    if family == "batch_norm":
+        pages = ("with huge pages", lambda c: _times(c.ratio("published", "huge")))
+        copies = ("over 8 passes at copy rate", lambda c: _floor(c.over_floor("copy", 4)))
+        torchs = ("torch", lambda c: _ms(c.row("published")))
+        return [shape, layout, torchs, ours, faster, pages, copies, memory, errors]
+    if family == "moments":
+        torchs = ("torch.var_mean", lambda c: _ms(c.row("published")))
+        plain = ("mean and square", lambda c: _ms(c.row("three-line")))
+        return [shape, layout, torchs, plain, ours, faster, smarter, rate]
     compiled = ("compiled", lambda c: _ms(c.row("published, compiled")))
     over = (
         "over its GEMMs, mm / oneDNN",
@@ -114,6 +127,10 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
     )
     columns = [shape, published, compiled, smart, ours, faster, smarter, over, memory, errors]
     return columns if family == "vicreg" else [c for c in columns if c is not over]
+
+
+def _rate(row: dict | None, passes: int) -> str:
+    return "" if row is None else f"{passes * row['bytes'] / row['median'] * 1e-9:.0f}"
 
 
 def _floor(ratio: float | None) -> str:

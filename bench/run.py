@@ -55,6 +55,9 @@ def _call(case: Case, name: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
     loss = case.implementations[name]
 
     def call() -> Tensor:
+        if not case.backward:
+            with torch.no_grad():
+                return loss(*inputs)
         value = loss(*inputs)
         value.backward()
         case.after()
@@ -74,14 +77,17 @@ def _seconds(call: Callable[[], object], inputs: list[Tensor], device: str) -> f
 
 
 def _truth(case: Case, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
-    doubles = [x.detach().double().requires_grad_() for x in inputs]
+    doubles = [x.detach().double().requires_grad_(case.backward) for x in inputs]
     value = case.truth(*doubles)
-    value.backward()
-    return value.detach(), [x.grad for x in doubles]
+    if case.backward:
+        value.backward()
+    return value.detach(), [x.grad for x in doubles if case.backward]
 
 
 def _errors(value: Tensor, inputs: list[Tensor], truth: tuple[Tensor, list[Tensor]]) -> tuple[float, float]:
     loss_error = float((value.double() - truth[0]).abs() / truth[0].abs().clamp_min(1e-300))
+    if not truth[1]:
+        return loss_error, 0.0
     difference = sum(float((x.grad.double() - t).square().sum()) for x, t in zip(inputs, truth[1], strict=True))
     size = sum(float(t.square().sum()) for t in truth[1])
     return loss_error, (difference / size) ** 0.5
@@ -107,10 +113,10 @@ def allocated(call: Callable[[], T], device: str = "cpu") -> tuple[int, int, T]:
     return peak, now, result
 
 
-def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None = None) -> list[dict]:
+def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[dict]:
     """One row per implementation: median, p20, p80, errors against fp64, peak bytes, first call."""
     inputs = case.inputs()
-    names = [n for n in case.implementations if only is None or n in only]
+    names = [n for n in case.implementations if not huge or n in case.huge]
     calls: dict[str, Callable[[], object]] = {n: _call(case, n, inputs) for n in names}
     calls.update(case.floors)
     truth = _truth(case, inputs)
@@ -161,7 +167,8 @@ def run_case(case: Case, device: str, rounds: int, only: tuple[str, ...] | None 
             rounds=len(seconds),
             busy=round(busy, 3),
             dtype="float32",
-            mode="forward+backward",
+            mode="forward+backward" if case.backward else "forward",
+            bytes=inputs[0].numel() * inputs[0].element_size(),
             precision=torch.get_float32_matmul_precision(),
             pages="huge" if os.environ.get("THP_MEM_ALLOC_ENABLE") == "1" else "default",
         )
