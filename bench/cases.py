@@ -206,7 +206,7 @@ def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
 
         @staticmethod
         def forward(ctx, y):
-            return y.flatten()[:1].sum()
+            return y[(0,) * y.dim()].clone()
 
         @staticmethod
         def backward(ctx, grad):
