@@ -6,6 +6,7 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from test_compile import check
 from torch import nn
 
 import sslkern
@@ -273,6 +274,14 @@ def test_a_converted_model_trains_to_the_same_curve(backend):
     torch.testing.assert_close(*curves, rtol=0, atol=1e-9)
     convert_batchnorm(converted, back=True)
     assert [type(m) for m in converted.modules()] == [type(m) for m in model.modules()]
+
+
+def test_compiled_without_a_graph_break(backend):
+    """fullgraph=True: values and gradients have the bits of eager, in both layouts."""
+    for view in (lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)):
+        views = [view(torch.randn(6, 5, 3, 4)) for _ in range(2)]
+        check(lambda a, b: sum(x.sum() for x in (*ops.batch_moments(a), *ops.batch_moments(b))), views, "aot_eager")
+        check(lambda a, b: ops.batch_norm(a, training=True, activation="relu").mul(b).sum(), views, "aot_eager")
 
 
 def test_geometry(backend):
