@@ -51,9 +51,11 @@ def samples(kernel, dtype, device):
         sums = reference.batch_norm_sums(dy, x, weight, bias, centre, variance, 1e-5, True)
         yield {
             "batch_moments_fwd": (x,),
-            "batch_norm_fwd": (x, weight, bias, centre, variance, 1e-5, True),
+            "batch_norm_fwd": (x, weight, bias, 1e-5, True),
+            "batch_norm_apply": (x, weight, bias, centre, variance, 1e-5, True),
             "batch_norm_sums": (dy, x, weight, bias, centre, variance, 1e-5, True),
-            "batch_norm_bwd": (dy, x, weight, bias, centre, variance, sums, 12.0, 1e-5, False),
+            "batch_norm_bwd": (dy, x, weight, bias, centre, variance, 1e-5, True),
+            "batch_norm_input_grad": (dy, x, weight, bias, centre, variance, sums / 12, 1e-5, False),
         }[kernel]
     for shape in ((5, 9), (2, 9, 5)):
         dual = shape[-2] < shape[-1]

@@ -1,14 +1,18 @@
 // Batch moments and batch norm on the CPU. x is (M, C), or (N, C, L), contiguous. Long runs of one channel are planes;
 // everything else is columns: M rows, or N rows of C * L columns of which L make a channel.
+#include <numeric>
+
 #include "blocks.h"
 
 namespace sslkern {
 namespace {
 
-constexpr int64_t kChunkRows = 128;      // rows whose mean is taken first and whose squares after, from cache
-constexpr int64_t kShortPlane = 64;      // numbers; shorter runs are columns
-constexpr int64_t kInCache = 768 << 10;  // bytes that one pass over a unit leaves in L2 for the next
-constexpr int64_t kParts = 64;           // row parts at most, whose sums are merged in order
+constexpr int64_t kChunkRows = 128;       // rows whose mean is taken first and whose squares after, from cache
+constexpr int64_t kShortPlane = 64;       // numbers; shorter runs are columns
+constexpr int64_t kInCache = 768 << 10;   // bytes that one pass over a unit leaves in L2 for the next
+constexpr int64_t kParts = 64;            // row parts at most, whose sums are merged in order
+constexpr int64_t kFusedBytes = 1 << 20;  // of a unit that two passes read, where its columns can be chosen
+constexpr int64_t kFusedUnits = 8;
 
 // square += ((x - pivot) - shift)^2, column by column
 template <class T>
@@ -116,16 +120,18 @@ SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)
 #undef SSLKERN_KERNELS
 
-// How x is walked. A unit is one channel of planes, or up to kBlockCols columns; a row is a sample.
+// How x is walked. A unit is one channel of planes, or some columns of whole channels; a row is a sample.
 struct Layout {
   int64_t rows, channels, length;  // `length` numbers of a channel in each row
   bool planes;
+  int64_t columns;  // of a unit
 
   explicit Layout(const Tensor& x)
       : rows(x.size(0)),
         channels(x.size(1)),
         length(x.dim() == 3 ? x.size(2) : 1),
-        planes(x.dim() == 3 && x.size(2) >= kShortPlane) {}
+        planes(x.dim() == 3 && x.size(2) >= kShortPlane),
+        columns(kBlockCols / length * length) {}
 
   int64_t width() const {
     return channels * length;
@@ -138,15 +144,28 @@ struct Layout {
     return planes ? channels : width();
   }
   int64_t unit() const {
-    return planes ? 1 : kBlockCols;
+    return planes ? 1 : columns;
   }
   int64_t units() const {
     return ceil_div(sums(), unit());
   }
-  // Row parts: one where the units alone keep every thread busy with what its cache holds.
-  int64_t parts(int64_t element_size) const {
-    const int64_t bytes = rows * element_size * (planes ? length : std::min(kBlockCols, width()));
-    return std::clamp<int64_t>(ceil_div(bytes, kInCache), 1, std::min(kParts, ceil_div(rows, planes ? 1 : kChunkRows)));
+  int64_t unit_bytes(int64_t bytes) const {
+    return rows * bytes * (planes ? length : std::min(columns, width()));
+  }
+  // Row parts, for passes one after the other, of `bytes` a number: one where the units alone keep every thread busy
+  // with what its cache holds.
+  int64_t parts(int64_t bytes) const {
+    return std::clamp<int64_t>(ceil_div(unit_bytes(bytes), kInCache), 1,
+                               std::min(kParts, ceil_div(rows, planes ? 1 : kChunkRows)));
+  }
+  // For two passes over a unit, the second from cache: narrow ones, or false where they are too few or too large.
+  bool fuse(int64_t bytes) {
+    if (!planes) {
+      const int64_t wide = std::min(kFusedBytes / (rows * bytes), ceil_div(width(), kFusedUnits));
+      columns = std::min(columns, round_up(std::max<int64_t>(wide, 64), std::lcm<int64_t>(16, length)));
+    }
+    const bool small = width() * rows * bytes <= kFusedBytes / 4;
+    return small || (units() >= kFusedUnits && unit_bytes(bytes) <= 2 * kFusedBytes);
   }
 };
 
@@ -287,17 +306,34 @@ void finish_channel(const Layout& v, int64_t channel, const double* mean, const 
   variance[channel] = static_cast<T>(total_m2 / v.count());
 }
 
-// Per channel: its mean, and what it is scaled and shifted by.
+// Per channel: its mean, and what it is scaled and shifted by, once `set`.
 template <class T>
 struct Coefficients {
-  const T *high, *low, *bias;
-  std::vector<T> scale;
+  const T *high, *low, *variance, *weight, *bias;
+  double eps;
   bool relu;
+  std::vector<T> scale;
 
-  Coefficients(const Layout& v, const T* centre, const T* variance, const T* weight, const T* beta, double eps,
+  Coefficients(const Tensor& centre, const Tensor& variance, const Tensor& weight, const Tensor& bias, double eps,
                bool relu)
-      : high(centre), low(centre + v.channels), bias(beta), scale(v.channels), relu(relu) {
-    for (int64_t c = 0; c < v.channels; ++c) scale[c] = static_cast<T>(weight[c] / std::sqrt(variance[c] + eps));
+      : high(data<T>(centre)),
+        low(high + centre.size(1)),
+        variance(data<T>(variance)),
+        weight(data<T>(weight)),
+        bias(data<T>(bias)),
+        eps(eps),
+        relu(relu),
+        scale(centre.size(1)) {}
+
+  double inverse_std(int64_t channel) const {
+    return 1 / std::sqrt(variance[channel] + eps);
+  }
+  Coefficients& set(int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) scale[c] = static_cast<T>(weight[c] * inverse_std(c));
+    return *this;
+  }
+  Coefficients& set() {
+    return set(0, scale.size());
   }
 };
 
@@ -329,8 +365,7 @@ void apply_range(const Layout& v, const Tensor& x, const Range& r, const Coeffic
 }
 
 template <class T>
-void moments(const Tensor& x, const Tensor& centre, const Tensor& variance) {
-  const Layout v(x);
+void moments(const Layout& v, const Tensor& x, const Tensor& centre, const Tensor& variance) {
   const int64_t parts = v.parts(x.element_size());
   const std::vector<T> pivots = first_numbers<T>(v, x);
   std::vector<double> mean(parts * v.sums()), m2(parts * v.sums());
@@ -348,79 +383,149 @@ void moments(const Tensor& x, const Tensor& centre, const Tensor& variance) {
 }
 
 template <class T>
-void apply(const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& centre, const Tensor& variance,
-           double eps, bool relu, const Tensor& y) {
-  const Layout v(x);
-  const Coefficients<T> c(v, data<T>(centre), data<T>(variance), data<T>(weight), data<T>(bias), eps, relu);
+void apply(const Layout& v, const Tensor& x, const Coefficients<T>& c, const Tensor& y) {
   for_ranges(v, v.parts(x.element_size()), [&](const Range& r) { apply_range(v, x, r, c, y); });
 }
 
-// Per channel: the sum of dy behind the relu, and of dy (x - mean) / sqrt(var + eps). (2, C)
+// The channels of a range.
+inline std::pair<int64_t, int64_t> channels_of(const Layout& v, const Range& r) {
+  return v.planes ? std::pair{r.unit0, r.unit1} : std::pair{r.unit0 / v.length, r.unit1 / v.length};
+}
+
+// Statistics and output in one walk: what the first pass over a unit read, the second finds in cache.
 template <class T>
-void gradient_sums(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& centre,
-                   const Tensor& variance, double eps, bool relu, const Tensor& sums) {
-  const Layout v(x);
-  const Coefficients<T> c(v, data<T>(centre), data<T>(variance), data<T>(weight), data<T>(bias), eps, relu);
-  const int64_t parts = v.parts(2 * x.element_size()), columns = v.planes ? 1 : v.length;
-  std::vector<double> sum(parts * v.sums()), dot(parts * v.sums());
-  for_ranges(v, parts, [&](const Range& r) {
-    const RangeAffine<T> a(v, c, r);
-    Reader<T> read_x{x, {}}, read_dy{dy, {}};
-    double *to_sum = sum.data() + r.part * v.sums() + r.unit0, *to_dot = dot.data() + r.part * v.sums() + r.unit0;
-    for_pieces(v, r, [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
-      int64_t x_ld, dy_ld;
-      const T* from = read_x.at(offset, rows, cols, ld, x_ld);
-      const T* g = read_dy.at(offset, rows, cols, ld, dy_ld);
-      T part_sum[kBlockCols], part_dot[kBlockCols];
-      std::fill_n(part_sum, cols, T(0));
-      std::fill_n(part_dot, cols, T(0));
-      add_gradients(g, dy_ld, from, x_ld, rows, cols, a.f, part_sum, part_dot);
-      if (v.planes) {
-        *to_sum += total_of(part_sum, cols);
-        *to_dot += total_of(part_dot, cols);
-      } else {
-        for (int64_t j = 0; j < cols; ++j) to_sum[j] += part_sum[j];
-        for (int64_t j = 0; j < cols; ++j) to_dot[j] += part_dot[j];
-      }
-    });
-  });
-  for_channels(v, [&](int64_t channel) {
-    double total = 0, along = 0;
-    for (int64_t part = 0; part < parts; ++part)
-      for (int64_t k = 0; k < columns; ++k) {
-        total += sum[part * v.sums() + channel * columns + k];
-        along += dot[part * v.sums() + channel * columns + k];
-      }
-    data<T>(sums)[channel] = static_cast<T>(total);
-    data<T>(sums)[v.channels + channel] = static_cast<T>(along / std::sqrt(data<T>(variance)[channel] + eps));
+void train(const Tensor& x, Coefficients<T> c, const Tensor& centre, const Tensor& variance, const Tensor& y) {
+  Layout v(x);
+  if (!v.fuse(x.element_size())) {
+    moments<T>(Layout(x), x, centre, variance);
+    return apply(Layout(x), x, c.set(), y);
+  }
+  const std::vector<T> pivots = first_numbers<T>(v, x);
+  std::vector<double> mean(v.sums()), m2(v.sums());
+  for_ranges(v, 1, [&](const Range& r) {
+    range_moments(v, x, r, pivots.data(), mean.data() + r.unit0, m2.data() + r.unit0);
+    const auto [begin, end] = channels_of(v, r);
+    for (int64_t k = begin; k < end; ++k)
+      finish_channel(v, k, mean.data(), m2.data(), data<T>(centre), data<T>(variance));
+    c.set(begin, end);
+    apply_range(v, x, r, c, y);
   });
 }
 
-// dx = w / sqrt(var + eps) (dy - sums_0 / count - x_hat sums_1 / count); a count of 0 leaves the statistics out
+// Per column, over a range: the sum of dy behind the relu, and of dy (x - mean).
 template <class T>
-void input_gradients(const Tensor& dy, const Tensor& x, const Tensor& weight, const Tensor& bias, const Tensor& centre,
-                     const Tensor& variance, const Tensor& sums, double count, double eps, bool relu,
-                     const Tensor& dx) {
-  const Layout v(x);
-  const Coefficients<T> c(v, data<T>(centre), data<T>(variance), data<T>(weight), data<T>(bias), eps, relu);
-  std::vector<T> mean(v.channels), along(v.channels);
-  for (int64_t k = 0; k < v.channels && count > 0; ++k) {
-    mean[k] = static_cast<T>(data<T>(sums)[k] / count);
-    along[k] = static_cast<T>(data<T>(sums)[v.channels + k] / count / std::sqrt(data<T>(variance)[k] + eps));
+void range_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Range& r, const Affine<T>& f, double* sum,
+                double* dot) {
+  const int64_t units = r.unit1 - r.unit0;
+  std::fill_n(sum, units, 0.);
+  std::fill_n(dot, units, 0.);
+  Reader<T> read_x{x, {}}, read_dy{dy, {}};
+  for_pieces(v, r, [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
+    int64_t x_ld, dy_ld;
+    const T* from = read_x.at(offset, rows, cols, ld, x_ld);
+    const T* g = read_dy.at(offset, rows, cols, ld, dy_ld);
+    T part_sum[kBlockCols], part_dot[kBlockCols];
+    std::fill_n(part_sum, cols, T(0));
+    std::fill_n(part_dot, cols, T(0));
+    add_gradients(g, dy_ld, from, x_ld, rows, cols, f, part_sum, part_dot);
+    if (v.planes) {
+      *sum += total_of(part_sum, cols);
+      *dot += total_of(part_dot, cols);
+    } else {
+      for (int64_t j = 0; j < cols; ++j) sum[j] += part_sum[j];
+      for (int64_t j = 0; j < cols; ++j) dot[j] += part_dot[j];
+    }
+  });
+}
+
+// The sums of a channel, from those of its columns in every part.
+template <class T>
+void finish_sums(const Layout& v, int64_t parts, int64_t channel, const double* sum, const double* dot,
+                 const Coefficients<T>& c, T* sums) {
+  const int64_t columns = v.planes ? 1 : v.length;
+  double total = 0, along = 0;
+  for (int64_t part = 0; part < parts; ++part)
+    for (int64_t k = 0; k < columns; ++k) {
+      total += sum[part * v.sums() + channel * columns + k];
+      along += dot[part * v.sums() + channel * columns + k];
+    }
+  sums[channel] = static_cast<T>(total);
+  sums[v.channels + channel] = static_cast<T>(along * c.inverse_std(channel));
+}
+
+template <class T>
+void gradient_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Tensor& sums) {
+  const int64_t parts = v.parts(2 * x.element_size());
+  std::vector<double> sum(parts * v.sums()), dot(parts * v.sums());
+  for_ranges(v, parts, [&](const Range& r) {
+    const int64_t at = r.part * v.sums() + r.unit0;
+    range_sums(v, dy, x, r, RangeAffine<T>(v, c, r).f, sum.data() + at, dot.data() + at);
+  });
+  for_channels(v, [&](int64_t k) { finish_sums(v, parts, k, sum.data(), dot.data(), c, data<T>(sums)); });
+}
+
+// What the statistics take away from the gradient: mean and along (x - mean of x), per channel.
+template <class T>
+struct Means {
+  std::vector<T> mean, along;
+
+  explicit Means(const Layout& v) : mean(v.channels), along(v.channels) {}
+
+  void set(int64_t channel, double mean_of_dy, double mean_of_dot, const Coefficients<T>& c) {
+    mean[channel] = static_cast<T>(mean_of_dy);
+    along[channel] = static_cast<T>(mean_of_dot * c.inverse_std(channel));
   }
-  for_ranges(v, v.parts(2 * x.element_size()), [&](const Range& r) {
-    const RangeAffine<T> a(v, c, r);
-    const Spread<T> m(v, mean.data(), r), l(v, along.data(), r);
-    Reader<T> read_x{x, {}}, read_dy{dy, {}};
-    for_pieces(v, r, [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
-      int64_t x_ld, dy_ld, out_ld;
-      const T* from = read_x.at(offset, rows, cols, ld, x_ld);
-      const T* g = read_dy.at(offset, rows, cols, ld, dy_ld);
-      TileWriter<T> writer(piece_of(dx, offset, rows, cols, ld));
-      T* out = writer.at(0, 0, rows, cols, out_ld);
-      write_input_gradient(g, dy_ld, from, x_ld, rows, cols, a.f, m.from, l.from, out, out_ld);
-      writer.flush(0, 0, rows, cols);
-    });
+};
+
+template <class T>
+void input_gradient_range(const Layout& v, const Tensor& dy, const Tensor& x, const Range& r, const Coefficients<T>& c,
+                          const Means<T>& means, const Tensor& dx) {
+  const RangeAffine<T> a(v, c, r);
+  const Spread<T> mean(v, means.mean.data(), r), along(v, means.along.data(), r);
+  Reader<T> read_x{x, {}}, read_dy{dy, {}};
+  for_pieces(v, r, [&](int64_t offset, int64_t rows, int64_t cols, int64_t ld) {
+    int64_t x_ld, dy_ld, out_ld;
+    const T* from = read_x.at(offset, rows, cols, ld, x_ld);
+    const T* g = read_dy.at(offset, rows, cols, ld, dy_ld);
+    TileWriter<T> writer(piece_of(dx, offset, rows, cols, ld));
+    T* out = writer.at(0, 0, rows, cols, out_ld);
+    write_input_gradient(g, dy_ld, from, x_ld, rows, cols, a.f, mean.from, along.from, out, out_ld);
+    writer.flush(0, 0, rows, cols);
+  });
+}
+
+template <class T>
+void input_gradient(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Means<T>& means,
+                    const Tensor& dx) {
+  for_ranges(v, v.parts(2 * x.element_size()),
+             [&](const Range& r) { input_gradient_range(v, dy, x, r, c, means, dx); });
+}
+
+// Sums and gradient in one walk, as `train` does.
+template <class T>
+void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const Tensor& dx, const Tensor& sums) {
+  Layout v(x);
+  const bool fused = v.fuse(2 * x.element_size());
+  if (!fused) v = Layout(x);
+  T* total = data<T>(sums);
+  Means<T> means(v);
+  const auto set_means = [&](int64_t begin, int64_t end) {
+    const double each = 1. / v.count();
+    for (int64_t k = begin; k < end; ++k) means.set(k, total[k] * each, total[v.channels + k] * each, c);
+  };
+  c.set();
+  if (!fused) {
+    gradient_sums(v, dy, x, c, sums);
+    set_means(0, v.channels);
+    return input_gradient(v, dy, x, c, means, dx);
+  }
+  std::vector<double> sum(v.sums()), dot(v.sums());
+  for_ranges(v, 1, [&](const Range& r) {
+    range_sums(v, dy, x, r, RangeAffine<T>(v, c, r).f, sum.data() + r.unit0, dot.data() + r.unit0);
+    const auto [begin, end] = channels_of(v, r);
+    for (int64_t k = begin; k < end; ++k) finish_sums(v, 1, k, sum.data(), dot.data(), c, total);
+    set_means(begin, end);
+    input_gradient_range(v, dy, x, r, c, means, dx);
   });
 }
 
@@ -428,10 +533,10 @@ ScalarType accumulation(const Tensor& x) {
   return is_double(x) ? ScalarType::Double : ScalarType::Float;
 }
 
-std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {
-  Tensor centre = fresh(x, {2, x.size(1)}, accumulation(x)), variance = fresh(x, {x.size(1)}, accumulation(x));
-  is_double(x) ? moments<double>(x, centre, variance) : moments<float>(x, centre, variance);
-  return {centre, variance};
+// f(T()) with the type that x is accumulated in.
+template <class F>
+void as_accumulated(const Tensor& x, const F& f) {
+  is_double(x) ? f(double()) : f(float());
 }
 
 Tensor like(const Tensor& x) {
@@ -440,27 +545,68 @@ Tensor like(const Tensor& x) {
   return fresh(x, shape, x.scalar_type());
 }
 
-Tensor batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
-                      const Tensor variance, double eps, bool relu) {
+Tensor per_channel(const Tensor& x) {
+  return fresh(x, {x.size(1)}, accumulation(x));
+}
+
+Tensor two_per_channel(const Tensor& x) {
+  return fresh(x, {2, x.size(1)}, accumulation(x));
+}
+
+std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {
+  Tensor centre = two_per_channel(x), variance = per_channel(x);
+  as_accumulated(x, [&](auto zero) { moments<decltype(zero)>(Layout(x), x, centre, variance); });
+  return {centre, variance};
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias, double eps,
+                                                  bool relu) {
+  Tensor y = like(x), centre = two_per_channel(x), variance = per_channel(x);
+  as_accumulated(x, [&](auto zero) {
+    train(x, Coefficients<decltype(zero)>(centre, variance, weight, bias, eps, relu), centre, variance, y);
+  });
+  return {y, centre, variance};
+}
+
+std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
+                                          const Tensor centre, const Tensor variance, double eps, bool relu) {
+  Tensor dx = like(x), sums = two_per_channel(x);
+  as_accumulated(x, [&](auto zero) {
+    train_backward(dy, x, Coefficients<decltype(zero)>(centre, variance, weight, bias, eps, relu), dx, sums);
+  });
+  return {dx, sums};
+}
+
+Tensor batch_norm_apply(const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
+                        const Tensor variance, double eps, bool relu) {
   Tensor y = like(x);
-  is_double(x) ? apply<double>(x, weight, bias, centre, variance, eps, relu, y)
-               : apply<float>(x, weight, bias, centre, variance, eps, relu, y);
+  as_accumulated(x, [&](auto zero) {
+    apply(Layout(x), x, Coefficients<decltype(zero)>(centre, variance, weight, bias, eps, relu).set(), y);
+  });
   return y;
 }
 
 Tensor batch_norm_sums(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
                        const Tensor variance, double eps, bool relu) {
-  Tensor sums = fresh(x, {2, x.size(1)}, accumulation(x));
-  is_double(x) ? gradient_sums<double>(dy, x, weight, bias, centre, variance, eps, relu, sums)
-               : gradient_sums<float>(dy, x, weight, bias, centre, variance, eps, relu, sums);
+  Tensor sums = two_per_channel(x);
+  as_accumulated(x, [&](auto zero) {
+    gradient_sums(Layout(x), dy, x, Coefficients<decltype(zero)>(centre, variance, weight, bias, eps, relu).set(),
+                  sums);
+  });
   return sums;
 }
 
-Tensor batch_norm_bwd(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
-                      const Tensor variance, const Tensor sums, double count, double eps, bool relu) {
+Tensor batch_norm_input_grad(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
+                             const Tensor centre, const Tensor variance, const Tensor means, double eps, bool relu) {
   Tensor dx = like(x);
-  is_double(x) ? input_gradients<double>(dy, x, weight, bias, centre, variance, sums, count, eps, relu, dx)
-               : input_gradients<float>(dy, x, weight, bias, centre, variance, sums, count, eps, relu, dx);
+  as_accumulated(x, [&](auto zero) {
+    using T = decltype(zero);
+    const Layout v(x);
+    Coefficients<T> c(centre, variance, weight, bias, eps, relu);
+    Means<T> per_channel(v);
+    for (int64_t k = 0; k < v.channels; ++k) per_channel.set(k, data<T>(means)[k], data<T>(means)[v.channels + k], c);
+    input_gradient(v, dy, x, c.set(), per_channel, dx);
+  });
   return dx;
 }
 
@@ -470,6 +616,8 @@ Tensor batch_norm_bwd(const Tensor dy, const Tensor x, const Tensor weight, cons
 STABLE_TORCH_LIBRARY_IMPL(sslkern_native, CPU, m) {
   m.impl("batch_moments_fwd", TORCH_BOX(&sslkern::batch_moments_fwd));
   m.impl("batch_norm_fwd", TORCH_BOX(&sslkern::batch_norm_fwd));
-  m.impl("batch_norm_sums", TORCH_BOX(&sslkern::batch_norm_sums));
   m.impl("batch_norm_bwd", TORCH_BOX(&sslkern::batch_norm_bwd));
+  m.impl("batch_norm_apply", TORCH_BOX(&sslkern::batch_norm_apply));
+  m.impl("batch_norm_sums", TORCH_BOX(&sslkern::batch_norm_sums));
+  m.impl("batch_norm_input_grad", TORCH_BOX(&sslkern::batch_norm_input_grad));
 }

@@ -17,20 +17,26 @@ from ._autograd import first_order
 Activation = Literal["relu"] | None
 
 declare("batch_moments_fwd(Tensor x) -> (Tensor, Tensor)", _reference.batch_moments_fwd)
+_STATISTICS = "Tensor weight, Tensor bias, Tensor centre, Tensor variance"
 declare(
-    "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor centre, Tensor variance, float eps, bool relu)"
-    " -> Tensor",
+    "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     _reference.batch_norm_fwd,
 )
 declare(
-    "batch_norm_sums(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor centre, Tensor variance, float eps,"
-    " bool relu) -> Tensor",
+    f"batch_norm_bwd(Tensor dy, Tensor x, {_STATISTICS}, float eps, bool relu) -> (Tensor, Tensor)",
+    _reference.batch_norm_bwd,
+)
+declare(
+    f"batch_norm_apply(Tensor x, {_STATISTICS}, float eps, bool relu) -> Tensor",
+    _reference.batch_norm_apply,
+)
+declare(
+    f"batch_norm_sums(Tensor dy, Tensor x, {_STATISTICS}, float eps, bool relu) -> Tensor",
     _reference.batch_norm_sums,
 )
 declare(
-    "batch_norm_bwd(Tensor dy, Tensor x, Tensor weight, Tensor bias, Tensor centre, Tensor variance, Tensor sums,"
-    " float count, float eps, bool relu) -> Tensor",
-    _reference.batch_norm_bwd,
+    f"batch_norm_input_grad(Tensor dy, Tensor x, {_STATISTICS}, Tensor means, float eps, bool relu) -> Tensor",
+    _reference.batch_norm_input_grad,
 )
 
 
@@ -76,35 +82,77 @@ class _BatchMoments(torch.autograd.Function):
         # grad_mean / M + 2 / M grad_variance (x - mean): the affine map of a batch norm of unit variance
         weight, one = 2 / count * grad_variance, torch.ones_like(grad_variance)
         flat = _flat(x, ctx.channels_last)
-        grad = pick("batch_norm_fwd", x)(flat, weight, grad_mean / count, centre, one, 0.0, False)
+        grad = pick("batch_norm_apply", x)(flat, weight, grad_mean / count, centre, one, 0.0, False)
         return _shaped(grad, x, ctx.channels_last)
 
 
+def _parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
+    """A channel tensor in the dtype of the statistics."""
+    if values is None:
+        return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
+    return values.to(accumulation_dtype(like))
+
+
 class _BatchNorm(torch.autograd.Function):
-    """count is that of the statistics: x's own, or 0 where they are constants."""
+    """By the statistics of x itself, which it returns: (y, centre, variance)."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, centre, variance, count, eps, relu):
+    def forward(ctx, x, weight, bias, eps, relu):
         channels_last = _channels_last(x)
-        w, b = weight.to(centre.dtype), bias.to(centre.dtype)
-        y = pick("batch_norm_fwd", x)(_flat(x, channels_last), w, b, centre, variance, eps, relu)
+        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
+        y, centre, variance = pick("batch_norm_fwd", x)(_flat(x, channels_last), w, b, eps, relu)
         ctx.save_for_backward(x, weight, bias, centre, variance)
-        ctx.settings = (count, eps, relu, channels_last)
+        ctx.settings = (eps, relu, channels_last)
+        ctx.mark_non_differentiable(centre, variance)
+        return _shaped(y, x, channels_last), centre, variance
+
+    @staticmethod
+    @first_order
+    def backward(ctx, dy, *_):
+        x, weight, bias, centre, variance = ctx.saved_tensors
+        eps, relu, channels_last = ctx.settings
+        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
+        flat, dy = _flat(x, channels_last), _flat(_same_layout(dy, channels_last), channels_last)
+        if ctx.needs_input_grad[0]:
+            dx, sums = pick("batch_norm_bwd", x)(dy, flat, w, b, centre, variance, eps, relu)
+            dx = _shaped(dx, x, channels_last)
+        else:
+            dx, sums = None, pick("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
+        return dx, *_parameter_gradients(sums, weight, bias), None, None
+
+
+class _BatchNormByGiven(torch.autograd.Function):
+    """By statistics that are constants."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, centre, variance, eps, relu):
+        channels_last = _channels_last(x)
+        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
+        y = pick("batch_norm_apply", x)(_flat(x, channels_last), w, b, centre, variance, eps, relu)
+        ctx.save_for_backward(x, weight, bias, centre, variance)
+        ctx.settings = (eps, relu, channels_last)
         return _shaped(y, x, channels_last)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         x, weight, bias, centre, variance = ctx.saved_tensors
-        count, eps, relu, channels_last = ctx.settings
+        eps, relu, channels_last = ctx.settings
+        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
         flat, dy = _flat(x, channels_last), _flat(_same_layout(dy, channels_last), channels_last)
-        w, b = weight.to(centre.dtype), bias.to(centre.dtype)
-        sums = pick("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
-        dx = None
+        dx = sums = None
         if ctx.needs_input_grad[0]:
-            kernel = pick("batch_norm_bwd", x)
-            dx = _shaped(kernel(dy, flat, w, b, centre, variance, sums, count, eps, relu), x, channels_last)
-        return dx, sums[1].to(weight.dtype), sums[0].to(bias.dtype), None, None, None, None, None
+            means, kernel = torch.zeros_like(centre), pick("batch_norm_input_grad", x)
+            dx = _shaped(kernel(dy, flat, w, b, centre, variance, means, eps, relu), x, channels_last)
+        if any(ctx.needs_input_grad[1:3]):
+            sums = pick("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
+        return dx, *_parameter_gradients(sums, weight, bias), None, None, None, None
+
+
+def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
+    """Of weight and bias, from `batch_norm_sums`."""
+    pairs = ((1, weight), (0, bias))
+    return [None if sums is None or p is None else sums[k].to(p.dtype) for k, p in pairs]
 
 
 def _check_channel_tensor(name: str, value: object, x: Tensor) -> None:
@@ -188,20 +236,18 @@ def batch_norm(
     _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
-    dtype = accumulation_dtype(x)
-    weight = torch.ones(x.shape[1], dtype=dtype, device=x.device) if weight is None else weight
-    bias = torch.zeros(x.shape[1], dtype=dtype, device=x.device) if bias is None else bias
-    count = math.prod(x.shape) // x.shape[1]
+    relu, eps = activation == "relu", float(eps)
     if not training and running_mean is not None and running_var is not None:
-        mean = running_mean.detach().to(dtype)
-        centre, variance, count = torch.stack([mean, torch.zeros_like(mean)]), running_var.detach().to(dtype), 0
-    else:
-        if count == 1:
-            raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-        centre, variance = pick("batch_moments_fwd", x)(_flat(x.detach(), _channels_last(x)))
-        with torch.no_grad():
-            if running_mean is not None:
-                running_mean.lerp_(centre[0].to(running_mean.dtype), momentum)
-            if running_var is not None:
-                running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
-    return _BatchNorm.apply(x, weight, bias, centre, variance, float(count), float(eps), activation == "relu")
+        centre, variance = (t.detach().to(accumulation_dtype(x)) for t in (running_mean, running_var))
+        centre = torch.stack([centre, torch.zeros_like(centre)])
+        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu)
+    count = math.prod(x.shape) // x.shape[1]
+    if count == 1:
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
+    y, centre, variance = _BatchNorm.apply(x, weight, bias, eps, relu)
+    with torch.no_grad():
+        if running_mean is not None:
+            running_mean.lerp_(centre[0].to(running_mean.dtype), momentum)
+        if running_var is not None:
+            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+    return y

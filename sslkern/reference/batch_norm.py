@@ -36,7 +36,7 @@ def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
     return centre, _centred(x, centre).square().mean(_over(x))
 
 
-def batch_norm_fwd(
+def batch_norm_apply(
     x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
     """(x - mean) weight / sqrt(variance + eps) + bias, and relu of it, in the dtype of x."""
@@ -54,22 +54,34 @@ def batch_norm_sums(
     return torch.stack([dy.sum(_over(x)), (dy * xc).sum(_over(x)) * inv_std])
 
 
-def batch_norm_bwd(
+def batch_norm_input_grad(
     dy: Tensor,
     x: Tensor,
     weight: Tensor,
     bias: Tensor,
     centre: Tensor,
     variance: Tensor,
-    sums: Tensor,
-    count: float,
+    means: Tensor,
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """weight / sqrt(variance + eps) (dy - sums_0 / count - x_hat sums_1 / count); count 0: constant statistics."""
+    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C): `batch_norm_sums` per number, or 0."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
-    if count > 0:
-        mean, along = sums / count
-        dx = dx - _per_channel(mean, x) - xc * _per_channel(along * inv_std, x)
+    dx = dx - _per_channel(means[0], x) - xc * _per_channel(means[1] * inv_std, x)
     return (dx * _per_channel(weight * inv_std, x)).to(x.dtype, memory_format=torch.contiguous_format)
+
+
+def batch_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """By the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`."""
+    centre, variance = batch_moments_fwd(x)
+    return batch_norm_apply(x, weight, bias, centre, variance, eps, relu), centre, variance
+
+
+def batch_norm_bwd(
+    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
+) -> tuple[Tensor, Tensor]:
+    """Its backward: the gradient of x, and `batch_norm_sums`, which are the gradients of bias and weight."""
+    sums = batch_norm_sums(dy, x, weight, bias, centre, variance, eps, relu)
+    means = sums / (x.numel() // x.shape[1])
+    return batch_norm_input_grad(dy, x, weight, bias, centre, variance, means, eps, relu), sums
