@@ -1,0 +1,251 @@
+// The loops of batch moments and batch norm: sums column by column or plane by plane, and maps of number to number.
+#pragma once
+
+#include "channels.h"
+
+namespace sslkern {
+
+// sum += x - pivot, square += (x - pivot)^2, column by column
+template <class T>
+SSLKERN_INLINE void add_powers_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,
+                                    T* square) {
+  int64_t i = 0;
+  for (; i + 2 <= rows; i += 2, x += 2 * ld) {
+    prefetch_rows(x, ld, rows - i, cols, 2);
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const T p = pivot[j], d = x[j] - p, e = x[j + ld] - p;
+      sum[j] += d + e;
+      square[j] += d * d + e * e;
+    }
+  }
+  for (; i < rows; ++i, x += ld) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const T d = x[j] - pivot[j];
+      sum[j] += d;
+      square[j] += d * d;
+    }
+  }
+}
+
+// square += ((x - pivot) - shift)^2, column by column
+template <class T>
+SSLKERN_INLINE void add_squares_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, const T* shift,
+                                     T* square) {
+  for (int64_t i = 0; i < rows; ++i, x += ld) {
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const T d = (x[j] - pivot[j]) - shift[j];
+      square[j] += d * d;
+    }
+  }
+}
+
+// Squares about the pivot, in place, into squares about the mean. False where a column would lose digits: its pivot is
+// more than half a standard deviation from its mean.
+template <class T>
+SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* sum, T* square) {
+  const double each = 1. / count;
+  int64_t safe = 0;
+#pragma omp simd reduction(+ : safe)
+  for (int64_t j = 0; j < cols; ++j) {
+    const double shift = sum[j] * (sum[j] * each);
+    safe += shift <= square[j] * .25;
+    square[j] = static_cast<T>(square[j] - shift);
+  }
+  return safe == cols;
+}
+
+// Chan's merge of `more` numbers, of this mean and sum of squares about it, into (count, mean, m2).
+SSLKERN_INLINE void merge(int64_t count, int64_t more, double more_mean, double more_m2, double& mean, double& m2) {
+  const double delta = more_mean - mean, share = static_cast<double>(more) / (count + more);
+  mean += delta * share;
+  m2 += more_m2 + delta * delta * count * share;
+}
+
+// The same for columns of sums about a pivot, and of squares about their means.
+template <class T>
+SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols, const T* pivot, const T* sum,
+                                       const T* square, double* mean, double* m2) {
+  const double each = 1. / more;
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) merge(count, more, pivot[j] + sum[j] * each, square[j], mean[j], m2[j]);
+}
+
+// What each channel does to its numbers: y = (x - mean) * scale + bias, below zero cut off where relu.
+template <class T>
+struct Affine {
+  const T *mean, *scale, *bias;
+  bool relu;
+};
+
+// sum += dy, dot += dy (x - mean), with dy zero where the relu was; NaN passes, as in torch
+template <class T>
+SSLKERN_INLINE void add_gradients_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                                       const Affine<T>& f, T* sum, T* dot) {
+  const T *mean = f.mean, *scale = f.scale, *bias = f.bias;
+  for (int64_t i = 0; i < rows; ++i, x += ld, dy += dy_ld) {
+    prefetch_rows(x, ld, rows - i, cols, 1);
+    prefetch_rows(dy, dy_ld, rows - i, cols, 1);
+#pragma omp simd
+    for (int64_t j = 0; j < cols; ++j) {
+      const T c = x[j] - mean[j];
+      const T g = f.relu && c * scale[j] + bias[j] <= 0 ? T(0) : dy[j];
+      sum[j] += g;
+      dot[j] += g * c;
+    }
+  }
+}
+
+// Sums over a plane run in this many lanes, added up in pairs.
+constexpr int64_t kLanes = 64;
+
+template <class T>
+SSLKERN_INLINE T fold_lanes(T* lanes) {
+  for (int64_t half = kLanes / 2; half > 0; half /= 2)
+    for (int64_t j = 0; j < half; ++j) lanes[j] += lanes[j + half];
+  return lanes[0];
+}
+
+template <class T>
+SSLKERN_INLINE void plane_powers_body(const T* x, int64_t n, T pivot, T& sum, T& square) {
+  T sums[kLanes] = {}, squares[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = std::min(kLanes, n - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      const T d = x[i + j] - pivot;
+      sums[j] += d;
+      squares[j] += d * d;
+    }
+  }
+  sum = fold_lanes(sums);
+  square = fold_lanes(squares);
+}
+
+template <class T>
+SSLKERN_INLINE void plane_gradients_body(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,
+                                         double& sum, double& dot) {
+  T sums[kLanes] = {}, dots[kLanes] = {};
+  for (int64_t i = 0; i < n; i += kLanes) {
+    const int64_t lanes = std::min(kLanes, n - i);
+#pragma omp simd
+    for (int64_t j = 0; j < lanes; ++j) {
+      const T c = x[i + j] - mean;
+      const T g = relu && c * scale + bias <= 0 ? T(0) : dy[i + j];
+      sums[j] += g;
+      dots[j] += g * c;
+    }
+  }
+  sum += fold_lanes(sums);
+  dot += fold_lanes(dots);
+}
+
+// A channel's number at each of its numbers, or one number per column.
+template <class T>
+struct Same {
+  T value;
+  SSLKERN_INLINE T operator[](int64_t) const {
+    return value;
+  }
+};
+
+template <class T, class V>
+SSLKERN_INLINE void affine_row(const T* x, int64_t n, V mean, V scale, V bias, bool relu, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const T y = (x[j] - mean[j]) * scale[j] + bias[j];
+    out[j] = relu && y < 0 ? T(0) : y;
+  }
+}
+
+// out = scale dy - (slope (x - mean) + offset)
+template <class T, class V>
+SSLKERN_INLINE void input_gradient_row(const T* dy, const T* x, int64_t n, V mean, V scale, V bias, V slope, V offset,
+                                       bool relu, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const T c = x[j] - mean[j];
+    const T g = relu && c * scale[j] + bias[j] <= 0 ? T(0) : dy[j];
+    out[j] = scale[j] * g - (slope[j] * c + offset[j]);
+  }
+}
+
+// A piece of `for_pieces_in_order`, with the channels' numbers from its first channel on; `runs`: one channel per row.
+template <class T>
+SSLKERN_INLINE void affine_body(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
+                                T* out, int64_t out_ld) {
+  for (int64_t i = 0; i < rows; ++i, x += ld, out += out_ld) {
+    if (runs) {
+      affine_row<T, Same<T>>(x, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, f.relu, out);
+    } else {
+      affine_row(x, cols, f.mean, f.scale, f.bias, f.relu, out);
+    }
+  }
+}
+
+template <class T>
+SSLKERN_INLINE void input_gradient_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                                        bool runs, const Affine<T>& f, const T* slope, const T* offset, T* out,
+                                        int64_t out_ld) {
+  for (int64_t i = 0; i < rows; ++i, x += ld, dy += dy_ld, out += out_ld) {
+    if (runs) {
+      input_gradient_row<T, Same<T>>(dy, x, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, {slope[i]}, {offset[i]},
+                                     f.relu, out);
+    } else {
+      input_gradient_row(dy, x, cols, f.mean, f.scale, f.bias, slope, offset, f.relu, out);
+    }
+  }
+}
+
+template <class T>
+SSLKERN_INLINE void inverse_stds_body(const T* variance, int64_t n, T eps, T* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = 1 / std::sqrt(variance[j] + eps);
+}
+
+#define SSLKERN_KERNELS(T)                                                                                             \
+  SSLKERN_CLONES static void add_powers(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,    \
+                                        T* square) {                                                                   \
+    add_powers_body(x, ld, rows, cols, pivot, sum, square);                                                            \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void add_squares(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot,           \
+                                         const T* shift, T* square) {                                                  \
+    add_squares_body(x, ld, rows, cols, pivot, shift, square);                                                         \
+  }                                                                                                                    \
+  SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                    \
+    return centre_squares_body(count, cols, sum, square);                                                              \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* pivot, const T* sum,    \
+                                           const T* square, double* mean, double* m2) {                                \
+    merge_columns_body(count, more, cols, pivot, sum, square, mean, m2);                                               \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void add_gradients(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows,           \
+                                           int64_t cols, const Affine<T>& f, T* sum, T* dot) {                         \
+    add_gradients_body(dy, dy_ld, x, ld, rows, cols, f, sum, dot);                                                     \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void plane_powers(const T* x, int64_t n, T pivot, T& sum, T& square) {                         \
+    plane_powers_body(x, n, pivot, sum, square);                                                                       \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void plane_gradients(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,   \
+                                             double& sum, double& dot) {                                               \
+    plane_gradients_body(dy, x, n, mean, scale, bias, relu, sum, dot);                                                 \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void inverse_stds(const T* variance, int64_t n, T eps, T* out) {                               \
+    inverse_stds_body(variance, n, eps, out);                                                                          \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void affine(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, \
+                                    T* out, int64_t out_ld) {                                                          \
+    affine_body(x, ld, rows, cols, runs, f, out, out_ld);                                                              \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void write_input_gradient(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows,    \
+                                                  int64_t cols, bool runs, const Affine<T>& f, const T* slope,         \
+                                                  const T* offset, T* out, int64_t out_ld) {                           \
+    input_gradient_body(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld);                            \
+  }
+SSLKERN_KERNELS(float)
+SSLKERN_KERNELS(double)
+#undef SSLKERN_KERNELS
+
+}  // namespace sslkern

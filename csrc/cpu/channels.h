@@ -1,0 +1,198 @@
+// Walks over the channels of x, (M, C) or (N, C, L), contiguous. Long runs of one channel are planes; everything else
+// is columns: M rows, or N rows of C * L columns of which L make a channel.
+#pragma once
+
+#include "blocks.h"
+
+namespace sslkern {
+
+constexpr int64_t kChunk = 1 << 16;      // numbers of a block of columns that stay in L2 for a second look
+constexpr int64_t kPiece = 4096;         // numbers of a plane, likewise in L1
+constexpr int64_t kMapRows = 32;         // rows of a piece of a map
+constexpr int64_t kLine = 64;            // columns at least, where a block of them can be chosen
+constexpr int64_t kShortPlane = 64;      // numbers; shorter runs are columns
+constexpr int64_t kInOrder = 256 << 10;  // bytes that a thread writes in the order of memory before others go on
+constexpr int64_t kTasks = 16;           // at least, of long columns: their parts are merged in order
+constexpr int64_t kFused = 4 << 20;      // bytes of x that are worth one parallel region of two passes, not two of one
+
+struct Layout {
+  int64_t rows, channels, length;  // `length` numbers of a channel in each row
+  bool planes;
+
+  explicit Layout(const Tensor& x)
+      : rows(x.size(0)),
+        channels(x.size(1)),
+        length(x.dim() == 3 ? x.size(2) : 1),
+        planes(x.dim() == 3 && x.size(2) >= kShortPlane) {}
+
+  int64_t width() const {
+    return channels * length;
+  }
+  int64_t count() const {
+    return rows * length;
+  }
+  // What has a mean of its own while sums are taken: channels of planes, or columns.
+  int64_t sums() const {
+    return planes ? channels : width();
+  }
+  // Narrow rows that a map walks as one row, with its channels' numbers repeated.
+  int64_t fold() const {
+    return length == 1 ? std::max<int64_t>(1, kBlockCols / width()) : 1;
+  }
+  int64_t columns_per_channel() const {
+    return planes ? 1 : length;
+  }
+  int64_t unit() const {
+    return planes ? 1 : std::min(kBlockCols, width());
+  }
+  int64_t units() const {
+    return ceil_div(sums(), unit());
+  }
+  int64_t chunk_rows() const {
+    return planes ? 1 : std::clamp<int64_t>(kChunk / unit(), 128, 512);
+  }
+  int64_t part_rows() const {
+    return round_up(ceil_div(rows, ceil_div(kTasks, units())), 4 * chunk_rows());
+  }
+  int64_t parts() const {
+    return ceil_div(rows, part_rows());
+  }
+};
+
+// Rows [row0, row1) of sums [begin, end): one plane, or a block of columns.
+struct Range {
+  int64_t part, row0, row1, begin, end;
+};
+
+// f(range) in parallel, `parts` of them for every sum.
+template <class F>
+void for_ranges(const Layout& v, const F& f) {
+  const int64_t step = v.part_rows(), units = v.units(), unit = v.unit();
+  const int64_t numbers = std::min(step, v.rows) * unit * (v.planes ? v.length : 1);
+  stable::parallel_for(0, v.parts() * units, ceil_div(16384, numbers), [&](int64_t first, int64_t last) {
+    for (int64_t task = first; task < last; ++task) {
+      const int64_t part = task / units, begin = task % units * unit;
+      f(Range{part, part * step, std::min(v.rows, (part + 1) * step), begin, std::min(v.sums(), begin + unit)});
+    }
+  });
+}
+
+// f(range) in parallel, every range with all rows of its channels, for passes that need the sums of the one before.
+// False, and nothing is done, where x is too large or too narrow for it.
+template <class F>
+bool for_whole_channels(const Layout& v, int64_t bytes, const F& f) {
+  const int64_t unit = v.planes ? 1 : std::min(kBlockCols, round_up(ceil_div(v.channels, 8), kLine));
+  const int64_t units = ceil_div(v.channels, unit);
+  if (!(v.planes || v.length == 1) || units < 4 || v.count() * v.channels * bytes > kFused) return false;
+  stable::parallel_for(0, units, ceil_div(16384, v.count() * unit), [&](int64_t first, int64_t last) {
+    for (int64_t k = first; k < last; ++k) f(Range{0, 0, v.rows, k * unit, std::min(v.channels, (k + 1) * unit)});
+  });
+  return true;
+}
+
+// Where a piece lies: `rows` of `cols` numbers, `ld` apart.
+struct Piece {
+  int64_t offset, rows, cols, ld;
+};
+
+// f(piece) over a range, by what fits in L1 or L2; of a plane, a piece is one row.
+template <class F>
+void for_pieces(const Layout& v, const Range& r, const F& f) {
+  if (!v.planes) {
+    for (int64_t i = r.row0; i < r.row1; i += v.chunk_rows())
+      f(Piece{i * v.width() + r.begin, std::min(v.chunk_rows(), r.row1 - i), r.end - r.begin, v.width()});
+    return;
+  }
+  for (int64_t i = r.row0; i < r.row1; ++i)
+    for (int64_t k = 0; k < v.length; k += kPiece) {
+      const int64_t cols = std::min(kPiece, v.length - k);
+      f(Piece{(i * v.channels + r.begin) * v.length + k, 1, cols, cols});
+    }
+}
+
+// f(piece, channel) in parallel and in the order of memory, for maps of number to number: what a thread writes it
+// writes whole, since a huge page that is left half written goes to memory and comes back. Over (M, C) a piece is rows
+// of columns from `channel` on; over (N, C, L), `rows` runs of `cols` numbers, of the channels from `channel` on.
+template <class F>
+void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
+  if (v.length == 1) {
+    const int64_t fold = v.fold(), width = fold * v.channels, rows = v.rows / fold;
+    const int64_t grain = std::max<int64_t>(1, kInOrder / (kMapRows * width * bytes));
+    stable::parallel_for(0, ceil_div(rows, kMapRows), grain, [&](int64_t first, int64_t last) {
+      for (int64_t i = first * kMapRows; i < std::min(rows, last * kMapRows); i += kMapRows)
+        for (int64_t j = 0; j < width; j += kBlockCols)
+          f(Piece{i * width + j, std::min(kMapRows, rows - i), std::min(kBlockCols, width - j), width}, j);
+    });
+    const int64_t rest = v.rows - rows * fold;
+    if (rest > 0) f(Piece{rows * width, rest, v.channels, v.channels}, 0);
+    return;
+  }
+  const int64_t grain = std::max<int64_t>(1, kInOrder / (v.length * bytes));
+  stable::parallel_for(0, v.rows * v.channels, grain, [&](int64_t first, int64_t last) {
+    for (int64_t run = first; run < last;) {
+      const int64_t channel = run % v.channels, runs = std::max<int64_t>(1, kPiece / v.length);
+      const int64_t rows = std::min({last - run, v.channels - channel, runs});
+      for (int64_t k = 0; k < v.length; k += kPiece) {
+        const int64_t cols = std::min(kPiece, v.length - k);
+        f(Piece{run * v.length + k, rows, cols, cols}, channel);
+      }
+      run += rows;
+    }
+  });
+}
+
+// f(channel) in parallel.
+template <class F>
+void for_channels(const Layout& v, const F& f) {
+  stable::parallel_for(0, v.channels, ceil_div(8192, v.length), [&](int64_t begin, int64_t end) {
+    for (int64_t c = begin; c < end; ++c) f(c);
+  });
+}
+
+// A piece of a contiguous tensor, as a matrix.
+inline Matrix matrix_of(const Tensor& x, const Piece& p) {
+  const int64_t element = x.element_size();
+  return {
+      static_cast<char*>(x.mutable_data_ptr()) + p.offset * element, p.rows, p.cols, p.ld, 1, x.scalar_type(), element};
+}
+
+// Reads pieces as T.
+template <class T>
+struct Reader {
+  const Tensor& x;
+  std::vector<T> scratch;
+
+  const T* at(const Piece& p, int64_t& ld) {
+    return tile(matrix_of(x, p), 0, p.rows, 0, p.cols, scratch, ld);
+  }
+};
+
+// The first number of every channel: its pivot.
+template <class T>
+std::vector<T> first_numbers(const Layout& v, const Tensor& x) {
+  Matrix first = matrix_of(x, {0, 1, v.channels, v.width()});
+  first.col_stride = v.length;
+  std::vector<T> pivots(v.channels), scratch;
+  int64_t unused;
+  std::copy_n(tile(first, 0, 1, 0, v.channels, scratch, unused), v.channels, pivots.begin());
+  return pivots;
+}
+
+// One number per column of a range, from one per channel.
+template <class T>
+struct PerColumn {
+  T spread[kBlockCols];
+  const T* values;
+
+  PerColumn(const Layout& v, const T* channel, const Range& r) : values(channel + r.begin) {
+    if (v.columns_per_channel() == 1) return;
+    values = spread;
+    for (int64_t k = r.begin; k < r.end;) {
+      const int64_t c = k / v.length, end = std::min(r.end, (c + 1) * v.length);
+      std::fill(spread + (k - r.begin), spread + (end - r.begin), channel[c]);
+      k = end;
+    }
+  }
+};
+
+}  // namespace sslkern
