@@ -2,11 +2,17 @@
 # with PYTHON=, to an overlay of that python and the torch >= 2.11 it has, into which nothing is installed but sslkern.
 TORCH ?= torch==2.13.0
 
+# The CUDA kernels too, wherever there is an nvcc
+export SSLKERN_CUDA ?= 1
+
 VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-.PHONY: demo test bench build lint clean
+# Where `make gpu` leaves its log, results and table
+OUT ?= out
+
+.PHONY: demo test bench gpu build lint clean
 
 demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
@@ -16,6 +22,14 @@ test: build lint
 
 bench: build
 	$(PY) -m bench $(ARGS)
+
+# On a machine with an NVIDIA GPU: every test on it, then the comparison, whatever the tests said
+gpu: build
+	mkdir -p $(OUT)
+	$(PY) -m sslkern | tee $(OUT)/machine.txt
+	$(PY) -m pytest $(ARGS) > $(OUT)/tests.log 2>&1; echo $$? > $(OUT)/tests.status; tail -n 25 $(OUT)/tests.log
+	$(PY) -m bench --device cuda --minutes 8 --rounds 9 --out $(OUT)/gpu.json
+	exit $$(cat $(OUT)/tests.status)
 
 build: $(VENV)/built
 

@@ -1,12 +1,23 @@
-"""Builds the compiled back-end on torch's stable ABI: one abi3 binary for every Python and every torch from 2.11 on."""
+"""Builds the compiled back-end on torch's stable ABI: one abi3 binary for every Python and every torch from 2.11 on.
+
+CUDA C++ goes into the same binary where there is an nvcc and torch is built for CUDA, or SSLKERN_CUDA=1 asks for it: on
+a torch without CUDA it loads all the same. SSLKERN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are those of
+torch's own extensions.
+"""
 
 import os
+import re
+import shlex
+import shutil
+import subprocess
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from setuptools import setup
 
 try:
-    from torch.utils.cpp_extension import BuildExtension, CppExtension
+    import torch
+    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError as error:
     raise SystemExit(
         "sslkern compiles against the torch that is installed: install torch >= 2.11 first, "
@@ -14,35 +25,139 @@ except ImportError as error:
     ) from error
 
 ROOT = Path(__file__).parent
-SOURCES = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.cpp"))]
-HEADERS = [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob("*.h"))]
 
+
+def files(suffix: str) -> list[str]:
+    """Sources and headers below csrc/, from the root."""
+    return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
+
+
+COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 FLAGS = [
-    "-O3",
-    "-std=c++20",
+    *COMMON,
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-DTORCH_TARGET_VERSION=0x020b000000000000",
 ]
+NVCC_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+ARCHITECTURES = "8.0;9.0;10.0+PTX"
 
-setup(
-    packages=[
-        "sslkern",
-        "sslkern.losses",
-        "sslkern.metrics",
-        "sslkern.nn",
-        "sslkern.ops",
-        "sslkern.reference",
-        "sslkern.triton_kernels",
-    ],
-    # `triton_kernels` is also the import name of a package of the Triton project, so ours installs below sslkern
-    package_dir={"sslkern.triton_kernels": "triton_kernels"},
-    ext_modules=[
-        CppExtension("sslkern._C", SOURCES, depends=HEADERS, extra_compile_args={"cxx": FLAGS}, py_limited_api=True)
-    ],
-    cmdclass={"build_ext": BuildExtension.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0")},
-    options={"bdist_wheel": {"py_limited_api": "cp310"}},
-)
+
+def nvcc() -> tuple[str, str]:
+    """The compiler's path, or why there is none."""
+    asked = os.environ.get("SSLKERN_CUDA", "")
+    if asked not in ("", "0", "1"):
+        raise SystemExit(f"SSLKERN_CUDA must be 0 or 1, got {asked!r}.")
+    if asked == "0":
+        return "", "SSLKERN_CUDA=0 left them out when it was compiled"
+    if not asked and not torch.version.cuda:
+        return "", "it was compiled for a torch without CUDA; SSLKERN_CUDA=1 asks for them all the same"
+    home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
+    path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
+    path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
+    return path or "", "" if path else "no nvcc was found when it was compiled, by CUDA_HOME or on the PATH"
+
+
+def code_generation() -> list[str]:
+    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
+    flags = []
+    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES):
+        match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
+        if not match:
+            raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be a list such as '{ARCHITECTURES}', got {entry!r} in it.")
+        number = match[1] + match[2]
+        flags.append(f"-gencode=arch=compute_{number},code=sm_{number}")
+        if match[3]:
+            flags.append(f"-gencode=arch=compute_{number},code=compute_{number}")
+    return flags
+
+
+class Build(BuildExtension):
+    """torch's, with the CUDA sources compiled by nvcc itself: torch's own way refuses on a torch without CUDA."""
+
+    def build_extensions(self) -> None:
+        compiler, reason = nvcc()
+        note = reason and f"no CUDA kernels: {reason}"
+        if compiler:
+            generation = code_generation()
+            targets = [flag.rpartition("code=")[2] for flag in generation]
+            note = f"CUDA kernels: {', '.join(targets).replace('compute_', 'PTX of compute_')}"
+            self.add_cuda(self.extensions[0], compiler, generation)
+        self.tell(note)
+        super().build_extensions()
+
+    def tell(self, note: str) -> None:
+        """Write the note where csrc/module.cpp includes it, and build anew where it is another one."""
+        header, text = Path(self.build_temp).absolute() / "cuda_note.h", f'#define SSLKERN_CUDA_NOTE "{note}"\n'
+        if not header.exists() or header.read_text() != text:
+            header.parent.mkdir(parents=True, exist_ok=True)
+            header.write_text(text)
+            self.force = True
+        self.extensions[0].include_dirs.append(str(header.parent))
+
+    def add_cuda(self, extension: CppExtension, compiler: str, generation: list[str]) -> None:
+        folder = ROOT / "build" / "cuda"  # kept: pip builds elsewhere each time
+        includes = [f"-I{path}" for path in include_paths()]
+        jobs = []
+        for source in files("cu"):
+            target = folder / f"{Path(source).with_suffix('')}.cuda.o"
+            jobs.append((target, [compiler, "-c", source, "-o", str(target), *NVCC_FLAGS, *generation, *includes]))
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with ThreadPoolExecutor(workers) as pool:
+            list(pool.map(lambda job: compile_if_changed(*job), jobs))
+        extension.extra_objects += [str(target) for target, _ in jobs]
+        extension.library_dirs += cudart_folders(compiler)
+        extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+
+
+def compile_if_changed(target: Path, command: list[str]) -> None:
+    """Run the compiler unless the object is newer than every source, by this very command."""
+    record, line = target.with_suffix(".command"), shlex.join(command)
+    sources = (*files("cu"), *files("cuh"), *files("h"))
+    if target.exists() and record.exists() and record.read_text() == line:
+        made = target.stat().st_mtime
+        if all((ROOT / source).stat().st_mtime < made for source in sources):
+            return
+    target.parent.mkdir(parents=True, exist_ok=True)
+    print(line)
+    subprocess.run(command, check=True, cwd=ROOT)
+    record.write_text(line)
+
+
+def cudart_folders(compiler: str) -> list[str]:
+    """Where this nvcc's toolkit keeps the static runtime."""
+    told = subprocess.run([compiler, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
+    top = re.search(r"TOP=(.*)", told)
+    root = Path(top[1].strip() if top else Path(compiler).resolve().parent.parent)
+    found = [*root.glob("targets/*/lib"), root / "lib64", root / "lib"]
+    return [str(path) for path in found if (path / "libcudart_static.a").exists()]
+
+
+if __name__ == "__main__":
+    setup(
+        packages=[
+            "sslkern",
+            "sslkern.losses",
+            "sslkern.metrics",
+            "sslkern.nn",
+            "sslkern.ops",
+            "sslkern.reference",
+            "sslkern.train",
+            "sslkern.triton_kernels",
+        ],
+        # `triton_kernels` is also the import name of a package of the Triton project, so ours installs below sslkern
+        package_dir={"sslkern.triton_kernels": "triton_kernels"},
+        ext_modules=[
+            CppExtension(
+                "sslkern._C",
+                files("cpp"),
+                depends=[*files("h"), *files("cuh"), *files("cu")],
+                extra_compile_args={"cxx": FLAGS},
+                py_limited_api=True,
+            )
+        ],
+        cmdclass={"build_ext": Build.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0")},
+        options={"bdist_wheel": {"py_limited_api": "cp310"}},
+    )

@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import torch
@@ -43,12 +44,15 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--filter", default="", help="regular expression on case names, e.g. 'vicreg|step'")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds per case (at least 5)")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/<machine>.json")
     parser.add_argument("--report", action="store_true", help="only make table and plot from the result file")
     parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--huge", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
+    if args.device == "cuda" and not torch.cuda.is_available():
+        parser.error("--device cuda needs an NVIDIA GPU, and torch sees none")
     if args.rounds < 5:
         parser.error("--rounds must be at least 5, for a median")
     if args.worker:
@@ -63,12 +67,16 @@ def main() -> None:
 
 def measure(args: argparse.Namespace, header: dict, path: Path) -> None:
     """Run the chosen cases; those of an earlier run of this machine that were not chosen stay in the file."""
+    deadline = time.monotonic() + 60 * args.minutes
     chosen = [name for name, _ in all_cases(args.device) if re.search(args.filter, name)]
     rows: dict[tuple[str, str, str], dict] = {}
     if path.exists() and args.filter:
         rows = {(r["case"], r["implementation"], r["pages"]): r for r in json.loads(path.read_text())["rows"]}
     for name in (bar := tqdm(chosen, unit="case")):
         bar.set_postfix_str(name)
+        if time.monotonic() > deadline:
+            tqdm.write(f"{args.minutes:g} minutes are over; not run: {', '.join(chosen[chosen.index(name) :])}")
+            break
         for huge in (False, True) if args.device == "cpu" else (False,):
             for row in _run(name, args, huge):
                 rows[row["case"], row["implementation"], row["pages"]] = row

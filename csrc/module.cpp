@@ -1,15 +1,22 @@
-// A module that says who multiplies. The operators register themselves when the library is loaded.
+// A module that says what is in the binary. The operators register themselves when the library is loaded.
 #include <Python.h>
 
 #include "cpu/gemm.h"
+#include "cuda_note.h"  // written by setup.py
 
 static PyObject* products(PyObject*, PyObject*) {
   return PyUnicode_FromString(sslkern::products_of<float>().c_str());
 }
 
+static PyObject* cuda(PyObject*, PyObject*) {
+  return PyUnicode_FromString(SSLKERN_CUDA_NOTE);
+}
+
 PyMODINIT_FUNC PyInit__C(void) {
-  static PyMethodDef methods[] = {{"products", products, METH_NOARGS, "Who multiplies fp32 matrices."},
-                                  {nullptr, nullptr, 0, nullptr}};
+  static PyMethodDef methods[] = {
+      {"products", products, METH_NOARGS, "Who multiplies fp32 matrices."},
+      {"cuda", cuda, METH_NOARGS, "What the CUDA kernels are compiled for, or why there are none."},
+      {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);
 }

@@ -41,8 +41,9 @@ def main() -> None:
     missing = backend.missing()
     for name in backend.NAMES:
         state = f"missing: {missing[name]}" if name in missing else "available"
-        products = f" (products: {backend.products()})" if name == "native" and name not in missing else ""
-        print(f"  {name:<10} {state}{products}")
+        print(f"  {name:<10} {state}")
+        if name == "native" and name not in missing:
+            print(f"  {'':<10} CPU products: {backend.products()}\n  {'':<10} {backend.cuda_build()}")
     if backend.forced() is not None:
         print(f"  forced to {backend.forced()!r}")
     print(f"\n{'kernel':<24} {'cpu tensor':<12} cuda tensor")

@@ -51,8 +51,9 @@ def load() -> None:
             "`pip install --no-build-isolation .` with torch installed, compiles it"
         )
     for name in _declared:
-        if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", "CPU"):
-            _kernels["native", name, "cpu"] = getattr(torch.ops.sslkern_native, name).default
+        for device in ("cpu", "cuda"):
+            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", device.upper()):
+                _kernels["native", name, device] = getattr(torch.ops.sslkern_native, name).default
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpret:
         _missing["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
@@ -66,6 +67,11 @@ def load() -> None:
 def products() -> str:
     """Who multiplies the native back-end's fp32 matrices, in words; SSLKERN_CPU_GEMM changes it."""
     return "" if "native" in _missing else importlib.import_module("sslkern._C").products()
+
+
+def cuda_build() -> str:
+    """What the native back-end's CUDA kernels are compiled for, or why there are none, in words."""
+    return "" if "native" in _missing else importlib.import_module("sslkern._C").cuda()
 
 
 def missing() -> dict[str, str]:

@@ -1,0 +1,127 @@
+"""The CUDA kernels, without a GPU: that they are in the binary, that it loads anywhere, and the machine code."""
+
+import importlib.util
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+import torch
+from torch.utils.cpp_extension import include_paths
+
+from sslkern import backend as backends
+
+ROOT = Path(__file__).parent.parent
+SOURCES = sorted((ROOT / "csrc" / "cuda").glob("*.cu"))
+SPILLING = """
+__global__ void spilling(const float* x, float* y, int n) {
+  float kept[512];
+  for (int k = 0; k < 512; ++k) kept[k] = x[k * n];
+  for (int k = 0; k < 512; ++k) y[k] = kept[k] - kept[(k * n) % 512];
+}
+"""
+
+
+def load_setup():
+    """setup.py as a module."""
+    spec = importlib.util.spec_from_file_location("sslkern_setup", ROOT / "setup.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def setup(monkeypatch):
+    """setup.py, asked for CUDA."""
+    monkeypatch.setenv("SSLKERN_CUDA", "1")
+    return load_setup()
+
+
+@pytest.fixture
+def nvcc(setup):
+    """The compiler; a machine without one skips."""
+    path, _ = setup.nvcc()
+    if not path:
+        pytest.skip("no nvcc")
+    return path
+
+
+def machine_code(nvcc, setup, source, folder):
+    """kernel -> (registers, bytes of stack and spills, 16-byte loads, other loads), compiled for sm_90."""
+    flags = ["-gencode=arch=compute_90,code=sm_90", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
+    command = [nvcc, "-c", str(source), "-o", str(folder / "out.o"), *setup.NVCC_FLAGS, *flags]
+    run = subprocess.run([*command, *(f"-I{path}" for path in include_paths())], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr[-3000:]
+    found = {}
+    for name, report in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers.*?)\n", run.stderr, re.S):
+        registers = int(re.search(r"Used (\d+) registers", report)[1])
+        memory = sum(map(int, re.findall(r"(\d+) bytes (?:stack frame|spill stores|spill loads|lmem)", report)))
+        found[name] = [registers, memory]
+    (ptx,) = folder.glob("*.ptx")
+    for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.S):
+        loads = re.findall(r"ld\.global[.\w]*", body)
+        wide = sum(".v4" in load for load in loads)
+        found[name] += [wide, len(loads) - wide]
+    return found
+
+
+def test_the_binary_has_them_where_there_is_an_nvcc(nvcc):
+    """Built by `make build`, for a torch with or without CUDA; and `python -m sslkern` says for which processors."""
+    assert backends.cuda_build().startswith("CUDA kernels: sm_"), backends.cuda_build()
+    assert ("native", "batch_norm_fwd", "cuda") in backends._kernels
+
+
+def test_a_cpu_tensor_is_refused():
+    """The CUDA kernel itself, called past the dispatcher with a CPU tensor, says what is wrong."""
+    if ("native", "batch_moments_fwd", "cuda") not in backends._kernels:
+        pytest.skip(backends.cuda_build())
+    kernel = torch.ops.sslkern_native.batch_moments_fwd.default
+    with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
+        kernel.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(4, 3))
+
+
+@pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
+def test_machine_code(source, nvcc, setup, tmp_path):
+    """No stack, no local memory, no spills on sm_90; the wide kernels load 16 bytes at a time."""
+    found = machine_code(nvcc, setup, source, tmp_path)
+    assert len(found) > 10
+    assert all(memory == 0 for _, memory, *_ in found.values()), found
+    wide = {name: loads for name, (*_, loads, _) in found.items() if re.search(r"Li[48]ELb", name)}
+    assert wide and all(loads >= 4 for loads in wide.values()), wide
+
+
+def test_a_spilling_kernel_is_found(nvcc, setup, tmp_path):
+    """The check above can fail."""
+    source = tmp_path / "spilling.cu"
+    source.write_text(SPILLING)
+    ((_, memory, *_),) = machine_code(nvcc, setup, source, tmp_path).values()
+    assert memory > 0
+
+
+def test_without_nvcc_the_build_goes_on(setup, monkeypatch):
+    """A reason instead of a compiler; CUDA_HOME and a torch without CUDA likewise."""
+    monkeypatch.setattr(setup.shutil, "which", lambda *_, **__: None)
+    assert setup.nvcc() == ("", "no nvcc was found when it was compiled, by CUDA_HOME or on the PATH")
+    monkeypatch.setenv("SSLKERN_CUDA", "0")
+    assert setup.nvcc()[0] == "" and "SSLKERN_CUDA=0" in setup.nvcc()[1]
+    monkeypatch.delenv("SSLKERN_CUDA")
+    monkeypatch.setattr(setup.torch.version, "cuda", None)
+    assert setup.nvcc()[0] == "" and "SSLKERN_CUDA=1" in setup.nvcc()[1]
+    monkeypatch.setenv("SSLKERN_CUDA", "yes")
+    with pytest.raises(SystemExit, match="SSLKERN_CUDA must be 0 or 1, got 'yes'"):
+        setup.nvcc()
+
+
+def test_architectures(setup, monkeypatch):
+    """TORCH_CUDA_ARCH_LIST as torch's own extensions read it; three architectures and PTX without it."""
+    monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
+    targets = [flag.rpartition("code=")[2] for flag in setup.code_generation()]
+    assert targets == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
+    targets = [flag.rpartition("code=")[2] for flag in setup.code_generation()]
+    assert targets == ["sm_86", "sm_90a", "sm_120", "compute_120"]
+    monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
+    with pytest.raises(
+        SystemExit, match="TORCH_CUDA_ARCH_LIST must be a list such as '8.0;9.0;10.0.PTX', got 'Hopper'"
+    ):
+        setup.code_generation()
