@@ -11,7 +11,7 @@ from torch import nn
 
 import sslkern
 from sslkern import ops
-from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
+from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
 
 SHAPES = (
     (2, 1),
@@ -147,7 +147,8 @@ def test_bits_do_not_depend_on_threads_or_addresses(backend):
 
 
 MODULES = ((BatchNorm1d, nn.BatchNorm1d, (6, 4)), (BatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),
-           (BatchNorm2d, nn.BatchNorm2d, (6, 4, 3, 5)), (BatchNorm3d, nn.BatchNorm3d, (3, 4, 2, 3, 5)))  # fmt: skip
+           (BatchNorm2d, nn.BatchNorm2d, (6, 4, 3, 5)), (BatchNorm3d, nn.BatchNorm3d, (3, 4, 2, 3, 5)),
+           (SyncBatchNorm, nn.SyncBatchNorm, (6, 4)), (SyncBatchNorm, nn.SyncBatchNorm, (6, 4, 3, 5)))  # fmt: skip
 SETTINGS = (
     {},
     {"momentum": None},
@@ -163,7 +164,9 @@ SETTINGS = (
 def test_modules_do_as_torchs(ours, theirs, shape, settings, backend):
     """Three steps of training and one of eval: outputs, gradients, buffers; state_dicts load both ways."""
     a, b = ours(4, dtype=torch.float64, **settings), theirs(4, dtype=torch.float64, **settings)
-    assert repr(a) == repr(b) and isinstance(a, theirs)
+    assert repr(a) == repr(b)
+    # DistributedDataParallel refuses torch's SyncBatchNorm on a CPU, and what derives from it
+    assert isinstance(a, nn.modules.batchnorm._BatchNorm if theirs is nn.SyncBatchNorm else theirs)
     for step in range(4):
         if step == 3:
             a.eval(), b.eval()
@@ -216,8 +219,11 @@ def test_bad_arguments(backend):
         ops.batch_norm(x, eps=-1.0)
     with pytest.raises(ValueError, match="no counterpart"):
         convert_batchnorm(BatchNorm1d(3, activation="relu"), back=True)
-    with pytest.raises(TypeError, match="module must be"):
-        convert_batchnorm(3)
+    for convert in (convert_batchnorm, SyncBatchNorm.convert_sync_batchnorm):
+        with pytest.raises(TypeError, match="module must be"):
+            convert(3)
+    with pytest.raises(TypeError, match=r"group must be a torch\.distributed\.ProcessGroup or None, got str"):
+        ops.batch_norm(x, training=True, group="world")
 
 
 def test_nan_stays_in_its_channel(backend):
@@ -274,6 +280,48 @@ def test_a_converted_model_trains_to_the_same_curve(backend):
     torch.testing.assert_close(*curves, rtol=0, atol=1e-9)
     convert_batchnorm(converted, back=True)
     assert [type(m) for m in converted.modules()] == [type(m) for m in model.modules()]
+
+
+def test_sync_batch_norm_converts(backend):
+    """To and from torch's, with its process group; from every other batch norm, with parameters, buffers and hooks."""
+    group = object()
+    layer = nn.SyncBatchNorm(4, 1e-3, 0.2, True, True, group)
+    assert type(convert_batchnorm(layer)) is SyncBatchNorm and layer.process_group is group
+    assert type(convert_batchnorm(layer, back=True)) is nn.SyncBatchNorm and layer.process_group is group
+    assert vars(layer).keys() == vars(nn.SyncBatchNorm(4)).keys()
+    ours = SyncBatchNorm(4, 1e-3, 0.2, True, True, group, "cpu", torch.float64, activation="relu")
+    assert ours.process_group is group and ours.weight.dtype == torch.float64 and ours.eps == 1e-3
+    assert repr(ours).endswith("activation='relu')")
+    with pytest.raises(ValueError, match="no counterpart"):
+        convert_batchnorm(ours, back=True)
+
+    others = (nn.BatchNorm1d(4), BatchNorm2d(4, activation="relu"), nn.BatchNorm3d(4, affine=False))
+    found = nn.ModuleList(
+        [*others, layer, ours, BatchNorm1d(4, track_running_stats=False), nn.InstanceNorm1d(4)]
+    ).eval()
+    before = [*found.parameters(), *found.buffers()]
+    found[0].register_forward_hook(lambda module, inputs, output: output + 1)
+    assert SyncBatchNorm.convert_sync_batchnorm(found, group) is found
+    assert [type(m) for m in found] == [SyncBatchNorm] * 6 + [nn.InstanceNorm1d]
+    assert [m.process_group for m in found[:6]] == [group] * 6
+    assert [m.activation for m in found[:6]] == [None, "relu", None, None, "relu", None]
+    assert all(a is b for a, b in zip(before, [*found.parameters(), *found.buffers()], strict=True))
+    assert not any(m.training for m in found)
+    x = torch.randn(5, 4)
+    torch.testing.assert_close(found[0](x), F.batch_norm(x, torch.zeros(4), torch.ones(4)) + 1)
+    alone = SyncBatchNorm.convert_sync_batchnorm(nn.BatchNorm1d(4))
+    assert type(alone) is SyncBatchNorm and alone.process_group is None
+
+
+def test_an_empty_batch_in_eval(backend):
+    """By given statistics it passes, with zero gradients of the parameters; by its own it is an error."""
+    for layer, shape in ((BatchNorm1d(3), (0, 3)), (SyncBatchNorm(3, activation="relu"), (0, 3, 5, 2))):
+        x = torch.randn(shape, requires_grad=True)
+        y = layer.eval()(x)
+        dx, *parameters = torch.autograd.grad(y.sum(), [x, *layer.parameters()])
+        assert y.shape == dx.shape == shape and not any(p.any() for p in parameters)
+        with pytest.raises(ValueError, match="at least one"):
+            layer.train()(x)
 
 
 def test_compiled_without_a_graph_break(backend):

@@ -1,5 +1,5 @@
 """Layers with torch.nn's names and conventions."""
 
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, convert_batchnorm
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "convert_batchnorm"]
+__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "convert_batchnorm"]

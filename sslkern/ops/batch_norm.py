@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from typing import Literal
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor
@@ -11,8 +12,12 @@ from torch import Tensor
 from ..backend import declare, pick
 from ..reference import batch_norm as _reference
 from ..reference.columns import accumulation_dtype
+from ..train import distributed
 from . import _checks
 from ._autograd import first_order
+
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 Activation = Literal["relu"] | None
 
@@ -90,7 +95,8 @@ def _parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
     """A channel tensor in the dtype of the statistics."""
     if values is None:
         return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
-    return values.to(accumulation_dtype(like))
+    dtype = accumulation_dtype(like)
+    return values if values.dtype == dtype else values.to(dtype)
 
 
 class _BatchNorm(torch.autograd.Function):
@@ -122,31 +128,59 @@ class _BatchNorm(torch.autograd.Function):
 
 
 class _BatchNormByGiven(torch.autograd.Function):
-    """By statistics that are constants."""
+    """By statistics that are constants; or, with a group, those of its joint batch of `count` numbers per channel."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, centre, variance, eps, relu):
+    def forward(ctx, x, weight, bias, centre, variance, eps, relu, count, group_name):
         channels_last = _channels_last(x)
         w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        y = pick("batch_norm_apply", x)(_flat(x, channels_last), w, b, centre, variance, eps, relu)
-        ctx.save_for_backward(x, weight, bias, centre, variance)
-        ctx.settings = (eps, relu, channels_last)
+        y = _pick_or_empty("batch_norm_apply", x)(_flat(x, channels_last), w, b, centre, variance, eps, relu)
+        ctx.save_for_backward(x, weight, bias, centre, variance, count)
+        ctx.settings = (eps, relu, channels_last, group_name)
         return _shaped(y, x, channels_last)
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
-        x, weight, bias, centre, variance = ctx.saved_tensors
-        eps, relu, channels_last = ctx.settings
+        x, weight, bias, centre, variance, count = ctx.saved_tensors
+        eps, relu, channels_last, group_name = ctx.settings
         w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
         flat, dy = _flat(x, channels_last), _flat(_same_layout(dy, channels_last), channels_last)
-        dx = sums = None
-        if ctx.needs_input_grad[0]:
-            means, kernel = torch.zeros_like(centre), pick("batch_norm_input_grad", x)
+        by_input, by_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
+        joint = by_input and group_name is not None
+        dx, sums, means = None, None, torch.zeros_like(centre)
+        if by_parameters or joint:
+            sums = _pick_or_empty("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
+            if joint:
+                means = distributed.all_reduce(sums, group_name) / count
+        if by_input:
+            kernel = _pick_or_empty("batch_norm_input_grad", x)
             dx = _shaped(kernel(dy, flat, w, b, centre, variance, means, eps, relu), x, channels_last)
-        if any(ctx.needs_input_grad[1:3]):
-            sums = pick("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
-        return dx, *_parameter_gradients(sums, weight, bias), None, None, None, None
+        return dx, *_parameter_gradients(sums, weight, bias), *[None] * 6
+
+
+def _pick_or_empty(name: str, x: Tensor) -> Callable:
+    """The kernel, or for an empty x plain torch: the result depends on the collectives, so no compiler drops those."""
+    return pick(name, x) if x.numel() > 0 else getattr(_reference, name)
+
+
+def _joint_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_moments_fwd` of the batches of all ranks as one, and its numbers per channel, ().
+
+    Merged in fp64 as by Chan, Golub and LeVeque (1983), with the same bits on every rank.
+    """
+    channels = x.shape[1]
+    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # what an empty batch tells
+    if x.numel() > 0:
+        centre, variance = pick("batch_moments_fwd", x)(_flat(x, _channels_last(x)))
+        own = torch.cat([centre.double().sum(0), variance.double(), own.new_full((1,), x.numel() // channels)])
+    means, variances, counts = distributed.all_gather(own, group).split([channels, channels, 1], 1)
+    count = counts.sum()
+    share = counts / count.clamp(min=1)
+    mean = (share * means).sum(0)
+    variance = (share * (variances + (means - mean).square())).sum(0)
+    high = mean.to(accumulation_dtype(x))
+    return torch.stack([high, (mean - high).to(high.dtype)]), variance.to(high.dtype), count
 
 
 def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
@@ -199,9 +233,10 @@ def batch_norm(
     running_mean: Tensor | None = None,
     running_var: Tensor | None = None,
     training: bool = False,
-    momentum: float = 0.1,
+    momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     activation: Activation = None,
+    group: ProcessGroup | None = None,
 ) -> Tensor:
     r"""Batch norm, and the relu behind it, without a saved output or mask.
 
@@ -211,43 +246,65 @@ def batch_norm(
 
         running <- (1 - momentum) running + momentum batch,    with the unbiased variance.
 
+    With a group, the batch is that of all its processes as one. Of n numbers per channel rank r has n_r >= 0, and
+
+        mean = sum_r n_r mean_r / n,    var = sum_r n_r (var_r + (mean_r - mean)^2) / n
+
+    merged in fp64 from one all-gather of 2C + 1 numbers; backward is one all-reduce of 2C, where x needs a gradient.
+    Every rank must call both, one without samples too. The gradients of weight and bias are sums over the rank's own
+    batch, as in torch.nn.SyncBatchNorm: DistributedDataParallel averages them.
+
     Args:
         x: (N, C), (N, C, L), (N, C, H, W), ...; float32, bfloat16, float16 or float64, contiguous, channels-last, or
             any strides at the price of a copy.
         weight, bias, running_mean, running_var: (C,), floating, or None (1, 0, batch statistics).
         training: use the statistics of the batch, and update the running ones in place.
-        momentum: share of the batch in the running statistics.
+        momentum: share of the batch in the running statistics, a number or a tensor of shape ().
         eps: added to the variance, in units of x^2.
         activation: None or "relu".
+        group: processes that share the statistics of the batch, by gloo or NCCL; None is this one alone.
 
     Returns:
         y, in shape, dtype and memory format of x; differentiable once in x, weight and bias.
 
     Raises:
-        TypeError: not dense floating tensors. ValueError: wrong shapes, one number per channel in training, negative
-        eps, unknown activation.
+        TypeError: not dense floating tensors, not a process group. ValueError: wrong shapes, one number per channel in
+        training (in a joint batch it makes running_var NaN instead, as in torch), negative eps, unknown activation.
 
-    Source: Ioffe and Szegedy, Batch normalization (1502.03167).
+    Source: Ioffe and Szegedy, Batch normalization (1502.03167); the merge of variances: Chan, Golub and LeVeque (1983).
     """
     named = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
-    _checks.channels("x", x)
+    given = None if training or running_mean is None or running_var is None else (running_mean, running_var)
+    group = distributed.with_peers(group) if given is None else None
+    _checks.channels("x", x, empty=given is not None or group is not None)
     for name, value in named:
         _check_channel_tensor(name, value, x)
     _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
     relu, eps = activation == "relu", float(eps)
-    if not training and running_mean is not None and running_var is not None:
-        centre, variance = (t.detach().to(accumulation_dtype(x)) for t in (running_mean, running_var))
+    if given is not None:
+        centre, variance = (t.detach().to(accumulation_dtype(x)) for t in given)
         centre = torch.stack([centre, torch.zeros_like(centre)])
-        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu)
-    count = math.prod(x.shape) // x.shape[1]
-    if count == 1:
+        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, None, None)
+    count: int | Tensor = math.prod(x.shape) // x.shape[1]
+    if group is not None:
+        with torch.no_grad():
+            centre, variance, count = _joint_moments(x, group)
+        y = _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, group.group_name)
+    elif count == 1:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    y, centre, variance = _BatchNorm.apply(x, weight, bias, eps, relu)
+    else:
+        y, centre, variance = _BatchNorm.apply(x, weight, bias, eps, relu)
     with torch.no_grad():
         if running_mean is not None:
-            running_mean.lerp_(centre[0].to(running_mean.dtype), momentum)
+            _update(running_mean, centre[0], momentum)
         if running_var is not None:
-            running_var.lerp_((variance * (count / (count - 1))).to(running_var.dtype), momentum)
+            _update(running_var, variance * (count / (count - 1)), momentum)
     return y
+
+
+def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
+    if isinstance(momentum, Tensor):
+        momentum = momentum.to(running.dtype)
+    running.lerp_(batch if batch.dtype == running.dtype else batch.to(running.dtype), momentum)

@@ -65,7 +65,7 @@ def batch_norm_input_grad(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C): `batch_norm_sums` per number, or 0."""
+    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C) of `batch_norm_sums`, or zeros."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     dx = dx - _per_channel(means[0], x) - xc * _per_channel(means[1] * inv_std, x)
