@@ -2,10 +2,14 @@
 
 import copy
 import itertools
+import sys
 
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import available
+from simulator import Unavailable
+from simulator import batch_norm as simulated
 from test_compile import check
 from torch import nn
 
@@ -30,13 +34,34 @@ SHAPES = (
 DTYPES = (torch.float64, torch.float32, torch.bfloat16, torch.float16)
 
 
-@pytest.fixture(params=("reference", "native"))
-def backend(request):
-    """The back-ends that have these kernels."""
-    if request.param in sslkern.backend.missing():
-        pytest.skip(sslkern.backend.missing()[request.param])
-    with sslkern.backend.use(request.param):
+ORDERS = ("ascending", "descending", "random")
+
+
+@pytest.fixture(params=("reference", "native", "cuda", *(f"simulator, {order}" for order in ORDERS)))
+def backend(request, monkeypatch):
+    """What has these kernels: back-ends on the CPU, the CUDA kernels on a GPU, and these on the CPU's simulator."""
+    if request.param.startswith("simulator"):
+        try:
+            simulated.module()
+        except Unavailable as reason:
+            pytest.skip(str(reason))
+        picked = simulated.kernels(request.param.split()[-1])
+        monkeypatch.setattr(sys.modules["sslkern.ops.batch_norm"], "pick", picked)
         yield request.param
+        return
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        with torch.device("cuda"), sslkern.backend.use("native"):
+            yield request.param
+        return
+    with sslkern.backend.use(available(request.param)):
+        yield request.param
+
+
+def skip_simulator(backend, reason):
+    if backend.startswith("simulator"):
+        pytest.skip(reason)
 
 
 def layouts(shape):
@@ -50,8 +75,12 @@ def layouts(shape):
 
 def data(shape, dtype):
     """x away from zero, affine parameters, running statistics and an upstream gradient, on a fixed seed."""
-    rng = torch.Generator().manual_seed(sum(shape))
-    normal = lambda *size: torch.randn(size, generator=rng, dtype=torch.float64)  # noqa: E731
+    rng = torch.Generator("cpu").manual_seed(sum(shape))
+
+    def normal(*size):
+        numbers = torch.randn(size, generator=rng, dtype=torch.float64, device="cpu")
+        return numbers.to(torch.get_default_device())
+
     parameters = torch.float64 if dtype == torch.float64 else torch.float32
     channel = [t.to(parameters) for t in (normal(shape[1]), normal(shape[1]), normal(shape[1]), normal(shape[1]).exp())]
     return (2 * normal(*shape) + 3).to(dtype), channel, normal(*shape).to(dtype)
@@ -326,6 +355,7 @@ def test_an_empty_batch_in_eval(backend):
 
 def test_compiled_without_a_graph_break(backend):
     """fullgraph=True: values and gradients have the bits of eager, in both layouts."""
+    skip_simulator(backend, "a compiler's fake tensors have no numbers to simulate with")
     for view in (lambda x: x, lambda x: x.contiguous(memory_format=torch.channels_last)):
         views = [view(torch.randn(6, 5, 3, 4)) for _ in range(2)]
         check(lambda a, b: sum(x.sum() for x in (*ops.batch_moments(a), *ops.batch_moments(b))), views, "aot_eager")

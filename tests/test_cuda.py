@@ -121,5 +121,5 @@ def test_architectures(setup, monkeypatch):
     targets = [flag.rpartition("code=")[2] for flag in setup.code_generation()]
     assert targets == ["sm_86", "sm_90a", "sm_120", "compute_120"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
-    with pytest.raises(SystemExit, match="TORCH_CUDA_ARCH_LIST must be a list such as .*, got 'Hopper' in it"):
+    with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must be a list such as .*, got 'Hopper' in it"):
         setup.code_generation()

@@ -1,6 +1,6 @@
-// The part of CUDA's runtime and language that the package's kernels take, for a C++ compiler and a CPU. This folder comes
-// first on the include path, so a kernel's <cuda_runtime.h> is this one. Launches, `cudaLaunchKernelEx`, return when the
-// kernel is through; streams are ignored.
+// The part of CUDA's runtime and language that the package's kernels take, for a C++ compiler and a CPU. This folder
+// comes first on the include path, so a kernel's <cuda_runtime.h> is this one. Launches, `cudaLaunchKernelEx`, return
+// when the kernel is through; streams are ignored.
 #pragma once
 
 #include <math.h>  // the global ones: sqrt(float), fmaf and so on
@@ -119,10 +119,10 @@ T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> valu
   T name(const T* from) {    \
     return *from;            \
   }
-#define SIMULATOR_STORE(name)                          \
-  template <class T>                                   \
-  void name(T* to, std::type_identity_t<T> value) {    \
-    *to = value;                                       \
+#define SIMULATOR_STORE(name)                       \
+  template <class T>                                \
+  void name(T* to, std::type_identity_t<T> value) { \
+    *to = value;                                    \
   }
 SIMULATOR_LOAD(__ldg)
 SIMULATOR_LOAD(__ldca)
@@ -155,8 +155,7 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
 }
 
 template <class A, class B>
-concept OfOneKind =
-    (std::integral<A> && std::integral<B>) || (std::floating_point<A> && std::floating_point<B>);
+concept OfOneKind = (std::integral<A> && std::integral<B>) || (std::floating_point<A> && std::floating_point<B>);
 
 template <class A, OfOneKind<A> B>
 std::common_type_t<A, B> min(A a, B b) {

@@ -1,6 +1,6 @@
-// Runs CUDA kernels on a CPU. A thread of a block is a fiber, which runs until it waits, at a barrier or a warp operation,
-// or returns; then the first ready one in the chosen order runs. Blocks follow one another, in that order too. What a
-// kernel does wrong is a std::runtime_error from its launch, and the next launch starts afresh.
+// Runs CUDA kernels on a CPU. A thread of a block is a fiber, which runs until it waits, at a barrier or a warp
+// operation, or returns; then the first ready one in the chosen order runs. Blocks follow one another, in that order
+// too. What a kernel does wrong is a std::runtime_error from its launch, and the next launch starts afresh.
 //
 // Not supported: -fsanitize, which does not follow the switches of stacks; threads and blocks that spin until another
 // one has written; launches from two CPU threads at a time.
@@ -76,8 +76,8 @@ inline std::string text(const uint3& v) {
   return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
 }
 
-// Leaves off at one place and goes on at another. ucontext starts the fibers; its own switches take 20 times as long, in
-// system calls for signals.
+// Leaves off at one place and goes on at another. ucontext starts the fibers; its own switches take 20 times as long,
+// in system calls for signals.
 [[gnu::noinline]] inline void jump(jmp_buf& from, jmp_buf& to) {
   if (_setjmp(from) == 0) _longjmp(to, 1);
 }

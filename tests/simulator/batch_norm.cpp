@@ -1,0 +1,102 @@
+// The launchers of csrc/cuda/batch_norm.cuh for numpy's arrays, x of shape (M, C) or (N, C, L).
+#include "../../csrc/cuda/batch_norm.cuh"
+
+#include "bindings.h"
+
+namespace {
+
+using namespace sslkern::cuda;
+using pybind11::array;
+using Shape = std::vector<pybind11::ssize_t>;
+
+Layout layout_of(const array& x) {
+  return {x.shape(0), x.shape(1), x.ndim() == 3 ? x.shape(2) : 1, x.ndim() == 2};
+}
+
+template <class T>
+T* like(const array& a, const array& x) {
+  return simulator::pointer<T>(a, Shape(x.shape(), x.shape() + x.ndim()));
+}
+
+template <class A>
+A* channels(const array& a, const array& x) {
+  return simulator::pointer<A>(a, {x.shape(1)});
+}
+
+template <class A>
+A* two_channels(const array& a, const array& x) {
+  return simulator::pointer<A>(a, {2, x.shape(1)});
+}
+
+// Memory that a kernel finds in any state, and must not write past.
+struct Poisoned {
+  static constexpr size_t kGuard = 64;
+  std::vector<unsigned char> memory;
+  size_t size;
+
+  explicit Poisoned(size_t size) : memory(size + kGuard, 0xff), size(size) {}
+  ~Poisoned() noexcept(false) {
+    if (std::uncaught_exceptions() == 0 &&
+        std::any_of(memory.begin() + size, memory.end(), [](unsigned char byte) { return byte != 0xff; }))
+      throw std::runtime_error("a kernel wrote past the end of its workspace");
+  }
+};
+
+template <class T>
+Statistics<Accumulator<T>> statistics(const array& x, const array& weight, const array& bias, const array& centre,
+                                      const array& variance, double eps, bool relu) {
+  using A = Accumulator<T>;
+  return {channels<const A>(weight, x), channels<const A>(bias, x), two_channels<const A>(centre, x),
+          channels<const A>(variance, x), static_cast<A>(eps), relu};
+}
+
+template <class T>
+void bind(pybind11::module_& all, const char* dtype) {
+  using A = Accumulator<T>;
+  pybind11::module_ m = all.def_submodule(dtype);
+  m.def("plan", [](const array& x, bool reducing) {
+    const Plan p = plan(layout_of(x), sizeof(T), aligned(x.data()), reducing ? kReducingBlocks : kMappingBlocks);
+    return std::tuple(p.wide, p.grid.x, p.grid.y, p.block.x, p.block.y);
+  });
+  m.def("moments", [](const array& x, const array& centre, const array& variance) {
+    const Layout v = layout_of(x);
+    const Plan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
+    Poisoned w(Workspace<Moments<A>>::bytes(v, p));
+    simulator::check(moments<T>(v, p, like<const T>(x, x), w.memory.data(), two_channels<A>(centre, x),
+                                channels<A>(variance, x), nullptr));
+  });
+  m.def("apply", [](const array& x, const array& weight, const array& bias, const array& centre, const array& variance,
+                    double eps, bool relu, const array& y) {
+    const Plan p = plan(layout_of(x), sizeof(T), aligned(x.data()) && aligned(y.data()), kMappingBlocks);
+    simulator::check(apply<T>(layout_of(x), p, like<const T>(x, x),
+                              statistics<T>(x, weight, bias, centre, variance, eps, relu), like<T>(y, x), nullptr));
+  });
+  m.def("sums", [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
+                   const array& variance, double eps, bool relu, const array& sums) {
+    const Layout v = layout_of(x);
+    const Plan p = plan(v, sizeof(T), aligned(x.data()) && aligned(dy.data()), kReducingBlocks);
+    Poisoned w(Workspace<Pair>::bytes(v, p));
+    simulator::check(gradient_sums<T>(v, p, like<const T>(dy, x), like<const T>(x, x),
+                                      statistics<T>(x, weight, bias, centre, variance, eps, relu), w.memory.data(),
+                                      two_channels<A>(sums, x), nullptr));
+  });
+  m.def("input_grad", [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
+                         const array& variance, const array& sums, double each, double eps, bool relu,
+                         const array& dx) {
+    const bool all_aligned = aligned(x.data()) && aligned(dy.data()) && aligned(dx.data());
+    const Plan p = plan(layout_of(x), sizeof(T), all_aligned, kMappingBlocks);
+    simulator::check(input_grad<T>(layout_of(x), p, like<const T>(dy, x), like<const T>(x, x),
+                                   statistics<T>(x, weight, bias, centre, variance, eps, relu),
+                                   two_channels<const A>(sums, x), each, like<T>(dx, x), nullptr));
+  });
+}
+
+}  // namespace
+
+PYBIND11_MODULE(batch_norm, m) {
+  simulator::bind(m);
+  bind<float>(m, "float32");
+  bind<double>(m, "float64");
+  bind<BFloat16>(m, "bfloat16");
+  bind<Half>(m, "float16");
+}

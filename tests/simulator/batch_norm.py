@@ -1,0 +1,75 @@
+"""The CUDA kernels of batch moments and batch norm as operators on CPU tensors, run by the simulator."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import cache
+from types import ModuleType
+
+import torch
+from torch import Tensor
+
+from . import HERE, build
+
+
+@cache
+def module() -> ModuleType:
+    """The compiled kernels."""
+    return build("batch_norm", HERE / "batch_norm.cpp")
+
+
+def array(t: Tensor):
+    """numpy's view of a tensor; 16-bit floating numbers as uint16."""
+    t = t.detach()
+    return (t.view(torch.uint16) if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
+
+
+def poisoned(x: Tensor, *shape: int) -> Tensor:
+    """What a kernel writes in full: NaN, in the dtype of the sums, or like x where there is no shape."""
+    if not shape:
+        return torch.full_like(x, float("nan"))
+    return torch.full(shape, float("nan"), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
+
+
+def kernels(order: str, seed: int = 0) -> Callable[[str, Tensor], Callable]:
+    """As `sslkern.backend.pick`: the operator of a name, its threads and blocks in this order."""
+    def run(function: str, x: Tensor, *arguments) -> None:
+        module().set_order(order, seed)
+        kernel = getattr(getattr(module(), str(x.dtype).removeprefix("torch.")), function)
+        kernel(*(array(a) if isinstance(a, Tensor) else a for a in arguments))
+
+    def batch_moments_fwd(x):
+        centre, variance = poisoned(x, 2, x.shape[1]), poisoned(x, x.shape[1])
+        run("moments", x, x, centre, variance)
+        return centre, variance
+
+    def batch_norm_apply(x, *given):
+        y = poisoned(x)
+        run("apply", x, x, *given, y)
+        return y
+
+    def batch_norm_sums(dy, x, *given):
+        sums = poisoned(x, 2, x.shape[1])
+        run("sums", x, dy, x, *given, sums)
+        return sums
+
+    def input_grad(dy, x, weight, bias, centre, variance, sums, each, eps, relu):
+        dx = poisoned(x)
+        run("input_grad", x, dy, x, weight, bias, centre, variance, sums, each, eps, relu, dx)
+        return dx
+
+    def batch_norm_input_grad(*arguments):
+        *tensors, eps, relu = arguments
+        return input_grad(*tensors, 1.0, eps, relu)
+
+    def batch_norm_fwd(x, weight, bias, eps, relu):
+        centre, variance = batch_moments_fwd(x)
+        return batch_norm_apply(x, weight, bias, centre, variance, eps, relu), centre, variance
+
+    def batch_norm_bwd(dy, x, *given):
+        *tensors, eps, relu = given
+        sums = batch_norm_sums(dy, x, *given)
+        return input_grad(dy, x, *tensors, sums, x.shape[1] / x.numel(), eps, relu), sums
+
+    found = locals()
+    return lambda name, x: found[name]
