@@ -11,7 +11,6 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
-#include <limits>
 #include <tuple>
 #include <vector>
 
@@ -44,7 +43,7 @@ inline int64_t ceil_div(int64_t a, int64_t b) {
 }
 
 // Huge pages for a large allocation: page by page, touching 51 MB takes 12 ms, and the pass that fills it 1.8 ms. Each
-// thread touches what it writes, when it writes it, and finds it in cache.
+// thread touches what it writes, when it writes it, and finds it in cache. Advice only: where it fails, nothing does.
 inline void prepare_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, huge = 1 << 21;
@@ -67,9 +66,10 @@ inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return out;
 }
 
+// The numbers of a tensor. What the kernels write is new, so no lazy copy of an input is ever made real for a reader.
 template <class T>
 T* data(const Tensor& t) {
-  return static_cast<T*>(t.mutable_data_ptr());
+  return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
 }
 
 template <class T>
@@ -77,9 +77,13 @@ constexpr ScalarType dtype_of() {
   return std::is_same_v<T, double> ? ScalarType::Double : ScalarType::Float;
 }
 
-// Accumulation type: fp64 for fp64, fp32 for the rest.
 inline bool is_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double;
+}
+
+// fp64 for fp64, fp32 for the rest.
+inline ScalarType accumulation_dtype(const Tensor& t) {
+  return is_double(t) ? ScalarType::Double : ScalarType::Float;
 }
 
 // One (N, D) matrix of a stack, with any strides and any of the four dtypes.
@@ -109,7 +113,7 @@ inline Matrix slice(const Tensor& t, int64_t index) {
     index /= t.size(k);
   }
   const int64_t element = t.element_size();
-  char* base = static_cast<char*>(t.mutable_data_ptr()) + offset * element;
+  char* base = data<char>(t) + offset * element;
   return {base, t.size(dims - 2), t.size(dims - 1), t.stride(dims - 2), t.stride(dims - 1), t.scalar_type(), element};
 }
 

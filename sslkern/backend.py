@@ -91,6 +91,8 @@ def forced() -> str | None:
 
 def choice(name: str, device: str) -> str:
     """The back-end that kernel `name` takes for a tensor on `device` ("cpu", "cuda", ...)."""
+    if device == "meta":
+        return "reference"  # shapes alone, which are every back-end's
     if _forced is not None:
         if _forced != "reference" and (_forced, name, device) not in _kernels:
             reason = _missing.get(_forced, f"it has no kernel {name} for {device} tensors")
@@ -122,7 +124,8 @@ def use(name: str) -> Iterator[None]:
     """Run everything inside on one back-end: `with sslkern.backend.use("reference"): ...`.
 
     The environment variable SSLKERN_BACKEND does the same for a whole run. A back-end that cannot serve a call raises
-    RuntimeError: nothing falls back silently.
+    RuntimeError: nothing falls back silently. It holds for the whole process, other threads included, and a backward
+    outside runs on the back-end that is chosen there.
     """
     global _forced
     before, _forced = _forced, _check(name)

@@ -76,6 +76,7 @@ CASES = {
     "transposed blocks": Case((131, 259), lambda x: x.mT, interpreted=False),
     "transposed stack": Case((3, 10, 6), lambda x: x.mT),
     "permuted (B, T, D)": Case((12, 3, 10), lambda x: x.movedim(0, -2)),
+    "channels last (B, H, W, C)": Case((4, 6, 5, 7), lambda x: x.permute(0, 3, 1, 2)),
     "reversed (D, T, B)": Case((10, 3, 12), lambda x: x.permute(1, 2, 0)),
     "images (B, C, H, W)": Case((8, 5, 2, 3), lambda x: x.movedim((0, 1), (-2, -1))),
     "expanded rows": Case((1, 9), lambda x: x.expand(6, 9)),

@@ -57,9 +57,11 @@ def samples(kernel, dtype, device):
             "batch_norm_bwd": (dy, x, weight, bias, centre, variance, 1e-5, True),
             "batch_norm_input_grad": (dy, x, weight, bias, centre, variance, sums / 12, 1e-5, False),
         }[kernel]
-    for shape in ((5, 9), (2, 9, 5)):
+    for shape in ((5, 9), (2, 9, 5), (2, 4, 6, 7)):
         dual = shape[-2] < shape[-1]
         a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        if len(shape) == 4:
+            a, b = (x.contiguous(memory_format=torch.channels_last) for x in (a, b))
         if kernel.startswith("cross_correlation"):
             diagonal, offdiag, *saved = reference.cross_correlation_fwd(a, b, 1e-5, dual)
             backward = (diagonal, offdiag, a, b, saved[0], saved[1], diagonal, saved[2], dual)

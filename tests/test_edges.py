@@ -177,3 +177,12 @@ def test_bad_settings_get_one_sentence(what):
     """The setting is named."""
     name, call = SETTINGS[what]
     assert complaint(ValueError, name, call) is None
+
+
+def test_a_lazy_copy_stays_one(native):
+    """An input that shares its memory until someone writes is read where it lies."""
+    z = torch.randn(30, 20)
+    lazy = torch._lazy_clone(z)
+    for mine, theirs in zip(covariance(lazy), covariance(z), strict=True):
+        assert torch.equal(mine, theirs)
+    assert torch._C._is_cow_tensor(lazy)

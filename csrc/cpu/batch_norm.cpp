@@ -265,10 +265,6 @@ void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const 
   input_gradient(v, dy, x, c, sums, each, dx);
 }
 
-ScalarType accumulation(const Tensor& x) {
-  return is_double(x) ? ScalarType::Double : ScalarType::Float;
-}
-
 // f(T()) with the type that x is accumulated in.
 template <class F>
 void as_accumulated(const Tensor& x, const F& f) {
@@ -282,11 +278,11 @@ Tensor like(const Tensor& x) {
 }
 
 Tensor per_channel(const Tensor& x) {
-  return fresh(x, {x.size(1)}, accumulation(x));
+  return fresh(x, {x.size(1)}, accumulation_dtype(x));
 }
 
 Tensor two_per_channel(const Tensor& x) {
-  return fresh(x, {2, x.size(1)}, accumulation(x));
+  return fresh(x, {2, x.size(1)}, accumulation_dtype(x));
 }
 
 std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {

@@ -152,8 +152,7 @@ void for_channels(const Layout& v, const F& f) {
 // A piece of a contiguous tensor, as a matrix.
 inline Matrix matrix_of(const Tensor& x, const Piece& p) {
   const int64_t element = x.element_size();
-  return {
-      static_cast<char*>(x.mutable_data_ptr()) + p.offset * element, p.rows, p.cols, p.ld, 1, x.scalar_type(), element};
+  return {data<char>(x) + p.offset * element, p.rows, p.cols, p.ld, 1, x.scalar_type(), element};
 }
 
 // Reads pieces as T.

@@ -1,6 +1,6 @@
 // Covariance and VICReg on the CPU. The matrix is never centred as a whole: blocks of it (all rows of some columns in
-// the dual, all columns of some rows in the primal) are centred into cache, multiplied by the vendor library, and
-// forgotten.
+// the dual, all columns of some rows in the primal) are centred into cache, multiplied there by tiles of ours or by the
+// vendor library, and forgotten.
 #include "covariance.h"
 
 namespace sslkern {
@@ -28,7 +28,7 @@ struct Saved {
 };
 
 Saved allocate(const Tensor& z, bool unbiased, bool dual, const Shape& views) {
-  const auto dtype = is_double(z) ? ScalarType::Double : ScalarType::Float;
+  const auto dtype = accumulation_dtype(z);
   const int64_t n = z.size(z.dim() - 2), d = z.size(z.dim() - 1), m = dual ? n : d;
   return {fresh(z, stacked(z, {2, d}, views), dtype),
           fresh(z, stacked(z, {d}, views), dtype),

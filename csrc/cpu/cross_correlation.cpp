@@ -1,5 +1,5 @@
-// Cross-correlation on the CPU: blocks of both views are standardised into cache, multiplied by the vendor library, and
-// forgotten.
+// Cross-correlation on the CPU: blocks of both views are standardised into cache, multiplied there by tiles of ours or
+// by the vendor library, and forgotten.
 #include "blocks.h"
 
 namespace sslkern {
@@ -155,13 +155,18 @@ void dual_backward(const Operand<T>* gram, const Pair<T>& p, const Gradient<T>& 
 template <class T>
 std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
   std::vector<double> square(p.d);
-  for (int64_t i = 0; i < p.d; ++i) {
-    const T* row = p.gram[0] + i * p.d;
-    if (view == 0) {
-      square[i] = square_sum(row, p.d);
-    } else {
-      for (int64_t j = 0; j < p.d; ++j) square[j] += static_cast<double>(row[j]) * row[j];
-    }
+  if (view == 0) {
+    for_row_parts(0, p.d, p.d, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = begin; i < end; ++i) square[i] = square_sum(p.gram[0] + i * p.d, p.d);
+    });
+  } else {
+    for_column_parts(0, p.d, p.d, [&](int64_t, int64_t begin, int64_t end) {
+      for (int64_t i = 0; i < p.d; ++i)
+        for (int64_t j = begin; j < end; ++j) {
+          const double c = p.gram[0][i * p.d + j];
+          square[j] += c * c;
+        }
+    });
   }
   std::vector<T> along(p.d);
   for (int64_t j = 0; j < p.d; ++j) along[j] = static_cast<T>(g.alpha * square[j] + g.column[j] * p.diagonal[j]);
@@ -230,7 +235,7 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> cross_correlation_fwd(const Tensor a, const Tensor b, double eps,
                                                                          bool dual) {
-  const auto dtype = is_double(a) ? ScalarType::Double : ScalarType::Float;
+  const auto dtype = accumulation_dtype(a);
   const int64_t n = a.size(a.dim() - 2), d = a.size(a.dim() - 1);
   const Shape gram = dual ? stacked(a, {n, n}, {2}) : stacked(a, {d, d}, {1});
   const Views v{{a, b},

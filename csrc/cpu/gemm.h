@@ -156,8 +156,8 @@ class Products {
     return out;
   }
 
-  // gram (m, m) = or += x y', x and y (m, k), contiguous or, for oneDNN, not transposed; with y = x only its lower
-  // triangle.
+  // gram (m, m) = or += x y', with y = x only its lower triangle; x and y (m, k) may lie transposed, but not for
+  // oneDNN.
   void add(const Operand<T>& x, const Operand<T>& y, T* gram, bool first) {
     const bool symmetric = x.data == y.data;
     if (gemm_ != Gemm::tiles) return add_panels(x.tensor(), y.tensor(), gram, symmetric, first, gemm_ == Gemm::onednn);

@@ -22,7 +22,7 @@ Tensor bytes(const Tensor& x, int64_t count) {
 Tensor channel_tensor(const Tensor& x, const Shape& front = {}) {
   Shape shape = front;
   shape.push_back(x.size(1));
-  return stable::new_empty(x, shape, is_double(x) ? ScalarType::Double : ScalarType::Float);
+  return stable::new_empty(x, shape, accumulation_dtype(x));
 }
 
 Tensor like(const Tensor& x) {

@@ -28,7 +28,7 @@ def centre_of(z: Tensor) -> Tensor:
     shift = (z - pivot).mean(-2, keepdim=True)
     high = pivot + shift
     low = (pivot - high) + shift
-    return torch.cat([high, low], -2)
+    return torch.cat([high, low], -2).contiguous()  # cat keeps its inputs' memory format
 
 
 def centred(z: Tensor, centre: Tensor) -> Tensor:
