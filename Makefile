@@ -37,7 +37,8 @@ lint: build
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
-	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror $(filter csrc/%,$(SOURCES))
+	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
+	  $(filter csrc/%,$(SOURCES)) $(wildcard $(addprefix tests/simulator/*.,h cpp cu))
 
 .venv/ready: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv

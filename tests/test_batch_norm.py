@@ -379,3 +379,51 @@ def test_geometry(backend):
     (dx,) = torch.autograd.grad(y, x, torch.randn_like(y))
     assert dx.sum(0).abs().max() < 1e-12
     assert (dx * y.detach()).sum(0).abs().max() < 1e-12
+
+
+def simulated_outputs(without=None):
+    """Of all kernels, over columns and planes in several splits, in every order: a list per order, or the error."""
+    found = []
+    for order in ORDERS:
+        outputs = []
+        for shape in ((700, 36), (700, 3, 8)):
+            x, (weight, bias, *_), dy = data(shape, torch.float32)
+            pick = simulated.kernels(order, 1, without)
+            try:
+                y, centre, variance = pick("batch_norm_fwd", x)(x, weight, bias, 1e-5, True)
+                outputs += [y, centre, variance]
+                outputs += pick("batch_norm_bwd", x)(dy, x, weight, bias, centre, variance, 1e-5, True)
+            except RuntimeError as error:
+                outputs.append(error)
+        found.append(outputs)
+    return found
+
+
+def same(one, other):
+    return len(one) == len(other) and all(
+        isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor) and torch.equal(a, b)
+        for a, b in zip(one, other, strict=True)
+    )
+
+
+def test_every_order_of_threads_gives_the_same_bits():
+    """Ascending, descending and random; the blocks' order as well."""
+    try:
+        first, *others = simulated_outputs()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert not any(t.isnan().any() for t in first) and all(same(first, other) for other in others)
+
+
+@pytest.mark.parametrize("without", (0, 2))
+def test_a_missing_barrier_is_seen(without):
+    """Of the kernels' three barriers, the first and the last: without it, some order gives other numbers or an error.
+
+    The second orders memory between blocks, which run one after the other here.
+    """
+    try:
+        right = simulated_outputs()[0]
+        wrong = simulated_outputs(without)
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+    assert not all(same(right, other) for other in wrong)

@@ -6,7 +6,7 @@ import torch
 
 from sslkern import backend as backends
 
-OWN_REDUCTIONS = {  # kernel -> the outputs that no GEMM touches, or its diagonal alone, which no library cuts by threads
+OWN_REDUCTIONS = {  # kernel -> outputs of no GEMM, or of its diagonal alone, which no library cuts by threads
     "covariance_fwd": ("variance", "centre", "row_sq"),
     "vicreg_fwd": ("centre", "variance", "row_sq"),
     "cross_correlation_fwd": ("centre", "inv_std"),

@@ -46,8 +46,8 @@ template <class T>
 Statistics<Accumulator<T>> statistics(const array& x, const array& weight, const array& bias, const array& centre,
                                       const array& variance, double eps, bool relu) {
   using A = Accumulator<T>;
-  return {channels<const A>(weight, x), channels<const A>(bias, x), two_channels<const A>(centre, x),
-          channels<const A>(variance, x), static_cast<A>(eps), relu};
+  return {channels<const A>(weight, x),   channels<const A>(bias, x), two_channels<const A>(centre, x),
+          channels<const A>(variance, x), static_cast<A>(eps),        relu};
 }
 
 template <class T>
@@ -80,15 +80,15 @@ void bind(pybind11::module_& all, const char* dtype) {
                                       statistics<T>(x, weight, bias, centre, variance, eps, relu), w.memory.data(),
                                       two_channels<A>(sums, x), nullptr));
   });
-  m.def("input_grad", [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
-                         const array& variance, const array& sums, double each, double eps, bool relu,
-                         const array& dx) {
-    const bool all_aligned = aligned(x.data()) && aligned(dy.data()) && aligned(dx.data());
-    const Plan p = plan(layout_of(x), sizeof(T), all_aligned, kMappingBlocks);
-    simulator::check(input_grad<T>(layout_of(x), p, like<const T>(dy, x), like<const T>(x, x),
-                                   statistics<T>(x, weight, bias, centre, variance, eps, relu),
-                                   two_channels<const A>(sums, x), each, like<T>(dx, x), nullptr));
-  });
+  m.def("input_grad",
+        [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
+           const array& variance, const array& sums, double each, double eps, bool relu, const array& dx) {
+          const bool all_aligned = aligned(x.data()) && aligned(dy.data()) && aligned(dx.data());
+          const Plan p = plan(layout_of(x), sizeof(T), all_aligned, kMappingBlocks);
+          simulator::check(input_grad<T>(layout_of(x), p, like<const T>(dy, x), like<const T>(x, x),
+                                         statistics<T>(x, weight, bias, centre, variance, eps, relu),
+                                         two_channels<const A>(sums, x), each, like<T>(dx, x), nullptr));
+        });
 }
 
 }  // namespace

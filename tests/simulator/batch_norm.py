@@ -11,11 +11,20 @@ from torch import Tensor
 
 from . import HERE, build
 
+CUDA = HERE.parents[1] / "csrc" / "cuda"
+INCLUDE = '#include "../../csrc/cuda/batch_norm.cuh"'
+
 
 @cache
-def module() -> ModuleType:
-    """The compiled kernels."""
-    return build("batch_norm", HERE / "batch_norm.cpp")
+def module(without: int | None = None) -> ModuleType:
+    """The compiled kernels; or without the barrier of this number, counted through the file."""
+    source, name = HERE / "batch_norm.cpp", "batch_norm"
+    if without is None:
+        return build(name, source)
+    parts = (CUDA / "batch_norm.cuh").read_text().split("__syncthreads();")
+    header = "__syncthreads();".join([*parts[:without], parts[without] + parts[without + 1], *parts[without + 2 :]])
+    text = source.read_text().replace(INCLUDE, header).replace(f"({name},", f"({name}_{without},")
+    return build(f"{name}_{without}", text, [CUDA, HERE])
 
 
 def array(t: Tensor):
@@ -31,11 +40,12 @@ def poisoned(x: Tensor, *shape: int) -> Tensor:
     return torch.full(shape, float("nan"), dtype=torch.float64 if x.dtype == torch.float64 else torch.float32)
 
 
-def kernels(order: str, seed: int = 0) -> Callable[[str, Tensor], Callable]:
+def kernels(order: str, seed: int = 0, without: int | None = None) -> Callable[[str, Tensor], Callable]:
     """As `sslkern.backend.pick`: the operator of a name, its threads and blocks in this order."""
+
     def run(function: str, x: Tensor, *arguments) -> None:
-        module().set_order(order, seed)
-        kernel = getattr(getattr(module(), str(x.dtype).removeprefix("torch.")), function)
+        module(without).set_order(order, seed)
+        kernel = getattr(getattr(module(without), str(x.dtype).removeprefix("torch.")), function)
         kernel(*(array(a) if isinstance(a, Tensor) else a for a in arguments))
 
     def batch_moments_fwd(x):

@@ -1,6 +1,6 @@
 // The part of CUDA's runtime and language that the package's kernels take, for a C++ compiler and a CPU. This folder
-// comes first on the include path, so a kernel's <cuda_runtime.h> is this one. Launches, `cudaLaunchKernelEx`, return
-// when the kernel is through; streams are ignored.
+// comes first on the include path, so a kernel's <cuda_runtime.h> is this one. A launch returns when the kernel is
+// through; streams are ignored. Of stray accesses, only writes just past the shared memory are noticed.
 #pragma once
 
 #include <math.h>  // the global ones: sqrt(float), fmaf and so on
@@ -31,6 +31,11 @@ inline constexpr int warpSize = simulator::kWarp;
 // Barriers and warp operations. `at` is the line of the call, for messages and to tell one barrier from another.
 
 namespace simulator {
+
+template <class T, class... Types>
+concept OneOf = (std::same_as<T, Types> || ...);
+template <class A, class B>
+concept OfOneKind = (std::integral<A> && std::integral<B>) || (std::floating_point<A> && std::floating_point<B>);
 
 // What a shuffle may read from: the lane's `width` lanes.
 struct Segment {
@@ -98,20 +103,17 @@ T __shfl_xor_sync(unsigned mask, T value, int lanes, int width = warpSize, simul
 inline void __threadfence() {}
 inline void __threadfence_block() {}
 
-template <class T, class... Types>
-concept OneOf = (std::same_as<T, Types> || ...);
-
-template <OneOf<int, unsigned, unsigned long long, float, double> T>
-T atomicAdd(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, *at + value);
+template <simulator::OneOf<int, unsigned, unsigned long long, float, double> T>
+T atomicAdd(T* to, std::type_identity_t<T> value) {
+  return std::exchange(*to, *to + value);
 }
-template <OneOf<int, unsigned, long long, unsigned long long> T>
-T atomicMax(T* at, std::type_identity_t<T> value) {
-  return std::exchange(*at, *at < value ? value : *at);
+template <simulator::OneOf<int, unsigned, long long, unsigned long long> T>
+T atomicMax(T* to, std::type_identity_t<T> value) {
+  return std::exchange(*to, *to < value ? value : *to);
 }
-template <OneOf<int, unsigned, unsigned long long> T>
-T atomicCAS(T* at, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
-  return std::exchange(*at, *at == compare ? value : *at);
+template <simulator::OneOf<int, unsigned, unsigned long long> T>
+T atomicCAS(T* to, std::type_identity_t<T> compare, std::type_identity_t<T> value) {
+  return std::exchange(*to, *to == compare ? value : *to);
 }
 
 #define SIMULATOR_LOAD(name) \
@@ -154,16 +156,13 @@ inline unsigned __umulhi(unsigned x, unsigned y) {
   return static_cast<unsigned>(static_cast<uint64_t>(x) * y >> 32);
 }
 
-template <class A, class B>
-concept OfOneKind = (std::integral<A> && std::integral<B>) || (std::floating_point<A> && std::floating_point<B>);
-
-template <class A, OfOneKind<A> B>
+template <class A, simulator::OfOneKind<A> B>
 std::common_type_t<A, B> min(A a, B b) {
   using T = std::common_type_t<A, B>;
   if constexpr (std::floating_point<T>) return ::fmin(T(a), T(b));  // a number where one of them is NaN
   return T(b) < T(a) ? T(b) : T(a);
 }
-template <class A, OfOneKind<A> B>
+template <class A, simulator::OfOneKind<A> B>
 std::common_type_t<A, B> max(A a, B b) {
   using T = std::common_type_t<A, B>;
   if constexpr (std::floating_point<T>) return ::fmax(T(a), T(b));

@@ -88,13 +88,13 @@ __global__ void votes(const float* x, unsigned* out) {
   out[64 + t] = __all_sync(mask, x[t] > 0);
 }
 
-// Counts into each of `bins`, and their sum, maximum and product of powers of two.
+// How often x holds each number, the sum and the maximum of x, and twice its size
 __global__ void atomics(const int* x, int* counts, double* sum, int* most, unsigned* doubled) {
   const int number = x[blockIdx.x * blockDim.x + threadIdx.x];
   atomicAdd(counts + number, 1);
   atomicAdd(sum, number);
   atomicMax(most, number);
-  for (unsigned seen = 0, old = *doubled; seen != old + 1; old = *doubled) seen = atomicCAS(doubled, old, old + 2) + 1;
+  for (unsigned old = *doubled, seen; (seen = atomicCAS(doubled, old, old + 2)) != old;) old = seen;
 }
 
 // out: the rank of each thread of the grid, in the order that they run.
@@ -124,11 +124,11 @@ struct Local {
   for (size_t k = 0; k < sizeof(large); ++k) large[k] = 1;
 }
 
-constexpr const char* kMistakes[] = {"returned",      "other barrier", "at a shuffle", "inactive lane",
-                                     "returned lane", "no caller",     "other mask",   "width",
-                                     "thrown",        "stack",         "past shared"};
+constexpr const char* kMistakes[] = {"none",          "returned",      "other barrier", "at a shuffle",
+                                     "inactive lane", "returned lane", "no caller",     "other mask",
+                                     "width",         "thrown",        "stack",         "past shared"};
 
-// What kMistakes names, in a warp and a half
+// The mistake that kMistakes names, of blocks of a warp and a half
 __global__ void mistake(int kind) {
   const Local local;
   const unsigned t = threadIdx.x;
@@ -149,7 +149,7 @@ __global__ void mistake(int kind) {
   __syncthreads();
 }
 
-// "A" where the launch returned an error, and what cudaGetLastError said after it
+// What was said to `allowed` bytes of shared memory, to the launch, and by cudaGetLastError, asked twice.
 py::tuple limits(const std::vector<unsigned>& grid, const std::vector<unsigned>& block, size_t shared_bytes,
                  int allowed) {
   const cudaError_t set = cudaFuncSetAttribute(nothing, cudaFuncAttributeMaxDynamicSharedMemorySize, allowed);
