@@ -3,6 +3,7 @@
 import importlib.util
 import re
 import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -123,3 +124,36 @@ def test_architectures(setup, monkeypatch):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must be a list such as .*, got 'Hopper' in it"):
         setup.code_generation()
+
+
+STUB = """#!/bin/sh
+echo "$@" >> "{record}"
+case "$2" in pytest) exit {status};; esac
+"""
+
+
+@pytest.mark.parametrize("status", (0, 1))
+def test_make_gpu(status, tmp_path):
+    """With a python that only takes notes: what runs, in which order, into OUT; and failed tests fail it in the end."""
+    record, out, stub = tmp_path / "record", tmp_path / "out", tmp_path / "venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(STUB.format(record=record, status=status))
+    stub.chmod(0o755)
+    for name in ("ready", "built"):
+        (tmp_path / "venv" / name).touch()
+    command = ["make", "gpu", f"VENV={tmp_path / 'venv'}", f"OUT={out}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert (run.returncode == 0) == (status == 0), run.stderr
+    info, tests, bench = record.read_text().splitlines()
+    assert info == "-m sslkern" and tests == "-m pytest"
+    assert re.fullmatch(rf"-m bench --device cuda --minutes 8 --rounds \d+ --out {out}/gpu.json", bench)
+    assert {path.name for path in out.iterdir()} == {"machine.txt", "tests.log", "tests.status"}
+
+
+def test_make_gpu_installs_nothing(tmp_path):
+    """Into the python it is given: an overlay beside it takes sslkern, without its dependencies, and from no index."""
+    command = ["make", "-n", "-W", "setup.py", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    installs = [line for line in run.stdout.splitlines() if "pip install" in line]
+    assert installs == ["build/overlay/bin/python -m pip install -q --no-build-isolation -e . --no-deps"]

@@ -2,6 +2,8 @@
 // the order of memory.
 #include "batch_norm.h"
 
+#include <numeric>
+
 namespace sslkern {
 namespace {
 
@@ -39,22 +41,29 @@ void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* fi
         add_squares(from, ld, p.rows, p.cols, pivot, shift, square);
       }
     }
-    merge_columns(count, more, sums, pivot, sum, square, mean, m2);
+    merge_columns(count, more, sums, sum, square, pivot, mean, m2);
     count += more;
-    for (int64_t j = 0; j < sums; ++j) pivot[j] = static_cast<T>(mean[j]);
   });
 }
 
-// A channel's mean, as high + low, and biased variance from the moments of its columns (or its plane).
-template <class T>
-void finish_channel(const Layout& v, int64_t channel, const double* mean, const double* m2, T* centre, T* variance) {
+// What the columns of channels [begin, end) found, into the first of each: where a channel is more than one.
+inline void join_columns(const Layout& v, int64_t begin, int64_t end, double* mean, double* m2) {
   const int64_t columns = v.columns_per_channel();
-  double total_mean = mean[channel * columns], total_m2 = m2[channel * columns];
-  for (int64_t k = 1; k < columns; ++k)
-    merge(k * v.rows, v.rows, mean[channel * columns + k], m2[channel * columns + k], total_mean, total_m2);
-  centre[channel] = static_cast<T>(total_mean);
-  centre[v.channels + channel] = static_cast<T>(total_mean - centre[channel]);
-  variance[channel] = static_cast<T>(total_m2 / v.count());
+  for (int64_t c = begin; c < end && columns > 1; ++c) {
+    double joint = mean[c * columns], joint_m2 = m2[c * columns];
+    for (int64_t k = 1; k < columns; ++k)
+      merge(k * v.rows, v.rows, mean[c * columns + k], m2[c * columns + k], joint, joint_m2);
+    mean[c] = joint;
+    m2[c] = joint_m2;
+  }
+}
+
+// Centre (2, C) and variance of channels [begin, end).
+template <class T>
+void finish(const Layout& v, int64_t begin, int64_t end, const double* mean, const double* m2, const Tensor& centre,
+            const Tensor& variance) {
+  T* high = data<T>(centre) + begin;
+  finish_moments(end - begin, v.count(), mean + begin, m2 + begin, high, high + v.channels, data<T>(variance) + begin);
 }
 
 template <class T>
@@ -71,43 +80,38 @@ void moments(const Layout& v, const Tensor& x, const Tensor& centre, const Tenso
     const int64_t count = part * step * each, more = std::min(step, v.rows - part * step) * each;
     for (int64_t k = 0; k < sums; ++k) merge(count, more, mean[part * sums + k], m2[part * sums + k], mean[k], m2[k]);
   }
-  for_channels(v, [&](int64_t c) { finish_channel(v, c, mean.data(), m2.data(), data<T>(centre), data<T>(variance)); });
+  join_columns(v, 0, v.channels, mean.data(), m2.data());
+  finish<T>(v, 0, v.channels, mean.data(), m2.data(), centre, variance);
 }
 
-// Per channel: its mean, and what its numbers are scaled and shifted by, once `set`; repeated for rows that are folded.
-// The bias makes up for what rounding took from the mean.
+// `Affine` of every channel, once `set`; repeated for rows that are folded.
 template <class T>
 struct Coefficients {
   const int64_t channels;
-  const T *centre, *variance, *weight, *beta;
-  const double eps;
+  const T *high, *low, *variance, *weight, *beta;
+  const T eps;
   const bool relu;
   std::vector<T> mean, scale, bias, inverse_std;
 
   Coefficients(const Layout& v, const Tensor& centre, const Tensor& variance, const Tensor& weight, const Tensor& beta,
                double eps, bool relu)
       : channels(v.channels),
-        centre(data<T>(centre)),
+        high(data<T>(centre)),
+        low(high + channels),
         variance(data<T>(variance)),
         weight(data<T>(weight)),
         beta(data<T>(beta)),
-        eps(eps),
+        eps(static_cast<T>(eps)),
         relu(relu),
         mean(v.fold() * channels),
         scale(v.fold() * channels),
         bias(v.fold() * channels),
         inverse_std(channels) {}
 
-  T low(int64_t channel) const {
-    return centre[channels + channel];
-  }
   void set(int64_t begin, int64_t end) {
-    inverse_stds(variance + begin, end - begin, static_cast<T>(eps), inverse_std.data() + begin);
-    for (int64_t c = begin; c < end; ++c) {
-      mean[c] = centre[c];
-      scale[c] = weight[c] * inverse_std[c];
-      bias[c] = beta[c] - low(c) * scale[c];
-    }
+    std::copy(high + begin, high + end, mean.begin() + begin);
+    affine_of(end - begin, low + begin, variance + begin, weight + begin, beta + begin, eps, inverse_std.data() + begin,
+              scale.data() + begin, bias.data() + begin);
   }
   Coefficients& set_all() {
     set(0, channels);
@@ -148,8 +152,7 @@ void train(const Tensor& x, Coefficients<T> c, const Tensor& centre, const Tenso
   std::vector<double> mean(v.channels), m2(v.channels);
   const bool done = for_whole_channels(v, x.element_size(), [&](const Range& r) {
     range_moments(v, x, r, first.data(), mean.data() + r.begin, m2.data() + r.begin);
-    for (int64_t k = r.begin; k < r.end; ++k)
-      finish_channel(v, k, mean.data(), m2.data(), data<T>(centre), data<T>(variance));
+    finish<T>(v, r.begin, r.end, mean.data(), m2.data(), centre, variance);
     c.set(r.begin, r.end);
     for_pieces(v, r, [&](const Piece& p) { apply_piece(v, x, c, y, p, r.begin); });
   });
@@ -178,47 +181,44 @@ void range_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Range&
   });
 }
 
-// A channel's sums, from those of its columns in every part.
+// Sums (2, C) of channels [begin, end).
 template <class T>
-void finish_sums(const Layout& v, int64_t parts, int64_t channel, const double* sum, const double* dot,
-                 const Coefficients<T>& c, T* sums) {
-  const int64_t columns = v.columns_per_channel();
-  double total = 0, along = 0;
-  for (int64_t part = 0; part < parts; ++part)
-    for (int64_t k = 0; k < columns; ++k) {
-      total += sum[part * v.sums() + channel * columns + k];
-      along += dot[part * v.sums() + channel * columns + k];
-    }
-  sums[channel] = static_cast<T>(total);
-  sums[v.channels + channel] = static_cast<T>((along - c.low(channel) * total) * c.inverse_std[channel]);
+void finish(const Layout& v, int64_t begin, int64_t end, const double* sum, const double* dot, const Coefficients<T>& c,
+            const Tensor& sums) {
+  T* out = data<T>(sums) + begin;
+  finish_sums(end - begin, sum + begin, dot + begin, c.low + begin, c.inverse_std.data() + begin, out,
+              out + v.channels);
 }
 
 // Per channel: the sum of dy behind the relu, and of dy (x - mean) / sqrt(var + eps). (2, C)
 template <class T>
 void gradient_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Tensor& sums) {
-  const int64_t parts = v.parts();
+  const int64_t parts = v.parts(), columns = v.columns_per_channel();
   std::vector<double> sum(parts * v.sums()), dot(parts * v.sums());
   for_ranges(v, [&](const Range& r) {
     const int64_t at = r.part * v.sums() + r.begin;
     range_sums(v, dy, x, r, c, sum.data() + at, dot.data() + at);
   });
-  for_channels(v, [&](int64_t k) { finish_sums(v, parts, k, sum.data(), dot.data(), c, data<T>(sums)); });
+  for (std::vector<double>* each : {&sum, &dot}) {
+    double* total = each->data();
+    for (int64_t k = v.sums(); k < parts * v.sums(); ++k) total[k % v.sums()] += total[k];
+    for (int64_t channel = 0; channel < v.channels && columns > 1; ++channel)
+      total[channel] = std::accumulate(total + channel * columns, total + (channel + 1) * columns, 0.);
+  }
+  finish(v, 0, v.channels, sum.data(), dot.data(), c, sums);
 }
 
-// dx = scale (dy - mean of dy - x_hat mean of dy x_hat) = scale dy - (slope (x - mean) + offset)
+// What the statistics take from a gradient, per channel, once `set`; the means are sums times `each`.
 template <class T>
 struct Slopes {
   std::vector<T> slope, offset;
 
   explicit Slopes(const Coefficients<T>& c) : slope(c.scale.size()), offset(c.scale.size()) {}
 
-  // the means are sums times `each`
-  void set(int64_t begin, int64_t end, const T* sums, double each, const Coefficients<T>& c) {
-    for (int64_t k = begin; k < end; ++k) {
-      const double along = sums[c.channels + k] * each * c.inverse_std[k];
-      slope[k] = static_cast<T>(c.scale[k] * along);
-      offset[k] = static_cast<T>(c.scale[k] * (sums[k] * each - along * c.low(k)));
-    }
+  void set(int64_t begin, int64_t end, const Tensor& sums, double each, const Coefficients<T>& c) {
+    const T* sum = data<T>(sums) + begin;
+    slopes(end - begin, sum, sum + c.channels, each, c.low + begin, c.inverse_std.data() + begin,
+           c.scale.data() + begin, slope.data() + begin, offset.data() + begin);
   }
 };
 
@@ -239,7 +239,7 @@ template <class T>
 void input_gradient(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Tensor& sums,
                     double each, const Tensor& dx) {
   Slopes<T> s(c);
-  s.set(0, v.channels, data<T>(sums), each, c);
+  s.set(0, v.channels, sums, each, c);
   for (std::vector<T>* values : {&s.slope, &s.offset}) c.repeat(*values, v.channels);
   for_pieces_in_order(v, 2 * x.element_size(),
                       [&](const Piece& p, int64_t channel) { input_gradient_piece(v, dy, x, c, s, dx, p, channel); });
@@ -255,8 +255,8 @@ void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const 
   const bool done = for_whole_channels(v, 2 * x.element_size(), [&](const Range& r) {
     c.set(r.begin, r.end);
     range_sums(v, dy, x, r, c, sum.data() + r.begin, dot.data() + r.begin);
-    for (int64_t k = r.begin; k < r.end; ++k) finish_sums(v, 1, k, sum.data(), dot.data(), c, data<T>(sums));
-    s.set(r.begin, r.end, data<T>(sums), each, c);
+    finish(v, r.begin, r.end, sum.data(), dot.data(), c, sums);
+    s.set(r.begin, r.end, sums, each, c);
     for_pieces(v, r, [&](const Piece& p) { input_gradient_piece(v, dy, x, c, s, dx, p, r.begin); });
   });
   if (done) return;

@@ -64,13 +64,28 @@ SSLKERN_INLINE void merge(int64_t count, int64_t more, double more_mean, double 
   m2 += more_m2 + delta * delta * count * share;
 }
 
-// The same for columns of sums about a pivot, and of squares about their means.
+// The same for columns of sums about a pivot, and of squares about their means; the mean is the next pivot.
 template <class T>
-SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols, const T* pivot, const T* sum,
-                                       const T* square, double* mean, double* m2) {
+SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square,
+                                       T* pivot, double* mean, double* m2) {
   const double each = 1. / more;
 #pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) merge(count, more, pivot[j] + sum[j] * each, square[j], mean[j], m2[j]);
+  for (int64_t j = 0; j < cols; ++j) {
+    merge(count, more, pivot[j] + sum[j] * each, square[j], mean[j], m2[j]);
+    pivot[j] = static_cast<T>(mean[j]);
+  }
+}
+
+// The mean as high + low, and the biased variance.
+template <class T>
+SSLKERN_INLINE void finish_moments_body(int64_t n, int64_t count, const double* mean, const double* m2, T* high, T* low,
+                                        T* variance) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    high[j] = static_cast<T>(mean[j]);
+    low[j] = static_cast<T>(mean[j] - high[j]);
+    variance[j] = static_cast<T>(m2[j] / count);
+  }
 }
 
 // What each channel does to its numbers: y = (x - mean) * scale + bias, below zero cut off where relu.
@@ -109,35 +124,44 @@ SSLKERN_INLINE T fold_lanes(T* lanes) {
 }
 
 template <class T>
+SSLKERN_INLINE void add_lanes(const T* x, int64_t lanes, T pivot, T* sums, T* squares) {
+#pragma omp simd
+  for (int64_t j = 0; j < lanes; ++j) {
+    const T d = x[j] - pivot;
+    sums[j] += d;
+    squares[j] += d * d;
+  }
+}
+
+template <class T>
 SSLKERN_INLINE void plane_powers_body(const T* x, int64_t n, T pivot, T& sum, T& square) {
   T sums[kLanes] = {}, squares[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t lanes = std::min(kLanes, n - i);
-#pragma omp simd
-    for (int64_t j = 0; j < lanes; ++j) {
-      const T d = x[i + j] - pivot;
-      sums[j] += d;
-      squares[j] += d * d;
-    }
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_lanes(x + i, kLanes, pivot, sums, squares);
+  add_lanes(x + i, n - i, pivot, sums, squares);
   sum = fold_lanes(sums);
   square = fold_lanes(squares);
+}
+
+template <class T>
+SSLKERN_INLINE void add_gradient_lanes(const T* dy, const T* x, int64_t lanes, T mean, T scale, T bias, bool relu,
+                                       T* sums, T* dots) {
+#pragma omp simd
+  for (int64_t j = 0; j < lanes; ++j) {
+    const T c = x[j] - mean;
+    const T g = relu && c * scale + bias <= 0 ? T(0) : dy[j];
+    sums[j] += g;
+    dots[j] += g * c;
+  }
 }
 
 template <class T>
 SSLKERN_INLINE void plane_gradients_body(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,
                                          double& sum, double& dot) {
   T sums[kLanes] = {}, dots[kLanes] = {};
-  for (int64_t i = 0; i < n; i += kLanes) {
-    const int64_t lanes = std::min(kLanes, n - i);
-#pragma omp simd
-    for (int64_t j = 0; j < lanes; ++j) {
-      const T c = x[i + j] - mean;
-      const T g = relu && c * scale + bias <= 0 ? T(0) : dy[i + j];
-      sums[j] += g;
-      dots[j] += g * c;
-    }
-  }
+  int64_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) add_gradient_lanes(dy + i, x + i, kLanes, mean, scale, bias, relu, sums, dots);
+  add_gradient_lanes(dy + i, x + i, n - i, mean, scale, bias, relu, sums, dots);
   sum += fold_lanes(sums);
   dot += fold_lanes(dots);
 }
@@ -199,10 +223,39 @@ SSLKERN_INLINE void input_gradient_body(const T* dy, int64_t dy_ld, const T* x, 
   }
 }
 
+// What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
 template <class T>
-SSLKERN_INLINE void inverse_stds_body(const T* variance, int64_t n, T eps, T* out) {
+SSLKERN_INLINE void affine_of_body(int64_t n, const T* low, const T* variance, const T* weight, const T* beta, T eps,
+                                   T* inverse_std, T* scale, T* bias) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = 1 / std::sqrt(variance[j] + eps);
+  for (int64_t j = 0; j < n; ++j) {
+    inverse_std[j] = 1 / std::sqrt(variance[j] + eps);
+    scale[j] = weight[j] * inverse_std[j];
+    bias[j] = beta[j] - low[j] * scale[j];
+  }
+}
+
+// Per channel: the sums of dy, and of dy x_hat, from those of dy (x - high).
+template <class T>
+SSLKERN_INLINE void finish_sums_body(int64_t n, const double* sum, const double* dot, const T* low,
+                                     const T* inverse_std, T* sum_out, T* dot_out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    sum_out[j] = static_cast<T>(sum[j]);
+    dot_out[j] = static_cast<T>((dot[j] - low[j] * sum[j]) * inverse_std[j]);
+  }
+}
+
+// dx = scale (dy - mean of dy - x_hat mean of dy x_hat) = scale dy - (slope (x - high) + offset); means are `each` sum
+template <class T>
+SSLKERN_INLINE void slopes_body(int64_t n, const T* sum, const T* dot, double each, const T* low, const T* inverse_std,
+                                const T* scale, T* slope, T* offset) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    const double along = dot[j] * each * inverse_std[j];
+    slope[j] = static_cast<T>(scale[j] * along);
+    offset[j] = static_cast<T>(scale[j] * (sum[j] * each - along * low[j]));
+  }
 }
 
 #define SSLKERN_KERNELS(T)                                                                                             \
@@ -217,9 +270,25 @@ SSLKERN_INLINE void inverse_stds_body(const T* variance, int64_t n, T eps, T* ou
   SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                    \
     return centre_squares_body(count, cols, sum, square);                                                              \
   }                                                                                                                    \
-  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* pivot, const T* sum,    \
-                                           const T* square, double* mean, double* m2) {                                \
-    merge_columns_body(count, more, cols, pivot, sum, square, mean, m2);                                               \
+  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square,   \
+                                           T* pivot, double* mean, double* m2) {                                       \
+    merge_columns_body(count, more, cols, sum, square, pivot, mean, m2);                                               \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void finish_moments(int64_t n, int64_t count, const double* mean, const double* m2, T* high,   \
+                                            T* low, T* variance) {                                                     \
+    finish_moments_body(n, count, mean, m2, high, low, variance);                                                      \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void affine_of(int64_t n, const T* low, const T* variance, const T* weight, const T* beta,     \
+                                       T eps, T* inverse_std, T* scale, T* bias) {                                     \
+    affine_of_body(n, low, variance, weight, beta, eps, inverse_std, scale, bias);                                     \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void finish_sums(int64_t n, const double* sum, const double* dot, const T* low,                \
+                                         const T* inverse_std, T* sum_out, T* dot_out) {                               \
+    finish_sums_body(n, sum, dot, low, inverse_std, sum_out, dot_out);                                                 \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void slopes(int64_t n, const T* sum, const T* dot, double each, const T* low,                  \
+                                    const T* inverse_std, const T* scale, T* slope, T* offset) {                       \
+    slopes_body(n, sum, dot, each, low, inverse_std, scale, slope, offset);                                            \
   }                                                                                                                    \
   SSLKERN_CLONES static void add_gradients(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows,           \
                                            int64_t cols, const Affine<T>& f, T* sum, T* dot) {                         \
@@ -231,9 +300,6 @@ SSLKERN_INLINE void inverse_stds_body(const T* variance, int64_t n, T eps, T* ou
   SSLKERN_CLONES static void plane_gradients(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,   \
                                              double& sum, double& dot) {                                               \
     plane_gradients_body(dy, x, n, mean, scale, bias, relu, sum, dot);                                                 \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void inverse_stds(const T* variance, int64_t n, T eps, T* out) {                               \
-    inverse_stds_body(variance, n, eps, out);                                                                          \
   }                                                                                                                    \
   SSLKERN_CLONES static void affine(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, \
                                     T* out, int64_t out_ld) {                                                          \

@@ -141,14 +141,6 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   });
 }
 
-// f(channel) in parallel.
-template <class F>
-void for_channels(const Layout& v, const F& f) {
-  stable::parallel_for(0, v.channels, ceil_div(8192, v.length), [&](int64_t begin, int64_t end) {
-    for (int64_t c = begin; c < end; ++c) f(c);
-  });
-}
-
 // A piece of a contiguous tensor, as a matrix.
 inline Matrix matrix_of(const Tensor& x, const Piece& p) {
   const int64_t element = x.element_size();
