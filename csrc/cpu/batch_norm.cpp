@@ -7,43 +7,60 @@
 namespace sslkern {
 namespace {
 
-// Means, and sums of squares about them, of a range. One pass over each piece, about the mean of those before it, and
-// a second one where that is no good pivot; a merge in fp64 between them.
+// Means, and sums of squares about them, of a range of columns. One pass over each piece, about the mean of those
+// before it, and a second one where that is no good pivot; a merge in fp64 between them.
 template <class T>
-void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+void column_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
   const int64_t sums = r.end - r.begin;
-  std::fill_n(mean, sums, 0.);
-  std::fill_n(m2, sums, 0.);
   T pivot[kBlockCols], sum[kBlockCols], shift[kBlockCols], square[kBlockCols];
   std::copy_n(PerColumn<T>(v, first, r).values, sums, pivot);
   Reader<T> reader{x, {}};
   int64_t count = 0;
-  for_pieces(v, r, [&](const Piece& p) {
+  for_pieces(v, r, [&](const Piece& p, int64_t) {
     int64_t ld;
     const T* from = reader.at(p, ld);
-    const int64_t more = v.planes ? p.cols : p.rows;
     std::fill_n(sum, sums, T(0));
     std::fill_n(square, sums, T(0));
-    if (v.planes) {
-      plane_powers(from, p.cols, *pivot, *sum, *square);
-    } else if (count > 0) {
+    if (count > 0) {
       add_powers(from, ld, p.rows, p.cols, pivot, sum, square);
     } else {
       add_sums(from, ld, p.rows, p.cols, pivot, sum);  // the first number is no mean
     }
-    if (!centre_squares(more, sums, sum, square) || count == 0) {
-      for (int64_t j = 0; j < sums; ++j) shift[j] = sum[j] / more;
+    if (!centre_squares(p.rows, sums, sum, square) || count == 0) {
+      for (int64_t j = 0; j < sums; ++j) shift[j] = sum[j] / p.rows;
       std::fill_n(square, sums, T(0));
-      if (v.planes) {
-        T unused;
-        plane_powers(from, p.cols, *pivot + *shift, unused, *square);
-      } else {
-        add_squares(from, ld, p.rows, p.cols, pivot, shift, square);
-      }
+      add_squares(from, ld, p.rows, p.cols, pivot, shift, square);
     }
-    merge_columns(count, more, sums, sum, square, pivot, mean, m2);
-    count += more;
+    merge_columns(count, p.rows, sums, sum, square, pivot, mean, m2);
+    count += p.rows;
   });
+}
+
+// The same for planes.
+template <class T>
+void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+  Reader<T> reader{x, {}};
+  for_pieces(v, r, [&](const Piece& p, int64_t channel) {
+    int64_t ld;
+    const T* from = reader.at(p, ld);
+    const int64_t k = channel - r.begin, row = p.offset / v.width();
+    const int64_t count = (row - r.row0) * v.length + p.offset % v.length;
+    T pivot = count > 0 ? static_cast<T>(mean[k]) : first[channel], sum, square;
+    plane_powers(from, p.cols, pivot, sum, square);
+    if (!(static_cast<double>(sum) * sum <= .25 * p.cols * square)) {  // as in `centre_squares`
+      pivot = static_cast<T>(pivot + static_cast<double>(sum) / p.cols);
+      plane_powers(from, p.cols, pivot, sum, square);
+    }
+    const double shift = static_cast<double>(sum) / p.cols;
+    merge(count, p.cols, pivot + shift, square - shift * sum, mean[k], m2[k]);
+  });
+}
+
+template <class T>
+void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+  std::fill_n(mean, r.end - r.begin, 0.);
+  std::fill_n(m2, r.end - r.begin, 0.);
+  v.planes ? plane_moments(v, x, r, first, mean, m2) : column_moments(v, x, r, first, mean, m2);
 }
 
 // What the columns of channels [begin, end) found, into the first of each: where a channel is more than one.
@@ -154,24 +171,30 @@ void train(const Tensor& x, Coefficients<T> c, const Tensor& centre, const Tenso
     range_moments(v, x, r, first.data(), mean.data() + r.begin, m2.data() + r.begin);
     finish<T>(v, r.begin, r.end, mean.data(), m2.data(), centre, variance);
     c.set(r.begin, r.end);
-    for_pieces(v, r, [&](const Piece& p) { apply_piece(v, x, c, y, p, r.begin); });
+    for_pieces(v, r, [&](const Piece& p, int64_t channel) { apply_piece(v, x, c, y, p, channel); });
   });
   if (done) return;
   moments<T>(v, x, centre, variance);
   apply(v, x, c.set_all(), y);
 }
 
-// Per sum of a range: of dy behind the relu, and of dy (x - mean).
+// Per sum of a range, on top of what is there: of dy behind the relu, and of dy (x - mean).
 template <class T>
 void range_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Range& r, const Coefficients<T>& c,
                 double* sum, double* dot) {
+  Reader<T> read_x{x, {}}, read_dy{dy, {}};
+  if (v.planes)
+    return for_pieces(v, r, [&](const Piece& p, int64_t channel) {
+      int64_t ld;
+      const T *from = read_x.at(p, ld), *g = read_dy.at(p, ld);
+      const int64_t k = channel - r.begin;
+      plane_gradients(g, from, p.cols, c.mean[channel], c.scale[channel], c.bias[channel], c.relu, sum[k], dot[k]);
+    });
   const PerColumn<T> mean(v, c.mean.data(), r), scale(v, c.scale.data(), r), bias(v, c.bias.data(), r);
   const Affine<T> f{mean.values, scale.values, bias.values, c.relu};
-  Reader<T> read_x{x, {}}, read_dy{dy, {}};
-  for_pieces(v, r, [&](const Piece& p) {
+  for_pieces(v, r, [&](const Piece& p, int64_t) {
     int64_t x_ld, dy_ld;
     const T *from = read_x.at(p, x_ld), *g = read_dy.at(p, dy_ld);
-    if (v.planes) return plane_gradients(g, from, p.cols, *f.mean, *f.scale, *f.bias, f.relu, *sum, *dot);
     T part_sum[kBlockCols], part_dot[kBlockCols];
     std::fill_n(part_sum, p.cols, T(0));
     std::fill_n(part_dot, p.cols, T(0));
@@ -257,7 +280,7 @@ void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const 
     range_sums(v, dy, x, r, c, sum.data() + r.begin, dot.data() + r.begin);
     finish(v, r.begin, r.end, sum.data(), dot.data(), c, sums);
     s.set(r.begin, r.end, sums, each, c);
-    for_pieces(v, r, [&](const Piece& p) { input_gradient_piece(v, dy, x, c, s, dx, p, r.begin); });
+    for_pieces(v, r, [&](const Piece& p, int64_t channel) { input_gradient_piece(v, dy, x, c, s, dx, p, channel); });
   });
   if (done) return;
   c.set_all();

@@ -12,7 +12,7 @@ constexpr int64_t kMapRows = 32;         // rows of a piece of a map
 constexpr int64_t kLine = 64;            // columns at least, where a block of them can be chosen
 constexpr int64_t kShortPlane = 64;      // numbers; shorter runs are columns
 constexpr int64_t kInOrder = 256 << 10;  // bytes that a thread writes in the order of memory before others go on
-constexpr int64_t kTasks = 16;           // at least, of long columns: their parts are merged in order
+constexpr int64_t kTasks = 64;           // for the threads to share, where x is that large; they are merged in order
 constexpr int64_t kFused = 4 << 20;      // bytes of x that are worth one parallel region of two passes, not two of one
 
 struct Layout {
@@ -43,7 +43,7 @@ struct Layout {
     return planes ? 1 : length;
   }
   int64_t unit() const {
-    return planes ? 1 : std::min(kBlockCols, width());
+    return planes ? ceil_div(channels, ceil_div(kTasks, rows)) : std::min(kBlockCols, width());
   }
   int64_t units() const {
     return ceil_div(sums(), unit());
@@ -52,14 +52,15 @@ struct Layout {
     return planes ? 1 : std::clamp<int64_t>(kChunk / unit(), 128, 512);
   }
   int64_t part_rows() const {
-    return round_up(ceil_div(rows, ceil_div(kTasks, units())), 4 * chunk_rows());
+    const int64_t wanted = round_up(ceil_div(rows, ceil_div(kTasks, units())), chunk_rows());
+    return planes ? wanted : std::max(wanted, 4 * chunk_rows());
   }
   int64_t parts() const {
     return ceil_div(rows, part_rows());
   }
 };
 
-// Rows [row0, row1) of sums [begin, end): one plane, or a block of columns.
+// Rows [row0, row1) of sums [begin, end): planes of some channels, or a block of columns.
 struct Range {
   int64_t part, row0, row1, begin, end;
 };
@@ -95,19 +96,21 @@ struct Piece {
   int64_t offset, rows, cols, ld;
 };
 
-// f(piece) over a range, by what fits in L1 or L2; of a plane, a piece is one row.
+// f(piece, sum) over a range, in the order of memory, by what fits in L1 or L2: rows of columns from `sum` on, or one
+// run of a plane of channel `sum`.
 template <class F>
 void for_pieces(const Layout& v, const Range& r, const F& f) {
   if (!v.planes) {
     for (int64_t i = r.row0; i < r.row1; i += v.chunk_rows())
-      f(Piece{i * v.width() + r.begin, std::min(v.chunk_rows(), r.row1 - i), r.end - r.begin, v.width()});
+      f(Piece{i * v.width() + r.begin, std::min(v.chunk_rows(), r.row1 - i), r.end - r.begin, v.width()}, r.begin);
     return;
   }
   for (int64_t i = r.row0; i < r.row1; ++i)
-    for (int64_t k = 0; k < v.length; k += kPiece) {
-      const int64_t cols = std::min(kPiece, v.length - k);
-      f(Piece{(i * v.channels + r.begin) * v.length + k, 1, cols, cols});
-    }
+    for (int64_t c = r.begin; c < r.end; ++c)
+      for (int64_t k = 0; k < v.length; k += kPiece) {
+        const int64_t cols = std::min(kPiece, v.length - k);
+        f(Piece{(i * v.channels + c) * v.length + k, 1, cols, cols}, c);
+      }
 }
 
 // f(piece, channel) in parallel and in the order of memory, for maps of number to number: what a thread writes it
