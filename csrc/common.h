@@ -30,6 +30,7 @@
 #define SSLKERN_CLONES [[maybe_unused]]
 #endif
 #define SSLKERN_INLINE inline __attribute__((always_inline))
+#define SSLKERN_LAMBDA __attribute__((always_inline))
 
 namespace sslkern {
 

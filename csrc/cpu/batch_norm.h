@@ -5,28 +5,45 @@
 
 namespace sslkern {
 
-// sum += x - pivot, square += (x - pivot)^2, column by column
+// Columns are walked some rows at once: what belongs to a column is loaded, and stored, once for all of them. (Written
+// out, not as a loop over the rows, which the compiler would not make vectors of.)
+constexpr int64_t kAtOnce = 4;
+
+// f(row) for R rows
+template <int64_t R, class F>
+SSLKERN_INLINE void each_row(const F& f) {
+  f(0);
+  if constexpr (R > 1) f(1);
+  if constexpr (R > 2) f(2);
+  if constexpr (R > 3) f(3);
+}
+
+// sum += x - pivot, square += (x - pivot)^2, column by column, over R rows
+template <int64_t R, class T>
+SSLKERN_INLINE void add_powers_of(const T* x, int64_t ld, int64_t cols, const T* pivot, T* sum, T* square) {
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) {
+    T s = 0, q = 0;
+    const T p = pivot[j];
+    each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
+      const T d = x[j + r * ld] - p;
+      s += d;
+      q += d * d;
+    });
+    sum[j] += s;
+    square[j] += q;
+  }
+}
+
 template <class T>
 SSLKERN_INLINE void add_powers_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,
                                     T* square) {
   int64_t i = 0;
-  for (; i + 2 <= rows; i += 2, x += 2 * ld) {
-    prefetch_rows(x, ld, rows - i, cols, 2);
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      const T p = pivot[j], d = x[j] - p, e = x[j + ld] - p;
-      sum[j] += d + e;
-      square[j] += d * d + e * e;
-    }
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld) {
+    prefetch_rows(x, ld, rows - i, cols, kAtOnce);
+    add_powers_of<kAtOnce>(x, ld, cols, pivot, sum, square);
   }
-  for (; i < rows; ++i, x += ld) {
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      const T d = x[j] - pivot[j];
-      sum[j] += d;
-      square[j] += d * d;
-    }
-  }
+  for (; i < rows; ++i, x += ld) add_powers_of<1>(x, ld, cols, pivot, sum, square);
 }
 
 // square += ((x - pivot) - shift)^2, column by column
@@ -96,21 +113,42 @@ struct Affine {
 };
 
 // sum += dy, dot += dy (x - mean), with dy zero where the relu was; NaN passes, as in torch
+template <int64_t R, bool kRelu, class T>
+SSLKERN_INLINE void add_gradients_of(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t cols,
+                                     const Affine<T>& f, T* sum, T* dot) {
+  const T *mean = f.mean, *scale = f.scale, *bias = f.bias;
+#pragma omp simd
+  for (int64_t j = 0; j < cols; ++j) {
+    T s = 0, d = 0;
+    const T m = mean[j], a = kRelu ? scale[j] : T(0), b = kRelu ? bias[j] : T(0);
+    each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
+      const T c = x[j + r * ld] - m, given = dy[j + r * dy_ld];
+      const T g = kRelu && c * a + b <= 0 ? T(0) : given;
+      s += g;
+      d += g * c;
+    });
+    sum[j] += s;
+    dot[j] += d;
+  }
+}
+
+template <bool kRelu, class T>
+SSLKERN_INLINE void add_gradients_if(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                                     const Affine<T>& f, T* sum, T* dot) {
+  int64_t i = 0;
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * dy_ld) {
+    prefetch_rows(x, ld, rows - i, cols, kAtOnce);
+    prefetch_rows(dy, dy_ld, rows - i, cols, kAtOnce);
+    add_gradients_of<kAtOnce, kRelu>(dy, dy_ld, x, ld, cols, f, sum, dot);
+  }
+  for (; i < rows; ++i, x += ld, dy += dy_ld) add_gradients_of<1, kRelu>(dy, dy_ld, x, ld, cols, f, sum, dot);
+}
+
 template <class T>
 SSLKERN_INLINE void add_gradients_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                                        const Affine<T>& f, T* sum, T* dot) {
-  const T *mean = f.mean, *scale = f.scale, *bias = f.bias;
-  for (int64_t i = 0; i < rows; ++i, x += ld, dy += dy_ld) {
-    prefetch_rows(x, ld, rows - i, cols, 1);
-    prefetch_rows(dy, dy_ld, rows - i, cols, 1);
-#pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) {
-      const T c = x[j] - mean[j];
-      const T g = f.relu && c * scale[j] + bias[j] <= 0 ? T(0) : dy[j];
-      sum[j] += g;
-      dot[j] += g * c;
-    }
-  }
+  f.relu ? add_gradients_if<true>(dy, dy_ld, x, ld, rows, cols, f, sum, dot)
+         : add_gradients_if<false>(dy, dy_ld, x, ld, rows, cols, f, sum, dot);
 }
 
 // Sums over a plane run in this many lanes, added up in pairs.
@@ -175,52 +213,73 @@ struct Same {
   }
 };
 
-template <class T, class V>
-SSLKERN_INLINE void affine_row(const T* x, int64_t n, V mean, V scale, V bias, bool relu, T* out) {
+template <int64_t R, bool kRelu, class T, class V>
+SSLKERN_INLINE void affine_of_rows(const T* x, int64_t ld, int64_t n, V mean, V scale, V bias, T* out, int64_t out_ld) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const T y = (x[j] - mean[j]) * scale[j] + bias[j];
-    out[j] = relu && y < 0 ? T(0) : y;
+    const T m = mean[j], a = scale[j], b = bias[j];
+    each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
+      const T y = (x[j + r * ld] - m) * a + b;
+      out[j + r * out_ld] = kRelu && y < 0 ? T(0) : y;
+    });
   }
 }
 
 // out = scale dy - (slope (x - mean) + offset)
-template <class T, class V>
-SSLKERN_INLINE void input_gradient_row(const T* dy, const T* x, int64_t n, V mean, V scale, V bias, V slope, V offset,
-                                       bool relu, T* out) {
+template <int64_t R, bool kRelu, class T, class V>
+SSLKERN_INLINE void input_gradient_of_rows(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t n, V mean,
+                                           V scale, V bias, V slope, V offset, T* out, int64_t out_ld) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    const T c = x[j] - mean[j];
-    const T g = relu && c * scale[j] + bias[j] <= 0 ? T(0) : dy[j];
-    out[j] = scale[j] * g - (slope[j] * c + offset[j]);
+    const T m = mean[j], a = scale[j], b = kRelu ? bias[j] : T(0), k = slope[j], l = offset[j];
+    each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
+      const T c = x[j + r * ld] - m, given = dy[j + r * dy_ld];
+      const T g = kRelu && c * a + b <= 0 ? T(0) : given;
+      out[j + r * out_ld] = a * g - (k * c + l);
+    });
   }
 }
 
 // A piece of `for_pieces_in_order`, with the channels' numbers from its first channel on; `runs`: one channel per row.
+template <bool kRelu, class T>
+SSLKERN_INLINE void affine_if(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, T* out,
+                              int64_t out_ld) {
+  int64_t i = 0;
+  for (; runs && i < rows; ++i, x += ld, out += out_ld)
+    affine_of_rows<1, kRelu, T, Same<T>>(x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, out, out_ld);
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, out += kAtOnce * out_ld)
+    affine_of_rows<kAtOnce, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out, out_ld);
+  for (; i < rows; ++i, x += ld, out += out_ld)
+    affine_of_rows<1, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out, out_ld);
+}
+
 template <class T>
 SSLKERN_INLINE void affine_body(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
                                 T* out, int64_t out_ld) {
-  for (int64_t i = 0; i < rows; ++i, x += ld, out += out_ld) {
-    if (runs) {
-      affine_row<T, Same<T>>(x, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, f.relu, out);
-    } else {
-      affine_row(x, cols, f.mean, f.scale, f.bias, f.relu, out);
-    }
-  }
+  f.relu ? affine_if<true>(x, ld, rows, cols, runs, f, out, out_ld)
+         : affine_if<false>(x, ld, rows, cols, runs, f, out, out_ld);
+}
+
+template <bool kRelu, class T>
+SSLKERN_INLINE void input_gradient_if(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+                                      bool runs, const Affine<T>& f, const T* slope, const T* offset, T* out,
+                                      int64_t out_ld) {
+  int64_t i = 0;
+  for (; runs && i < rows; ++i, x += ld, dy += dy_ld, out += out_ld)
+    input_gradient_of_rows<1, kRelu, T, Same<T>>(dy, dy_ld, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]},
+                                                 {slope[i]}, {offset[i]}, out, out_ld);
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * dy_ld, out += kAtOnce * out_ld)
+    input_gradient_of_rows<kAtOnce, kRelu>(dy, dy_ld, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out, out_ld);
+  for (; i < rows; ++i, x += ld, dy += dy_ld, out += out_ld)
+    input_gradient_of_rows<1, kRelu>(dy, dy_ld, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out, out_ld);
 }
 
 template <class T>
 SSLKERN_INLINE void input_gradient_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
                                         bool runs, const Affine<T>& f, const T* slope, const T* offset, T* out,
                                         int64_t out_ld) {
-  for (int64_t i = 0; i < rows; ++i, x += ld, dy += dy_ld, out += out_ld) {
-    if (runs) {
-      input_gradient_row<T, Same<T>>(dy, x, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, {slope[i]}, {offset[i]},
-                                     f.relu, out);
-    } else {
-      input_gradient_row(dy, x, cols, f.mean, f.scale, f.bias, slope, offset, f.relu, out);
-    }
-  }
+  f.relu ? input_gradient_if<true>(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld)
+         : input_gradient_if<false>(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld);
 }
 
 // What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
