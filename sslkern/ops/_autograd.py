@@ -17,10 +17,10 @@ def first_order(backward: Callable) -> Callable:
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
+        if not torch.is_grad_enabled():
+            return backward(ctx, *grads)
         with torch.no_grad():
             outputs = backward(ctx, *grads)
-        if not torch.is_grad_enabled():
-            return outputs
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
         message = b"sslkern's ops can be differentiated once, not twice"
         raising = torch._C._functions.DelayedError(message, len(outputs))

@@ -185,13 +185,16 @@ def _joint_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tens
 
 def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
     """Of weight and bias, from `batch_norm_sums`."""
-    pairs = ((1, weight), (0, bias))
-    return [None if sums is None or p is None else sums[k].to(p.dtype) for k, p in pairs]
+    if sums is None:
+        return [None, None]
+    of_bias, of_weight = sums.unbind()
+    return [
+        None if p is None else g if g.dtype == p.dtype else g.to(p.dtype)
+        for p, g in ((weight, of_weight), (bias, of_bias))
+    ]
 
 
 def _check_channel_tensor(name: str, value: object, x: Tensor) -> None:
-    if value is None:
-        return
     if not isinstance(value, Tensor) or not value.is_floating_point():
         raise TypeError(f"{name} must be a floating torch.Tensor of shape (C,) or None, got {type(value).__name__}.")
     if value.shape != (x.shape[1],):
@@ -278,7 +281,8 @@ def batch_norm(
     group = distributed.with_peers(group) if given is None else None
     _checks.channels("x", x, empty=given is not None or group is not None)
     for name, value in named:
-        _check_channel_tensor(name, value, x)
+        if value is not None:
+            _check_channel_tensor(name, value, x)
     _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
