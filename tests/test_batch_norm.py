@@ -427,3 +427,13 @@ def test_a_missing_barrier_is_seen(without):
     except Unavailable as reason:
         pytest.skip(str(reason))
     assert not all(same(right, other) for other in wrong)
+
+
+@pytest.mark.parametrize("dtype", (torch.float16, torch.bfloat16), ids=str)
+def test_every_16_bit_number(dtype, backend):
+    """Read exactly and rounded to the nearest even one, subnormal numbers, overflow, infinity and NaN included."""
+    x = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16).view(dtype).view(-1, 64)
+    zero, one = torch.zeros(64), torch.ones(64)
+    for scale in (1.0, 1 / 3, 2**-12 / 3, 2**-20, 1.7, 1e4):
+        y = ops.batch_norm(x, scale * one, zero, zero, one, eps=0.0)
+        assert torch.equal(y.nan_to_num(7), (x.float() * scale).to(dtype).nan_to_num(7)), scale

@@ -311,10 +311,8 @@ class TileWriter {
  private:
   template <class To>
   void store(int64_t i, int64_t j, int64_t rows, int64_t cols) {
-    for (int64_t r = 0; r < rows; ++r) {
-      To* out = reinterpret_cast<To*>(grad_.at(i + r, j));
-      for (int64_t c = 0; c < cols; ++c) out[c] = static_cast<To>(buffer_[r * cols + c]);
-    }
+    for (int64_t r = 0; r < rows; ++r)
+      convert(buffer_.data() + r * cols, cols, reinterpret_cast<To*>(grad_.at(i + r, j)));
   }
 
   const Matrix grad_;
