@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 import sslkern
 from sslkern import ops
+from sslkern.backend import pick
 
 from . import baselines
 
@@ -196,6 +197,20 @@ def _copy(x: Tensor) -> Callable[[], None]:
     return copy
 
 
+def _kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], None]:
+    """Training without autograd and running statistics: two calls of the dispatcher."""
+    flat, dy, *given = (t.detach() for t in (x, dy, weight, bias))
+    if x.dim() > 2:
+        last = x.movedim(1, -1).is_contiguous()
+        flat, dy = (t.movedim(1, -1).flatten(0, -2) if last else t.flatten(2) for t in (flat, dy))
+
+    def run() -> None:
+        _, centre, variance = pick("batch_norm_fwd", flat)(flat, *given, 1e-5, False)
+        pick("batch_norm_bwd", flat)(dy, flat, *given, centre, variance, 1e-5, False)
+
+    return run
+
+
 def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
     """Training, with affine parameters and running statistics; the gradient comes as a tensor, not as a sum's."""
     x, upstream = (_images((shape[0] + k, *shape[1:]), layout, device)[: shape[0]].detach() for k in range(2))
@@ -225,7 +240,10 @@ def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
     implementations = {"published": run(torch.nn.functional.batch_norm), "sslkern": run(ours)}
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     truth = _by_reference(implementations["sslkern"])
-    floors, names = {"copy": _copy(x.detach())}, ("published", "sslkern")
+    floors, names = (
+        {"copy": _copy(x.detach()), "kernels alone": _kernels(x, upstream, weight, bias)},
+        ("published", "sslkern"),
+    )
     return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=layout, huge=names)
 
 

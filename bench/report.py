@@ -115,7 +115,8 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
         pages = ("with huge pages", lambda c: _times(c.ratio("published", "huge")))
         copies = ("over 8 passes at copy rate", lambda c: _floor(c.over_floor("copy", 4)))
         torchs = ("torch", lambda c: _ms(c.row("published")))
-        return [shape, layout, torchs, ours, faster, pages, copies, memory, errors]
+        alone = ("its kernels alone", lambda c: _ms(c.row("kernels alone")))
+        return [shape, layout, torchs, ours, faster, pages, alone, copies, memory, errors]
     if family == "moments":
         torchs = ("torch.var_mean", lambda c: _ms(c.row("published")))
         plain = ("mean and square", lambda c: _ms(c.row("three-line")))
