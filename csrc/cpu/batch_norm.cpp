@@ -9,27 +9,21 @@ namespace {
 
 // Means, and sums of squares about them, of a range of columns. One pass over each piece, about the mean of those
 // before it, and a second one where that is no good pivot; a merge in fp64 between them.
-template <class T>
+template <class S, class T = Wide<S>>
 void column_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
   const int64_t sums = r.end - r.begin;
   T pivot[kBlockCols], sum[kBlockCols], shift[kBlockCols], square[kBlockCols];
   std::copy_n(PerColumn<T>(v, first, r).values, sums, pivot);
-  Reader<T> reader{x, {}};
   int64_t count = 0;
   for_pieces(v, r, [&](const Piece& p, int64_t) {
-    int64_t ld;
-    const T* from = reader.at(p, ld);
+    const S* from = data<S>(x) + p.offset;
     std::fill_n(sum, sums, T(0));
     std::fill_n(square, sums, T(0));
-    if (count > 0) {
-      add_powers(from, ld, p.rows, p.cols, pivot, sum, square);
-    } else {
-      add_sums(from, ld, p.rows, p.cols, pivot, sum);  // the first number is no mean
-    }
-    if (!centre_squares(p.rows, sums, sum, square) || count == 0) {
+    add_powers(from, p.ld, p.rows, p.cols, pivot, sum, square);
+    if (!centre_squares(p.rows, sums, sum, square) || count == 0) {  // the first number is no mean
       for (int64_t j = 0; j < sums; ++j) shift[j] = sum[j] / p.rows;
       std::fill_n(square, sums, T(0));
-      add_squares(from, ld, p.rows, p.cols, pivot, shift, square);
+      add_squares(from, p.ld, p.rows, p.cols, pivot, shift, square);
     }
     merge_columns(count, p.rows, sums, sum, square, pivot, mean, m2);
     count += p.rows;
@@ -37,12 +31,10 @@ void column_moments(const Layout& v, const Tensor& x, const Range& r, const T* f
 }
 
 // The same for planes.
-template <class T>
+template <class S, class T = Wide<S>>
 void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
-  Reader<T> reader{x, {}};
   for_pieces(v, r, [&](const Piece& p, int64_t channel) {
-    int64_t ld;
-    const T* from = reader.at(p, ld);
+    const S* from = data<S>(x) + p.offset;
     const int64_t k = channel - r.begin, row = p.offset / v.width();
     const int64_t count = (row - r.row0) * v.length + p.offset % v.length;
     T pivot = count > 0 ? static_cast<T>(mean[k]) : first[channel], sum, square;
@@ -56,11 +48,11 @@ void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* fi
   });
 }
 
-template <class T>
+template <class S, class T = Wide<S>>
 void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
   std::fill_n(mean, r.end - r.begin, 0.);
   std::fill_n(m2, r.end - r.begin, 0.);
-  v.planes ? plane_moments(v, x, r, first, mean, m2) : column_moments(v, x, r, first, mean, m2);
+  v.planes ? plane_moments<S>(v, x, r, first, mean, m2) : column_moments<S>(v, x, r, first, mean, m2);
 }
 
 // What the columns of channels [begin, end) found, into the first of each: where a channel is more than one.
@@ -83,14 +75,14 @@ void finish(const Layout& v, int64_t begin, int64_t end, const double* mean, con
   finish_moments(end - begin, v.count(), mean + begin, m2 + begin, high, high + v.channels, data<T>(variance) + begin);
 }
 
-template <class T>
+template <class S, class T = Wide<S>>
 void moments(const Layout& v, const Tensor& x, const Tensor& centre, const Tensor& variance) {
   const int64_t parts = v.parts(), sums = v.sums();
-  const std::vector<T> pivots = first_numbers<T>(v, x);
+  const std::vector<T> pivots = first_numbers<S>(v, x);
   std::vector<double> mean(parts * sums), m2(parts * sums);
   for_ranges(v, [&](const Range& r) {
     const int64_t at = r.part * sums + r.begin;
-    range_moments(v, x, r, pivots.data(), mean.data() + at, m2.data() + at);
+    range_moments<S>(v, x, r, pivots.data(), mean.data() + at, m2.data() + at);
   });
   const int64_t each = v.planes ? v.length : 1, step = v.part_rows();
   for (int64_t part = 1; part < parts; ++part) {
@@ -143,62 +135,53 @@ struct Coefficients {
   }
 };
 
-template <class T>
+template <class S, class T = Wide<S>>
 void apply_piece(const Layout& v, const Tensor& x, const Coefficients<T>& c, const Tensor& y, const Piece& p,
                  int64_t channel) {
-  Reader<T> reader{x, {}};
-  TileWriter<T> writer(matrix_of(y, p));
-  int64_t ld, out_ld;
-  const T* from = reader.at(p, ld);
-  T* out = writer.at(0, 0, p.rows, p.cols, out_ld);
-  affine(from, ld, p.rows, p.cols, v.length > 1, c.from(channel), out, out_ld);
-  writer.flush(0, 0, p.rows, p.cols);
+  affine(data<S>(x) + p.offset, p.ld, p.rows, p.cols, v.length > 1, c.from(channel), data<S>(y) + p.offset);
 }
 
-template <class T>
+template <class S, class T = Wide<S>>
 void apply(const Layout& v, const Tensor& x, const Coefficients<T>& c, const Tensor& y) {
   for_pieces_in_order(v, x.element_size(),
-                      [&](const Piece& p, int64_t channel) { apply_piece(v, x, c, y, p, channel); });
+                      [&](const Piece& p, int64_t channel) { apply_piece<S>(v, x, c, y, p, channel); });
 }
 
 // Statistics and output: channel by channel where x is small, one pass over all of it after the other where it is not.
-template <class T>
+template <class S, class T = Wide<S>>
 void train(const Tensor& x, Coefficients<T> c, const Tensor& centre, const Tensor& variance, const Tensor& y) {
   const Layout v(x);
-  const std::vector<T> first = first_numbers<T>(v, x);
+  const std::vector<T> first = first_numbers<S>(v, x);
   std::vector<double> mean(v.channels), m2(v.channels);
   const bool done = for_whole_channels(v, x.element_size(), [&](const Range& r) {
-    range_moments(v, x, r, first.data(), mean.data() + r.begin, m2.data() + r.begin);
+    range_moments<S>(v, x, r, first.data(), mean.data() + r.begin, m2.data() + r.begin);
     finish<T>(v, r.begin, r.end, mean.data(), m2.data(), centre, variance);
     c.set(r.begin, r.end);
-    for_pieces(v, r, [&](const Piece& p, int64_t channel) { apply_piece(v, x, c, y, p, channel); });
+    for_pieces(v, r, [&](const Piece& p, int64_t channel) { apply_piece<S>(v, x, c, y, p, channel); });
   });
   if (done) return;
-  moments<T>(v, x, centre, variance);
-  apply(v, x, c.set_all(), y);
+  moments<S>(v, x, centre, variance);
+  apply<S>(v, x, c.set_all(), y);
 }
 
 // Per sum of a range, on top of what is there: of dy behind the relu, and of dy (x - mean).
-template <class T>
+template <class S, class T = Wide<S>>
 void range_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Range& r, const Coefficients<T>& c,
                 double* sum, double* dot) {
-  Reader<T> read_x{x, {}}, read_dy{dy, {}};
+  const S *from = data<S>(x), *g = data<S>(dy);
   if (v.planes)
     return for_pieces(v, r, [&](const Piece& p, int64_t channel) {
-      int64_t ld;
-      const T *from = read_x.at(p, ld), *g = read_dy.at(p, ld);
       const int64_t k = channel - r.begin;
-      plane_gradients(g, from, p.cols, c.mean[channel], c.scale[channel], c.bias[channel], c.relu, sum[k], dot[k]);
+      plane_gradients(g + p.offset, from + p.offset, p.cols, c.mean[channel], c.scale[channel], c.bias[channel], c.relu,
+                      sum[k], dot[k]);
     });
   const PerColumn<T> mean(v, c.mean.data(), r), scale(v, c.scale.data(), r), bias(v, c.bias.data(), r);
   const Affine<T> f{mean.values, scale.values, bias.values, c.relu};
   for_pieces(v, r, [&](const Piece& p, int64_t) {
-    int64_t x_ld, dy_ld;
-    const T *from = read_x.at(p, x_ld), *g = read_dy.at(p, dy_ld);
     T part_sum[kBlockCols], part_dot[kBlockCols];
     std::fill_n(part_sum, p.cols, T(0));
     std::fill_n(part_dot, p.cols, T(0));
-    add_gradients(g, dy_ld, from, x_ld, p.rows, p.cols, f, part_sum, part_dot);
+    add_gradients(g + p.offset, from + p.offset, p.ld, p.rows, p.cols, f, part_sum, part_dot);
     for (int64_t j = 0; j < p.cols; ++j) sum[j] += part_sum[j];
     for (int64_t j = 0; j < p.cols; ++j) dot[j] += part_dot[j];
   });
@@ -214,13 +197,13 @@ void finish(const Layout& v, int64_t begin, int64_t end, const double* sum, cons
 }
 
 // Per channel: the sum of dy behind the relu, and of dy (x - mean) / sqrt(var + eps). (2, C)
-template <class T>
+template <class S, class T = Wide<S>>
 void gradient_sums(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Tensor& sums) {
   const int64_t parts = v.parts(), columns = v.columns_per_channel();
   std::vector<double> sum(parts * v.sums()), dot(parts * v.sums());
   for_ranges(v, [&](const Range& r) {
     const int64_t at = r.part * v.sums() + r.begin;
-    range_sums(v, dy, x, r, c, sum.data() + at, dot.data() + at);
+    range_sums<S>(v, dy, x, r, c, sum.data() + at, dot.data() + at);
   });
   for (std::vector<double>* each : {&sum, &dot}) {
     double* total = each->data();
@@ -245,31 +228,26 @@ struct Slopes {
   }
 };
 
-template <class T>
+template <class S, class T = Wide<S>>
 void input_gradient_piece(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c,
                           const Slopes<T>& s, const Tensor& dx, const Piece& p, int64_t channel) {
-  Reader<T> read_x{x, {}}, read_dy{dy, {}};
-  TileWriter<T> writer(matrix_of(dx, p));
-  int64_t x_ld, dy_ld, out_ld;
-  const T *from = read_x.at(p, x_ld), *g = read_dy.at(p, dy_ld);
-  T* out = writer.at(0, 0, p.rows, p.cols, out_ld);
-  write_input_gradient(g, dy_ld, from, x_ld, p.rows, p.cols, v.length > 1, c.from(channel), s.slope.data() + channel,
-                       s.offset.data() + channel, out, out_ld);
-  writer.flush(0, 0, p.rows, p.cols);
+  write_input_gradient(data<S>(dy) + p.offset, data<S>(x) + p.offset, p.ld, p.rows, p.cols, v.length > 1,
+                       c.from(channel), s.slope.data() + channel, s.offset.data() + channel, data<S>(dx) + p.offset);
 }
 
-template <class T>
+template <class S, class T = Wide<S>>
 void input_gradient(const Layout& v, const Tensor& dy, const Tensor& x, const Coefficients<T>& c, const Tensor& sums,
                     double each, const Tensor& dx) {
   Slopes<T> s(c);
   s.set(0, v.channels, sums, each, c);
   for (std::vector<T>* values : {&s.slope, &s.offset}) c.repeat(*values, v.channels);
-  for_pieces_in_order(v, 2 * x.element_size(),
-                      [&](const Piece& p, int64_t channel) { input_gradient_piece(v, dy, x, c, s, dx, p, channel); });
+  for_pieces_in_order(v, 2 * x.element_size(), [&](const Piece& p, int64_t channel) {
+    input_gradient_piece<S>(v, dy, x, c, s, dx, p, channel);
+  });
 }
 
 // Sums and gradient of x, as `train` goes.
-template <class T>
+template <class S, class T = Wide<S>>
 void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const Tensor& sums, const Tensor& dx) {
   const Layout v(x);
   const double each = 1. / v.count();
@@ -277,21 +255,26 @@ void train_backward(const Tensor& dy, const Tensor& x, Coefficients<T> c, const 
   Slopes<T> s(c);
   const bool done = for_whole_channels(v, 2 * x.element_size(), [&](const Range& r) {
     c.set(r.begin, r.end);
-    range_sums(v, dy, x, r, c, sum.data() + r.begin, dot.data() + r.begin);
+    range_sums<S>(v, dy, x, r, c, sum.data() + r.begin, dot.data() + r.begin);
     finish(v, r.begin, r.end, sum.data(), dot.data(), c, sums);
     s.set(r.begin, r.end, sums, each, c);
-    for_pieces(v, r, [&](const Piece& p, int64_t channel) { input_gradient_piece(v, dy, x, c, s, dx, p, channel); });
+    for_pieces(v, r, [&](const Piece& p, int64_t channel) { input_gradient_piece<S>(v, dy, x, c, s, dx, p, channel); });
   });
   if (done) return;
   c.set_all();
-  gradient_sums(v, dy, x, c, sums);
-  input_gradient(v, dy, x, c, sums, each, dx);
+  gradient_sums<S>(v, dy, x, c, sums);
+  input_gradient<S>(v, dy, x, c, sums, each, dx);
 }
 
-// f(T()) with the type that x is accumulated in.
+// f(S()) with the type that x is stored in.
 template <class F>
-void as_accumulated(const Tensor& x, const F& f) {
-  is_double(x) ? f(double()) : f(float());
+void as_stored(const Tensor& x, const F& f) {
+  switch (x.scalar_type()) {
+    case ScalarType::BFloat16: return f(BFloatBits());
+    case ScalarType::Half: return f(HalfBits());
+    case ScalarType::Double: return f(double());
+    default: return f(float());
+  }
 }
 
 Tensor like(const Tensor& x) {
@@ -310,16 +293,16 @@ Tensor two_per_channel(const Tensor& x) {
 
 std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {
   Tensor centre = two_per_channel(x), variance = per_channel(x);
-  as_accumulated(x, [&](auto zero) { moments<decltype(zero)>(Layout(x), x, centre, variance); });
+  as_stored(x, [&](auto zero) { moments<decltype(zero)>(Layout(x), x, centre, variance); });
   return {centre, variance};
 }
 
 std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias, double eps,
                                                   bool relu) {
   Tensor centre = two_per_channel(x), variance = per_channel(x), y = like(x);
-  as_accumulated(x, [&](auto zero) {
-    using T = decltype(zero);
-    train(x, Coefficients<T>(Layout(x), centre, variance, weight, bias, eps, relu), centre, variance, y);
+  as_stored(x, [&](auto zero) {
+    using S = decltype(zero);
+    train<S>(x, Coefficients<Wide<S>>(Layout(x), centre, variance, weight, bias, eps, relu), centre, variance, y);
   });
   return {y, centre, variance};
 }
@@ -327,9 +310,10 @@ std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor w
 std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
                                           const Tensor centre, const Tensor variance, double eps, bool relu) {
   Tensor sums = two_per_channel(x), dx = like(x);
-  as_accumulated(x, [&](auto zero) {
-    const Coefficients<decltype(zero)> c(Layout(x), centre, variance, weight, bias, eps, relu);
-    train_backward(dy, x, c, sums, dx);
+  as_stored(x, [&](auto zero) {
+    using S = decltype(zero);
+    const Coefficients<Wide<S>> c(Layout(x), centre, variance, weight, bias, eps, relu);
+    train_backward<S>(dy, x, c, sums, dx);
   });
   return {dx, sums};
 }
@@ -337,9 +321,10 @@ std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const
 Tensor batch_norm_apply(const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
                         const Tensor variance, double eps, bool relu) {
   Tensor y = like(x);
-  as_accumulated(x, [&](auto zero) {
+  as_stored(x, [&](auto zero) {
+    using S = decltype(zero);
     const Layout v(x);
-    apply(v, x, Coefficients<decltype(zero)>(v, centre, variance, weight, bias, eps, relu).set_all(), y);
+    apply<S>(v, x, Coefficients<Wide<S>>(v, centre, variance, weight, bias, eps, relu).set_all(), y);
   });
   return y;
 }
@@ -347,9 +332,10 @@ Tensor batch_norm_apply(const Tensor x, const Tensor weight, const Tensor bias, 
 Tensor batch_norm_sums(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
                        const Tensor variance, double eps, bool relu) {
   Tensor sums = two_per_channel(x);
-  as_accumulated(x, [&](auto zero) {
+  as_stored(x, [&](auto zero) {
+    using S = decltype(zero);
     const Layout v(x);
-    gradient_sums(v, dy, x, Coefficients<decltype(zero)>(v, centre, variance, weight, bias, eps, relu).set_all(), sums);
+    gradient_sums<S>(v, dy, x, Coefficients<Wide<S>>(v, centre, variance, weight, bias, eps, relu).set_all(), sums);
   });
   return sums;
 }
@@ -357,10 +343,11 @@ Tensor batch_norm_sums(const Tensor dy, const Tensor x, const Tensor weight, con
 Tensor batch_norm_input_grad(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
                              const Tensor centre, const Tensor variance, const Tensor means, double eps, bool relu) {
   Tensor dx = like(x);
-  as_accumulated(x, [&](auto zero) {
+  as_stored(x, [&](auto zero) {
+    using S = decltype(zero);
     const Layout v(x);
-    Coefficients<decltype(zero)> c(v, centre, variance, weight, bias, eps, relu);
-    input_gradient(v, dy, x, c.set_all(), means, 1., dx);
+    Coefficients<Wide<S>> c(v, centre, variance, weight, bias, eps, relu);
+    input_gradient<S>(v, dy, x, c.set_all(), means, 1., dx);
   });
   return dx;
 }

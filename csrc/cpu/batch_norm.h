@@ -1,4 +1,5 @@
-// The loops of batch moments and batch norm: sums column by column or plane by plane, and maps of number to number.
+// The loops of batch moments and batch norm: sums column by column or plane by plane, and maps of number to number, of
+// numbers stored as S and counted as T.
 #pragma once
 
 #include "channels.h"
@@ -19,14 +20,14 @@ SSLKERN_INLINE void each_row(const F& f) {
 }
 
 // sum += x - pivot, square += (x - pivot)^2, column by column, over R rows
-template <int64_t R, class T>
-SSLKERN_INLINE void add_powers_of(const T* x, int64_t ld, int64_t cols, const T* pivot, T* sum, T* square) {
+template <int64_t R, class S, class T>
+SSLKERN_INLINE void add_powers_of(const S* x, int64_t ld, int64_t cols, const T* pivot, T* sum, T* square) {
 #pragma omp simd
   for (int64_t j = 0; j < cols; ++j) {
     T s = 0, q = 0;
     const T p = pivot[j];
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
-      const T d = x[j + r * ld] - p;
+      const T d = wide(x[j + r * ld]) - p;
       s += d;
       q += d * d;
     });
@@ -35,8 +36,8 @@ SSLKERN_INLINE void add_powers_of(const T* x, int64_t ld, int64_t cols, const T*
   }
 }
 
-template <class T>
-SSLKERN_INLINE void add_powers_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,
+template <class S, class T>
+SSLKERN_INLINE void add_powers_body(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,
                                     T* square) {
   int64_t i = 0;
   for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld) {
@@ -47,13 +48,13 @@ SSLKERN_INLINE void add_powers_body(const T* x, int64_t ld, int64_t rows, int64_
 }
 
 // square += ((x - pivot) - shift)^2, column by column
-template <class T>
-SSLKERN_INLINE void add_squares_body(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, const T* shift,
+template <class S, class T>
+SSLKERN_INLINE void add_squares_body(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, const T* shift,
                                      T* square) {
   for (int64_t i = 0; i < rows; ++i, x += ld) {
 #pragma omp simd
     for (int64_t j = 0; j < cols; ++j) {
-      const T d = (x[j] - pivot[j]) - shift[j];
+      const T d = (wide(x[j]) - pivot[j]) - shift[j];
       square[j] += d * d;
     }
   }
@@ -113,16 +114,16 @@ struct Affine {
 };
 
 // sum += dy, dot += dy (x - mean), with dy zero where the relu was; NaN passes, as in torch
-template <int64_t R, bool kRelu, class T>
-SSLKERN_INLINE void add_gradients_of(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t cols,
-                                     const Affine<T>& f, T* sum, T* dot) {
+template <int64_t R, bool kRelu, class S, class T>
+SSLKERN_INLINE void add_gradients_of(const S* dy, const S* x, int64_t ld, int64_t cols, const Affine<T>& f, T* sum,
+                                     T* dot) {
   const T *mean = f.mean, *scale = f.scale, *bias = f.bias;
 #pragma omp simd
   for (int64_t j = 0; j < cols; ++j) {
     T s = 0, d = 0;
     const T m = mean[j], a = kRelu ? scale[j] : T(0), b = kRelu ? bias[j] : T(0);
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
-      const T c = x[j + r * ld] - m, given = dy[j + r * dy_ld];
+      const T c = wide(x[j + r * ld]) - m, given = wide(dy[j + r * ld]);
       const T g = kRelu && c * a + b <= 0 ? T(0) : given;
       s += g;
       d += g * c;
@@ -132,23 +133,23 @@ SSLKERN_INLINE void add_gradients_of(const T* dy, int64_t dy_ld, const T* x, int
   }
 }
 
-template <bool kRelu, class T>
-SSLKERN_INLINE void add_gradients_if(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+template <bool kRelu, class S, class T>
+SSLKERN_INLINE void add_gradients_if(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols,
                                      const Affine<T>& f, T* sum, T* dot) {
   int64_t i = 0;
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * dy_ld) {
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * ld) {
     prefetch_rows(x, ld, rows - i, cols, kAtOnce);
-    prefetch_rows(dy, dy_ld, rows - i, cols, kAtOnce);
-    add_gradients_of<kAtOnce, kRelu>(dy, dy_ld, x, ld, cols, f, sum, dot);
+    prefetch_rows(dy, ld, rows - i, cols, kAtOnce);
+    add_gradients_of<kAtOnce, kRelu>(dy, x, ld, cols, f, sum, dot);
   }
-  for (; i < rows; ++i, x += ld, dy += dy_ld) add_gradients_of<1, kRelu>(dy, dy_ld, x, ld, cols, f, sum, dot);
+  for (; i < rows; ++i, x += ld, dy += ld) add_gradients_of<1, kRelu>(dy, x, ld, cols, f, sum, dot);
 }
 
-template <class T>
-SSLKERN_INLINE void add_gradients_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
+template <class S, class T>
+SSLKERN_INLINE void add_gradients_body(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols,
                                        const Affine<T>& f, T* sum, T* dot) {
-  f.relu ? add_gradients_if<true>(dy, dy_ld, x, ld, rows, cols, f, sum, dot)
-         : add_gradients_if<false>(dy, dy_ld, x, ld, rows, cols, f, sum, dot);
+  f.relu ? add_gradients_if<true>(dy, x, ld, rows, cols, f, sum, dot)
+         : add_gradients_if<false>(dy, x, ld, rows, cols, f, sum, dot);
 }
 
 // Sums over a plane run in this many lanes, added up in pairs.
@@ -161,18 +162,18 @@ SSLKERN_INLINE T fold_lanes(T* lanes) {
   return lanes[0];
 }
 
-template <class T>
-SSLKERN_INLINE void add_lanes(const T* x, int64_t lanes, T pivot, T* sums, T* squares) {
+template <class S, class T>
+SSLKERN_INLINE void add_lanes(const S* x, int64_t lanes, T pivot, T* sums, T* squares) {
 #pragma omp simd
   for (int64_t j = 0; j < lanes; ++j) {
-    const T d = x[j] - pivot;
+    const T d = wide(x[j]) - pivot;
     sums[j] += d;
     squares[j] += d * d;
   }
 }
 
-template <class T>
-SSLKERN_INLINE void plane_powers_body(const T* x, int64_t n, T pivot, T& sum, T& square) {
+template <class S, class T>
+SSLKERN_INLINE void plane_powers_body(const S* x, int64_t n, T pivot, T& sum, T& square) {
   T sums[kLanes] = {}, squares[kLanes] = {};
   int64_t i = 0;
   for (; i + kLanes <= n; i += kLanes) add_lanes(x + i, kLanes, pivot, sums, squares);
@@ -181,20 +182,20 @@ SSLKERN_INLINE void plane_powers_body(const T* x, int64_t n, T pivot, T& sum, T&
   square = fold_lanes(squares);
 }
 
-template <class T>
-SSLKERN_INLINE void add_gradient_lanes(const T* dy, const T* x, int64_t lanes, T mean, T scale, T bias, bool relu,
+template <class S, class T>
+SSLKERN_INLINE void add_gradient_lanes(const S* dy, const S* x, int64_t lanes, T mean, T scale, T bias, bool relu,
                                        T* sums, T* dots) {
 #pragma omp simd
   for (int64_t j = 0; j < lanes; ++j) {
-    const T c = x[j] - mean;
-    const T g = relu && c * scale + bias <= 0 ? T(0) : dy[j];
+    const T c = wide(x[j]) - mean, given = wide(dy[j]);
+    const T g = relu && c * scale + bias <= 0 ? T(0) : given;
     sums[j] += g;
     dots[j] += g * c;
   }
 }
 
-template <class T>
-SSLKERN_INLINE void plane_gradients_body(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,
+template <class S, class T>
+SSLKERN_INLINE void plane_gradients_body(const S* dy, const S* x, int64_t n, T mean, T scale, T bias, bool relu,
                                          double& sum, double& dot) {
   T sums[kLanes] = {}, dots[kLanes] = {};
   int64_t i = 0;
@@ -213,73 +214,71 @@ struct Same {
   }
 };
 
-template <int64_t R, bool kRelu, class T, class V>
-SSLKERN_INLINE void affine_of_rows(const T* x, int64_t ld, int64_t n, V mean, V scale, V bias, T* out, int64_t out_ld) {
+template <int64_t R, bool kRelu, class S, class V>
+SSLKERN_INLINE void affine_of_rows(const S* x, int64_t ld, int64_t n, V mean, V scale, V bias, S* out) {
+  using T = Wide<S>;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T m = mean[j], a = scale[j], b = bias[j];
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
-      const T y = (x[j + r * ld] - m) * a + b;
-      out[j + r * out_ld] = kRelu && y < 0 ? T(0) : y;
+      const T y = (wide(x[j + r * ld]) - m) * a + b;
+      out[j + r * ld] = narrow<S>(kRelu && y < 0 ? T(0) : y);
     });
   }
 }
 
 // out = scale dy - (slope (x - mean) + offset)
-template <int64_t R, bool kRelu, class T, class V>
-SSLKERN_INLINE void input_gradient_of_rows(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t n, V mean,
-                                           V scale, V bias, V slope, V offset, T* out, int64_t out_ld) {
+template <int64_t R, bool kRelu, class S, class V>
+SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, int64_t n, V mean, V scale, V bias,
+                                           V slope, V offset, S* out) {
+  using T = Wide<S>;
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
     const T m = mean[j], a = scale[j], b = kRelu ? bias[j] : T(0), k = slope[j], l = offset[j];
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
-      const T c = x[j + r * ld] - m, given = dy[j + r * dy_ld];
+      const T c = wide(x[j + r * ld]) - m, given = wide(dy[j + r * ld]);
       const T g = kRelu && c * a + b <= 0 ? T(0) : given;
-      out[j + r * out_ld] = a * g - (k * c + l);
+      out[j + r * ld] = narrow<S>(a * g - (k * c + l));
     });
   }
 }
 
 // A piece of `for_pieces_in_order`, with the channels' numbers from its first channel on; `runs`: one channel per row.
-template <bool kRelu, class T>
-SSLKERN_INLINE void affine_if(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, T* out,
-                              int64_t out_ld) {
+template <bool kRelu, class S, class T>
+SSLKERN_INLINE void affine_if(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
+                              S* out) {
   int64_t i = 0;
-  for (; runs && i < rows; ++i, x += ld, out += out_ld)
-    affine_of_rows<1, kRelu, T, Same<T>>(x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, out, out_ld);
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, out += kAtOnce * out_ld)
-    affine_of_rows<kAtOnce, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out, out_ld);
-  for (; i < rows; ++i, x += ld, out += out_ld)
-    affine_of_rows<1, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out, out_ld);
+  for (; runs && i < rows; ++i, x += ld, out += ld)
+    affine_of_rows<1, kRelu, S, Same<T>>(x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, out);
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, out += kAtOnce * ld)
+    affine_of_rows<kAtOnce, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out);
+  for (; i < rows; ++i, x += ld, out += ld) affine_of_rows<1, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out);
 }
 
-template <class T>
-SSLKERN_INLINE void affine_body(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
-                                T* out, int64_t out_ld) {
-  f.relu ? affine_if<true>(x, ld, rows, cols, runs, f, out, out_ld)
-         : affine_if<false>(x, ld, rows, cols, runs, f, out, out_ld);
+template <class S, class T>
+SSLKERN_INLINE void affine_body(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
+                                S* out) {
+  f.relu ? affine_if<true>(x, ld, rows, cols, runs, f, out) : affine_if<false>(x, ld, rows, cols, runs, f, out);
 }
 
-template <bool kRelu, class T>
-SSLKERN_INLINE void input_gradient_if(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
-                                      bool runs, const Affine<T>& f, const T* slope, const T* offset, T* out,
-                                      int64_t out_ld) {
+template <bool kRelu, class S, class T>
+SSLKERN_INLINE void input_gradient_if(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
+                                      const Affine<T>& f, const T* slope, const T* offset, S* out) {
   int64_t i = 0;
-  for (; runs && i < rows; ++i, x += ld, dy += dy_ld, out += out_ld)
-    input_gradient_of_rows<1, kRelu, T, Same<T>>(dy, dy_ld, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]},
-                                                 {slope[i]}, {offset[i]}, out, out_ld);
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * dy_ld, out += kAtOnce * out_ld)
-    input_gradient_of_rows<kAtOnce, kRelu>(dy, dy_ld, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out, out_ld);
-  for (; i < rows; ++i, x += ld, dy += dy_ld, out += out_ld)
-    input_gradient_of_rows<1, kRelu>(dy, dy_ld, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out, out_ld);
+  for (; runs && i < rows; ++i, x += ld, dy += ld, out += ld)
+    input_gradient_of_rows<1, kRelu, S, Same<T>>(dy, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, {slope[i]},
+                                                 {offset[i]}, out);
+  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * ld, out += kAtOnce * ld)
+    input_gradient_of_rows<kAtOnce, kRelu>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
+  for (; i < rows; ++i, x += ld, dy += ld, out += ld)
+    input_gradient_of_rows<1, kRelu>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
 }
 
-template <class T>
-SSLKERN_INLINE void input_gradient_body(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows, int64_t cols,
-                                        bool runs, const Affine<T>& f, const T* slope, const T* offset, T* out,
-                                        int64_t out_ld) {
-  f.relu ? input_gradient_if<true>(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld)
-         : input_gradient_if<false>(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld);
+template <class S, class T>
+SSLKERN_INLINE void input_gradient_body(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
+                                        const Affine<T>& f, const T* slope, const T* offset, S* out) {
+  f.relu ? input_gradient_if<true>(dy, x, ld, rows, cols, runs, f, slope, offset, out)
+         : input_gradient_if<false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
 }
 
 // What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
@@ -317,60 +316,69 @@ SSLKERN_INLINE void slopes_body(int64_t n, const T* sum, const T* dot, double ea
   }
 }
 
-#define SSLKERN_KERNELS(T)                                                                                             \
-  SSLKERN_CLONES static void add_powers(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,    \
-                                        T* square) {                                                                   \
-    add_powers_body(x, ld, rows, cols, pivot, sum, square);                                                            \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void add_squares(const T* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot,           \
-                                         const T* shift, T* square) {                                                  \
-    add_squares_body(x, ld, rows, cols, pivot, shift, square);                                                         \
-  }                                                                                                                    \
-  SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                    \
-    return centre_squares_body(count, cols, sum, square);                                                              \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square,   \
-                                           T* pivot, double* mean, double* m2) {                                       \
-    merge_columns_body(count, more, cols, sum, square, pivot, mean, m2);                                               \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void finish_moments(int64_t n, int64_t count, const double* mean, const double* m2, T* high,   \
-                                            T* low, T* variance) {                                                     \
-    finish_moments_body(n, count, mean, m2, high, low, variance);                                                      \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void affine_of(int64_t n, const T* low, const T* variance, const T* weight, const T* beta,     \
-                                       T eps, T* inverse_std, T* scale, T* bias) {                                     \
-    affine_of_body(n, low, variance, weight, beta, eps, inverse_std, scale, bias);                                     \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void finish_sums(int64_t n, const double* sum, const double* dot, const T* low,                \
-                                         const T* inverse_std, T* sum_out, T* dot_out) {                               \
-    finish_sums_body(n, sum, dot, low, inverse_std, sum_out, dot_out);                                                 \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void slopes(int64_t n, const T* sum, const T* dot, double each, const T* low,                  \
-                                    const T* inverse_std, const T* scale, T* slope, T* offset) {                       \
-    slopes_body(n, sum, dot, each, low, inverse_std, scale, slope, offset);                                            \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void add_gradients(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows,           \
-                                           int64_t cols, const Affine<T>& f, T* sum, T* dot) {                         \
-    add_gradients_body(dy, dy_ld, x, ld, rows, cols, f, sum, dot);                                                     \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void plane_powers(const T* x, int64_t n, T pivot, T& sum, T& square) {                         \
-    plane_powers_body(x, n, pivot, sum, square);                                                                       \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void plane_gradients(const T* dy, const T* x, int64_t n, T mean, T scale, T bias, bool relu,   \
-                                             double& sum, double& dot) {                                               \
-    plane_gradients_body(dy, x, n, mean, scale, bias, relu, sum, dot);                                                 \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void affine(const T* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, \
-                                    T* out, int64_t out_ld) {                                                          \
-    affine_body(x, ld, rows, cols, runs, f, out, out_ld);                                                              \
-  }                                                                                                                    \
-  SSLKERN_CLONES static void write_input_gradient(const T* dy, int64_t dy_ld, const T* x, int64_t ld, int64_t rows,    \
-                                                  int64_t cols, bool runs, const Affine<T>& f, const T* slope,         \
-                                                  const T* offset, T* out, int64_t out_ld) {                           \
-    input_gradient_body(dy, dy_ld, x, ld, rows, cols, runs, f, slope, offset, out, out_ld);                            \
+// The clones of what works per channel.
+#define SSLKERN_KERNELS(T)                                                                                           \
+  SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                  \
+    return centre_squares_body(count, cols, sum, square);                                                            \
+  }                                                                                                                  \
+  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square, \
+                                           T* pivot, double* mean, double* m2) {                                     \
+    merge_columns_body(count, more, cols, sum, square, pivot, mean, m2);                                             \
+  }                                                                                                                  \
+  SSLKERN_CLONES static void finish_moments(int64_t n, int64_t count, const double* mean, const double* m2, T* high, \
+                                            T* low, T* variance) {                                                   \
+    finish_moments_body(n, count, mean, m2, high, low, variance);                                                    \
+  }                                                                                                                  \
+  SSLKERN_CLONES static void affine_of(int64_t n, const T* low, const T* variance, const T* weight, const T* beta,   \
+                                       T eps, T* inverse_std, T* scale, T* bias) {                                   \
+    affine_of_body(n, low, variance, weight, beta, eps, inverse_std, scale, bias);                                   \
+  }                                                                                                                  \
+  SSLKERN_CLONES static void finish_sums(int64_t n, const double* sum, const double* dot, const T* low,              \
+                                         const T* inverse_std, T* sum_out, T* dot_out) {                             \
+    finish_sums_body(n, sum, dot, low, inverse_std, sum_out, dot_out);                                               \
+  }                                                                                                                  \
+  SSLKERN_CLONES static void slopes(int64_t n, const T* sum, const T* dot, double each, const T* low,                \
+                                    const T* inverse_std, const T* scale, T* slope, T* offset) {                     \
+    slopes_body(n, sum, dot, each, low, inverse_std, scale, slope, offset);                                          \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)
+#undef SSLKERN_KERNELS
+
+// The clones of what reads x, stored as S.
+#define SSLKERN_KERNELS(S, T)                                                                                          \
+  SSLKERN_CLONES static void add_powers(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,    \
+                                        T* square) {                                                                   \
+    add_powers_body(x, ld, rows, cols, pivot, sum, square);                                                            \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void add_squares(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot,           \
+                                         const T* shift, T* square) {                                                  \
+    add_squares_body(x, ld, rows, cols, pivot, shift, square);                                                         \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void add_gradients(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols,            \
+                                           const Affine<T>& f, T* sum, T* dot) {                                       \
+    add_gradients_body(dy, x, ld, rows, cols, f, sum, dot);                                                            \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void plane_powers(const S* x, int64_t n, T pivot, T& sum, T& square) {                         \
+    plane_powers_body(x, n, pivot, sum, square);                                                                       \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void plane_gradients(const S* dy, const S* x, int64_t n, T mean, T scale, T bias, bool relu,   \
+                                             double& sum, double& dot) {                                               \
+    plane_gradients_body(dy, x, n, mean, scale, bias, relu, sum, dot);                                                 \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void affine(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f, \
+                                    S* out) {                                                                          \
+    affine_body(x, ld, rows, cols, runs, f, out);                                                                      \
+  }                                                                                                                    \
+  SSLKERN_CLONES static void write_input_gradient(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols,     \
+                                                  bool runs, const Affine<T>& f, const T* slope, const T* offset,      \
+                                                  S* out) {                                                            \
+    input_gradient_body(dy, x, ld, rows, cols, runs, f, slope, offset, out);                                           \
+  }
+SSLKERN_KERNELS(float, float)
+SSLKERN_KERNELS(double, double)
+SSLKERN_KERNELS(BFloatBits, float)
+SSLKERN_KERNELS(HalfBits, float)
 #undef SSLKERN_KERNELS
 
 }  // namespace sslkern

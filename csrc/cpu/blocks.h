@@ -19,10 +19,6 @@ inline int64_t tile_height(int64_t cols) {
   return std::clamp<int64_t>(kTileNumbers / cols, 16, kBlockRows);
 }
 
-inline int64_t round_up(int64_t x, int64_t to) {
-  return ceil_div(x, to) * to;
-}
-
 // How the long side of a matrix is cut: into parts, each a thread's own, and these into blocks. For tiles the threads
 // share the parts out, and the sums of all parts are no more than half of the matrix. A vendor library uses all threads
 // in one part, whose blocks are about a third of the matrix: with their product, and what the library packs, less than
@@ -304,8 +300,8 @@ class TileWriter {
 
   void flush(int64_t i, int64_t j, int64_t rows, int64_t cols) {
     if (in_place_) return;
-    if (grad_.dtype == ScalarType::BFloat16) return store<torch::headeronly::BFloat16>(i, j, rows, cols);
-    store<torch::headeronly::Half>(i, j, rows, cols);
+    if (grad_.dtype == ScalarType::BFloat16) return store<BFloatBits>(i, j, rows, cols);
+    store<HalfBits>(i, j, rows, cols);
   }
 
  private:

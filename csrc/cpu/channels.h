@@ -2,7 +2,7 @@
 // is columns: M rows, or N rows of C * L columns of which L make a channel.
 #pragma once
 
-#include "blocks.h"
+#include "columns.h"
 
 namespace sslkern {
 
@@ -144,31 +144,11 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   });
 }
 
-// A piece of a contiguous tensor, as a matrix.
-inline Matrix matrix_of(const Tensor& x, const Piece& p) {
-  const int64_t element = x.element_size();
-  return {data<char>(x) + p.offset * element, p.rows, p.cols, p.ld, 1, x.scalar_type(), element};
-}
-
-// Reads pieces as T.
-template <class T>
-struct Reader {
-  const Tensor& x;
-  std::vector<T> scratch;
-
-  const T* at(const Piece& p, int64_t& ld) {
-    return tile(matrix_of(x, p), 0, p.rows, 0, p.cols, scratch, ld);
-  }
-};
-
 // The first number of every channel: its pivot.
-template <class T>
-std::vector<T> first_numbers(const Layout& v, const Tensor& x) {
-  Matrix first = matrix_of(x, {0, 1, v.channels, v.width()});
-  first.col_stride = v.length;
-  std::vector<T> pivots(v.channels), scratch;
-  int64_t unused;
-  std::copy_n(tile(first, 0, 1, 0, v.channels, scratch, unused), v.channels, pivots.begin());
+template <class S>
+std::vector<Wide<S>> first_numbers(const Layout& v, const Tensor& x) {
+  std::vector<Wide<S>> pivots(v.channels);
+  for (int64_t c = 0; c < v.channels; ++c) pivots[c] = wide(data<S>(x)[c * v.length]);
   return pivots;
 }
 

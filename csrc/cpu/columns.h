@@ -2,7 +2,7 @@
 // fp64 across blocks, in a fixed order, so their bits do not depend on the number of threads.
 #pragma once
 
-#include "../common.h"
+#include "types.h"
 
 namespace sslkern {
 
@@ -285,71 +285,6 @@ void write_tile(GradientTile<T> g) {
   gradient_rows(g);
 }
 
-// Between fp32 and the 16-bit types, by their bits: without a branch, for the compiler to make vectors of.
-SSLKERN_INLINE uint32_t bits_of(float x) {
-  return __builtin_bit_cast(uint32_t, x);
-}
-SSLKERN_INLINE float float_of(uint32_t bits) {
-  return __builtin_bit_cast(float, bits);
-}
-
-// A half below 2^-14 has no leading one; a subtraction finds it. Infinity and NaN keep the largest exponent.
-SSLKERN_INLINE float widen_half(uint16_t half) {
-  const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
-  const uint32_t small = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);
-  const uint32_t usual = magnitude + (magnitude >= 31u << 23 ? 224u << 23 : 112u << 23);
-  return float_of(sign | (magnitude < 1u << 23 ? small : usual));
-}
-
-// To the nearest, ties to even. Below 2^-14 a half counts in steps of 2^-24, which are those of fp32 at .5.
-SSLKERN_INLINE uint16_t narrow_half(float x) {
-  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
-  const uint32_t small = bits_of(float_of(magnitude) + .5f) - bits_of(.5f);
-  const uint32_t usual = ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
-  const uint32_t finite = magnitude < 113u << 23 ? small : usual < 0x7c00u ? usual : 0x7c00u;
-  return static_cast<uint16_t>(sign | (magnitude > 255u << 23 ? 0x7e00u : finite));
-}
-
-SSLKERN_INLINE uint16_t narrow_bfloat(float x) {
-  const uint32_t bits = bits_of(x);
-  const uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
-  return static_cast<uint16_t>((bits & 0x7fffffffu) > 255u << 23 ? 0x7fc0u : nearest);
-}
-
-SSLKERN_CLONES static void widen_bfloats(const uint16_t* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = float_of(static_cast<uint32_t>(x[j]) << 16);
-}
-SSLKERN_CLONES static void widen_halves(const uint16_t* x, int64_t n, float* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = widen_half(x[j]);
-}
-SSLKERN_CLONES static void narrow_bfloats(const float* x, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = narrow_bfloat(x[j]);
-}
-SSLKERN_CLONES static void narrow_halves(const float* x, int64_t n, uint16_t* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = narrow_half(x[j]);
-}
-
-// n numbers that lie side by side, from one type to the other.
-template <class From, class To>
-void convert(const From* x, int64_t n, To* out) {
-  using torch::headeronly::BFloat16, torch::headeronly::Half;
-  if constexpr (std::is_same_v<From, BFloat16> && std::is_same_v<To, float>) {
-    widen_bfloats(reinterpret_cast<const uint16_t*>(x), n, out);
-  } else if constexpr (std::is_same_v<From, Half> && std::is_same_v<To, float>) {
-    widen_halves(reinterpret_cast<const uint16_t*>(x), n, out);
-  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, BFloat16>) {
-    narrow_bfloats(x, n, reinterpret_cast<uint16_t*>(out));
-  } else if constexpr (std::is_same_v<From, float> && std::is_same_v<To, Half>) {
-    narrow_halves(x, n, reinterpret_cast<uint16_t*>(out));
-  } else {
-    for (int64_t j = 0; j < n; ++j) out[j] = static_cast<To>(x[j]);
-  }
-}
-
 template <class From, class T>
 void convert_tile(const Matrix& m, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* out, int64_t ld) {
   const From* x = reinterpret_cast<const From*>(m.at(i0, j0));
@@ -360,7 +295,7 @@ void convert_tile(const Matrix& m, int64_t i0, int64_t i1, int64_t j0, int64_t j
     for (int64_t i = 0; i < rows; ++i) convert(x + i * rs, cols, out + i * ld);
   } else {  // walk a transposed matrix along its own rows
     for (int64_t j = 0; j < cols; ++j)
-      for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = static_cast<T>(x[i * rs + j * cs]);
+      for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = static_cast<T>(wide(x[i * rs + j * cs]));
   }
 }
 
@@ -376,8 +311,8 @@ const T* tile(const Matrix& m, int64_t i0, int64_t i1, int64_t j0, int64_t j1, s
   ld = j1 - j0;
   scratch.resize((i1 - i0) * ld);
   switch (m.dtype) {
-    case ScalarType::BFloat16: convert_tile<torch::headeronly::BFloat16>(m, i0, i1, j0, j1, scratch.data(), ld); break;
-    case ScalarType::Half: convert_tile<torch::headeronly::Half>(m, i0, i1, j0, j1, scratch.data(), ld); break;
+    case ScalarType::BFloat16: convert_tile<BFloatBits>(m, i0, i1, j0, j1, scratch.data(), ld); break;
+    case ScalarType::Half: convert_tile<HalfBits>(m, i0, i1, j0, j1, scratch.data(), ld); break;
     case ScalarType::Float: convert_tile<float>(m, i0, i1, j0, j1, scratch.data(), ld); break;
     default: convert_tile<double>(m, i0, i1, j0, j1, scratch.data(), ld);
   }

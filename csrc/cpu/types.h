@@ -1,0 +1,99 @@
+// What numbers are stored as and counted in: fp64, fp32, and two types of 16 bits that are read and written by vectors.
+#pragma once
+
+#include "../common.h"
+
+namespace sslkern {
+
+// Between fp32 and the 16-bit types, by their bits: without a branch, for the compiler to make vectors of.
+SSLKERN_INLINE uint32_t bits_of(float x) {
+  return __builtin_bit_cast(uint32_t, x);
+}
+SSLKERN_INLINE float float_of(uint32_t bits) {
+  return __builtin_bit_cast(float, bits);
+}
+
+// A half below 2^-14 has no leading one; a subtraction finds it. Infinity and NaN keep the largest exponent.
+SSLKERN_INLINE float widen_half(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
+  const uint32_t small = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);
+  const uint32_t usual = magnitude + (magnitude >= 31u << 23 ? 224u << 23 : 112u << 23);
+  return float_of(sign | (magnitude < 1u << 23 ? small : usual));
+}
+
+// To the nearest, ties to even. Below 2^-14 a half counts in steps of 2^-24, which are those of fp32 at .5.
+SSLKERN_INLINE uint16_t narrow_half(float x) {
+  const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
+  const uint32_t small = bits_of(float_of(magnitude) + .5f) - bits_of(.5f);
+  const uint32_t usual = ((magnitude + 0xfffu + (magnitude >> 13 & 1u)) >> 13) - (112u << 10);
+  const uint32_t finite = magnitude < 113u << 23 ? small : usual < 0x7c00u ? usual : 0x7c00u;
+  return static_cast<uint16_t>(sign | (magnitude > 255u << 23 ? 0x7e00u : finite));
+}
+
+SSLKERN_INLINE uint16_t narrow_bfloat(float x) {
+  const uint32_t bits = bits_of(x);
+  const uint32_t nearest = (bits + 0x7fffu + (bits >> 16 & 1u)) >> 16;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 255u << 23 ? 0x7fc0u : nearest);
+}
+
+// The 16-bit types as loops see them: aggregates, whose every operation is inlined into vectors.
+struct BFloatBits {
+  uint16_t bits;
+};
+struct HalfBits {
+  uint16_t bits;
+};
+
+SSLKERN_INLINE double wide(double x) {
+  return x;
+}
+SSLKERN_INLINE float wide(float x) {
+  return x;
+}
+SSLKERN_INLINE float wide(BFloatBits x) {
+  return float_of(static_cast<uint32_t>(x.bits) << 16);
+}
+SSLKERN_INLINE float wide(HalfBits x) {
+  return widen_half(x.bits);
+}
+
+// What sums of numbers of type S are taken in.
+template <class S>
+using Wide = decltype(wide(S{}));
+
+template <class S>
+SSLKERN_INLINE S narrow(Wide<S> x) {
+  if constexpr (std::is_same_v<S, BFloatBits>) return {narrow_bfloat(x)};
+  if constexpr (std::is_same_v<S, HalfBits>) return {narrow_half(x)};
+  if constexpr (std::is_same_v<S, Wide<S>>) return x;
+}
+
+template <class From, class To>
+SSLKERN_INLINE void convert_body(const From* x, int64_t n, To* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) {
+    if constexpr (sizeof(From) < sizeof(To)) {
+      out[j] = wide(x[j]);
+    } else {
+      out[j] = narrow<To>(x[j]);
+    }
+  }
+}
+SSLKERN_CLONES static void convert(const BFloatBits* x, int64_t n, float* out) {
+  convert_body(x, n, out);
+}
+SSLKERN_CLONES static void convert(const HalfBits* x, int64_t n, float* out) {
+  convert_body(x, n, out);
+}
+SSLKERN_CLONES static void convert(const float* x, int64_t n, BFloatBits* out) {
+  convert_body(x, n, out);
+}
+SSLKERN_CLONES static void convert(const float* x, int64_t n, HalfBits* out) {
+  convert_body(x, n, out);
+}
+template <class From, class To>
+void convert(const From* x, int64_t n, To* out) {
+  for (int64_t j = 0; j < n; ++j) out[j] = static_cast<To>(wide(x[j]));
+}
+
+}  // namespace sslkern
