@@ -55,15 +55,16 @@ void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* fi
   v.planes ? plane_moments<S>(v, x, r, first, mean, m2) : column_moments<S>(v, x, r, first, mean, m2);
 }
 
-// What the columns of channels [begin, end) found, into the first of each: where a channel is more than one.
-inline void join_columns(const Layout& v, int64_t begin, int64_t end, double* mean, double* m2) {
+// What the columns of every channel found, all of them over the same number of rows, into the first C numbers.
+inline void join_columns(const Layout& v, double* mean, double* m2) {
   const int64_t columns = v.columns_per_channel();
-  for (int64_t c = begin; c < end && columns > 1; ++c) {
-    double joint = mean[c * columns], joint_m2 = m2[c * columns];
-    for (int64_t k = 1; k < columns; ++k)
-      merge(k * v.rows, v.rows, mean[c * columns + k], m2[c * columns + k], joint, joint_m2);
+  for (int64_t c = 0; c < v.channels && columns > 1; ++c) {
+    const double *means = mean + c * columns, *m2s = m2 + c * columns;
+    const double joint = std::accumulate(means, means + columns, 0.) / columns;
+    double square = 0;
+    for (int64_t k = 0; k < columns; ++k) square += m2s[k] + v.rows * (means[k] - joint) * (means[k] - joint);
     mean[c] = joint;
-    m2[c] = joint_m2;
+    m2[c] = square;
   }
 }
 
@@ -89,7 +90,7 @@ void moments(const Layout& v, const Tensor& x, const Tensor& centre, const Tenso
     const int64_t count = part * step * each, more = std::min(step, v.rows - part * step) * each;
     for (int64_t k = 0; k < sums; ++k) merge(count, more, mean[part * sums + k], m2[part * sums + k], mean[k], m2[k]);
   }
-  join_columns(v, 0, v.channels, mean.data(), m2.data());
+  join_columns(v, mean.data(), m2.data());
   finish<T>(v, 0, v.channels, mean.data(), m2.data(), centre, variance);
 }
 

@@ -226,7 +226,10 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Ioffe and Szegedy, Batch normalization (1502.03167), algorithm 1.
     """
     _checks.channels("x", x)
-    return _BatchMoments.apply(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _BatchMoments.apply(x)
+    centre, variance = pick("batch_moments_fwd", x)(_flat(x, _channels_last(x)))
+    return centre[0], variance
 
 
 def batch_norm(
