@@ -4,106 +4,9 @@
 // bits every time, and no atomics but the count of blocks.
 #pragma once
 
-#include "launch.cuh"
+#include "channels.cuh"
 
 namespace sslkern::cuda {
-
-constexpr int kThreads = 256;
-constexpr int kAtOnce = 4;                 // vectors that a thread has under way
-constexpr int64_t kReducingBlocks = 1024;  // of a grid: about one wave
-constexpr int64_t kMappingBlocks = 8192;
-
-struct Layout {
-  int64_t rows, channels, length;  // x is (rows, channels), or (rows, channels, length)
-  bool columns;
-
-  int64_t count() const {
-    return rows * length;
-  }
-};
-
-// How a layout is cut. A unit is a vector's width of a row in a tile of columns, or a vector of a channel's planes;
-// threads walk through them `down` at a time.
-struct Plan {
-  bool wide;  // 16-byte vectors
-  int64_t units, per_split;
-  dim3 grid, block;  // (tiles of columns or channels, splits), (vectors across, down)
-};
-
-inline Plan plan(const Layout& v, int64_t element_size, bool all_aligned, int64_t blocks) {
-  const int64_t lanes = kVectorBytes / element_size, run = v.columns ? v.channels : v.length;
-  const bool wide = element_size < 8 && all_aligned && run % lanes == 0;
-  const int64_t vectors = wide ? run / lanes : run, units = v.columns ? v.rows : v.rows * vectors;
-  const int64_t across = v.columns ? std::min<int64_t>(power_of_two_from(vectors), 32) : 1;
-  const int64_t down = std::clamp<int64_t>(power_of_two_from(units), ceil_div(32, across), kThreads / across);
-  const int64_t tiles = v.columns ? ceil_div(vectors, across) : v.channels;
-  const int64_t most = std::min<int64_t>(ceil_div(units, down * kAtOnce), 65535);
-  const int64_t per_split = ceil_div(ceil_div(units, std::min(ceil_div(blocks, tiles), most)), down) * down;
-  return {wide, units, per_split, dim3(tiles, ceil_div(units, per_split)), dim3(across, down)};
-}
-
-// A thread's way through its split: `left` more vectors, the next one at `offset`. Their lanes belong to one channel of
-// planes, or to V channels of columns, from `channel` on.
-template <int V, bool kColumns>
-struct Walk {
-  static constexpr int kSlots = kColumns ? V : 1;
-
-  bool inside = true;  // a tile may be wider than what is left of the columns
-  int64_t channel, left, offset, step;
-  int64_t place = 0, place_step = 0, places = 1, jump = 0;  // in a plane, in vectors; and to the channel's next plane
-
-  __device__ Walk(const Layout& v, const Plan& p) {
-    const int64_t begin = blockIdx.y * p.per_split + threadIdx.y, down = blockDim.y;
-    const int64_t end = blockIdx.y + 1 < gridDim.y ? (blockIdx.y + 1) * p.per_split : p.units;
-    left = begin < end ? ceil_div(end - begin, down) : 0;
-    if constexpr (kColumns) {
-      channel = (static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x) * V;
-      inside = channel < v.channels;
-      if (!inside) left = 0;
-      offset = begin * v.channels + channel;
-      step = down * v.channels;
-    } else {
-      channel = blockIdx.x;
-      places = v.length / V;
-      place = begin % places;
-      place_step = down % places;
-      offset = (begin / places * v.channels + channel) * v.length + place * V;
-      step = down / places * v.channels * v.length + place_step * V;
-      jump = (v.channels - 1) * v.length;
-    }
-  }
-  __device__ static constexpr int slot(int lane) {
-    return kColumns ? lane : 0;
-  }
-  // Numbers of a slot in so many vectors.
-  __device__ static constexpr int each(int vectors) {
-    return kColumns ? vectors : vectors * V;
-  }
-  // The offsets of the next vectors, at most kAtOnce; how many there are.
-  __device__ int next(int64_t (&offsets)[kAtOnce]) {
-    const int valid = left < kAtOnce ? static_cast<int>(left) : kAtOnce;
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k) {
-      offsets[k] = offset;
-      offset += step;
-      place += place_step;
-      if (!kColumns && place >= places) {
-        place -= places;
-        offset += jump;
-      }
-    }
-    left -= valid;
-    return valid;
-  }
-};
-
-template <class T, int V>
-__device__ __forceinline__ void load_all(const T* from, const int64_t (&offsets)[kAtOnce], int valid,
-                                         T (&to)[kAtOnce][V]) {
-#pragma unroll
-  for (int k = 0; k < kAtOnce; ++k)
-    if (k < valid) load(from + offsets[k], to[k]);
-}
 
 // What a slot has summed up: count numbers of this mean, and squares about it.
 template <class A>
@@ -129,50 +32,6 @@ struct Pair {
     dot += more.dot;
   }
 };
-
-// Merges `own` down the block, in pairs; the result is right where threadIdx.y is 0. All threads take part.
-template <class State, int S>
-__device__ void merge_block(State (&own)[S]) {
-  State* shared = reinterpret_cast<State*>(shared_memory());
-  const int across = blockDim.x, y = threadIdx.y, at = y * across + threadIdx.x;
-  const int given = across * (blockDim.y - 1);  // the first row gives nothing away
-  for (int half = blockDim.y / 2; half > 0; half /= 2) {
-    if (y >= half && y < 2 * half)
-      for (int s = 0; s < S; ++s) shared[s * given + at - across] = own[s];
-    __syncthreads();
-    if (y < half)
-      for (int s = 0; s < S; ++s) own[s].merge(shared[s * given + at + half * across - across]);
-  }
-}
-
-template <class State>
-size_t shared_bytes(const Plan& p, int slots) {
-  return std::max<size_t>(sizeof(State) * p.block.x * (p.block.y - 1) * slots, sizeof(int));
-}
-
-// Merges what the splits of a channel found, in the last of its blocks to come by: true there, where threadIdx.y is 0,
-// with the result in `own`. `splits` holds (gridDim.y, channels) states, `arrived` gridDim.x zeros.
-template <class State, int S>
-__device__ bool merge_splits(State (&own)[S], bool inside, int64_t channel, int64_t channels, State* splits,
-                             unsigned* arrived) {
-  merge_block(own);
-  const bool owner = inside && threadIdx.y == 0;
-  if (gridDim.y == 1) return owner;
-  if (owner)
-    for (int s = 0; s < S; ++s) splits[blockIdx.y * channels + channel + s] = own[s];
-  __threadfence();
-  __syncthreads();  // all of the block have written, and read what they merged
-  int* last = reinterpret_cast<int*>(shared_memory());
-  if (threadIdx.x == 0 && threadIdx.y == 0) *last = atomicAdd(arrived + blockIdx.x, 1u) == gridDim.y - 1;
-  __syncthreads();
-  if (!*last || !owner) return false;
-  __threadfence();
-  for (int s = 0; s < S; ++s) {
-    own[s] = State();
-    for (unsigned k = 0; k < gridDim.y; ++k) own[s].merge(splits[k * channels + channel + s]);
-  }
-  return true;
-}
 
 // centre (2, C): the mean as high + low; variance (C): biased. Two passes over what a thread loads at once, about the
 // channel's first number.
@@ -376,23 +235,6 @@ __global__ void __launch_bounds__(kThreads)
 
 template <class T>
 constexpr int wide_lanes = sizeof(T) < 8 ? kVectorBytes / sizeof(T) : 1;
-
-// Device memory that a reduction works in: `splits` of State per channel, and zeros for the blocks to count in.
-template <class State>
-struct Workspace {
-  State* splits;
-  unsigned* arrived;
-
-  static int64_t bytes(const Layout& v, const Plan& p) {
-    return p.grid.y > 1 ? p.grid.y * v.channels * sizeof(State) + p.grid.x * sizeof(unsigned) : 0;
-  }
-  Workspace(void* memory, const Layout& v, const Plan& p)
-      : splits(static_cast<State*>(memory)), arrived(reinterpret_cast<unsigned*>(splits + p.grid.y * v.channels)) {}
-
-  cudaError_t clear(const Plan& p, cudaStream_t stream) const {
-    return p.grid.y > 1 ? cudaMemsetAsync(arrived, 0, p.grid.x * sizeof(unsigned), stream) : cudaSuccess;
-  }
-};
 
 // The launchers. `memory` holds `Workspace<State>::bytes` of the reducing plan, State being Moments<A> or Pair.
 template <class T>

@@ -17,13 +17,14 @@ INCLUDE = '#include "../../csrc/cuda/batch_norm.cuh"'
 
 @cache
 def module(without: int | None = None) -> ModuleType:
-    """The compiled kernels; or without the barrier of this number, counted through the file."""
+    """The compiled kernels; or without the barrier of this number, counted through channels.cuh."""
     source, name = HERE / "batch_norm.cpp", "batch_norm"
     if without is None:
         return build(name, source)
-    parts = (CUDA / "batch_norm.cuh").read_text().split("__syncthreads();")
-    header = "__syncthreads();".join([*parts[:without], parts[without] + parts[without + 1], *parts[without + 2 :]])
-    text = source.read_text().replace(INCLUDE, header).replace(f"({name},", f"({name}_{without},")
+    parts = (CUDA / "channels.cuh").read_text().split("__syncthreads();")
+    channels = "__syncthreads();".join([*parts[:without], parts[without] + parts[without + 1], *parts[without + 2 :]])
+    kernels = (CUDA / "batch_norm.cuh").read_text().replace('#include "channels.cuh"', channels)
+    text = source.read_text().replace(INCLUDE, kernels).replace(f"({name},", f"({name}_{without},")
     return build(f"{name}_{without}", text, [CUDA, HERE])
 
 
