@@ -42,7 +42,7 @@ FLAGS = [
     "-Wno-unknown-pragmas",
 ]
 NVCC_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
-ARCHITECTURES = "8.0;9.0;10.0+PTX"
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # those of them that nvcc knows
 
 
 def nvcc() -> tuple[str, str]:
@@ -60,10 +60,19 @@ def nvcc() -> tuple[str, str]:
     return path or "", "" if path else "no nvcc was found when it was compiled, by CUDA_HOME or on the PATH"
 
 
-def code_generation() -> list[str]:
+def known_architectures(compiler: str) -> str:
+    """Our architectures without those that are newer than the compiler; PTX of the last."""
+    told = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout
+    numbers = [entry.removesuffix("+PTX") for entry in ARCHITECTURES.split(";")]
+    known = [number for number in numbers if f"compute_{number.replace('.', '')}\n" in told]
+    return f"{';'.join(known)}+PTX" if known else ARCHITECTURES
+
+
+def code_generation(compiler: str) -> list[str]:
     """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
     flags = []
-    for entry in re.split(r"[;\s]+", os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or ARCHITECTURES):
+    asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or known_architectures(compiler)
+    for entry in re.split(r"[;\s]+", asked):
         match = re.fullmatch(r"(\d+)\.(\d+[af]?)(\+PTX)?", entry)
         if not match:
             raise SystemExit(f"TORCH_CUDA_ARCH_LIST must be a list such as '{ARCHITECTURES}', got {entry!r} in it.")
@@ -81,7 +90,7 @@ class Build(BuildExtension):
         compiler, reason = nvcc()
         note = reason and f"no CUDA kernels: {reason}"
         if compiler:
-            generation = code_generation()
+            generation = code_generation(compiler)
             targets = [flag.rpartition("code=")[2] for flag in generation]
             note = f"CUDA kernels: {', '.join(targets).replace('compute_', 'PTX of compute_')}"
             self.add_cuda(self.extensions[0], compiler, generation)

@@ -113,17 +113,23 @@ def test_without_nvcc_the_build_goes_on(setup, monkeypatch):
         setup.nvcc()
 
 
-def test_architectures(setup, monkeypatch):
-    """TORCH_CUDA_ARCH_LIST as torch's own extensions read it; three architectures and PTX without it."""
+def test_architectures(setup, monkeypatch, tmp_path):
+    """TORCH_CUDA_ARCH_LIST as torch's own extensions read it; without it what nvcc knows of three, and PTX."""
+    compiler = tmp_path / "nvcc"
+
+    def targets(*known):
+        compiler.write_text("#!/bin/sh\n" + "".join(f"echo compute_{number}\n" for number in known))
+        compiler.chmod(0o755)
+        return [flag.rpartition("code=")[2] for flag in setup.code_generation(str(compiler))]
+
     monkeypatch.delenv("TORCH_CUDA_ARCH_LIST", raising=False)
-    targets = [flag.rpartition("code=")[2] for flag in setup.code_generation()]
-    assert targets == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert targets(75, 80, 90, 100, 120) == ["sm_80", "sm_90", "sm_100", "compute_100"]
+    assert targets(75, 80, 90) == ["sm_80", "sm_90", "compute_90"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "8.6 9.0a;12.0+PTX")
-    targets = [flag.rpartition("code=")[2] for flag in setup.code_generation()]
-    assert targets == ["sm_86", "sm_90a", "sm_120", "compute_120"]
+    assert targets(80) == ["sm_86", "sm_90a", "sm_120", "compute_120"]
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must be a list such as .*, got 'Hopper' in it"):
-        setup.code_generation()
+        targets(80)
 
 
 STUB = """#!/bin/sh
