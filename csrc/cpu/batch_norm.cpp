@@ -39,7 +39,7 @@ void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* fi
     const int64_t count = (row - r.row0) * v.length + p.offset % v.length;
     T pivot = count > 0 ? static_cast<T>(mean[k]) : first[channel], sum, square;
     plane_powers(from, p.cols, pivot, sum, square);
-    if (!(static_cast<double>(sum) * sum <= .25 * p.cols * square)) {  // as in `centre_squares`
+    if (!(static_cast<double>(sum) * sum <= .5 * p.cols * square)) {  // as in `centre_squares`
       pivot = static_cast<T>(pivot + static_cast<double>(sum) / p.cols);
       plane_powers(from, p.cols, pivot, sum, square);
     }

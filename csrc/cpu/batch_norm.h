@@ -60,8 +60,8 @@ SSLKERN_INLINE void add_squares_body(const S* x, int64_t ld, int64_t rows, int64
   }
 }
 
-// Squares about the pivot, in place, into squares about the mean. False where a column would lose digits: its pivot is
-// more than half a standard deviation from its mean.
+// Squares about the pivot, in place, into squares about the mean. False where a column would lose more than a bit: its
+// pivot is a standard deviation from its mean.
 template <class T>
 SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* sum, T* square) {
   const double each = 1. / count;
@@ -69,7 +69,7 @@ SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* su
 #pragma omp simd reduction(+ : safe)
   for (int64_t j = 0; j < cols; ++j) {
     const double shift = sum[j] * (sum[j] * each);
-    safe += shift <= square[j] * .25;
+    safe += shift <= square[j] * .5;
     square[j] = static_cast<T>(square[j] - shift);
   }
   return safe == cols;

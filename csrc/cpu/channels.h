@@ -7,6 +7,7 @@
 namespace sslkern {
 
 constexpr int64_t kChunk = 1 << 16;      // numbers of a block of columns that stay in L2 for a second look
+constexpr int64_t kPilot = 32;           // rows whose mean is a good pivot for the rest
 constexpr int64_t kPiece = 4096;         // numbers of a plane, likewise in L1
 constexpr int64_t kMapRows = 32;         // rows of a piece of a map
 constexpr int64_t kLine = 64;            // columns at least, where a block of them can be chosen
@@ -96,13 +97,13 @@ struct Piece {
   int64_t offset, rows, cols, ld;
 };
 
-// f(piece, sum) over a range, in the order of memory, by what fits in L1 or L2: rows of columns from `sum` on, or one
-// run of a plane of channel `sum`.
+// f(piece, sum) over a range, in the order of memory, by what fits in L1 or L2: rows of columns from `sum` on, few of
+// them first, or one run of a plane of channel `sum`.
 template <class F>
 void for_pieces(const Layout& v, const Range& r, const F& f) {
   if (!v.planes) {
-    for (int64_t i = r.row0; i < r.row1; i += v.chunk_rows())
-      f(Piece{i * v.width() + r.begin, std::min(v.chunk_rows(), r.row1 - i), r.end - r.begin, v.width()}, r.begin);
+    for (int64_t i = r.row0, rows = kPilot; i < r.row1; i += rows, rows = v.chunk_rows())
+      f(Piece{i * v.width() + r.begin, std::min(rows, r.row1 - i), r.end - r.begin, v.width()}, r.begin);
     return;
   }
   for (int64_t i = r.row0; i < r.row1; ++i)
