@@ -210,8 +210,8 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
         mean_c = sum_i x_ic / M,    var_c = sum_i (x_ic - mean_c)^2 / M
 
-    Two passes over each piece that fits in cache, about the first sample, merged in fp64: at |mu|/sigma = 1e4 the
-    variance keeps six digits.
+    Every piece that fits in cache, or in registers, is summed about a number near its mean, or looked at twice, and
+    merged in fp64: at |mu|/sigma = 1e4 the variance keeps six digits.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W), ..., float32, bfloat16, float16 or float64, M >= 1. Contiguous and
