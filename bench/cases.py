@@ -199,14 +199,11 @@ def _copy(x: Tensor) -> Callable[[], None]:
 
 def _kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], None]:
     """Training without autograd and running statistics: two calls of the dispatcher."""
-    flat, dy, *given = (t.detach() for t in (x, dy, weight, bias))
-    if x.dim() > 2:
-        last = x.movedim(1, -1).is_contiguous()
-        flat, dy = (t.movedim(1, -1).flatten(0, -2) if last else t.flatten(2) for t in (flat, dy))
+    x, dy, *given = (t.detach() for t in (x, dy, weight, bias))
 
     def run() -> None:
-        _, centre, variance = pick("batch_norm_fwd", flat)(flat, *given, 1e-5, False)
-        pick("batch_norm_bwd", flat)(dy, flat, *given, centre, variance, 1e-5, False)
+        _, centre, variance = pick("batch_norm_fwd", x)(x, *given, None, None, 0.0, 1e-5, False)
+        pick("batch_norm_bwd", x)(dy, x, *given, centre, variance, 1e-5, False)
 
     return run
 

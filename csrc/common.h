@@ -5,10 +5,12 @@
 #include <torch/csrc/stable/ops.h>
 #include <torch/csrc/stable/tensor.h>
 #include <torch/headeronly/core/ScalarType.h>
+#include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <optional>
 #include <tuple>
 #include <vector>
 
@@ -69,6 +71,13 @@ inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   return out;
 }
 
+// The same, with shape, dtype and strides of an input.
+inline Tensor fresh_like(const Tensor& like) {
+  Tensor out = stable::empty_like(like);
+  prepare_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
+  return out;
+}
+
 // The numbers of a tensor. What the kernels write is new, so no lazy copy of an input is ever made real for a reader.
 template <class T>
 T* data(const Tensor& t) {
@@ -100,6 +109,28 @@ struct Matrix {
     return data + (i * row_stride + j * col_stride) * element_size;
   }
 };
+
+// x (N, C, ...) as its memory goes: contiguous, or channels-last, which is one row per position.
+struct Channels {
+  int64_t rows, channels, length;  // `length` numbers of a channel in each row
+};
+
+inline Channels channels_of(const Tensor& x) {
+  int64_t positions = 1;
+  for (int64_t k = 2; k < x.dim(); ++k) positions *= x.size(k);
+  if (x.is_contiguous()) return {x.size(0), x.size(1), positions};
+  int64_t stride = 1;
+  bool channels_last = true;
+  const auto next = [&](int64_t k) {
+    channels_last = channels_last && (x.size(k) == 1 || x.stride(k) == stride);
+    stride *= x.size(k);
+  };
+  next(1);
+  for (int64_t k = x.dim() - 1; k > 1; --k) next(k);
+  next(0);
+  STD_TORCH_CHECK(channels_last, "x must be contiguous or channels-last");
+  return {x.size(0) * positions, x.size(1), 1};
+}
 
 // How many (N, D) matrices a tensor (..., N, D) stacks.
 inline int64_t stack_size(const Tensor& t) {

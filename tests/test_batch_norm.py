@@ -175,6 +175,29 @@ def test_bits_do_not_depend_on_threads_or_addresses(backend):
         assert all(map(torch.equal, *results)), shape
 
 
+KINDS = {
+    "fp64": lambda t: t.double(),
+    "bf16": lambda t: t.bfloat16(),
+    "strided": lambda t: torch.stack([t, t], 1)[:, 0],
+    "none": lambda t: None,
+}
+
+
+@pytest.mark.parametrize("momentum", (0.2, torch.tensor(0.2)), ids=("number", "tensor"))
+@pytest.mark.parametrize("mean, var", [*((kind, kind) for kind in KINDS), ("fp64", "none"), ("none", "strided")])
+def test_running_statistics_of_any_kind(mean, var, momentum, backend):
+    """What no kernel takes is tracked as well, either of them, by a share that is a number or a tensor."""
+    x, channel, _ = data((6, 5, 3), torch.float32)
+    before = [KINDS[kind](t) for kind, t in zip((mean, var), channel[2:], strict=True)]
+    after = [None if t is None else t.clone() for t in before]
+    share = momentum.to(x.device) if isinstance(momentum, torch.Tensor) else momentum
+    ops.batch_norm(x, None, None, *after, True, share)
+    batch = x.double().mean((0, 2)), x.double().var((0, 2), correction=1)
+    for now, then, exact in zip(after, before, batch, strict=True):
+        if now is not None:
+            torch.testing.assert_close(now, (0.8 * then.double() + 0.2 * exact).to(now.dtype))
+
+
 MODULES = ((BatchNorm1d, nn.BatchNorm1d, (6, 4)), (BatchNorm1d, nn.BatchNorm1d, (6, 4, 5)),
            (BatchNorm2d, nn.BatchNorm2d, (6, 4, 3, 5)), (BatchNorm3d, nn.BatchNorm3d, (3, 4, 2, 3, 5)),
            (SyncBatchNorm, nn.SyncBatchNorm, (6, 4)), (SyncBatchNorm, nn.SyncBatchNorm, (6, 4, 3, 5)))  # fmt: skip
@@ -390,7 +413,7 @@ def simulated_outputs(without=None):
             x, (weight, bias, *_), dy = data(shape, torch.float32)
             pick = simulated.kernels(order, 1, without)
             try:
-                y, centre, variance = pick("batch_norm_fwd", x)(x, weight, bias, 1e-5, True)
+                y, centre, variance = pick("batch_norm_fwd", x)(x, weight, bias, None, None, 0.0, 1e-5, True)
                 outputs += [y, centre, variance]
                 outputs += pick("batch_norm_bwd", x)(dy, x, weight, bias, centre, variance, 1e-5, True)
             except RuntimeError as error:

@@ -44,14 +44,16 @@ def test_inductor(backend, device):
 def samples(kernel, dtype, device):
     """Arguments of every kernel, by its name: both forms and estimators, a matrix and a stack. A new kernel: a case."""
     reference = torch.ops.sslkern_reference
-    for shape in ((6, 5), (3, 5, 4), (2, 3, 70)) if kernel.startswith("batch_") else ():
+    for shape in ((6, 5), (3, 5, 4), (2, 3, 70), (2, 3, 2, 3)) if kernel.startswith("batch_") else ():
         x, dy = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
+        if len(shape) == 4:
+            x, dy = (t.contiguous(memory_format=torch.channels_last) for t in (x, dy))
         weight, bias = torch.randn(2, shape[1], device=device)
         centre, variance = reference.batch_moments_fwd(x)
         sums = reference.batch_norm_sums(dy, x, weight, bias, centre, variance, 1e-5, True)
         yield {
             "batch_moments_fwd": (x,),
-            "batch_norm_fwd": (x, weight, bias, 1e-5, True),
+            "batch_norm_fwd": (x, weight, bias, bias.clone(), weight.exp(), 0.1, 1e-5, True),
             "batch_norm_apply": (x, weight, bias, centre, variance, 1e-5, True),
             "batch_norm_sums": (dy, x, weight, bias, centre, variance, 1e-5, True),
             "batch_norm_bwd": (dy, x, weight, bias, centre, variance, 1e-5, True),

@@ -278,12 +278,6 @@ void as_stored(const Tensor& x, const F& f) {
   }
 }
 
-Tensor like(const Tensor& x) {
-  Shape shape;
-  for (int64_t k = 0; k < x.dim(); ++k) shape.push_back(x.size(k));
-  return fresh(x, shape, x.scalar_type());
-}
-
 Tensor per_channel(const Tensor& x) {
   return fresh(x, {x.size(1)}, accumulation_dtype(x));
 }
@@ -298,19 +292,32 @@ std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {
   return {centre, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias, double eps,
-                                                  bool relu) {
-  Tensor centre = two_per_channel(x), variance = per_channel(x), y = like(x);
+// running += momentum (batch times factor - running)
+template <class T>
+void track(const std::optional<Tensor>& running, const Tensor& batch, double momentum, double factor) {
+  if (!running) return;
+  T* to = data<T>(*running);
+  const T *from = data<T>(batch), share = static_cast<T>(momentum), scale = static_cast<T>(factor);
+  for (int64_t c = 0; c < running->numel(); ++c) to[c] += share * (from[c] * scale - to[c]);
+}
+
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias,
+                                                  std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                                                  double momentum, double eps, bool relu) {
+  Tensor centre = two_per_channel(x), variance = per_channel(x), y = fresh_like(x);
   as_stored(x, [&](auto zero) {
     using S = decltype(zero);
-    train<S>(x, Coefficients<Wide<S>>(Layout(x), centre, variance, weight, bias, eps, relu), centre, variance, y);
+    const Layout v(x);
+    train<S>(x, Coefficients<Wide<S>>(v, centre, variance, weight, bias, eps, relu), centre, variance, y);
+    track<Wide<S>>(running_mean, centre, momentum, 1);
+    track<Wide<S>>(running_var, variance, momentum, v.count() / (v.count() - 1.));
   });
   return {y, centre, variance};
 }
 
 std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
                                           const Tensor centre, const Tensor variance, double eps, bool relu) {
-  Tensor sums = two_per_channel(x), dx = like(x);
+  Tensor sums = two_per_channel(x), dx = fresh_like(x);
   as_stored(x, [&](auto zero) {
     using S = decltype(zero);
     const Coefficients<Wide<S>> c(Layout(x), centre, variance, weight, bias, eps, relu);
@@ -321,7 +328,7 @@ std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const
 
 Tensor batch_norm_apply(const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
                         const Tensor variance, double eps, bool relu) {
-  Tensor y = like(x);
+  Tensor y = fresh_like(x);
   as_stored(x, [&](auto zero) {
     using S = decltype(zero);
     const Layout v(x);
@@ -343,7 +350,7 @@ Tensor batch_norm_sums(const Tensor dy, const Tensor x, const Tensor weight, con
 
 Tensor batch_norm_input_grad(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
                              const Tensor centre, const Tensor variance, const Tensor means, double eps, bool relu) {
-  Tensor dx = like(x);
+  Tensor dx = fresh_like(x);
   as_stored(x, [&](auto zero) {
     using S = decltype(zero);
     const Layout v(x);

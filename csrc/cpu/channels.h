@@ -1,5 +1,5 @@
-// Walks over the channels of x, (M, C) or (N, C, L), contiguous. Long runs of one channel are planes; everything else
-// is columns: M rows, or N rows of C * L columns of which L make a channel.
+// Walks over the channels of x, (M, C) or (N, C, L) as its memory goes. Long runs of one channel are planes; everything
+// else is columns: M rows, or N rows of C * L columns of which L make a channel.
 #pragma once
 
 #include "columns.h"
@@ -16,15 +16,10 @@ constexpr int64_t kInOrder = 256 << 10;  // bytes that a thread writes in the or
 constexpr int64_t kTasks = 64;           // for the threads to share, where x is that large; they are merged in order
 constexpr int64_t kFused = 4 << 20;      // bytes of x that are worth one parallel region of two passes, not two of one
 
-struct Layout {
-  int64_t rows, channels, length;  // `length` numbers of a channel in each row
+struct Layout : Channels {
   bool planes;
 
-  explicit Layout(const Tensor& x)
-      : rows(x.size(0)),
-        channels(x.size(1)),
-        length(x.dim() == 3 ? x.size(2) : 1),
-        planes(x.dim() == 3 && x.size(2) >= kShortPlane) {}
+  explicit Layout(const Tensor& x) : Channels(channels_of(x)), planes(length >= kShortPlane) {}
 
   int64_t width() const {
     return channels * length;

@@ -6,7 +6,8 @@ namespace sslkern::cuda {
 namespace {
 
 Layout layout_of(const Tensor& x) {
-  return {x.size(0), x.size(1), x.dim() == 3 ? x.size(2) : 1, x.dim() == 2};
+  const Channels v = channels_of(x);
+  return {v.rows, v.channels, v.length, v.length == 1};
 }
 
 template <class... Tensors>
@@ -25,12 +26,6 @@ Tensor channel_tensor(const Tensor& x, const Shape& front = {}) {
   return stable::new_empty(x, shape, accumulation_dtype(x));
 }
 
-Tensor like(const Tensor& x) {
-  Shape shape;
-  for (int64_t k = 0; k < x.dim(); ++k) shape.push_back(x.size(k));
-  return stable::new_empty(x, shape, x.scalar_type());
-}
-
 // The parameters of a normalisation, as the kernels take them.
 struct Given {
   const Tensor &weight, &bias, &centre, &variance;
@@ -43,14 +38,19 @@ struct Given {
   }
 };
 
-void run_moments(const Tensor& x, const Tensor& centre, const Tensor& variance) {
+void run_moments(const Tensor& x, const Tensor& centre, const Tensor& variance,
+                 const std::optional<Tensor>& running_mean = {}, const std::optional<Tensor>& running_var = {},
+                 double momentum = 0) {
   const Layout v = layout_of(x);
   const Plan p = plan_for(x, kReducingBlocks);
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
     const Tensor memory = bytes(x, Workspace<Moments<A>>::bytes(v, p));
-    check(moments<T>(v, p, data<T>(x), data<void>(memory), data<A>(centre), data<A>(variance), current_stream(x)),
+    const Running<A> running{running_mean ? data<A>(*running_mean) : nullptr,
+                             running_var ? data<A>(*running_var) : nullptr, static_cast<A>(momentum)};
+    check(moments<T>(v, p, data<T>(x), data<void>(memory), data<A>(centre), data<A>(variance), running,
+                     current_stream(x)),
           "batch_moments_fwd");
   });
 }
@@ -102,11 +102,12 @@ std::tuple<Tensor, Tensor> batch_moments_fwd(const Tensor x) {
   return {centre, variance};
 }
 
-std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias, double eps,
-                                                  bool relu) {
+std::tuple<Tensor, Tensor, Tensor> batch_norm_fwd(const Tensor x, const Tensor weight, const Tensor bias,
+                                                  std::optional<Tensor> running_mean, std::optional<Tensor> running_var,
+                                                  double momentum, double eps, bool relu) {
   const auto guard = on_device_of(x);
-  Tensor y = like(x), centre = channel_tensor(x, {2}), variance = channel_tensor(x);
-  run_moments(x, centre, variance);
+  Tensor y = stable::empty_like(x), centre = channel_tensor(x, {2}), variance = channel_tensor(x);
+  run_moments(x, centre, variance, running_mean, running_var, momentum);
   run_apply(x, {weight, bias, centre, variance, eps, relu}, y);
   return {y, centre, variance};
 }
@@ -115,7 +116,7 @@ std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const
                                           const Tensor centre, const Tensor variance, double eps, bool relu) {
   const auto guard = on_device_of(x);
   const Given given{weight, bias, centre, variance, eps, relu};
-  Tensor dx = like(x), sums = channel_tensor(x, {2});
+  Tensor dx = stable::empty_like(x), sums = channel_tensor(x, {2});
   run_sums(dy, x, given, sums);
   run_input_grad(dy, x, given, sums, 1. / layout_of(x).count(), dx);
   return {dx, sums};
@@ -124,7 +125,7 @@ std::tuple<Tensor, Tensor> batch_norm_bwd(const Tensor dy, const Tensor x, const
 Tensor batch_norm_apply(const Tensor x, const Tensor weight, const Tensor bias, const Tensor centre,
                         const Tensor variance, double eps, bool relu) {
   const auto guard = on_device_of(x);
-  Tensor y = like(x);
+  Tensor y = stable::empty_like(x);
   run_apply(x, {weight, bias, centre, variance, eps, relu}, y);
   return y;
 }
@@ -140,7 +141,7 @@ Tensor batch_norm_sums(const Tensor dy, const Tensor x, const Tensor weight, con
 Tensor batch_norm_input_grad(const Tensor dy, const Tensor x, const Tensor weight, const Tensor bias,
                              const Tensor centre, const Tensor variance, const Tensor means, double eps, bool relu) {
   const auto guard = on_device_of(x);
-  Tensor dx = like(x);
+  Tensor dx = stable::empty_like(x);
   run_input_grad(dy, x, {weight, bias, centre, variance, eps, relu}, means, 1., dx);
   return dx;
 }

@@ -33,12 +33,23 @@ struct Pair {
   }
 };
 
-// centre (2, C): the mean as high + low; variance (C): biased. Two passes over what a thread loads at once, about the
-// channel's first number.
+// Running statistics, (C) or nullptr, which move towards those of a batch.
+template <class A>
+struct Running {
+  A *mean = nullptr, *variance = nullptr;
+  A momentum = 0;
+
+  __device__ void track(A* running, int64_t channel, A batch) const {
+    if (running != nullptr) running[channel] += momentum * (batch - running[channel]);
+  }
+};
+
+// centre (2, C): the mean as high + low; variance (C): biased, unbiased where it goes into a running one. Two passes
+// over what a thread loads at once, about the channel's first number.
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
     moments_kernel(Layout v, Plan p, const T* __restrict__ x, Moments<Accumulator<T>>* splits, unsigned* arrived,
-                   Accumulator<T>* centre, Accumulator<T>* variance) {
+                   Accumulator<T>* centre, Accumulator<T>* variance, Running<Accumulator<T>> running) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   constexpr int S = Walk<V, kColumns>::kSlots;
@@ -85,6 +96,8 @@ __global__ void __launch_bounds__(kThreads)
     centre[c] = high;
     centre[v.channels + c] = static_cast<A>(static_cast<double>(pivot[s]) - high + own[s].mean);
     variance[c] = static_cast<A>(own[s].m2 / own[s].count);
+    running.track(running.mean, c, high);
+    running.track(running.variance, c, static_cast<A>(own[s].m2 / (own[s].count - 1)));
   }
 }
 
@@ -239,13 +252,13 @@ constexpr int wide_lanes = sizeof(T) < 8 ? kVectorBytes / sizeof(T) : 1;
 // The launchers. `memory` holds `Workspace<State>::bytes` of the reducing plan, State being Moments<A> or Pair.
 template <class T>
 cudaError_t moments(const Layout& v, const Plan& p, const T* x, void* memory, Accumulator<T>* centre,
-                    Accumulator<T>* variance, cudaStream_t stream) {
+                    Accumulator<T>* variance, const Running<Accumulator<T>>& running, cudaStream_t stream) {
   const Workspace<Moments<Accumulator<T>>> w(memory, v, p);
   if (const cudaError_t error = w.clear(p, stream); error != cudaSuccess) return error;
   const int slots = v.columns && p.wide ? wide_lanes<T> : 1;
   return launch(SSLKERN_KERNEL(moments_kernel, T, p, v), p.grid, p.block,
-                shared_bytes<Moments<Accumulator<T>>>(p, slots), stream, v, p, x, w.splits, w.arrived, centre,
-                variance);
+                shared_bytes<Moments<Accumulator<T>>>(p, slots), stream, v, p, x, w.splits, w.arrived, centre, variance,
+                running);
 }
 
 template <class T>

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Literal
 
@@ -24,7 +23,8 @@ Activation = Literal["relu"] | None
 declare("batch_moments_fwd(Tensor x) -> (Tensor, Tensor)", _reference.batch_moments_fwd)
 _STATISTICS = "Tensor weight, Tensor bias, Tensor centre, Tensor variance"
 declare(
-    "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
+    "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
+    "float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     _reference.batch_norm_fwd,
 )
 declare(
@@ -45,38 +45,20 @@ declare(
 )
 
 
-def _channels_last(x: Tensor) -> bool:
-    return x.dim() > 2 and not x.is_contiguous() and x.movedim(1, -1).is_contiguous()
+def _dense(x: Tensor) -> Tensor:
+    """x as the kernels take it, contiguous or channels-last; a copy where it is neither."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
-def _flat(x: Tensor, channels_last: bool) -> Tensor:
-    """(N, C, ...) as the kernels take it: (M, C) or (N, C, L), contiguous, a view of x where it can be."""
-    if x.dim() == 2:
-        return x.contiguous()
-    return x.movedim(1, -1).flatten(0, -2) if channels_last else x.contiguous().flatten(2)
-
-
-def _shaped(flat: Tensor, x: Tensor, channels_last: bool) -> Tensor:
-    """The inverse of `_flat`, in the shape of x."""
-    if channels_last:
-        return flat.view(x.shape[0], *x.shape[2:], x.shape[1]).movedim(-1, 1)
-    return flat.view(x.shape)
-
-
-def _same_layout(dy: Tensor, channels_last: bool) -> Tensor:
-    """dy laid out as x is."""
-    if channels_last:
-        return dy.movedim(1, -1).contiguous().movedim(-1, 1)
-    return dy.contiguous()
+def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
 
 
 class _BatchMoments(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x):
-        channels_last = _channels_last(x)
-        centre, variance = pick("batch_moments_fwd", x)(_flat(x, channels_last))
+        centre, variance = pick("batch_moments_fwd", x)(x)
         ctx.save_for_backward(x, centre)
-        ctx.channels_last = channels_last
         return centre[0].clone(), variance
 
     @staticmethod
@@ -86,9 +68,7 @@ class _BatchMoments(torch.autograd.Function):
         count = x.numel() // x.shape[1]
         # grad_mean / M + 2 / M grad_variance (x - mean): the affine map of a batch norm of unit variance
         weight, one = 2 / count * grad_variance, torch.ones_like(grad_variance)
-        flat = _flat(x, ctx.channels_last)
-        grad = pick("batch_norm_apply", x)(flat, weight, grad_mean / count, centre, one, 0.0, False)
-        return _shaped(grad, x, ctx.channels_last)
+        return pick("batch_norm_apply", x)(x, weight, grad_mean / count, centre, one, 0.0, False)
 
 
 def _parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
@@ -100,31 +80,31 @@ def _parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
 
 
 class _BatchNorm(torch.autograd.Function):
-    """By the statistics of x itself, which it returns: (y, centre, variance)."""
+    """By the statistics of x itself, which go into the running ones."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, eps, relu):
-        channels_last = _channels_last(x)
+    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, relu):
         w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        y, centre, variance = pick("batch_norm_fwd", x)(_flat(x, channels_last), w, b, eps, relu)
+        kernel = pick("batch_norm_fwd", x)
+        if _kernel_tracks(running_mean, w) and _kernel_tracks(running_var, w) and not isinstance(momentum, Tensor):
+            y, centre, variance = kernel(x, w, b, running_mean, running_var, momentum, eps, relu)
+        else:
+            y, centre, variance = kernel(x, w, b, None, None, 0.0, eps, relu)
+            _track(running_mean, running_var, centre, variance, x.numel() // x.shape[1], momentum)
         ctx.save_for_backward(x, weight, bias, centre, variance)
-        ctx.settings = (eps, relu, channels_last)
-        ctx.mark_non_differentiable(centre, variance)
-        return _shaped(y, x, channels_last), centre, variance
+        ctx.settings = (eps, relu)
+        return y
 
     @staticmethod
     @first_order
-    def backward(ctx, dy, *_):
+    def backward(ctx, dy):
         x, weight, bias, centre, variance = ctx.saved_tensors
-        eps, relu, channels_last = ctx.settings
-        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        flat, dy = _flat(x, channels_last), _flat(_same_layout(dy, channels_last), channels_last)
+        arguments = (_laid_out_as(x, dy), x, _parameter(weight, x, 1), _parameter(bias, x, 0), centre, variance)
         if ctx.needs_input_grad[0]:
-            dx, sums = pick("batch_norm_bwd", x)(dy, flat, w, b, centre, variance, eps, relu)
-            dx = _shaped(dx, x, channels_last)
+            dx, sums = pick("batch_norm_bwd", x)(*arguments, *ctx.settings)
         else:
-            dx, sums = None, pick("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
-        return dx, *_parameter_gradients(sums, weight, bias), None, None
+            dx, sums = None, pick("batch_norm_sums", x)(*arguments, *ctx.settings)
+        return dx, *_parameter_gradients(sums, weight, bias), *[None] * 5
 
 
 class _BatchNormByGiven(torch.autograd.Function):
@@ -132,30 +112,27 @@ class _BatchNormByGiven(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, centre, variance, eps, relu, count, group_name):
-        channels_last = _channels_last(x)
         w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        y = _pick_or_empty("batch_norm_apply", x)(_flat(x, channels_last), w, b, centre, variance, eps, relu)
+        y = _pick_or_empty("batch_norm_apply", x)(x, w, b, centre, variance, eps, relu)
         ctx.save_for_backward(x, weight, bias, centre, variance, count)
-        ctx.settings = (eps, relu, channels_last, group_name)
-        return _shaped(y, x, channels_last)
+        ctx.settings = (eps, relu, group_name)
+        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         x, weight, bias, centre, variance, count = ctx.saved_tensors
-        eps, relu, channels_last, group_name = ctx.settings
-        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        flat, dy = _flat(x, channels_last), _flat(_same_layout(dy, channels_last), channels_last)
+        eps, relu, group_name = ctx.settings
+        arguments = (_laid_out_as(x, dy), x, _parameter(weight, x, 1), _parameter(bias, x, 0), centre, variance)
         by_input, by_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         joint = by_input and group_name is not None
         dx, sums, means = None, None, torch.zeros_like(centre)
         if by_parameters or joint:
-            sums = _pick_or_empty("batch_norm_sums", x)(dy, flat, w, b, centre, variance, eps, relu)
+            sums = _pick_or_empty("batch_norm_sums", x)(*arguments, eps, relu)
             if joint:
                 means = distributed.all_reduce(sums, group_name) / count
         if by_input:
-            kernel = _pick_or_empty("batch_norm_input_grad", x)
-            dx = _shaped(kernel(dy, flat, w, b, centre, variance, means, eps, relu), x, channels_last)
+            dx = _pick_or_empty("batch_norm_input_grad", x)(*arguments, means, eps, relu)
         return dx, *_parameter_gradients(sums, weight, bias), *[None] * 6
 
 
@@ -172,7 +149,7 @@ def _joint_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tens
     channels = x.shape[1]
     own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # what an empty batch tells
     if x.numel() > 0:
-        centre, variance = pick("batch_moments_fwd", x)(_flat(x, _channels_last(x)))
+        centre, variance = pick("batch_moments_fwd", x)(x)
         own = torch.cat([centre.double().sum(0), variance.double(), own.new_full((1,), x.numel() // channels)])
     means, variances, counts = distributed.all_gather(own, group).split([channels, channels, 1], 1)
     count = counts.sum()
@@ -192,6 +169,26 @@ def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tenso
         None if p is None else g if g.dtype == p.dtype else g.to(p.dtype)
         for p, g in ((weight, of_weight), (bias, of_bias))
     ]
+
+
+def _kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
+    """Whether a kernel takes these running statistics; `_track` takes all of them."""
+    return running is None or (running.dtype == like.dtype and running.is_contiguous())
+
+
+def _track(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    centre: Tensor,
+    variance: Tensor,
+    count: int | Tensor,
+    momentum: float | Tensor,
+) -> None:
+    """Move the running statistics towards those of a batch of `count` numbers per channel."""
+    for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
+        if running is not None:
+            share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
+            running.lerp_(batch.to(running.dtype), share)
 
 
 def _check_channel_tensor(name: str, value: object, x: Tensor) -> None:
@@ -226,9 +223,10 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Ioffe and Szegedy, Batch normalization (1502.03167), algorithm 1.
     """
     _checks.channels("x", x)
+    x = _dense(x)
     if torch.is_grad_enabled() and x.requires_grad:
         return _BatchMoments.apply(x)
-    centre, variance = pick("batch_moments_fwd", x)(_flat(x, _channels_last(x)))
+    centre, variance = pick("batch_moments_fwd", x)(x)
     return centre[0], variance
 
 
@@ -289,29 +287,16 @@ def batch_norm(
     _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
-    relu, eps = activation == "relu", float(eps)
+    x, relu, eps = _dense(x), activation == "relu", float(eps)
     if given is not None:
         centre, variance = (t.detach().to(accumulation_dtype(x)) for t in given)
         centre = torch.stack([centre, torch.zeros_like(centre)])
         return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, None, None)
-    count: int | Tensor = math.prod(x.shape) // x.shape[1]
     if group is not None:
         with torch.no_grad():
             centre, variance, count = _joint_moments(x, group)
-        y = _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, group.group_name)
-    elif count == 1:
+            _track(running_mean, running_var, centre, variance, count, momentum)
+        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, group.group_name)
+    if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    else:
-        y, centre, variance = _BatchNorm.apply(x, weight, bias, eps, relu)
-    with torch.no_grad():
-        if running_mean is not None:
-            _update(running_mean, centre[0], momentum)
-        if running_var is not None:
-            _update(running_var, variance * (count / (count - 1)), momentum)
-    return y
-
-
-def _update(running: Tensor, batch: Tensor, momentum: float | Tensor) -> None:
-    if isinstance(momentum, Tensor):
-        momentum = momentum.to(running.dtype)
-    running.lerp_(batch if batch.dtype == running.dtype else batch.to(running.dtype), momentum)
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)

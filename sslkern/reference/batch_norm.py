@@ -1,4 +1,4 @@
-"""Batch moments and batch norm in plain torch, over (M, C) or (N, C, L)."""
+"""Batch moments and batch norm in plain torch, over (N, C, ...)."""
 
 from __future__ import annotations
 
@@ -9,12 +9,18 @@ from .columns import accumulation_dtype
 
 
 def _over(x: Tensor) -> tuple[int, ...]:
-    return (0,) if x.dim() == 2 else (0, 2)
+    return (0, *range(2, x.dim()))
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) against x."""
-    return values if x.dim() == 2 else values[:, None]
+    return values.view(-1, *[1] * (x.dim() - 2))
+
+
+def _like(x: Tensor, y: Tensor) -> Tensor:
+    """y in dtype and strides of x."""
+    y = y.to(x.dtype)
+    return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
 
 def _centred(x: Tensor, centre: Tensor) -> Tensor:
@@ -27,9 +33,9 @@ def _behind_relu(dy: Tensor, xc: Tensor, scale: Tensor, bias: Tensor, relu: bool
 
 
 def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """x (M, C) or (N, C, L) -> centre (2, C), the mean as an unevaluated sum of two, and the biased variance (C,)."""
+    """Centre (2, C), the mean as an unevaluated sum of two, and the biased variance (C,), of a dense x (N, C, ...)."""
     z = x.to(accumulation_dtype(x))
-    pivot = z[0] if x.dim() == 2 else z[0, :, 0]
+    pivot = z[0].flatten(1)[:, 0] if x.dim() > 2 else z[0]
     shift = (z - _per_channel(pivot, x)).mean(_over(x))
     high = pivot + shift
     centre = torch.stack([high, (pivot - high) + shift])
@@ -39,10 +45,10 @@ def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
 def batch_norm_apply(
     x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
-    """(x - mean) weight / sqrt(variance + eps) + bias, and relu of it, in the dtype of x."""
+    """(x - mean) weight / sqrt(variance + eps) + bias, and relu of it, in dtype and strides of x."""
     scale = weight * (variance + eps).rsqrt()
     y = _centred(x, centre) * _per_channel(scale, x) + _per_channel(bias, x)
-    return (y.relu() if relu else y).to(x.dtype, memory_format=torch.contiguous_format)
+    return _like(x, y.relu() if relu else y)
 
 
 def batch_norm_sums(
@@ -69,12 +75,29 @@ def batch_norm_input_grad(
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     dx = dx - _per_channel(means[0], x) - xc * _per_channel(means[1] * inv_std, x)
-    return (dx * _per_channel(weight * inv_std, x)).to(x.dtype, memory_format=torch.contiguous_format)
+    return _like(x, dx * _per_channel(weight * inv_std, x))
 
 
-def batch_norm_fwd(x: Tensor, weight: Tensor, bias: Tensor, eps: float, relu: bool) -> tuple[Tensor, Tensor, Tensor]:
-    """By the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`."""
+def batch_norm_fwd(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    momentum: float,
+    eps: float,
+    relu: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """By the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`.
+
+    Running statistics, (C,) in the dtype of the variance, move towards the mean and the unbiased variance.
+    """
     centre, variance = batch_moments_fwd(x)
+    if running_mean is not None:
+        running_mean.lerp_(centre[0], momentum)
+    if running_var is not None:
+        count = x.numel() // x.shape[1]
+        running_var.lerp_(variance * (count / (count - 1)), momentum)
     return batch_norm_apply(x, weight, bias, centre, variance, eps, relu), centre, variance
 
 

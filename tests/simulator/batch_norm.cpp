@@ -58,12 +58,15 @@ void bind(pybind11::module_& all, const char* dtype) {
     const Plan p = plan(layout_of(x), sizeof(T), aligned(x.data()), reducing ? kReducingBlocks : kMappingBlocks);
     return std::tuple(p.wide, p.grid.x, p.grid.y, p.block.x, p.block.y);
   });
-  m.def("moments", [](const array& x, const array& centre, const array& variance) {
+  m.def("moments", [](const array& x, const array& centre, const array& variance, std::optional<array> running_mean,
+                      std::optional<array> running_var, double momentum) {
     const Layout v = layout_of(x);
     const Plan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
     Poisoned w(Workspace<Moments<A>>::bytes(v, p));
+    const Running<A> running{running_mean ? channels<A>(*running_mean, x) : nullptr,
+                             running_var ? channels<A>(*running_var, x) : nullptr, static_cast<A>(momentum)};
     simulator::check(moments<T>(v, p, like<const T>(x, x), w.memory.data(), two_channels<A>(centre, x),
-                                channels<A>(variance, x), nullptr));
+                                channels<A>(variance, x), running, nullptr));
   });
   m.def("apply", [](const array& x, const array& weight, const array& bias, const array& centre, const array& variance,
                     double eps, bool relu, const array& y) {

@@ -29,8 +29,10 @@ def module(without: int | None = None) -> ModuleType:
 
 
 def array(t: Tensor):
-    """numpy's view of a tensor; 16-bit floating numbers as uint16."""
+    """numpy's view of a tensor, (N, C, ...) as (M, C) or (N, C, L); 16-bit floating numbers as uint16."""
     t = t.detach()
+    if t.dim() > 2:
+        t = t.flatten(2) if t.is_contiguous() else t.movedim(1, -1).flatten(0, -2)
     return (t.view(torch.uint16) if t.dtype in (torch.bfloat16, torch.float16) else t).numpy()
 
 
@@ -49,9 +51,9 @@ def kernels(order: str, seed: int = 0, without: int | None = None) -> Callable[[
         kernel = getattr(getattr(module(without), str(x.dtype).removeprefix("torch.")), function)
         kernel(*(array(a) if isinstance(a, Tensor) else a for a in arguments))
 
-    def batch_moments_fwd(x):
+    def batch_moments_fwd(x, *running):
         centre, variance = poisoned(x, 2, x.shape[1]), poisoned(x, x.shape[1])
-        run("moments", x, x, centre, variance)
+        run("moments", x, x, centre, variance, *(running or (None, None, 0.0)))
         return centre, variance
 
     def batch_norm_apply(x, *given):
@@ -73,8 +75,8 @@ def kernels(order: str, seed: int = 0, without: int | None = None) -> Callable[[
         *tensors, eps, relu = arguments
         return input_grad(*tensors, 1.0, eps, relu)
 
-    def batch_norm_fwd(x, weight, bias, eps, relu):
-        centre, variance = batch_moments_fwd(x)
+    def batch_norm_fwd(x, weight, bias, running_mean, running_var, momentum, eps, relu):
+        centre, variance = batch_moments_fwd(x, running_mean, running_var, momentum)
         return batch_norm_apply(x, weight, bias, centre, variance, eps, relu), centre, variance
 
     def batch_norm_bwd(dy, x, *given):
