@@ -47,9 +47,12 @@ struct Layout : Channels {
   int64_t chunk_rows() const {
     return planes ? 1 : std::clamp<int64_t>(kChunk / unit(), 128, 512);
   }
+  // Parts of one size, for the threads to share evenly: 7 of 512 rows leave one of two threads with 2/3 of 3136.
   int64_t part_rows() const {
-    const int64_t wanted = round_up(ceil_div(rows, ceil_div(kTasks, units())), chunk_rows());
-    return planes ? wanted : std::max(wanted, 4 * chunk_rows());
+    const int64_t wanted = ceil_div(rows, ceil_div(kTasks, units()));
+    if (planes) return wanted;
+    const int64_t parts = ceil_div(rows, std::max(wanted, 4 * chunk_rows()));
+    return parts == 1 ? rows : round_up(ceil_div(rows, round_up(parts, 4)), 4);
   }
   int64_t parts() const {
     return ceil_div(rows, part_rows());
