@@ -10,10 +10,11 @@ namespace {
 // Means, and sums of squares about them, of a range of columns. One pass over each piece, about the mean of those
 // before it, and a second one where that is no good pivot; a merge in fp64 between them.
 template <class S, class T = Wide<S>>
-void column_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+void column_moments(const Layout& v, const Tensor& x, const Range& r, double* mean, double* m2) {
   const int64_t sums = r.end - r.begin;
   T pivot[kBlockCols], sum[kBlockCols], shift[kBlockCols], square[kBlockCols];
-  std::copy_n(PerColumn<T>(v, first, r).values, sums, pivot);
+  const S* first = data<S>(x) + r.row0 * v.width() + r.begin;
+  for (int64_t j = 0; j < sums; ++j) pivot[j] = wide(first[j]);
   int64_t count = 0;
   for_pieces(v, r, [&](const Piece& p, int64_t) {
     const S* from = data<S>(x) + p.offset;
@@ -32,12 +33,12 @@ void column_moments(const Layout& v, const Tensor& x, const Range& r, const T* f
 
 // The same for planes.
 template <class S, class T = Wide<S>>
-void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+void plane_moments(const Layout& v, const Tensor& x, const Range& r, double* mean, double* m2) {
   for_pieces(v, r, [&](const Piece& p, int64_t channel) {
     const S* from = data<S>(x) + p.offset;
     const int64_t k = channel - r.begin, row = p.offset / v.width();
     const int64_t count = (row - r.row0) * v.length + p.offset % v.length;
-    T pivot = count > 0 ? static_cast<T>(mean[k]) : first[channel], sum, square;
+    T pivot = count > 0 ? static_cast<T>(mean[k]) : T(wide(from[0])), sum, square;
     plane_powers(from, p.cols, pivot, sum, square);
     if (!(static_cast<double>(sum) * sum <= .5 * p.cols * square)) {  // as in `centre_squares`
       pivot = static_cast<T>(pivot + static_cast<double>(sum) / p.cols);
@@ -49,10 +50,10 @@ void plane_moments(const Layout& v, const Tensor& x, const Range& r, const T* fi
 }
 
 template <class S, class T = Wide<S>>
-void range_moments(const Layout& v, const Tensor& x, const Range& r, const T* first, double* mean, double* m2) {
+void range_moments(const Layout& v, const Tensor& x, const Range& r, double* mean, double* m2) {
   std::fill_n(mean, r.end - r.begin, 0.);
   std::fill_n(m2, r.end - r.begin, 0.);
-  v.planes ? plane_moments<S>(v, x, r, first, mean, m2) : column_moments<S>(v, x, r, first, mean, m2);
+  v.planes ? plane_moments<S>(v, x, r, mean, m2) : column_moments<S>(v, x, r, mean, m2);
 }
 
 // What the columns of every channel found, all of them over the same number of rows, into the first C numbers.
@@ -79,11 +80,10 @@ void finish(const Layout& v, int64_t begin, int64_t end, const double* mean, con
 template <class S, class T = Wide<S>>
 void moments(const Layout& v, const Tensor& x, const Tensor& centre, const Tensor& variance) {
   const int64_t parts = v.parts(), sums = v.sums();
-  const std::vector<T> pivots = first_numbers<S>(v, x);
   std::vector<double> mean(parts * sums), m2(parts * sums);
   for_ranges(v, [&](const Range& r) {
     const int64_t at = r.part * sums + r.begin;
-    range_moments<S>(v, x, r, pivots.data(), mean.data() + at, m2.data() + at);
+    range_moments<S>(v, x, r, mean.data() + at, m2.data() + at);
   });
   const int64_t each = v.planes ? v.length : 1, step = v.part_rows();
   for (int64_t part = 1; part < parts; ++part) {
@@ -152,10 +152,9 @@ void apply(const Layout& v, const Tensor& x, const Coefficients<T>& c, const Ten
 template <class S, class T = Wide<S>>
 void train(const Tensor& x, Coefficients<T> c, const Tensor& centre, const Tensor& variance, const Tensor& y) {
   const Layout v(x);
-  const std::vector<T> first = first_numbers<S>(v, x);
   std::vector<double> mean(v.channels), m2(v.channels);
   const bool done = for_whole_channels(v, x.element_size(), [&](const Range& r) {
-    range_moments<S>(v, x, r, first.data(), mean.data() + r.begin, m2.data() + r.begin);
+    range_moments<S>(v, x, r, mean.data() + r.begin, m2.data() + r.begin);
     finish<T>(v, r.begin, r.end, mean.data(), m2.data(), centre, variance);
     c.set(r.begin, r.end);
     for_pieces(v, r, [&](const Piece& p, int64_t channel) { apply_piece<S>(v, x, c, y, p, channel); });

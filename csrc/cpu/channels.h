@@ -143,14 +143,6 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   });
 }
 
-// The first number of every channel: its pivot.
-template <class S>
-std::vector<Wide<S>> first_numbers(const Layout& v, const Tensor& x) {
-  std::vector<Wide<S>> pivots(v.channels);
-  for (int64_t c = 0; c < v.channels; ++c) pivots[c] = wide(data<S>(x)[c * v.length]);
-  return pivots;
-}
-
 // One number per column of a range, from one per channel.
 template <class T>
 struct PerColumn {
