@@ -12,7 +12,7 @@ def _dense(name: str, z: object, shape: str) -> Tensor:
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(z).__name__}.")
     if z.dtype not in _DTYPES:
-        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {_short(z.dtype)}.")
+        raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {short(z.dtype)}.")
     if z.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {z.layout}.")
     return z
@@ -46,7 +46,7 @@ def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
     if a.dtype != b.dtype:
-        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {_short(a.dtype)} and {_short(b.dtype)}.")
+        raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {short(a.dtype)} and {short(b.dtype)}.")
 
 
 def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
@@ -59,5 +59,5 @@ def non_negative(name: str, value: float) -> None:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
 
 
-def _short(dtype: torch.dtype) -> str:
+def short(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")

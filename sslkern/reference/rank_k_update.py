@@ -1,0 +1,92 @@
+"""Rank-k updates of orthogonal and unitary matrices in plain torch, without eigenvectors and without QR.
+
+With M = U^H a, W = [M b], K = W^H W and A = a^H a, every update is
+
+    U' = U + (U W C + a D) W^H
+
+for a C (2k, 2k) and a D (k, 2k) that follow from K and A alone. K is never inverted, so columns that are zero, double or
+nearly parallel do no harm.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .columns import without_autocast
+
+TANGENT, DIRECT, CAYLEY = range(3)
+
+
+def _blocks(rows: list[list[Tensor]]) -> Tensor:
+    return torch.cat([torch.cat(row, -1) for row in rows], -2)
+
+
+def _exponential(j: Tensor, gram: Tensor) -> Tensor:
+    """S with exp(W J W^H) = I + W S W^H: phi_1(J K) J for a 2^s-th of the step, and s times S <- 2 S + S K S."""
+    norm = torch.linalg.matrix_norm(j @ gram)[..., None, None]
+    halvings = (norm.log2() + 1).ceil().clamp(0, 40).nan_to_num(0.0)
+    j = j * torch.exp2(-halvings)
+    z = j @ gram
+    s = term = j
+    for n in range(2, 16):
+        term = z @ term / n
+        s = s + term
+    for n in range(40):
+        s = torch.where(n < halvings, 2 * s + s @ gram @ s, s)
+    return s
+
+
+def _square_root(x: Tensor) -> Tensor:
+    """Of a matrix whose eigenvalues are positive, by Denman and Beavers' iteration, scaled by the determinant."""
+    y, z = x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
+    for _ in range(20):
+        scale = -(torch.linalg.slogdet(y)[1] + torch.linalg.slogdet(z)[1]) / (2 * x.shape[-1])
+        scale = scale.exp()[..., None, None]
+        y, z = (scale * y + torch.linalg.inv(z) / scale) / 2, (scale * z + torch.linalg.inv(y) / scale) / 2
+    return y
+
+
+def coefficients(gram: Tensor, outer: Tensor, retraction: int) -> tuple[Tensor, Tensor]:
+    """C (2k, 2k) and D (k, 2k) of an update, from K and A, in double precision."""
+    k = outer.shape[-1]
+    one = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(outer)
+    zero, two = torch.zeros_like(one), torch.eye(2 * k, dtype=gram.dtype, device=gram.device)
+    skew = _blocks([[zero, one], [-one, zero]])
+    if retraction == TANGENT:
+        return _exponential(skew / 2, gram), outer.new_zeros(*outer.shape[:-1], 2 * k)
+    if retraction == DIRECT:  # Y (Y^H Y)^(-1/2), Y = U + a b^H and Y^H Y = I + W theta W^H
+        theta = _blocks([[zero, one], [one, outer]])
+        z = theta @ gram
+        s = -torch.linalg.solve(_square_root(two + z) + two + z, theta)
+        return s, (two + gram @ s)[..., k:, :]
+    # I + V S V^H with V = [(I - U U^H / 2) a, U b], and V^H U = [M / 2, b]^H
+    m, b = gram[..., :k, :k], gram[..., k:, k:]
+    mb = gram[..., :k, k:] / 2
+    left = _blocks([[outer - 0.75 * m, mb], [mb.mH, b]])
+    s = torch.linalg.solve(two - skew @ left / 2, skew)
+    s = _blocks([[s[..., :k] / 2, s[..., k:]]])
+    return _blocks([[-s[..., :k, :] / 2], [s[..., k:, :]]]), s[..., :k, :]
+
+
+def balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """The same a b^H with columns of equal norms."""
+    ratio = torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=_double(a)).real
+    ratio = (ratio / torch.linalg.vector_norm(b, dim=-2, keepdim=True, dtype=_double(b)).real).sqrt()
+    ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
+    return (a / ratio).to(a.dtype), (b * ratio).to(b.dtype)
+
+
+def _double(x: Tensor) -> torch.dtype:
+    return torch.complex128 if x.is_complex() else torch.float64
+
+
+def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: int) -> None:
+    """U <- the retraction of U + a b^H; u (..., n, p), a (..., n, k), b (..., p, k)."""
+    with without_autocast(u):
+        a, b = balance(a, b)
+        w = torch.cat([u.mH @ a, b], -1)
+        double = _double(u)
+        gram, outer = (x.mH.to(double) @ x.to(double) for x in (w, a))
+        c, d = (x.to(u.dtype) for x in coefficients(gram, outer, retraction))
+        u += ((u @ w) @ c + a @ d) @ w.mH
