@@ -83,6 +83,23 @@ const Tiles<T>& tiles() {
 #undef SSLKERN_TILE
 #undef SSLKERN_TILE_CHOICES
 
+// The same in plain C++, for what has no library to turn to.
+template <class T>
+void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t depth, T* out, int64_t ld, bool add) {
+  T sum[kTile][kTile] = {};
+  for (int64_t k = 0; k < depth; ++k)
+    for (int64_t r = 0; r < kTile; ++r)
+      for (int64_t c = 0; c < kTile; ++c) sum[r][c] += a[r * a_row + k * a_k] * b[k * kTile + c];
+  for (int64_t r = 0; r < kTile; ++r)
+    for (int64_t c = 0; c < kTile; ++c) out[r * ld + c] = (add ? out[r * ld + c] : T(0)) + sum[r][c];
+}
+
+template <class T>
+auto tile_product() {
+  const auto chosen = tiles<T>().product;
+  return chosen != nullptr ? chosen : portable_tile<T>;
+}
+
 // A matrix in memory: element (i, k) at data[i * row + k * col].
 template <class T>
 struct Strided {
@@ -109,11 +126,10 @@ inline int64_t packed_size(int64_t cols, int64_t depth) {
 
 // out (rows, cols) = or += a b, a (rows, depth), b (depth, cols); with `lower` only the tiles that reach the diagonal
 // or below it. `room` holds packed_size(cols, depth) numbers.
-
 template <class T>
 void multiply(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t cols, int64_t depth, T* out, int64_t ld,
               bool lower, bool add, T* room) {
-  const auto product = tiles<T>().product;
+  const auto product = tile_product<T>();
   const int64_t full = rows / kTile * kTile, panel = kTile * depth;
   T *packed_a = room, *packed_b = room + panel;
   if (b.col == 1 && b.row == kTile && cols == kTile) {

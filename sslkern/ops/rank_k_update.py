@@ -32,12 +32,13 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
         tangent   U exp((U^H E - E^H U) / 2), square matrices only
         cayley    (I - S / 2)^-1 (I + S / 2) U with S = P E U^H - U E^H P, P = I - U U^H / 2
 
-    All three agree with U + E - U (U^H E + E^H U) / 2, the projection onto the tangent space, up to O(|E|^2), and cayley with
-    tangent up to O(|E|^3). A zero step leaves U as it is.
+    All three agree with U + E - U (U^H E + E^H U) / 2, the projection onto the tangent space, up to O(|E|^2), and
+    cayley with tangent up to O(|E|^3). A zero step leaves U as it is.
 
-    Two passes over U, 10 k n p multiplications and additions (four times that for complex), and no n x p temporary. Neither
-    an eigenvector nor a QR is taken, so any a and b will do, zeros and parallel columns among them. Rounding of U itself
-    drifts from orthogonality by about 4e-8 sqrt(steps) in float32: `sslkern.optim.reorthogonalize_` takes it back.
+    Two passes over U, 10 k n p multiplications and additions (four times that for complex), no n x p temporary. Neither
+    an eigenvector nor a QR is taken, so any a and b will do, zeros and parallel columns among them. The direct form
+    is as exact as the condition of U + E allows. Rounding of U itself drifts from orthogonality by about
+    4e-8 sqrt(steps) in float32: `sslkern.optim.reorthogonalize_` takes it back.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with orthonormal columns; any strides, at the
@@ -49,8 +50,8 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
         u.
 
     Raises:
-        TypeError: other dtypes; for a bfloat16 model, keep a float32 master of u. ValueError: wrong shapes, a wide u, a tall
-        one with "tangent". RuntimeError: u needs a gradient and gradients are enabled (use `torch.no_grad()`).
+        TypeError: other dtypes; for a bfloat16 model, keep a float32 master of u. ValueError: wrong shapes, a wide u, a
+        tall one with "tangent". RuntimeError: u needs a gradient and gradients are enabled (use `torch.no_grad()`).
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """
@@ -77,8 +78,8 @@ def _check(u: Tensor, a: Tensor, b: Tensor, retraction: str) -> None:
             raise ValueError(f"{name} must have at least two dimensions, got shape {tuple(value.shape)}.")
     if u.dtype not in _DTYPES:
         raise TypeError(
-            f"u must be float32, float64, complex64 or complex128, got {_checks.short(u.dtype)}: rounding to fewer digits "
-            "is no longer orthogonal."
+            f"u must be float32, float64, complex64 or complex128, got {_checks.short(u.dtype)}: rounded to fewer "
+            "digits it is no longer orthogonal."
         )
     n, p = u.shape[-2:]
     if n < p:

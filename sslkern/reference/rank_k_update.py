@@ -4,8 +4,8 @@ With M = U^H a, W = [M b], K = W^H W and A = a^H a, every update is
 
     U' = U + (U W C + a D) W^H
 
-for a C (2k, 2k) and a D (k, 2k) that follow from K and A alone. K is never inverted, so columns that are zero, double or
-nearly parallel do no harm.
+for a C (2k, 2k) and a D (k, 2k) that follow from K and A alone. K is never inverted, so columns that are zero, double
+or nearly parallel do no harm.
 """
 
 from __future__ import annotations

@@ -1,0 +1,351 @@
+// Rank-k updates of orthogonal and unitary matrices on the CPU: U is read once for M = U'a, and read and written once,
+// by panels of rows that stay in cache, for U += (U W C + a D) W'. A complex matrix (n, p) is a real one (n, 2p), its
+// real and imaginary parts side by side in memory, and a real W of twice the columns makes the same products of it.
+#include "rank_k_update.h"
+
+#include <memory>
+
+namespace sslkern {
+namespace {
+
+constexpr int64_t kChunk = 256;  // columns whose sums one thread takes, and that K adds up at once
+constexpr int64_t kDepth = 32;   // rows of them that stay in L1
+constexpr int64_t kFew = 4;      // columns of a for which a tile would be mostly zeros
+constexpr int64_t kPadded = kChunk + kTile;
+
+template <class T>
+std::unique_ptr<T[]> room_for(int64_t numbers) {
+  return std::unique_ptr<T[]>(new T[numbers]);
+}
+
+// f(begin, end) over a range, in parallel unless a thread of others does this already.
+template <class F>
+void in_parallel(int64_t count, const F& f) {
+  stable::parallel_for(0, count, 1, f);
+}
+
+// One matrix. Numbers are real; `complex` ones are two.
+template <class T>
+class Update {
+ public:
+  Update(T* u, const T* a, const T* b, int64_t n, int64_t p, int64_t rank, bool complex, int64_t retraction)
+      : u_(u),
+        n_(n),
+        p_(complex ? 2 * p : p),
+        k_(complex ? 2 * rank : rank),
+        complex_(complex),
+        retraction_(retraction),
+        few_(k_ <= kFew),
+        m_(2 * k_),
+        m_tiles_(ceil_div(m_, kTile)),
+        p_tiles_(ceil_div(p_, kTile)),
+        a_(room_for<T>(round_up(n, kTile) * k_)),
+        b_(room_for<T>(p * k_)),
+        w_(room_for<T>(m_tiles_ * kTile * p_tiles_ * kTile)),
+        wt_(room_for<T>(m_tiles_ * kTile * p_tiles_ * kTile)) {
+    balance(a, b, p, rank);
+  }
+
+  void run() {
+    const Small gram = first_pass();
+    const int64_t of_a = retraction_ == kTangent ? 0 : k_;
+    const Small c = coefficients(gram, of_a > 0 ? outer() : Small(k_, k_), retraction_);
+    few_ ? second_pass_of_few(c) : second_pass(c, of_a);
+  }
+
+ private:
+  T* const u_;
+  const int64_t n_, p_, k_;
+  const bool complex_;
+  const int64_t retraction_;
+  const bool few_;
+  const int64_t m_, m_tiles_, p_tiles_;
+  // a (n, k) and b (p, k), each number's real parts before its imaginary ones; W in tiles of 16 columns (p, 16) and its
+  // transpose in tiles of 16 columns (m, 16), zeros where there are fewer. Where columns are few, the transpose is (m,
+  // p).
+  const std::unique_ptr<T[]> a_, b_, w_, wt_;
+
+  // The same a b' with columns of equal norms.
+  void balance(const T* a, const T* b, int64_t p, int64_t rank) {
+    std::vector<double> squares(2 * rank);
+    const auto add = [&](const T* x, int64_t rows, double* square) {
+      const int64_t parts = complex_ ? 2 : 1;
+      for (int64_t i = 0; i < rows; ++i)
+        for (int64_t r = 0; r < rank; ++r)
+          for (int64_t part = 0; part < parts; ++part) {
+            const double v = x[(i * rank + r) * parts + part];
+            square[r] += v * v;
+          }
+    };
+    add(a, n_, squares.data());
+    add(b, p, squares.data() + rank);
+    std::vector<T> down(rank, T(1)), up(rank, T(1));
+    for (int64_t r = 0; r < rank; ++r) {
+      const double ratio = std::sqrt(std::sqrt(squares[r] / squares[rank + r]));
+      if (!std::isfinite(ratio) || ratio == 0) continue;
+      up[r] = static_cast<T>(ratio);
+      down[r] = static_cast<T>(1 / ratio);
+    }
+    copy(a, n_, rank, down, a_.get());
+    copy(b, p, rank, up, b_.get());
+    std::fill(a_.get() + n_ * k_, a_.get() + round_up(n_, kTile) * k_, T(0));
+  }
+
+  void copy(const T* from, int64_t rows, int64_t rank, const std::vector<T>& scale, T* to) const {
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t r = 0; r < rank; ++r) {
+        if (!complex_) {
+          to[i * k_ + r] = from[i * k_ + r] * scale[r];
+          continue;
+        }
+        to[i * k_ + r] = from[i * k_ + 2 * r] * scale[r];
+        to[i * k_ + rank + r] = from[i * k_ + 2 * r + 1] * scale[r];
+      }
+  }
+
+  // M = U'a into W and its transpose, with b beside it, and K = W'W.
+  Small first_pass() {
+    const int64_t chunks = ceil_div(p_, kChunk), k_tiles = ceil_div(k_, kTile), side = m_tiles_ * kTile;
+    const auto packed = room_for<T>(k_tiles * kTile * n_);
+    for (int64_t t = 0; t < k_tiles; ++t)
+      pack(a_.get() + t * kTile, 1, k_, std::min(kTile, k_ - t * kTile), n_, packed.get() + t * kTile * n_);
+    std::vector<double> grams(chunks * side * side);
+    in_parallel(chunks, [&](int64_t first, int64_t last) {
+      std::vector<T> rows(kDepth * kPadded), sums(k_tiles * kChunk * kTile);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t j0 = chunk * kChunk, cols = std::min(kChunk, p_ - j0);
+        if (few_) {
+          std::fill(sums.begin(), sums.end(), T(0));
+          for (int64_t i = 0; i < n_; i += kDepth)
+            add_rows(u_ + i * p_ + j0, p_, std::min(kDepth, n_ - i), cols, a_.get() + i * k_, k_, sums.data(), kChunk);
+        } else {
+          sum_columns(packed.get(), k_tiles, j0, cols, rows.data(), sums.data());
+        }
+        put_chunk(sums.data(), j0, cols);
+        gram_of(j0, cols, grams.data() + chunk * side * side);
+      }
+    });
+    Small gram(m_, m_);
+    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+      for (int64_t i = 0; i < m_; ++i)
+        for (int64_t j = 0; j < m_; ++j)
+          gram.at(i, j) += grams[(chunk * side + std::max(i, j)) * side + std::min(i, j)];
+    return gram;
+  }
+
+  // sums (k tiles, kChunk, 16) = (columns j0 ... of U)' a. By copies of some rows: the lines of a column of U, in rows
+  // of 2^n numbers, would drive each other out of L1.
+  void sum_columns(const T* packed, int64_t k_tiles, int64_t j0, int64_t cols, T* rows, T* sums) const {
+    const auto product = tile_product<T>();
+    for (int64_t i0 = 0; i0 < n_; i0 += kDepth) {
+      const int64_t depth = std::min(kDepth, n_ - i0);
+      for (int64_t i = 0; i < depth; ++i) std::copy_n(u_ + (i0 + i) * p_ + j0, cols, rows + i * kPadded);
+      for (int64_t j = 0; j < cols; j += kTile)
+        for (int64_t t = 0; t < k_tiles; ++t)
+          product(rows + j, 1, kPadded, packed + (t * n_ + i0) * kTile, depth, sums + (t * kChunk + j) * kTile, kTile,
+                  i0 > 0);
+    }
+  }
+
+  void put(int64_t column, int64_t j, T value) {
+    if (few_) {
+      wt_[column * p_ + j] = value;
+      return;
+    }
+    w_[((column / kTile) * p_tiles_ * kTile + j) * kTile + column % kTile] = value;
+    wt_[((j / kTile) * m_tiles_ * kTile + column) * kTile + j % kTile] = value;
+  }
+
+  // Columns j0 ... of U into rows of W.
+  void put_chunk(const T* sums, int64_t j0, int64_t cols) {
+    const auto sum = [&](int64_t r, int64_t j) {
+      return few_ ? sums[r * kChunk + j] : sums[(r / kTile * kChunk + j) * kTile + r % kTile];
+    };
+    for (int64_t j = 0; j < cols; ++j) {
+      if (!complex_) {
+        for (int64_t r = 0; r < k_; ++r) put(r, j0 + j, sum(r, j));
+        for (int64_t r = 0; r < k_; ++r) put(k_ + r, j0 + j, b_[(j0 + j) * k_ + r]);
+        continue;
+      }
+      if (j % 2 == 1) continue;
+      const int64_t half = k_ / 2;
+      const T* b = b_.get() + (j0 + j) / 2 * k_;
+      for (int64_t r = 0; r < half; ++r) {
+        put_complex(r, half, j0 + j, sum(r, j) + sum(half + r, j + 1), sum(half + r, j) - sum(r, j + 1));
+        put_complex(k_ + r, half, j0 + j, b[r], b[half + r]);
+      }
+    }
+    for (int64_t j = j0; !few_ && j < j0 + round_up(cols, kTile); ++j)
+      for (int64_t q = j < j0 + cols ? m_ : 0; q < m_tiles_ * kTile; ++q) put(q, j, T(0));
+  }
+
+  // A number as what gives, by U's row, the real part of their product, and what gives the imaginary one.
+  void put_complex(int64_t column, int64_t half, int64_t j, T real, T imaginary) {
+    put(column, j, real);
+    put(column, j + 1, -imaginary);
+    put(column + half, j, imaginary);
+    put(column + half, j + 1, real);
+  }
+
+  // The lower tiles of W'W over some rows of W.
+  void gram_of(int64_t j0, int64_t cols, double* gram) const {
+    if (few_) {
+      for (int64_t i = 0; i < m_; ++i)
+        for (int64_t j = 0; j <= i; ++j) {
+          const T *v = wt_.get() + i * p_ + j0, *w = wt_.get() + j * p_ + j0;
+          for (int64_t q = 0; q < cols; ++q) gram[i * m_tiles_ * kTile + j] += static_cast<double>(v[q]) * w[q];
+        }
+      return;
+    }
+    const auto product = tile_product<T>();
+    const int64_t rows = round_up(cols, kTile);
+    T corner[kTile * kTile];
+    for (int64_t s = 0; s < m_tiles_; ++s)
+      for (int64_t t = 0; t <= s; ++t) {
+        product(w_.get() + (s * p_tiles_ * kTile + j0) * kTile, 1, kTile,
+                w_.get() + (t * p_tiles_ * kTile + j0) * kTile, rows, corner, kTile, false);
+        for (int64_t i = 0; i < kTile; ++i)
+          for (int64_t j = 0; j < kTile; ++j)
+            gram[(s * kTile + i) * m_tiles_ * kTile + t * kTile + j] = corner[i * kTile + j];
+      }
+  }
+
+  // a'a, as the small matrices have it.
+  Small outer() const {
+    Small out(k_, k_);
+    std::vector<double> row(k_);
+    for (int64_t i = 0; i < n_; ++i) {
+      const T* a = a_.get() + i * k_;
+      for (int64_t r = 0; r < k_; ++r) row[r] = a[r];
+      for (int64_t r = 0; r < k_; ++r)
+        for (int64_t s = 0; s < k_; ++s) out.at(r, s) += row[r] * row[s];
+    }
+    if (!complex_) return out;
+    const int64_t half = k_ / 2;
+    Small complex(k_, k_);
+    for (int64_t r = 0; r < half; ++r)
+      for (int64_t s = 0; s < half; ++s) {
+        complex.at(r, s) = complex.at(half + r, half + s) = out.at(r, s) + out.at(half + r, half + s);
+        complex.at(r, half + s) = out.at(r, half + s) - out.at(half + r, s);
+        complex.at(half + r, s) = -complex.at(r, half + s);
+      }
+    return complex;
+  }
+
+  // U += [U W, a] [C; D] W', `of_a` being the columns of a that count.
+  void second_pass(const Small& given, int64_t of_a) {
+    const int64_t side = m_tiles_ * kTile, depth = side + of_a;
+    std::vector<T> c(m_tiles_ * kTile * depth);  // rows of [C; D] in tiles of 16 columns, zeros for W's own
+    for (int64_t i = 0; i < given.rows; ++i)
+      for (int64_t j = 0; j < m_; ++j)
+        c[(j / kTile * depth + (i < m_ ? i : side + i - m_)) * kTile + j % kTile] = static_cast<T>(given.at(i, j));
+    const int64_t groups = ceil_div(n_, kTile), each = p_ >= 4096 ? 2 : 4;
+    in_parallel(ceil_div(groups, each), [&](int64_t first, int64_t last) {
+      std::vector<T> slab(kTile * kPadded), left(each * kTile * depth), right(each * kTile * side);
+      for (int64_t panel = first; panel < last; ++panel)
+        update_panel(panel * each, std::min(groups, (panel + 1) * each), of_a, c.data(), slab.data(), left.data(),
+                     right.data());
+    });
+  }
+
+  // The same where W has few columns: a row at a time.
+  void second_pass_of_few(const Small& given) {
+    std::vector<T> c(given.values.begin(), given.values.end());
+    in_parallel(ceil_div(n_, kTile), [&](int64_t first, int64_t last) {
+      for (int64_t i0 = first * kTile; i0 < std::min(n_, last * kTile); i0 += 4) {
+        T left[3 * kFew][4] = {}, right[2 * kFew];
+        const int64_t rows = std::min<int64_t>(4, n_ - i0);
+        T* u = u_ + i0 * p_;
+        for (int64_t q = 0; q < m_; ++q) {
+          if (rows == 4) {
+            four_dots(u, p_, wt_.get() + q * p_, p_, left[q]);
+            continue;
+          }
+          for (int64_t i = 0; i < rows; ++i)
+            four_dots(u + i * p_, 0, wt_.get() + q * p_, p_, right), left[q][i] = *right;
+        }
+        for (int64_t q = m_; q < given.rows; ++q)
+          for (int64_t i = 0; i < rows; ++i) left[q][i] = a_[(i0 + i) * k_ + q - m_];
+        for (int64_t i = 0; i < rows; ++i) {
+          std::fill_n(right, m_, T(0));
+          for (int64_t q = 0; q < given.rows; ++q)
+            for (int64_t j = 0; j < m_; ++j) right[j] += left[q][i] * c[q * m_ + j];
+          for (int64_t j = 0; j < m_; j += 2)
+            add_two(u + i * p_, wt_.get() + j * p_, wt_.get() + (j + 1) * p_, p_, right[j], right[j + 1]);
+        }
+      }
+    });
+  }
+
+  // 16 rows at a time; the whole panel goes by before the next columns of W.
+  void update_panel(int64_t first, int64_t last, int64_t of_a, const T* c, T* slab, T* left, T* right) {
+    const auto product = tile_product<T>();
+    const int64_t side = m_tiles_ * kTile, depth = side + of_a;
+    for (int64_t j0 = 0; j0 < p_; j0 += kChunk) {
+      const int64_t cols = std::min(kChunk, p_ - j0);
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t i0 = group * kTile, rows = std::min(kTile, n_ - i0);
+        for (int64_t i = 0; i < rows; ++i) std::copy_n(u_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
+        for (int64_t i = rows; i < kTile && j0 == 0; ++i) std::fill_n(slab + i * kPadded, kPadded, T(0));
+        for (int64_t t = 0; t < m_tiles_; ++t)
+          product(slab, kPadded, 1, w_.get() + (t * p_tiles_ * kTile + j0) * kTile, cols,
+                  left + (group - first) * kTile * depth + t * kTile, depth, j0 > 0);
+      }
+    }
+    for (int64_t group = first; group < last; ++group) {
+      T *l = left + (group - first) * kTile * depth, *r = right + (group - first) * kTile * side;
+      for (int64_t i = 0; i < kTile; ++i) std::copy_n(a_.get() + (group * kTile + i) * k_, of_a, l + i * depth + side);
+      for (int64_t t = 0; t < m_tiles_; ++t)
+        product(l, depth, 1, c + t * depth * kTile, depth, r + t * kTile, side, false);
+    }
+    for (int64_t j = 0; j < p_; j += kTile) {
+      const T* w = wt_.get() + j * side;
+      for (int64_t group = first; group < last; ++group) {
+        const int64_t i0 = group * kTile, rows = std::min(kTile, n_ - i0), cols = std::min(kTile, p_ - j);
+        const T* r = right + (group - first) * kTile * side;
+        T* to = u_ + i0 * p_ + j;
+        if (rows == kTile && cols == kTile) {
+          product(r, side, 1, w, m_, to, p_, true);
+          continue;
+        }
+        T corner[kTile * kTile];
+        product(r, side, 1, w, m_, corner, kTile, false);
+        for (int64_t i = 0; i < rows; ++i)
+          for (int64_t q = 0; q < cols; ++q) to[i * p_ + q] += corner[i * kTile + q];
+      }
+    }
+  }
+};
+
+template <class T>
+void update_all(const Tensor& u, const Tensor& a, const Tensor& b, int64_t retraction, bool complex) {
+  const int64_t count = stack_size(u), n = u.size(-2), p = u.size(-1), k = a.size(-1), parts = complex ? 2 : 1;
+  const auto one = [&](int64_t s) {
+    Update<T>(static_cast<T*>(u.mutable_data_ptr()) + s * n * p * parts, data<T>(a) + s * n * k * parts,
+              data<T>(b) + s * p * k * parts, n, p, k, complex, retraction)
+        .run();
+  };
+  if (count == 1 || n * p > 1 << 18) {
+    for (int64_t s = 0; s < count; ++s) one(s);
+    return;
+  }
+  in_parallel(count, [&](int64_t first, int64_t last) {
+    for (int64_t s = first; s < last; ++s) one(s);
+  });
+}
+
+void rank_k_update_(Tensor u, const Tensor a, const Tensor b, int64_t retraction) {
+  switch (u.scalar_type()) {
+    case ScalarType::Float: return update_all<float>(u, a, b, retraction, false);
+    case ScalarType::Double: return update_all<double>(u, a, b, retraction, false);
+    case ScalarType::ComplexFloat: return update_all<float>(u, a, b, retraction, true);
+    default: return update_all<double>(u, a, b, retraction, true);
+  }
+}
+
+}  // namespace
+}  // namespace sslkern
+
+STABLE_TORCH_LIBRARY_IMPL(sslkern_native, CPU, m) {
+  m.impl("rank_k_update_", TORCH_BOX(&sslkern::rank_k_update_));
+}

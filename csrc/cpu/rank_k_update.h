@@ -1,0 +1,233 @@
+// The small matrices of a rank-k update: C and D from K and A, in fp64. Complex ones come as real ones of twice the
+// side, [[Re, Im], [-Im, Re]], whose sums, products and inverses are those of the complex ones.
+#pragma once
+
+#include <cstring>
+
+#include "tiles.h"
+
+namespace sslkern {
+
+enum Retraction : int64_t { kTangent, kDirect, kCayley };
+
+// Gauss and Jordan's inverse of (n, n), in place, with partial pivoting: log |det|. Singular ones give infinities.
+SSLKERN_CLONES static double invert(double* a, int64_t n, int64_t* order) {
+  double log_det = 0;
+  for (int64_t k = 0; k < n; ++k) {
+    int64_t best = k;
+    for (int64_t i = k + 1; i < n; ++i)
+      if (std::abs(a[i * n + k]) > std::abs(a[best * n + k])) best = i;
+    order[k] = best;
+    double* pivot = a + k * n;
+    for (int64_t j = 0; j < n && best != k; ++j) std::swap(pivot[j], a[best * n + j]);
+    log_det += std::log(std::abs(pivot[k]));
+    const double each = 1 / pivot[k];
+    pivot[k] = 1;
+    for (int64_t j = 0; j < n; ++j) pivot[j] *= each;
+    for (int64_t i = 0; i < n; ++i) {
+      if (i == k) continue;
+      double* row = a + i * n;
+      const double share = row[k];
+      row[k] = 0;
+#pragma omp simd
+      for (int64_t j = 0; j < n; ++j) row[j] -= share * pivot[j];
+    }
+  }
+  for (int64_t k = n - 1; k >= 0; --k)
+    for (int64_t i = 0; i < n && order[k] != k; ++i) std::swap(a[i * n + k], a[i * n + order[k]]);
+  return log_det;
+}
+
+// The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
+template <class T>
+SSLKERN_INLINE void add_rows_body(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, T* sums,
+                                  int64_t stride) {
+  for (; rows >= 4; rows -= 4, u += 4 * ld, a += 4 * k)
+    for (int64_t r = 0; r < k; ++r) {
+      const T s = a[r], t = a[k + r], v = a[2 * k + r], w = a[3 * k + r];
+      T* sum = sums + r * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) sum[j] += (s * u[j] + t * u[ld + j]) + (v * u[2 * ld + j] + w * u[3 * ld + j]);
+    }
+  for (; rows > 0; --rows, u += ld, a += k)
+    for (int64_t r = 0; r < k; ++r) {
+      T* sum = sums + r * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) sum[j] += a[r] * u[j];
+    }
+}
+
+// The products of 4 rows of u with w.
+template <class T>
+SSLKERN_INLINE void four_dots_body(const T* u, int64_t ld, const T* w, int64_t n, T* out) {
+  T s = 0, t = 0, v = 0, x = 0;
+#pragma omp simd reduction(+ : s, t, v, x)
+  for (int64_t j = 0; j < n; ++j) {
+    s += u[j] * w[j];
+    t += u[ld + j] * w[j];
+    v += u[2 * ld + j] * w[j];
+    x += u[3 * ld + j] * w[j];
+  }
+  out[0] = s, out[1] = t, out[2] = v, out[3] = x;
+}
+
+// u += s v + t w
+template <class T>
+SSLKERN_INLINE void add_two_body(T* u, const T* v, const T* w, int64_t n, T s, T t) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) u[j] += s * v[j] + t * w[j];
+}
+
+#define SSLKERN_KERNELS(T)                                                                                       \
+  SSLKERN_CLONES static void add_rows(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, \
+                                      T* sums, int64_t stride) {                                                 \
+    add_rows_body(u, ld, rows, cols, a, k, sums, stride);                                                        \
+  }                                                                                                              \
+  SSLKERN_CLONES static void four_dots(const T* u, int64_t ld, const T* w, int64_t n, T* out) {                  \
+    four_dots_body(u, ld, w, n, out);                                                                            \
+  }                                                                                                              \
+  SSLKERN_CLONES static void add_two(T* u, const T* v, const T* w, int64_t n, T s, T t) {                        \
+    add_two_body(u, v, w, n, s, t);                                                                              \
+  }
+SSLKERN_KERNELS(float)
+SSLKERN_KERNELS(double)
+#undef SSLKERN_KERNELS
+
+// A small matrix, row by row.
+struct Small {
+  int64_t rows, cols;
+  std::vector<double> values;
+
+  Small(int64_t rows, int64_t cols, double diagonal = 0) : rows(rows), cols(cols), values(rows * cols) {
+    for (int64_t i = 0; diagonal != 0 && i < rows; ++i) at(i, i) = diagonal;
+  }
+  double& at(int64_t i, int64_t j) {
+    return values[i * cols + j];
+  }
+  double at(int64_t i, int64_t j) const {
+    return values[i * cols + j];
+  }
+  // this += share * x, x placed at (row, col)
+  Small& add(double share, const Small& x, int64_t row = 0, int64_t col = 0) {
+    for (int64_t i = 0; i < x.rows; ++i)
+      for (int64_t j = 0; j < x.cols; ++j) at(row + i, col + j) += share * x.at(i, j);
+    return *this;
+  }
+  Small block(int64_t row, int64_t col, int64_t height, int64_t width) const {
+    Small out(height, width);
+    for (int64_t i = 0; i < height; ++i) std::copy_n(&values[(row + i) * cols + col], width, &out.values[i * width]);
+    return out;
+  }
+  Small transposed() const {
+    Small out(cols, rows);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < cols; ++j) out.at(j, i) = at(i, j);
+    return out;
+  }
+  Small inverse(double* log_det = nullptr) const {
+    Small out = *this;
+    std::vector<int64_t> order(rows);
+    const double found = invert(out.values.data(), rows, order.data());
+    if (log_det != nullptr) *log_det = found;
+    return out;
+  }
+  double norm() const {
+    double total = 0;
+    for (double x : values) total += x * x;
+    return std::sqrt(total);
+  }
+};
+
+inline Small operator*(const Small& a, const Small& b) {
+  Small out(a.rows, b.cols);
+  std::vector<double> room(packed_size(b.cols, b.rows));
+  multiply<double>({a.values.data(), a.cols, 1}, {b.values.data(), b.cols, 1}, a.rows, b.cols, a.cols,
+                   out.values.data(), b.cols, false, false, room.data());
+  return out;
+}
+
+// S with exp(W J W') = I + W S W': phi_1(J K) J for a 2^s-th of the step, and s times S <- 2 S + S K S.
+inline Small exponential(Small j, const Small& gram) {
+  Small z = j * gram;
+  const double norm = z.norm();
+  int64_t halvings = 0;
+  for (double left = norm; left > .5 && halvings < 40 && std::isfinite(norm); left /= 2) ++halvings;
+  const double share = std::ldexp(1., -static_cast<int>(halvings));
+  for (Small* each : {&j, &z})
+    for (double& x : each->values) x *= share;
+  Small s = j, term = j;
+  for (int64_t n = 2; n < 16; ++n) {
+    term = z * term;
+    for (double& x : term.values) x /= n;
+    s.add(1, term);
+    if (!(term.norm() > 1e-17 * j.norm())) break;
+  }
+  for (; halvings > 0; --halvings) {
+    const Small more = s * gram * s;
+    for (double& x : s.values) x *= 2;
+    s.add(1, more);
+  }
+  return s;
+}
+
+// Of a matrix whose eigenvalues are positive: the product form of Denman and Beavers' iteration, scaled by the
+// determinant while that is far from one.
+inline Small square_root(const Small& x) {
+  const int64_t n = x.rows;
+  Small y = x, m = x;
+  for (int64_t step = 0; step < 30; ++step) {
+    double log_det;
+    Small inverse = m.inverse(&log_det);
+    const double scale = std::exp(-log_det / n);  // of m
+    Small far = m;
+    far.add(-1, Small(n, n, 1));
+    const double distance = far.norm(), mu = distance > .1 && std::isfinite(scale) ? scale : 1;
+    if (!(distance > 1e-15 * n)) break;
+    Small half = inverse;  // (I + (mu m)^-1) / 2
+    for (double& v : half.values) v /= 2 * mu;
+    half.add(.5, Small(n, n, 1));
+    y = y * half;
+    for (double& v : y.values) v *= std::sqrt(mu);
+    for (int64_t i = 0; i < n * n; ++i) m.values[i] = (mu * m.values[i] + inverse.values[i] / mu) / 4;
+    m.add(.5, Small(n, n, 1));
+    if (distance < 1e-8) break;  // quadratic: the step just made was the last one
+  }
+  return y;
+}
+
+// [C; D], ((2k + k), 2k), or C alone where D is zero: U' = U + (U W C + a D) W'.
+inline Small coefficients(const Small& gram, const Small& outer, int64_t retraction) {
+  const int64_t k = outer.rows;
+  const Small one(k, k, 1), two(2 * k, 2 * k, 1);
+  Small skew(2 * k, 2 * k);
+  skew.add(1, one, 0, k).add(-1, one, k, 0);
+  if (retraction == kTangent) {
+    for (double& x : skew.values) x /= 2;
+    return exponential(skew, gram);
+  }
+  Small out(3 * k, 2 * k);
+  if (retraction == kDirect) {  // Y (Y'Y)^(-1/2), Y = U + a b' and Y'Y = I + W theta W'
+    Small theta(2 * k, 2 * k);
+    theta.add(1, one, 0, k).add(1, one, k, 0).add(1, outer, k, k);
+    Small square = theta * gram;
+    square.add(1, two);
+    Small sum = square_root(square);
+    const Small s = sum.add(1, square).inverse() * theta;  // minus S
+    Small d = gram.block(k, 0, k, 2 * k) * s;
+    return out.add(-1, s).add(1, one, 2 * k, k).add(-1, d, 2 * k, 0);
+  }
+  // I + V S V' with V = [(I - U U' / 2) a, U b], and V'U = [M / 2, b]'
+  const Small mb = gram.block(0, k, k, k);
+  Small left(2 * k, 2 * k);
+  left.add(1, outer).add(-.75, gram.block(0, 0, k, k)).add(.5, mb, 0, k).add(.5, mb.transposed(), k, 0);
+  left.add(1, gram.block(k, k, k, k), k, k);
+  Small system = two;
+  system.add(-.5, skew * left);
+  Small s = system.inverse() * skew;
+  for (int64_t i = 0; i < 2 * k; ++i)
+    for (int64_t j = 0; j < k; ++j) s.at(i, j) /= 2;
+  const Small of_a = s.block(0, 0, k, 2 * k);
+  return out.add(-.5, of_a).add(1, s.block(k, 0, k, 2 * k), k, 0).add(1, of_a, 2 * k, 0);
+}
+
+}  // namespace sslkern

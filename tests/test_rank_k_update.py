@@ -1,0 +1,248 @@
+"""Rank-k updates against dense polar factors, exponentials and Cayley transforms, and where those go wrong."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+import torch
+from conftest import available
+from torch.profiler import ProfilerActivity, profile
+
+import sslkern
+from sslkern.ops import rank_k_update_
+
+DTYPES = (torch.float64, torch.complex128, torch.float32, torch.complex64)
+EXACT = {torch.float64: torch.float64, torch.float32: torch.float64}
+RETRACTIONS = ("tangent", "direct", "cayley")
+
+
+@pytest.fixture(params=("reference", "native"))
+def backend(request):
+    """What has the kernel."""
+    with sslkern.backend.use(available(request.param)):
+        yield request.param
+
+
+def exact(x):
+    return x.to(EXACT.get(x.dtype, torch.complex128))
+
+
+def orthonormal(*shape, dtype=torch.float64):
+    return torch.linalg.qr(torch.randn(shape, dtype=exact(torch.empty(0, dtype=dtype)).dtype))[0].to(dtype).contiguous()
+
+
+def step_of(size, *shape, k, dtype):
+    """a and b with a b^H of this spectral norm."""
+    *batch, n, p = shape
+    a, b = torch.randn(*batch, n, k, dtype=dtype), torch.randn(*batch, p, k, dtype=dtype)
+    return a * (size / torch.linalg.matrix_norm(exact(a) @ exact(b).mH, 2)[..., None, None]).to(a.real.dtype), b
+
+
+def dense(u, a, b, retraction):
+    """The same by O(N^3) textbook formulas in fp64."""
+    u, e = exact(u), exact(a) @ exact(b).mH
+    if retraction == "tangent":
+        angles, vectors = torch.linalg.eigh(0.5j * (u.mH @ e - e.mH @ u))  # matrix_exp errs by 3e-11 at a norm of .03
+        rotation = vectors * torch.exp(-1j * angles)[..., None, :] @ vectors.mH
+        return u @ (rotation if u.is_complex() else rotation.real)
+    if retraction == "direct":
+        left, _, right = torch.linalg.svd(u + e, full_matrices=False)
+        return left @ right
+    one = torch.eye(u.shape[-2], dtype=u.dtype)
+    project = one - u @ u.mH / 2
+    skew = project @ e @ u.mH - u @ e.mH @ project
+    return torch.linalg.solve(one - skew / 2, (one + skew / 2) @ u)
+
+
+def away(x, y):
+    """Largest distance of a batch, ||x - y||_F / sqrt(p)."""
+    return float(torch.linalg.matrix_norm(exact(x) - exact(y)).max()) / x.shape[-1] ** 0.5
+
+
+def error(u):
+    return away(exact(u).mH @ exact(u), torch.eye(u.shape[-1], dtype=exact(u).dtype).expand(*u.shape[:-2], -1, -1))
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_agrees_with_dense_formulas(dtype, retraction, backend):
+    """1e-13 in double, 1e-7 in single precision, square and tall, batched, k from 1 to 3 p, odd sizes."""
+    single = dtype in (torch.float32, torch.complex64)
+    for shape in ((1, 1), (2, 2), (37, 37), (64, 64), (300, 300), (3, 20, 20), (2, 2, 5, 5), (40, 17), (5, 270, 1)):
+        if retraction == "tangent" and shape[-1] != shape[-2]:
+            continue
+        u = orthonormal(*shape, dtype=dtype)
+        for k in (k for k in (1, 2, 3, 4, 5, 16, 32, 64) if k <= 3 * shape[-1]):
+            for size in (1e-6, 1e-4, 0.05, 0.5):
+                a, b = step_of(size, *shape, k=k, dtype=dtype)
+                new = rank_k_update_(u.clone(), a, b, retraction)
+                limit = 4e-7 if single else 1e-13
+                off, drift = away(new, dense(u, a, b, retraction)), error(new) - error(u)
+                assert off < limit and drift < limit, (shape, k, size, off, drift)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_large_steps(dtype, retraction, backend):
+    """Steps of 3 and 30: the polar factor as well as the condition of U + a b^H allows, which is up to 1e4 here."""
+    for shape in ((40, 40), (130, 130)):
+        u = orthonormal(*shape, dtype=dtype)
+        for k in (1, 4, 16):
+            for size in (3, 30):
+                a, b = step_of(size, *shape, k=k, dtype=dtype)
+                new = rank_k_update_(u.clone(), a, b, retraction)
+                limit = 1e-14 * (float(torch.linalg.cond(u + a @ b.mH)) if retraction == "direct" else 30)
+                assert away(new, dense(u, a, b, retraction)) < limit and error(new) < limit, (shape, k, size)
+
+
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+def test_orders(dtype, backend):
+    """Direct and tangent differ by O(step^2), tangent and Cayley by O(step^3): 10 times shorter, 100 and 1000 less."""
+    u = orthonormal(50, 50, dtype=dtype)
+    a, b = step_of(0.02, 50, 50, k=3, dtype=dtype)
+    apart = []
+    for share in (1, 0.1):
+        t, d, c = (rank_k_update_(u.clone(), share * a, b, retraction) for retraction in RETRACTIONS)
+        apart.append((away(d, t), away(c, t)))
+    (square, cube), (less_square, less_cube) = apart
+    assert 80 < square / less_square < 120 and 800 < cube / less_cube < 1200
+
+
+def test_a_normal_direction_moves_nothing(backend):
+    """a = U b H, H Hermitian, has no part in the tangent space."""
+    for dtype in DTYPES[:2]:
+        u, b, h = orthonormal(30, 30, dtype=dtype), torch.randn(30, 4, dtype=dtype), torch.randn(4, 4, dtype=dtype)
+        new = rank_k_update_(u.clone(), 0.01 * u @ b @ (h + h.mH), b, "tangent")
+        assert away(new, u) < 1e-14
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_degenerate_steps(dtype, retraction, backend):
+    """Zero, tiny, equal and nearly equal columns, alone and beside others in a batch: no NaN, as orthogonal as before."""
+    u = orthonormal(5, 40, 40, dtype=dtype)
+    a, b = step_of(0.1, 5, 40, 40, k=4, dtype=dtype)
+    a[0] = 0
+    a[1], b[1] = 1e-25 * a[1], 1e-5 * b[1]
+    a[2], b[2] = a[2, :, :1].clone(), b[2, :, :1].clone()
+    a[3] = u[3] @ b[3] + 1e-6 * a[3]  # normal but for a millionth
+    a[3] *= 0.02
+    a[4, :, 1], b[4, :, 2] = 0, 0
+    for k in (4, 1):
+        new = rank_k_update_(u.clone(), a[..., :k].contiguous(), b[..., :k].contiguous(), retraction)
+        assert error(new) < error(u) + (1e-14 if exact(u).dtype == dtype else 5e-7)
+        assert away(new[:2], u[:2]) < 1e-7
+        assert away(new, dense(u, a[..., :k], b[..., :k], retraction)) < (1e-13 if exact(u).dtype == dtype else 5e-7)
+
+
+def test_single_precision_keeps_its_digits(backend):
+    """k = 1 in complex64 and complex128: 100 steps stay as orthogonal as rounding allows, not 1e-9 a step away."""
+    for dtype, limit in ((torch.complex128, 1e-13), (torch.float64, 1e-13), (torch.complex64, 2e-6)):
+        u = orthonormal(24, 24, dtype=dtype)
+        for _ in range(100):
+            rank_k_update_(u, *step_of(0.1, 24, 24, k=1, dtype=dtype), "tangent")
+        assert error(u) < limit
+
+
+def test_in_place_wherever_u_lies(backend):
+    """Transposed, strided, expanded steps and a slice of a stack: the same tensor, the rest of its memory untouched."""
+    a, b = step_of(0.2, 20, 20, k=3, dtype=torch.float64)
+    u = orthonormal(20, 20)
+    expected = rank_k_update_(u.clone(), a, b)
+    for view in (u.t().contiguous().t(), torch.zeros(40, 60, dtype=u.dtype)[::2, ::3].copy_(u)):
+        assert rank_k_update_(view, a, b) is view
+        assert torch.equal(view, expected)
+    stack = torch.stack([u, u, u])
+    rank_k_update_(stack[1], a, b)
+    assert torch.equal(stack[1], expected) and torch.equal(stack[0], u) and torch.equal(stack[2], u)
+    column = a[:, :1].expand(20, 3)
+    torch.testing.assert_close(rank_k_update_(u.clone(), column, b), dense(u, column, b, "tangent"))
+
+
+def test_a_stack_is_its_slices(native):
+    """Bit for bit, also on one thread."""
+    threads = torch.get_num_threads()
+    for shape, k in (((7, 33, 33), 2), ((3, 48, 20), 16), ((2, 600, 600), 5)):
+        u, retraction = orthonormal(*shape, dtype=torch.float32), "direct"
+        a, b = step_of(0.2, *shape, k=k, dtype=torch.float32)
+        whole = rank_k_update_(u.clone(), a, b, retraction)
+        torch.set_num_threads(1)
+        try:
+            for each, x, y, z in zip(whole, u, a, b, strict=True):
+                assert torch.equal(rank_k_update_(x.clone(), y, z, retraction), each)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_no_dense_temporary(native):
+    """k = 8 at N = 1000 asks torch for no memory: U is read and written where it lies."""
+    u = orthonormal(1000, 1000, dtype=torch.float32)
+    a, b = step_of(0.1, 1000, 1000, k=8, dtype=torch.float32)
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as prof:
+        rank_k_update_(u, a, b)
+    assert sum(max(0, e.nbytes()) for e in prof.profiler.kineto_results.events() if e.name() == "[memory]") < 1e5
+
+
+def test_nan_comes_out(backend):
+    """And nothing hangs; a step that is zero or has no columns leaves U bit for bit, or as it was."""
+    for bad in (float("nan"), float("inf")):
+        for retraction in RETRACTIONS:
+            u = orthonormal(12, 12)
+            a, b = step_of(0.1, 12, 12, k=2, dtype=u.dtype)
+            a[3, 1] = bad
+            assert rank_k_update_(u, a, b, retraction).isnan().any()
+    u = orthonormal(12, 12)
+    assert torch.equal(rank_k_update_(u.clone(), u[:, :0], u[:, :0]), u)
+    assert torch.equal(rank_k_update_(u.clone(), 0 * u[:, :2], u[:, :2]), u)
+    assert rank_k_update_(torch.zeros(0, 4, 4), torch.zeros(0, 4, 1), torch.zeros(0, 4, 1)).shape == (0, 4, 4)
+
+
+def test_bad_arguments():
+    """One sentence each, before U has changed."""
+    u, a = torch.eye(4), torch.zeros(4, 2)
+    cases = [
+        ((u, a, a, "qr"), ValueError, r"retraction must be one of 'tangent', 'direct', 'cayley', got 'qr'"),
+        (([1], a, a), TypeError, r"u must be a torch.Tensor, got list"),
+        ((u[0], a, a), ValueError, r"u must have at least two dimensions, got shape \(4,\)"),
+        ((u.bfloat16(), a, a), TypeError, r"u must be float32, float64, complex64 or complex128, got bfloat16"),
+        ((u[:3], a, a), ValueError, r"u must have at least as many rows as columns, got shape \(3, 4\)"),
+        ((u[:, :3], a, a), ValueError, r"u must be square for 'tangent', got shape \(4, 3\)"),
+        ((u, a[:3], a), ValueError, r"a must have shape \(4, k\) for u of \(4, 4\), got \(3, 2\)"),
+        ((u, a, a[:, :1]), ValueError, r"b must have shape \(4, k\) for u of \(4, 4\), got \(4, 1\)"),
+        ((u[None], a, a), ValueError, r"a must have shape \(1, 4, k\) for u of \(1, 4, 4\), got \(4, 2\)"),
+        ((u, a.double(), a), TypeError, r"a must have the dtype of u, float32, got float64"),
+        ((u, a, a.to("meta")), ValueError, r"b and u must be on the same device, got meta and cpu"),
+    ]
+    for arguments, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            rank_k_update_(*arguments)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated: call it under torch.no_grad\(\)"):
+        rank_k_update_(u, a.requires_grad_(), a)
+    assert torch.equal(u, torch.eye(4))
+
+
+def test_a_graph_notices():
+    """A backward through a U that has moved since raises, as with torch's own in-place operations."""
+    u = torch.eye(4, requires_grad=True)
+    loss = (u @ u).sum()
+    with torch.no_grad():
+        rank_k_update_(u, torch.ones(4, 1), torch.ones(4, 1))
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+@pytest.mark.parametrize("gemm", ("avx2", "mm"))
+def test_other_processors(gemm):
+    """With AVX2's tiles, and with those in plain C++."""
+    available("native")
+    script = (
+        "import torch, test_rank_k_update as t, sslkern;"
+        "torch.manual_seed(0); u = t.orthonormal(70, 70, dtype=torch.complex64);"
+        "a, b = t.step_of(.3, 70, 70, k=9, dtype=u.dtype);"
+        "assert t.away(t.rank_k_update_(u.clone(), a, b, 'direct'), t.dense(u, a, b, 'direct')) < 4e-7"
+    )
+    environment = os.environ | {"SSLKERN_CPU_GEMM": gemm}
+    run = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(__file__), env=environment, text=True,
+                         capture_output=True)  # fmt: skip
+    assert run.returncode == 0, run.stderr
