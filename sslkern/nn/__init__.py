@@ -1,5 +1,24 @@
 """Layers with torch.nn's names and conventions."""
 
+from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
+from .orthogonal import OrthogonalConv2d, OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
+from .recurrent import OrthogonalRNN, UnitaryRNN, modReLU, modrelu
 
-__all__ = ["BatchNorm1d", "BatchNorm2d", "BatchNorm3d", "SyncBatchNorm", "convert_batchnorm"]
+__all__ = [
+    "BatchNorm1d",
+    "BatchNorm2d",
+    "BatchNorm3d",
+    "OrthogonalConv2d",
+    "OrthogonalLinear",
+    "OrthogonalModule",
+    "OrthogonalRNN",
+    "SyncBatchNorm",
+    "UnitaryRNN",
+    "convert_batchnorm",
+    "init",
+    "modReLU",
+    "modrelu",
+    "orthogonal_parameters",
+    "other_parameters",
+]

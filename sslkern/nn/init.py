@@ -1,0 +1,149 @@
+"""Starting points with orthonormal columns, in place, as torch.nn.init has them; every matrix of a stack is its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from torch import Generator, Tensor
+
+from ..ops import _checks
+
+Init = Literal["haar", "identity", "henaff", "cayley"]
+DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+
+
+@torch.no_grad()
+def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
+    """Uniform over all matrices with orthonormal columns: of the Haar measure where u is square.
+
+        U = Q diag(R_jj / |R_jj|),  Q R = a matrix of normal numbers
+
+    Without the phases the law is that of the QR's own convention. Taken in double precision, then rounded.
+
+    Args:
+        u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
+        generator: of the random numbers; None is torch's own.
+
+    Returns:
+        u.
+
+    Raises:
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide u.
+
+    Source: Mezzadri, How to generate random matrices from the classical compact groups (math-ph/0609050).
+    """
+    _check(u)
+    double = torch.complex128 if u.is_complex() else torch.float64
+    q, r = torch.linalg.qr(torch.randn(u.shape, dtype=double, device=u.device, generator=generator))
+    return u.copy_(q * r.diagonal(dim1=-2, dim2=-1).sgn().unsqueeze(-2))
+
+
+@torch.no_grad()
+def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
+    """The first p columns of the identity, in every matrix; nothing is random, the generator is not used.
+
+    Args:
+        u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
+
+    Returns:
+        u.
+
+    Raises:
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide u.
+    """
+    _check(u)
+    u.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+    return u
+
+
+@torch.no_grad()
+def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
+    """Rotations of planes by random angles t, uniform in [-pi, pi).
+
+        real      blocks [[cos t, -sin t], [sin t, cos t]] along the diagonal, and a last 1 where n is odd
+        complex   exp(i t) on the diagonal
+
+    Args:
+        u: (..., n, n), float32, float64, complex64 or complex128.
+        generator: of the random numbers; None is torch's own.
+
+    Returns:
+        u.
+
+    Raises:
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square.
+
+    Source: Henaff et al., Recurrent orthogonal networks and long-memory tasks (1602.06662).
+    """
+    _check(u, square=True)
+    if not u.is_complex():
+        return _rotate_(u, _angles(u, u.shape[-1] // 2, -math.pi, math.pi, generator))
+    angles = _angles(u, u.shape[-1], -math.pi, math.pi, generator)
+    u.zero_().diagonal(dim1=-2, dim2=-1).copy_(torch.polar(torch.ones_like(angles), angles))
+    return u
+
+
+@torch.no_grad()
+def cayley_(u: Tensor, generator: Generator | None = None) -> Tensor:
+    """The Cayley transform of a skew matrix with blocks [[0, s], [-s, 0]], s = tan(t / 2), t uniform in [0, pi / 2).
+
+        U = (I + A)^-1 (I - A): blocks [[cos t, -sin t], [sin t, cos t]], and a last 1 where n is odd
+
+    Real in a complex u as well. The published D, which flips the signs of columns, is the identity here.
+
+    Args:
+        u: (..., n, n), float32, float64, complex64 or complex128.
+        generator: of the random numbers; None is torch's own.
+
+    Returns:
+        u.
+
+    Raises:
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square.
+
+    Source: Helfrich et al., Orthogonal recurrent neural networks with scaled Cayley transform (1707.09520).
+    """
+    _check(u, square=True)
+    return _rotate_(u, _angles(u, u.shape[-1] // 2, 0.0, math.pi / 2, generator))
+
+
+BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
+    "haar": haar_,
+    "identity": identity_,
+    "henaff": henaff_,
+    "cayley": cayley_,
+}
+
+
+def _angles(u: Tensor, count: int, low: float, high: float, generator: Generator | None) -> Tensor:
+    """(..., count) angles, in double precision."""
+    angles = torch.empty(*u.shape[:-2], count, dtype=torch.float64, device=u.device)
+    return angles.uniform_(low, high, generator=generator)
+
+
+def _rotate_(u: Tensor, angles: Tensor) -> Tensor:
+    """Write the rotations of (..., n // 2) angles along the diagonal."""
+    even = 2 * angles.shape[-1]
+    u.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+    u.diagonal(dim1=-2, dim2=-1)[..., :even].copy_(angles.cos().repeat_interleave(2, -1))
+    if even:
+        u.diagonal(-1, -2, -1)[..., ::2].copy_(angles.sin())
+        u.diagonal(1, -2, -1)[..., ::2].copy_(-angles.sin())
+    return u
+
+
+def _check(u: Tensor, square: bool = False) -> None:
+    if not isinstance(u, Tensor):
+        raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}.")
+    if u.dtype not in DTYPES:
+        raise TypeError(f"u must be float32, float64, complex64 or complex128, got {_checks.short(u.dtype)}.")
+    if u.dim() < 2:
+        raise ValueError(f"u must have at least two dimensions, got shape {tuple(u.shape)}.")
+    n, p = u.shape[-2:]
+    if square and n != p:
+        raise ValueError(f"u must be square, got shape {tuple(u.shape)}: 'haar' and 'identity' take a tall one.")
+    if n < p:
+        raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")

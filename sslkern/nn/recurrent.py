@@ -1,0 +1,330 @@
+"""Recurrent layers that neither blow up nor forget: orthogonal and unitary hidden weights, and modReLU."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..ops import _checks
+from .init import BY_NAME, Init
+from .orthogonal import OrthogonalModule, one_of_dtypes, positive, uniform_
+
+Nonlinearity = Literal["relu", "tanh", "modrelu"]
+
+
+def _inverse(radius: Tensor) -> Tensor:
+    """1 / |z|, or 0 where |z| is subnormal or 0: torch's own z.sgn() is inf for a subnormal complex z."""
+    return radius.masked_fill(radius < torch.finfo(radius.dtype).tiny, torch.inf).reciprocal()
+
+
+class _ModReLU(torch.autograd.Function):
+    """Saves z and b alone: 0.4 of what autograd keeps for the formula, a third for a real z. Twice differentiable."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(z: Tensor, bias: Tensor) -> Tensor:
+        radius = z.abs()
+        modulus = (radius + bias).relu()
+        return z * (_inverse(radius) * modulus) if z.is_complex() else z.sgn() * modulus
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Tensor, Tensor], output: Tensor) -> None:
+        ctx.save_for_backward(*inputs)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        z, bias = ctx.saved_tensors
+        radius = z.abs()
+        active = radius + bias >= 0
+        if not z.is_complex():
+            grad = grad * active
+            return grad, (grad * z.sgn()).sum_to_size(bias.shape)
+        inverse = _inverse(radius)
+        phase, bend = z * inverse, active * bias * inverse  # along z the derivative is 1, across it 1 + b / |z|
+        radial = active * (grad * phase.conj()).real
+        return grad * (active + bend) - phase * (radial * bend), radial.sum_to_size(bias.shape)
+
+
+def modrelu(z: Tensor, bias: Tensor) -> Tensor:
+    """relu(|z| + b) z / |z|: a ReLU of the modulus, which keeps the phase, or the sign.
+
+    At z = 0 it is 0, and its derivative is taken as 1 for b >= 0 and as 0 for b < 0: finite, as everywhere.
+
+    Args:
+        z: (..., n), real or complex.
+        bias: b, (n,), real, or anything that broadcasts to z.
+
+    Returns:
+        (..., n), in the dtype of z where b is no more precise.
+
+    Raises:
+        TypeError: a complex bias.
+
+    Source: Arjovsky et al., Unitary evolution recurrent neural networks (1511.06464).
+    """
+    if bias.is_complex():
+        raise TypeError(f"bias must be real, got {_checks.short(bias.dtype)}.")
+    return _ModReLU.apply(z, bias)
+
+
+class modReLU(nn.Module):
+    """`modrelu` of (..., features) with a bias that is learnt, zero at first: then it is the identity.
+
+    Args:
+        features: at least 1.
+        device, dtype: of the bias, real.
+
+    Raises:
+        ValueError: no features. TypeError: a complex dtype.
+
+    Source: Arjovsky et al. (1511.06464).
+    """
+
+    def __init__(self, features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
+        super().__init__()
+        positive("features", features)
+        if dtype is not None and dtype.is_complex:
+            raise TypeError(f"dtype must be real, that of the bias, got {_checks.short(dtype)}.")
+        self.features = features
+        self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Set the bias to zero."""
+        nn.init.zeros_(self.bias)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., features) to the same shape."""
+        return modrelu(input, self.bias)
+
+    def extra_repr(self) -> str:
+        """The settings."""
+        return f"{self.features}"
+
+
+class _RNN(OrthogonalModule):
+    """h_t = f(V x_t + W h_(t-1) + b), or modReLU with b as its own bias, W orthogonal or unitary."""
+
+    _dtypes: tuple[torch.dtype, ...]
+    _nonlinearities: tuple[str, ...]
+    weight_hh_l0: nn.Parameter
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int,
+        nonlinearity: str,
+        bias: bool,
+        batch_first: bool,
+        init: Init,
+        device: Any,
+        dtype: torch.dtype,
+    ) -> None:
+        super().__init__()
+        positive("input_size", input_size)
+        positive("hidden_size", hidden_size)
+        positive("num_layers", num_layers)
+        _checks.one_of("nonlinearity", nonlinearity, self._nonlinearities)
+        _checks.one_of("init", init, get_args(Init))
+        one_of_dtypes(dtype, self._dtypes)
+        self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
+        self.nonlinearity, self.bias, self.batch_first, self.init = nonlinearity, bias, batch_first, init
+        self.orthogonal_names = tuple(f"weight_hh_l{layer}" for layer in range(num_layers))
+        real = dtype.to_real() if nonlinearity == "modrelu" else dtype
+        for layer in range(num_layers):
+            into = hidden_size if layer else input_size
+            self._add(f"weight_ih_l{layer}", (hidden_size, into), device, dtype)
+            self._add(f"weight_hh_l{layer}", (hidden_size, hidden_size), device, dtype)
+            if bias:
+                self._add(f"bias_l{layer}", (hidden_size,), device, real)
+        self.reset_parameters()
+
+    def _add(self, name: str, shape: tuple[int, ...], device: Any, dtype: torch.dtype) -> None:
+        self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
+
+    def reset_parameters(self) -> None:
+        """Draw the parameters anew."""
+        for name, parameter in self.named_parameters(recurse=False):
+            if name in self.orthogonal_names:
+                BY_NAME[self.init](parameter)
+            elif name.startswith("bias"):
+                nn.init.zeros_(parameter)
+            else:
+                uniform_(parameter, self.hidden_size**-0.5)
+
+    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """All hidden states of the last layer, and the last ones of all layers.
+
+        Args:
+            input: (T, N, input_size), (N, T, input_size) with batch_first, or (T, input_size) without a batch; T >= 1.
+            h0: (num_layers, N, hidden_size), or (num_layers, hidden_size) without a batch; zero if None.
+
+        Returns:
+            output (T, N, hidden_size), laid out as the input is, and h_n, as h0 is.
+
+        Raises:
+            TypeError: no tensor, another dtype. ValueError: other shapes.
+        """
+        self._check(input)
+        batched = input.dim() == 3
+        swapped = batched and self.batch_first
+        x = input.transpose(0, 1) if swapped else input if batched else input.unsqueeze(1)
+        last = []
+        for layer, h in enumerate(self._start(x, h0, batched).unbind(0)):
+            x, h = self._layer(x, h, layer)
+            last.append(h)
+        h_n = torch.stack(last)
+        if not batched:
+            return x.squeeze(1), h_n.squeeze(1)
+        return (x.transpose(0, 1) if swapped else x), h_n
+
+    def _layer(self, x: Tensor, h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
+        """(T, N, input) and (N, hidden) to (T, N, hidden) and (N, hidden)."""
+        bias: Tensor | None = getattr(self, f"bias_l{layer}", None)
+        inside = None if self.nonlinearity == "modrelu" else bias
+        function = self._function(bias)
+        v, w = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}").mT
+        states = []
+        for step in F.linear(x, v, inside).unbind(0):  # unbind: indexing by t costs T^2 in the backward
+            h = function(torch.addmm(step, h, w))
+            states.append(h)
+        return torch.stack(states), h
+
+    def _function(self, bias: Tensor | None) -> Callable[[Tensor], Tensor]:
+        if self.nonlinearity == "modrelu":
+            return (lambda z: z) if bias is None else (lambda z: modrelu(z, bias))
+        return torch.relu if self.nonlinearity == "relu" else torch.tanh
+
+    def _start(self, x: Tensor, h0: Tensor | None, batched: bool) -> Tensor:
+        """The states before the first step, (num_layers, N, hidden)."""
+        dtype = self.weight_hh_l0.dtype
+        shape = (self.num_layers, x.shape[1], self.hidden_size)
+        if h0 is None:
+            return torch.zeros(shape, dtype=dtype, device=x.device)
+        expected = shape if batched else (shape[0], shape[2])
+        if not isinstance(h0, Tensor):
+            raise TypeError(f"h0 must be a torch.Tensor, got {type(h0).__name__}.")
+        if h0.shape != expected:
+            raise ValueError(f"h0 must have shape {expected}, got {tuple(h0.shape)}.")
+        if h0.dtype != dtype:
+            raise TypeError(
+                f"h0 must have the dtype of the weights, {_checks.short(dtype)}, got {_checks.short(h0.dtype)}."
+            )
+        return h0 if batched else h0.unsqueeze(1)
+
+    def _check(self, input: Tensor) -> None:
+        if not isinstance(input, Tensor):
+            raise TypeError(f"input must be a torch.Tensor, got {type(input).__name__}.")
+        time = 1 if self.batch_first and input.dim() == 3 else 0
+        if input.dim() not in (2, 3) or input.shape[-1] != self.input_size or not input.shape[time]:
+            batched = "N, T" if self.batch_first else "T, N"
+            raise ValueError(
+                f"input must have shape ({batched}, {self.input_size}) or (T, {self.input_size}) with T >= 1, got "
+                f"{tuple(input.shape)}."
+            )
+        dtype = self.weight_hh_l0.dtype
+        if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
+            raise TypeError(
+                f"input must have the dtype of the weights, {_checks.short(dtype)}, got {_checks.short(input.dtype)}."
+            )
+
+    def extra_repr(self) -> str:
+        """torch's settings, and the init."""
+        return (
+            f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
+            f"nonlinearity={self.nonlinearity!r}, bias={self.bias}, batch_first={self.batch_first}, init={self.init!r}"
+        )
+
+
+class OrthogonalRNN(_RNN):
+    r"""torch.nn.RNN with an orthogonal hidden weight.
+
+        h_t = f(V x_t + W h_(t-1) + b)                 "relu" and "tanh"
+        h_t = modrelu(V x_t + W h_(t-1), bias=b)       "modrelu", the identity where bias=False
+
+    The norm of the gradient passes W unchanged, however many steps there are. The names are torch's, with one bias:
+    `weight_ih_l{k}` V, `weight_hh_l{k}` W, `bias_l{k}` b. W is among `orthogonal_parameters`, V and b are not.
+
+    Args:
+        input_size, hidden_size, num_layers: at least 1.
+        nonlinearity: "relu", "tanh" or "modrelu".
+        bias: with b, zero at first.
+        batch_first: (N, T, ...) instead of (T, N, ...).
+        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform in +-1 / sqrt(hidden_size).
+        device, dtype: float32 or float64.
+
+    Raises:
+        ValueError: a size below 1, an unknown nonlinearity or init. TypeError: other dtypes.
+
+    Source: Kiani et al., projUNN (2203.05483); Henaff et al. (1602.06662).
+    """
+
+    _dtypes = (torch.float32, torch.float64)
+    _nonlinearities = get_args(Nonlinearity)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        nonlinearity: Nonlinearity = "relu",
+        bias: bool = True,
+        batch_first: bool = False,
+        init: Init = "henaff",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = dtype or torch.get_default_dtype()
+        super().__init__(input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, init, device, dtype)
+
+
+class UnitaryRNN(_RNN):
+    """A recurrent network of complex hidden states with a unitary hidden weight and modReLU.
+
+        h_t = modrelu(V x_t + W h_(t-1), bias=b)       the identity for modrelu where bias=False
+
+    Input real or complex, output complex: `output.abs()` or `torch.view_as_real(output)` make real features of it. The
+    parameters, their names and the arguments are those of `OrthogonalRNN`; V and W are complex, b is real.
+
+    Args:
+        input_size, hidden_size, num_layers: at least 1.
+        bias: with b, zero at first.
+        batch_first: (N, T, ...) instead of (T, N, ...).
+        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform, of mean square 1 / (3 hidden_size).
+        device, dtype: complex64 or complex128.
+
+    Raises:
+        ValueError: a size below 1, an unknown init. TypeError: other dtypes.
+
+    Source: Arjovsky et al. (1511.06464); Kiani et al., projUNN (2203.05483).
+    """
+
+    _dtypes = (torch.complex64, torch.complex128)
+    _nonlinearities = ("modrelu",)
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        num_layers: int = 1,
+        bias: bool = True,
+        batch_first: bool = False,
+        init: Init = "henaff",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ) -> None:
+        dtype = dtype or torch.get_default_dtype().to_complex()
+        super().__init__(input_size, hidden_size, num_layers, "modrelu", bias, batch_first, init, device, dtype)
+
+    def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
+        """As `OrthogonalRNN.forward`; input real or complex, of the same precision or half, h0 and results complex."""
+        dtype = self.weight_hh_l0.dtype
+        real = isinstance(input, Tensor) and input.is_floating_point()
+        fits = real and torch.promote_types(input.dtype, dtype) == dtype
+        return super().forward(input.to(dtype) if fits else input, h0)
