@@ -84,3 +84,28 @@ def covariance_published_stack(z: Tensor) -> tuple[Tensor, Tensor]:
     """The same, slice by slice, for (B, N, D): what trainers do per time step."""
     variance, offdiag = zip(*(covariance_published(slice_) for slice_ in z), strict=True)
     return torch.stack(variance), torch.stack(offdiag)
+
+
+def sketched(g: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """G projected on k random combinations of its rows: (G Q) Q^H."""
+    q = torch.linalg.qr((torch.randn(k, g.shape[-2], dtype=g.dtype, device=g.device) @ g).mH).Q
+    return g @ q, q
+
+
+def projunn_published(u: Tensor, g: Tensor, k: int, lr: float, retraction: str) -> Tensor:
+    """The steps of 2203.05483 with its QR and its general eigenvectors, in a basis of [U^H a, b]; the new U."""
+    a, b = sketched(g, k)
+    a = -lr * a
+    m = u.mH @ a
+    q = torch.linalg.qr(torch.cat([m, b], -1)).Q
+    m, b = q.mH @ m, q.mH @ b
+    if retraction == "tangent":
+        values, vectors = torch.linalg.eig((m @ b.mH - b @ m.mH) / 2)
+        small, base = (vectors * torch.expm1(values)[..., None, :]) @ torch.linalg.inv(vectors), u
+    else:
+        values, vectors = torch.linalg.eig(m @ b.mH + b @ m.mH + b @ (a.mH @ a) @ b.mH)
+        small, base = (
+            (vectors * ((1 + values).rsqrt() - 1)[..., None, :]) @ torch.linalg.inv(vectors),
+            u + a @ (q @ b).mH,
+        )
+    return base + (base @ q) @ (small if u.is_complex() else small.real) @ q.mH

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 import sslkern
 from sslkern import ops
 from sslkern.backend import pick
+from sslkern.optim import low_rank_factors
 
 from . import baselines
 
@@ -27,6 +28,7 @@ class Case:
     inputs: Callable[[], list[Tensor]]
     implementations: dict[str, Loss]
     truth: Loss
+    before: Callable[[], object] = lambda: None  # what is not measured
     after: Callable[[], object] = lambda: None  # the rest of a step
     floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
     note: str = ""
@@ -244,6 +246,77 @@ def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
     return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=layout, huge=names)
 
 
+def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Retraction, device: str) -> Case:
+    """A step along a dense gradient of rank k, its sketch included; so every sketch finds the same, and the same U."""
+    generator = torch.Generator().manual_seed(shape[-1] + k)
+    *batch, n, _ = shape
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(size, generator=generator).to(device)
+
+    u = torch.linalg.qr(normal(*shape)).Q.contiguous()
+    left, right, probe, lr = normal(*batch, n, k) / n, normal(*batch, n, k) / n**0.5, normal(n), 0.1
+    own, g = u.clone(), left @ right.mH * n**0.5
+
+    def step(update: Callable[..., object]) -> Loss:
+        def loss(u: Tensor, g: Tensor) -> Tensor:
+            target = own if own.dtype == u.dtype else u.clone()
+            a, b = low_rank_factors(g, k)
+            update(target, -lr * a, b, retraction)
+            return (target[..., 0, :] * probe).sum()
+
+        return loss
+
+    def plain(*arguments: Tensor) -> None:
+        with sslkern.backend.use("reference"):
+            ops.rank_k_update_(*arguments)
+
+    def published(u: Tensor, g: Tensor) -> Tensor:
+        return (baselines.projunn_published(u, g, k, lr, retraction)[..., 0, :] * probe).sum()
+
+    def cayley() -> None:
+        skew = g - g.mT
+        torch.linalg.solve(one - skew, one + skew)
+
+    implementations = {"published": published, "three-line": step(plain), "sslkern": step(ops.rank_k_update_)}
+    alone, (a, b), one = u.clone(), low_rank_factors(g, k), torch.eye(n, device=device)
+    floors: dict[str, Callable[[], object]] = {
+        "copy": _copy(u),
+        "update alone": lambda: ops.rank_k_update_(alone, -1e-4 * a, b, retraction),
+    }
+    if batch:
+        floors["Cayley solve"] = cayley
+    else:
+        floors["product"] = lambda: u @ u
+    if n == 1024:
+        for name in ("matrix_exp", "cayley"):
+            floors[f"parametrization, {name}"] = _parametrized(n, name, g, device)
+    return Case(
+        "rank_k",
+        (*shape, k),
+        lambda: [u, g],
+        implementations,
+        step(plain),
+        before=lambda: own.copy_(u),
+        floors=floors,
+        note=retraction,
+        backward=False,
+        huge=(),
+    )
+
+
+def _parametrized(n: int, name: str, g: Tensor, device: str) -> Callable[[], object]:
+    """Forward and backward of torch's own orthogonal weight."""
+    layer = nn.Linear(n, n, bias=False, device=device)
+    nn.utils.parametrizations.orthogonal(layer, orthogonal_map=name, use_trivialization=True)
+
+    def run() -> None:
+        with torch.enable_grad():
+            layer.weight.backward(g)
+
+    return run
+
+
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:
     layers: list[nn.Module] = []
     for k, (before, after) in enumerate(pairwise(widths)):
@@ -298,6 +371,12 @@ NORMED = (
     *(((64, 512, 7, 7), layout) for layout in LAYOUTS),
     *(((256, 2048, 7, 7), layout) for layout in LAYOUTS),
 )
+ROTATIONS = (
+    *(((n, n), 16, retraction) for n in (1024, 2048, 4096) for retraction in ("tangent", "direct")),
+    *(((n, n), 1, "tangent") for n in (256, 1024, 2048)),
+    ((2048, 2048), 4, "tangent"),
+    ((256, 128, 128), 4, "tangent"),
+)
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 
@@ -314,6 +393,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
+    for shape, k, retraction in ROTATIONS:
+        label = f"rank_k {' '.join(map(str, shape))} {k} {retraction}"
+        cases.append((label, lambda s=shape, k=k, r=retraction: rank_k_case(s, k, r, device)))
     for shape, layout in NORMED:
         label = f"{' '.join(map(str, shape))} {layout}"
         cases.append((f"moments {label}", lambda s=shape, at=layout: moments_case(s, at, device)))

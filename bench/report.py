@@ -15,6 +15,7 @@ TITLES = {
     "unbiased": "The unbiased estimator over the plug-in (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
+    "rank_k": "Orthogonal steps: sketch of a dense gradient and `ops.rank_k_update_` (ms)",
     "covariance": "`ops.covariance` on tall matrices and on a stack (ms)",
 }
 
@@ -86,7 +87,7 @@ def _error(row: dict | None) -> str:
 
 
 def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
-    shape = ("shape", lambda c: " x ".join(map(str, c.first["shape"])))
+    shape = ("shape", lambda c: shape_of(c.first["shape"]))
     ours = ("sslkern", lambda c: _ms(c.row("sslkern")))
     errors = (
         "gradient error",
@@ -117,6 +118,18 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
         torchs = ("torch", lambda c: _ms(c.row("published")))
         alone = ("its kernels alone", lambda c: _ms(c.row("kernels alone")))
         return [shape, layout, torchs, ours, faster, pages, alone, copies, memory, errors]
+    if family == "rank_k":
+        value_errors = ("error", lambda c: " / ".join(_loss_error(c.row(n)) for n in ("published", "sslkern")))
+        maps = [
+            (f"than torch's {name}", lambda c, name=name: _times(_over_ours(c, f"parametrization, {name}")))
+            for name in ("matrix_exp", "cayley")
+        ]
+        alone = ("update alone", lambda c: _ms(c.row("update alone")))
+        solve = ("Cayley solve", lambda c: _ms(c.row("Cayley solve")))
+        bound = ("over its bound", lambda c: _floor(_over_bound(c)))
+        form = ("retraction", lambda c: c.first["note"])
+        shape = ("stack, rank", lambda c: f"{shape_of(c.first['shape'][:-1])}, {c.first['shape'][-1]}")
+        return [shape, form, published, smart, ours, faster, smarter, *maps, alone, bound, solve, memory, value_errors]
     if family == "moments":
         torchs = ("torch.var_mean", lambda c: _ms(c.row("published")))
         plain = ("mean and square", lambda c: _ms(c.row("three-line")))
@@ -128,6 +141,30 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
     )
     columns = [shape, published, compiled, smart, ours, faster, smarter, over, memory, errors]
     return columns if family == "vicreg" else [c for c in columns if c is not over]
+
+
+def shape_of(sizes: list[int]) -> str:
+    return " x ".join(map(str, sizes))
+
+
+def _loss_error(row: dict | None) -> str:
+    return "" if row is None else f"{row['loss_error']:.0e}"
+
+
+def _over_ours(cell: Cell, name: str) -> float | None:
+    """What another way takes for the same step, over the whole of ours."""
+    other, ours = cell.row(name), cell.row("sslkern")
+    return None if other is None or ours is None else other["median"] / ours["median"]
+
+
+def _over_bound(cell: Cell) -> float | None:
+    """The update alone over the larger of three passes at the rate of a copy, and 10 k n^2 flops at that of a GEMM."""
+    rows = [cell.row(name) for name in ("update alone", "copy", "product")]
+    if any(row is None for row in rows):
+        return None
+    alone, copy, product = (row["median"] for row in rows if row is not None)
+    *_, n, k = cell.first["shape"]
+    return alone / max(1.5 * copy, product * 5 * k / n)
 
 
 def _rate(row: dict | None, passes: int) -> str:

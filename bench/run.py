@@ -61,9 +61,10 @@ def _call(case: Case, name: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
     return call
 
 
-def _seconds(call: Callable[[], object], inputs: list[Tensor], device: str) -> float:
+def _seconds(case: Case, call: Callable[[], object], inputs: list[Tensor], device: str) -> float:
     for x in inputs:  # to free what another implementation left is not this one's time
         x.grad = None
+    case.before()
     if device == "cuda":
         begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         torch.cuda.synchronize()
@@ -133,10 +134,11 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[d
             "reason": case.reason,
             "commit": commit,
         }
-        row["first_call"] = _seconds(call, inputs, device)
+        row["first_call"] = _seconds(case, call, inputs, device)
         if name in case.implementations:
             for x in inputs:  # what the last call left is not this one's
                 x.grad = None
+            case.before()
             row["peak_bytes"], _, value = allocated(call, device)
             row["loss_error"], row["grad_error"] = _errors(value, inputs, truth)
         rows[name] = row
@@ -147,7 +149,7 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[d
     for call in calls.values():  # a machine gives memory out slowly, the first few times
         deadline = time.monotonic() + (0.1 if device == "cuda" else 0.5)
         while time.monotonic() < deadline:
-            _seconds(call, inputs, device)
+            _seconds(case, call, inputs, device)
     times: dict[str, list[float]] = {name: [] for name in calls}
     # a step's gradients are new memory on a CPU, in any state: it takes more rounds to see the middle of them
     budget = time.monotonic() + (150 if case.family == "step" and device == "cpu" else 30)
@@ -155,7 +157,7 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[d
     for _ in range(rounds):
         rng.shuffle(order)  # the one that follows a call that freed a gigabyte finds that memory ready
         for name in order:
-            times[name].append(_seconds(calls[name], inputs, device))
+            times[name].append(_seconds(case, calls[name], inputs, device))
         if time.monotonic() > budget and len(times[name]) >= 5:
             break
     for name, seconds in times.items():
