@@ -120,7 +120,7 @@ def test_a_normal_direction_moves_nothing(backend):
 @pytest.mark.parametrize("retraction", RETRACTIONS)
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_degenerate_steps(dtype, retraction, backend):
-    """Zero, tiny, equal and nearly equal columns, alone and beside others in a batch: no NaN, as orthogonal as before."""
+    """Zero, tiny, equal, nearly equal columns, alone and beside others in a batch: no NaN, as orthogonal as before."""
     u = orthonormal(5, 40, 40, dtype=dtype)
     a, b = step_of(0.1, 5, 40, 40, k=4, dtype=dtype)
     a[0] = 0

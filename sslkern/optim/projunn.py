@@ -1,0 +1,310 @@
+"""ProjUNN: gradient descent over orthogonal and unitary matrices by low-rank steps."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from itertools import chain
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..ops import _checks as _ops_checks
+from ..ops.rank_k_update import Retraction, rank_k_update_
+from . import _checks
+from .factors import Method, low_rank_factors
+from .orthogonality import reorthogonalize_
+
+SecondMoment = Literal["scalar", "elementwise"]
+_STACKED = 128 * 128  # matrices up to this size: above, a step costs more than the calls it takes
+_FAR = 0.05  # of orthonormal columns; rounding to bfloat16 alone is 2e-3
+
+
+class ProjUNN(torch.optim.Optimizer):
+    r"""An optimizer that keeps the columns of its parameters orthonormal, in O(k n p) per step.
+
+        m <- momentum m + g                                 the gradient g, its running sum, as torch.optim.SGD has it
+        d = m, or g + momentum m with nesterov
+        v <- beta2 v + (1 - beta2) |g|^2                    with second_moment: Adam's direction, biases corrected,
+        d <- (1 - momentum) d / (sqrt(v) + eps)             which is RMSprop's without momentum
+        U <- retraction of U - lr left right^H              of rank k, near d's tangent part: `low_rank_factors`
+
+    Parameters are (..., n, p), n >= p, stacks of matrices that start with orthonormal columns and keep them
+    (`sslkern.ops.rank_k_update_`), real or complex. Those in bfloat16 and float16, in which nothing is orthogonal, have
+    a float32 master in the state, under "master", and are its rounded copy: what else writes into them is overwritten.
+    There is no weight decay: it would add rank n to a gradient of rank k, and the norm of these matrices is fixed.
+
+    Random numbers follow from `seed` and the count of steps of a parameter, so a run that is resumed from a state_dict
+    goes on bit for bit. Matrices of one shape share them, stacked or not.
+
+    Args:
+        params: iterable of parameters, or of groups with options of their own.
+        lr: step length, a number or a tensor of one; step norms around 0.1 are long. A d of second_moment has a norm of
+            sqrt(n p).
+        rank: k, of every step; above min(n, p), where a step takes all of d, it is taken for that.
+        retraction: "tangent" (projUNN-T, square matrices only), "direct" (projUNN-D) or "cayley".
+        momentum: in [0, 1).
+        nesterov: whether momentum looks ahead.
+        second_moment: None; "scalar", the mean of |g|^2 over each matrix, which leaves the rank of a gradient; or
+            "elementwise", RMSprop's and Adam's own, which does not: with a small k it follows less of the gradient.
+        beta2: of the second moment, in [0, 1).
+        eps: added to the root of the second moment, in units of the gradient.
+        method: "sketch", "columns" or "svd" of `low_rank_factors`.
+        warm_start: whether a sketch starts from the last step's, as in PowerSGD. Better for the same cost.
+        riemannian: whether the factors are those of d's tangent part. Without it a step reads less, but rank goes to
+            the other part of d too, which moves nothing and need not vanish at an optimum: descent stops short.
+        reorthogonalize_every: m; after every m-th step `reorthogonalize_` puts m directions right, so that float32
+            stays within about 4e-8 sqrt(p / 2) of orthonormal at 10 n p operations per step, whatever m. None: never.
+        seed: of all random numbers.
+        foreach: whether parameters of one shape, dtype and device are stacked and updated in one call; None is True for
+            matrices of up to 128 x 128 numbers.
+        weight_decay: 0.0; there so that the mistake has a name.
+
+    Raises:
+        TypeError, ValueError: options out of range, vectors, wide matrices, a tall one with "tangent", weight decay; at
+        a parameter's first step, columns that are not orthonormal. RuntimeError: sparse gradients.
+
+    Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483); the
+    warm start: Vogels et al., PowerSGD (1905.13727).
+    """
+
+    def __init__(
+        self,
+        params: Any,
+        lr: float | Tensor,
+        rank: int = 1,
+        retraction: Retraction = "tangent",
+        momentum: float = 0.0,
+        nesterov: bool = False,
+        second_moment: SecondMoment | None = None,
+        beta2: float = 0.99,
+        eps: float = 1e-12,
+        method: Method = "sketch",
+        warm_start: bool = True,
+        riemannian: bool = True,
+        reorthogonalize_every: int | None = 32,
+        seed: int = 0,
+        foreach: bool | None = None,
+        weight_decay: float = 0.0,
+    ) -> None:
+        defaults = {
+            "lr": lr,
+            "rank": rank,
+            "retraction": retraction,
+            "momentum": momentum,
+            "nesterov": nesterov,
+            "second_moment": second_moment,
+            "beta2": beta2,
+            "eps": eps,
+            "method": method,
+            "warm_start": warm_start,
+            "riemannian": riemannian,
+            "reorthogonalize_every": reorthogonalize_every,
+            "seed": seed,
+            "foreach": foreach,
+            "weight_decay": weight_decay,
+        }
+        super().__init__(params, defaults)
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As torch's; a group that is refused is not added."""
+        super().add_param_group(param_group)
+        try:
+            _check(self.param_groups[-1])
+        except (TypeError, ValueError):
+            self.param_groups.pop()
+            raise
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Move every parameter that has a gradient; returns what `closure`, called with gradients enabled, returns."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
+        for p in chain.from_iterable(moving):
+            if p.grad.layout != torch.strided:
+                raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
+        for group, params in zip(self.param_groups, moving, strict=True):
+            for stack in self._stacks(group, params):
+                self._step(group, stack)
+        return loss
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """As torch's; the state keeps its dtypes, where torch's would round it to those of the parameters."""
+        super().load_state_dict(state_dict)
+        saved, ours = (
+            chain.from_iterable(g["params"] for g in x) for x in (state_dict["param_groups"], self.param_groups)
+        )
+        for index, p in zip(saved, ours, strict=True):
+            for name, value in state_dict["state"].get(index, {}).items():
+                if isinstance(value, Tensor):
+                    self.state[p][name] = value.to(p.device, copy=True)
+
+    def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterable[list[Tensor]]:
+        """Parameters that one call can move: of one shape but for leading dimensions, and as many steps old."""
+        stacks: dict[tuple, list[Tensor]] = {}
+        for p in params:
+            state = self._initialized(group, p)
+            stacked = group["foreach"]
+            if stacked is None:
+                stacked = p.shape[-2] * p.shape[-1] <= _STACKED
+            key = (p.shape[-2:], p.dtype, p.device, state["step"]) if stacked else (p,)
+            stacks.setdefault(key, []).append(p)
+        return stacks.values()
+
+    def _initialized(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
+        """The state of a parameter; at its first step the columns are looked at, once."""
+        state = self.state[p]
+        u = state.get("master", p)
+        if "step" not in state:
+            if p.dtype in _checks.HALF:
+                u = p.float()
+            _check_columns(u)
+            if u is not p:
+                for _ in range(3):  # 2e-3, 3e-6, 7e-12
+                    reorthogonalize_(u)
+                state["master"] = u
+            state["step"] = 0
+        wanted: dict[str, Any] = {}
+        k = min(group["rank"], u.shape[-1])
+        if _warm(group):
+            wanted["right"] = (*u.shape[:-2], u.shape[-1], k), u.dtype
+        if group["momentum"]:
+            wanted["momentum_buffer"] = u.shape, u.dtype
+        if group["second_moment"] == "scalar":
+            wanted["square_avg"] = (*u.shape[:-2], 1, 1), torch.float64
+        elif group["second_moment"] == "elementwise":
+            wanted["square_avg"] = u.shape, u.dtype.to_real()
+        for name, (shape, dtype) in wanted.items():  # options may change between steps
+            if name not in state or state[name].shape != shape:
+                state[name] = torch.zeros(shape, dtype=dtype, device=u.device)
+        return state
+
+    def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
+        states = [self.state[p] for p in params]
+        for state in states:
+            state["step"] += 1
+        step = states[0]["step"]
+        targets = [state.get("master", p) for p, state in zip(params, states, strict=True)]
+        grads = [p.grad.to(u.dtype) for p, u in zip(params, targets, strict=True) if p.grad is not None]
+        directions, scale = _directions(group, step, grads, states)
+        generator = torch.Generator(params[0].device).manual_seed((group["seed"] + step * 0x9E3779B1) % 2**63)
+
+        u, d = _stack(targets), _stack(directions)
+        last = [state["right"] for state in states] if _warm(group) else []
+        warm, point = _stack(last) if last else None, u if group["riemannian"] else None
+        left, right = low_rank_factors(d, group["rank"], group["method"], warm, generator, u=point)
+        if last:
+            _unstack(last, right)
+        rank_k_update_(u, left, (right * (-group["lr"] * scale)).to(u.dtype), group["retraction"])
+        every = group["reorthogonalize_every"]
+        if every and step % every == 0:
+            reorthogonalize_(u, every, generator)
+        _unstack(targets, u)
+        for p, target in zip(params, targets, strict=True):
+            if target is not p:
+                p.copy_(target)
+
+
+def _check(group: dict[str, Any]) -> None:
+    """Options and parameters of a group."""
+    lr = group["lr"]
+    if isinstance(lr, Tensor) and lr.numel() != 1:
+        raise ValueError(f"lr must be a number or a tensor of one, got shape {tuple(lr.shape)}.")
+    if not isinstance(lr, Tensor):
+        _ops_checks.non_negative("lr", lr)
+    _ops_checks.non_negative("eps", group["eps"])
+    for name in ("momentum", "beta2"):
+        if not isinstance(group[name], (int, float)) or not 0 <= group[name] < 1:
+            raise ValueError(f"{name} must be a number in [0, 1), got {group[name]!r}.")
+    if group["nesterov"] and not group["momentum"]:
+        raise ValueError("nesterov=True needs a momentum above zero to look ahead with.")
+    _ops_checks.one_of("retraction", group["retraction"], get_args(Retraction))
+    _ops_checks.one_of("method", group["method"], get_args(Method))
+    if group["second_moment"] is not None and group["second_moment"] not in get_args(SecondMoment):
+        raise ValueError(f"second_moment must be None, 'scalar' or 'elementwise', got {group['second_moment']!r}.")
+    _checks.positive("rank", group["rank"])
+    if group["reorthogonalize_every"] is not None:
+        _checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
+    if not isinstance(group["seed"], int):
+        raise TypeError(f"seed must be an integer, got {type(group['seed']).__name__}.")
+    if group["weight_decay"] != 0:
+        raise ValueError(
+            "ProjUNN takes no weight_decay: it would add rank n to a low-rank step, and the norm of a matrix with "
+            "orthonormal columns is fixed."
+        )
+    for p in group["params"]:
+        _checks.orthonormal("A parameter of ProjUNN", p, _checks.FULL + _checks.HALF)
+        if group["retraction"] == "tangent" and p.shape[-2] != p.shape[-1]:
+            raise ValueError(
+                f"A parameter of ProjUNN must be square for 'tangent', got shape {tuple(p.shape)}: "
+                "'direct' and 'cayley' take it."
+            )
+
+
+def _check_columns(u: Tensor) -> None:
+    """By (U^H U - I) x for one random x, whose mean square is that of U^H U - I."""
+    double = _checks.accumulation_dtype(u.dtype)
+    generator = torch.Generator(u.device).manual_seed(0)
+    x = torch.randn(u.shape[-1], 1, dtype=double, device=u.device, generator=generator)
+    wide = u.to(double)
+    error = torch.linalg.vector_norm(wide.mH @ (wide @ x) - x, dim=(-2, -1)) / torch.linalg.vector_norm(x)
+    if u.numel() and not bool((error <= _FAR).all()):
+        raise ValueError(
+            f"A parameter of ProjUNN must have orthonormal columns, got one of shape {tuple(u.shape)} with an "
+            f"||U^H U - I|| / sqrt(p) of about {error.max().item():.1g}: start from the Q of torch.linalg.qr."
+        )
+
+
+def _warm(group: dict[str, Any]) -> bool:
+    return group["method"] == "sketch" and group["warm_start"]
+
+
+def _directions(
+    group: dict[str, Any], step: int, grads: list[Tensor], states: list[dict[str, Any]]
+) -> tuple[list[Tensor], Tensor | float]:
+    """What to descend along, and a factor of it: one per matrix, where that is all the second moment says."""
+    momentum, kind = group["momentum"], group["second_moment"]
+    directions = grads
+    if momentum:
+        directions = [state["momentum_buffer"] for state in states]
+        torch._foreach_mul_(directions, momentum)
+        torch._foreach_add_(directions, grads)
+        if group["nesterov"]:
+            directions = list(torch._foreach_add(grads, directions, alpha=momentum))
+    if kind is None:
+        return directions, 1.0
+    moments = [state["square_avg"] for state in states]
+    torch._foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
+    mean = (1 - momentum) / (1 - momentum ** (step + group["nesterov"]))
+    bias = 1 - group["beta2"] ** step
+    scales = [mean / ((v / bias).sqrt() + group["eps"]) for v in moments]
+    if kind == "scalar":
+        return directions, _stack(scales)
+    return [d * s for d, s in zip(directions, scales, strict=True)], 1.0
+
+
+def _squares(g: Tensor, kind: SecondMoment) -> Tensor:
+    """|g|^2, or its mean over each matrix in float64."""
+    if kind == "elementwise":
+        return torch.view_as_real(g.resolve_conj()).square().sum(-1) if g.is_complex() else g.square()
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=_checks.accumulation_dtype(g.dtype))
+    return norm.square() / max(g.shape[-2] * g.shape[-1], 1)
+
+
+def _stack(tensors: list[Tensor]) -> Tensor:
+    """Stacks of matrices as one; one alone as it is."""
+    return (
+        tensors[0] if len(tensors) == 1 else torch.cat([t.flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors])
+    )
+
+
+def _unstack(tensors: list[Tensor], values: Tensor) -> None:
+    """Copy a stack back to where `_stack` took it from."""
+    if len(tensors) > 1:
+        pieces = values.split([t.shape[:-2].numel() for t in tensors])
+        torch._foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
+    elif tensors[0] is not values:
+        tensors[0].copy_(values)
