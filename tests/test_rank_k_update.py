@@ -41,6 +41,8 @@ def step_of(size, *shape, k, dtype):
 
 def dense(u, a, b, retraction):
     """The same by O(N^3) textbook formulas in fp64."""
+    if u.dim() > 2:  # one at a time: torch's batched LU errs after set_num_threads (its #142815)
+        return torch.stack([dense(*matrices, retraction) for matrices in zip(u, a, b, strict=True)])
     u, e = exact(u), exact(a) @ exact(b).mH
     if retraction == "tangent":
         angles, vectors = torch.linalg.eigh(0.5j * (u.mH @ e - e.mH @ u))  # matrix_exp errs by 3e-11 at a norm of .03
