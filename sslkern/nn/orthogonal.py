@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..optim import factored as _factored
 from .init import BY_NAME, DTYPES, Init, haar_
 
 ConvInit = Literal[Init, "delta"]
@@ -98,6 +99,8 @@ class OrthogonalLinear(OrthogonalModule):
         bias: with b, (out_features,), uniform in +-1 / sqrt(in_features) as in torch.nn.Linear.
         init: of `weight_u`, a name in `sslkern.nn.init`: "haar", "identity"; for a square one also "henaff", "cayley".
         device, dtype: of the parameters; float32, float64, complex64 or complex128, and the input has it too.
+        factored: whether backward leaves `weight_u` no gradient but its factors, a row for each of the input's, from
+            which `sslkern.optim.ProjUNN` descends without forming a matrix: for one process and plain descent.
 
     Raises:
         ValueError: no features, an unknown init, one for square matrices where W is not. TypeError: other dtypes.
@@ -116,13 +119,14 @@ class OrthogonalLinear(OrthogonalModule):
         init: Init = "haar",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        factored: bool = False,
     ) -> None:
         super().__init__()
         positive("in_features", in_features)
         positive("out_features", out_features)
         _checks.one_of("init", init, get_args(Init))
         dtype = one_of_dtypes(dtype)
-        self.in_features, self.out_features, self.init = in_features, out_features, init
+        self.in_features, self.out_features, self.init, self.factored = in_features, out_features, init, factored
         tall = max(in_features, out_features), min(in_features, out_features)
         self.weight_u = nn.Parameter(torch.empty(tall, device=device, dtype=dtype))
         self.bias = nn.Parameter(torch.empty(out_features, device=device, dtype=dtype)) if bias else None
@@ -141,7 +145,10 @@ class OrthogonalLinear(OrthogonalModule):
 
     def forward(self, input: Tensor) -> Tensor:
         """(..., in_features) to (..., out_features)."""
-        return F.linear(input, self.weight, self.bias)
+        if not self.factored:
+            return F.linear(input, self.weight, self.bias)
+        y = _factored.linear(input, self.weight_u, self.out_features < self.in_features)
+        return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
         """torch's settings, and the init."""

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..optim import factored as _factored
 from .init import BY_NAME, Init
 from .orthogonal import OrthogonalModule, one_of_dtypes, positive, uniform_
 
@@ -125,6 +126,7 @@ class _RNN(OrthogonalModule):
         init: Init,
         device: Any,
         dtype: torch.dtype,
+        factored: bool,
     ) -> None:
         super().__init__()
         positive("input_size", input_size)
@@ -135,6 +137,7 @@ class _RNN(OrthogonalModule):
         one_of_dtypes(dtype, self._dtypes)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.nonlinearity, self.bias, self.batch_first, self.init = nonlinearity, bias, batch_first, init
+        self.factored = factored
         self.orthogonal_names = tuple(f"weight_hh_l{layer}" for layer in range(num_layers))
         real = dtype.to_real() if nonlinearity == "modrelu" else dtype
         for layer in range(num_layers):
@@ -189,10 +192,10 @@ class _RNN(OrthogonalModule):
         bias: Tensor | None = getattr(self, f"bias_l{layer}", None)
         inside = None if self.nonlinearity == "modrelu" else bias
         function = self._function(bias)
-        v, w = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}").mT
-        states = []
+        v, u = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
+        w, states = u.mT, []
         for step in F.linear(x, v, inside).unbind(0):  # unbind: indexing by t costs T^2 in the backward
-            h = function(torch.addmm(step, h, w))
+            h = function(step + _factored.linear(h, u) if self.factored else torch.addmm(step, h, w))
             states.append(h)
         return torch.stack(states), h
 
@@ -258,6 +261,7 @@ class OrthogonalRNN(_RNN):
         batch_first: (N, T, ...) instead of (T, N, ...).
         init: of W: "henaff", "cayley", "haar" or "identity". V is uniform in +-1 / sqrt(hidden_size).
         device, dtype: float32 or float64.
+        factored: as of `OrthogonalLinear`: W gets no gradient but its factors, for `ProjUNN`, all T N rows of them.
 
     Raises:
         ValueError: a size below 1, an unknown nonlinearity or init. TypeError: other dtypes.
@@ -279,9 +283,12 @@ class OrthogonalRNN(_RNN):
         init: Init = "henaff",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        factored: bool = False,
     ) -> None:
         dtype = dtype or torch.get_default_dtype()
-        super().__init__(input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, init, device, dtype)
+        super().__init__(
+            input_size, hidden_size, num_layers, nonlinearity, bias, batch_first, init, device, dtype, factored
+        )
 
 
 class UnitaryRNN(_RNN):
@@ -298,6 +305,7 @@ class UnitaryRNN(_RNN):
         batch_first: (N, T, ...) instead of (T, N, ...).
         init: of W: "henaff", "cayley", "haar" or "identity". V is uniform, of mean square 1 / (3 hidden_size).
         device, dtype: complex64 or complex128.
+        factored: as of `OrthogonalLinear`.
 
     Raises:
         ValueError: a size below 1, an unknown init. TypeError: other dtypes.
@@ -318,9 +326,12 @@ class UnitaryRNN(_RNN):
         init: Init = "henaff",
         device: Any = None,
         dtype: torch.dtype | None = None,
+        factored: bool = False,
     ) -> None:
         dtype = dtype or torch.get_default_dtype().to_complex()
-        super().__init__(input_size, hidden_size, num_layers, "modrelu", bias, batch_first, init, device, dtype)
+        super().__init__(
+            input_size, hidden_size, num_layers, "modrelu", bias, batch_first, init, device, dtype, factored
+        )
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """As `OrthogonalRNN.forward`; input real or complex, of the same precision or half, h0 and results complex."""

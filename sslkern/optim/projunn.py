@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..ops import _checks as _ops_checks
 from ..ops.rank_k_update import Retraction, rank_k_update_
-from . import _checks
+from . import _checks, factored
 from .factors import Method, low_rank_factors
 from .orthogonality import reorthogonalize_
 
@@ -33,6 +33,9 @@ class ProjUNN(torch.optim.Optimizer):
     (`sslkern.ops.rank_k_update_`), real or complex. Those in bfloat16 and float16, in which nothing is orthogonal, have
     a float32 master in the state, under "master", and are its rounded copy: what else writes into them is overwritten.
     There is no weight decay: it would add rank n to a gradient of rank k, and the norm of these matrices is fixed.
+
+    Layers with `factored=True` leave no gradient but its factors, from which a step takes what it needs without forming
+    an n x p matrix: plain gradient descent only, by method "sketch". A step uses them up.
 
     Random numbers follow from `seed` and the count of steps of a parameter, so a run that is resumed from a state_dict
     goes on bit for bit. Matrices of one shape share them, stacked or not.
@@ -122,14 +125,22 @@ class ProjUNN(torch.optim.Optimizer):
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
-        for p in chain.from_iterable(moving):
-            if p.grad.layout != torch.strided:
-                raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
+        moving = [
+            [p for p in group["params"] if p.grad is not None or factored.pending(p)] for group in self.param_groups
+        ]
+        for group, params in zip(self.param_groups, moving, strict=True):
+            for p in params:
+                _check_gradient(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
             for stack in self._stacks(group, params):
                 self._step(group, stack)
         return loss
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As torch's; factors that a layer has left are forgotten too."""
+        super().zero_grad(set_to_none)
+        for p in chain.from_iterable(group["params"] for group in self.param_groups):
+            factored.pending(p).clear()
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state keeps its dtypes, where torch's would round it to those of the parameters."""
@@ -150,6 +161,7 @@ class ProjUNN(torch.optim.Optimizer):
             stacked = group["foreach"]
             if stacked is None:
                 stacked = p.shape[-2] * p.shape[-1] <= _STACKED
+            stacked = stacked and not factored.pending(p)
             key = (p.shape[-2:], p.dtype, p.device, state["step"]) if stacked else (p,)
             stacks.setdefault(key, []).append(p)
         return stacks.values()
@@ -188,14 +200,18 @@ class ProjUNN(torch.optim.Optimizer):
             state["step"] += 1
         step = states[0]["step"]
         targets = [state.get("master", p) for p, state in zip(params, states, strict=True)]
-        grads = [p.grad.to(u.dtype) for p, u in zip(params, targets, strict=True) if p.grad is not None]
-        directions, scale = _directions(group, step, grads, states)
         generator = torch.Generator(params[0].device).manual_seed((group["seed"] + step * 0x9E3779B1) % 2**63)
 
-        u, d = _stack(targets), _stack(directions)
+        u = _stack(targets)
+        scale: Tensor | float = 1.0
         last = [state["right"] for state in states] if _warm(group) else []
         warm, point = _stack(last) if last else None, u if group["riemannian"] else None
-        left, right = low_rank_factors(d, group["rank"], group["method"], warm, generator, u=point)
+        if factored.pending(params[0]):
+            left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
+        else:
+            grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
+            directions, scale = _directions(group, step, grads, states)
+            left, right = low_rank_factors(_stack(directions), group["rank"], group["method"], warm, generator, u=point)
         if last:
             _unstack(last, right)
         rank_k_update_(u, left, (right * (-group["lr"] * scale)).to(u.dtype), group["retraction"])
@@ -242,6 +258,25 @@ def _check(group: dict[str, Any]) -> None:
                 f"A parameter of ProjUNN must be square for 'tangent', got shape {tuple(p.shape)}: "
                 "'direct' and 'cayley' take it."
             )
+
+
+def _check_gradient(group: dict[str, Any], p: Tensor) -> None:
+    """That a gradient, or what a layer has left of one, can be followed."""
+    if p.grad is not None and p.grad.layout != torch.strided:
+        raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
+    if not factored.pending(p):
+        return
+    if p.grad is not None:
+        raise RuntimeError(
+            f"A parameter of shape {tuple(p.shape)} has a gradient and factors of one: use it in factored layers alone."
+        )
+    for name in ("momentum", "second_moment"):
+        if group[name]:
+            raise RuntimeError(
+                f"{name} needs a gradient that is formed: with {name}={group[name]!r}, use layers with factored=False."
+            )
+    if group["method"] != "sketch":
+        raise RuntimeError(f"factored layers need method='sketch', got {group['method']!r}.")
 
 
 def _check_columns(u: Tensor) -> None:
