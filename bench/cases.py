@@ -258,18 +258,15 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
     left, right, probe, lr = normal(*batch, n, k) / n, normal(*batch, n, k) / n**0.5, normal(n), 0.1
     own, g = u.clone(), left @ right.mH * n**0.5
 
-    def step(update: Callable[..., object]) -> Loss:
-        def loss(u: Tensor, g: Tensor) -> Tensor:
-            target = own if own.dtype == u.dtype else u.clone()
-            a, b = low_rank_factors(g, k)
-            update(target, -lr * a, b, retraction)
-            return (target[..., 0, :] * probe).sum()
+    def step(u: Tensor, g: Tensor) -> Tensor:
+        target = own if own.dtype == u.dtype else u.clone()
+        a, b = low_rank_factors(g, k)
+        ops.rank_k_update_(target, -lr * a, b, retraction)
+        return (target[..., 0, :] * probe).sum()
 
-        return loss
-
-    def plain(*arguments: Tensor) -> None:
+    def plain(u: Tensor, g: Tensor) -> Tensor:
         with sslkern.backend.use("reference"):
-            ops.rank_k_update_(*arguments)
+            return step(u, g)
 
     def published(u: Tensor, g: Tensor) -> Tensor:
         return (baselines.projunn_published(u, g, k, lr, retraction)[..., 0, :] * probe).sum()
@@ -278,7 +275,7 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
         skew = g - g.mT
         torch.linalg.solve(one - skew, one + skew)
 
-    implementations = {"published": published, "three-line": step(plain), "sslkern": step(ops.rank_k_update_)}
+    implementations = {"published": published, "three-line": plain, "sslkern": step}
     alone, (a, b), one = u.clone(), low_rank_factors(g, k), torch.eye(n, device=device)
     floors: dict[str, Callable[[], object]] = {
         "copy": _copy(u),
@@ -296,7 +293,7 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
         (*shape, k),
         lambda: [u, g],
         implementations,
-        step(plain),
+        plain,
         before=lambda: own.copy_(u),
         floors=floors,
         note=retraction,

@@ -3,26 +3,10 @@
 // real and imaginary parts side by side in memory, and a real W of twice the columns makes the same products of it.
 #include "rank_k_update.h"
 
-#include <memory>
+#include "skinny_products.h"
 
 namespace sslkern {
 namespace {
-
-constexpr int64_t kChunk = 256;  // columns whose sums one thread takes, and that K adds up at once
-constexpr int64_t kDepth = 32;   // rows of them that stay in L1
-constexpr int64_t kFew = 4;      // columns of a for which a tile would be mostly zeros
-constexpr int64_t kPadded = kChunk + kTile;
-
-template <class T>
-std::unique_ptr<T[]> room_for(int64_t numbers) {
-  return std::unique_ptr<T[]>(new T[numbers]);
-}
-
-// f(begin, end) over a range, in parallel unless a thread of others does this already.
-template <class F>
-void in_parallel(int64_t count, const F& f) {
-  stable::parallel_for(0, count, 1, f);
-}
 
 // One matrix. Numbers are real; `complex` ones are two.
 template <class T>
@@ -105,46 +89,19 @@ class Update {
 
   // M = U'a into W and its transpose, with b beside it, and K = W'W.
   Small first_pass() {
-    const int64_t chunks = ceil_div(p_, kChunk), k_tiles = ceil_div(k_, kTile), side = m_tiles_ * kTile;
-    const auto packed = room_for<T>(k_tiles * kTile * n_);
-    for (int64_t t = 0; t < k_tiles; ++t)
-      pack(a_.get() + t * kTile, 1, k_, std::min(kTile, k_ - t * kTile), n_, packed.get() + t * kTile * n_);
-    std::vector<double> grams(chunks * side * side);
-    in_parallel(chunks, [&](int64_t first, int64_t last) {
-      std::vector<T> rows(kDepth * kPadded), sums(k_tiles * kChunk * kTile);
-      for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t j0 = chunk * kChunk, cols = std::min(kChunk, p_ - j0);
-        if (few_) {
-          std::fill(sums.begin(), sums.end(), T(0));
-          for (int64_t i = 0; i < n_; i += kDepth)
-            add_rows(u_ + i * p_ + j0, p_, std::min(kDepth, n_ - i), cols, a_.get() + i * k_, k_, sums.data(), kChunk);
-        } else {
-          sum_columns(packed.get(), k_tiles, j0, cols, rows.data(), sums.data());
-        }
-        put_chunk(sums.data(), j0, cols);
-        gram_of(j0, cols, grams.data() + chunk * side * side);
-      }
+    const SkinnyProducts<T> pass(u_, n_, p_, a_.get(), k_);
+    const int64_t side = m_tiles_ * kTile;
+    std::vector<double> grams(pass.chunks() * side * side);
+    pass.run([&](int64_t chunk, int64_t j0, int64_t cols, const T* sums) {
+      put_chunk(sums, j0, cols);
+      gram_of(j0, cols, grams.data() + chunk * side * side);
     });
     Small gram(m_, m_);
-    for (int64_t chunk = 0; chunk < chunks; ++chunk)
+    for (int64_t chunk = 0; chunk < pass.chunks(); ++chunk)
       for (int64_t i = 0; i < m_; ++i)
         for (int64_t j = 0; j < m_; ++j)
           gram.at(i, j) += grams[(chunk * side + std::max(i, j)) * side + std::min(i, j)];
     return gram;
-  }
-
-  // sums (k tiles, kChunk, 16) = (columns j0 ... of U)' a. By copies of some rows: the lines of a column of U, in rows
-  // of 2^n numbers, would drive each other out of L1.
-  void sum_columns(const T* packed, int64_t k_tiles, int64_t j0, int64_t cols, T* rows, T* sums) const {
-    const auto product = tile_product<T>();
-    for (int64_t i0 = 0; i0 < n_; i0 += kDepth) {
-      const int64_t depth = std::min(kDepth, n_ - i0);
-      for (int64_t i = 0; i < depth; ++i) std::copy_n(u_ + (i0 + i) * p_ + j0, cols, rows + i * kPadded);
-      for (int64_t j = 0; j < cols; j += kTile)
-        for (int64_t t = 0; t < k_tiles; ++t)
-          product(rows + j, 1, kPadded, packed + (t * n_ + i0) * kTile, depth, sums + (t * kChunk + j) * kTile, kTile,
-                  i0 > 0);
-    }
   }
 
   void put(int64_t column, int64_t j, T value) {
@@ -158,9 +115,7 @@ class Update {
 
   // Columns j0 ... of U into rows of W.
   void put_chunk(const T* sums, int64_t j0, int64_t cols) {
-    const auto sum = [&](int64_t r, int64_t j) {
-      return few_ ? sums[r * kChunk + j] : sums[(r / kTile * kChunk + j) * kTile + r % kTile];
-    };
+    const auto sum = [&](int64_t r, int64_t j) { return SkinnyProducts<T>::sum(sums, few_, r, j); };
     for (int64_t j = 0; j < cols; ++j) {
       if (!complex_) {
         for (int64_t r = 0; r < k_; ++r) put(r, j0 + j, sum(r, j));

@@ -38,39 +38,6 @@ SSLKERN_CLONES static double invert(double* a, int64_t n, int64_t* order) {
   return log_det;
 }
 
-// The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
-template <class T>
-SSLKERN_INLINE void add_rows_body(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, T* sums,
-                                  int64_t stride) {
-  for (; rows >= 4; rows -= 4, u += 4 * ld, a += 4 * k)
-    for (int64_t r = 0; r < k; ++r) {
-      const T s = a[r], t = a[k + r], v = a[2 * k + r], w = a[3 * k + r];
-      T* sum = sums + r * stride;
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) sum[j] += (s * u[j] + t * u[ld + j]) + (v * u[2 * ld + j] + w * u[3 * ld + j]);
-    }
-  for (; rows > 0; --rows, u += ld, a += k)
-    for (int64_t r = 0; r < k; ++r) {
-      T* sum = sums + r * stride;
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) sum[j] += a[r] * u[j];
-    }
-}
-
-// The products of 4 rows of u with w.
-template <class T>
-SSLKERN_INLINE void four_dots_body(const T* u, int64_t ld, const T* w, int64_t n, T* out) {
-  T s = 0, t = 0, v = 0, x = 0;
-#pragma omp simd reduction(+ : s, t, v, x)
-  for (int64_t j = 0; j < n; ++j) {
-    s += u[j] * w[j];
-    t += u[ld + j] * w[j];
-    v += u[2 * ld + j] * w[j];
-    x += u[3 * ld + j] * w[j];
-  }
-  out[0] = s, out[1] = t, out[2] = v, out[3] = x;
-}
-
 // u += s v + t w
 template <class T>
 SSLKERN_INLINE void add_two_body(T* u, const T* v, const T* w, int64_t n, T s, T t) {
@@ -78,20 +45,12 @@ SSLKERN_INLINE void add_two_body(T* u, const T* v, const T* w, int64_t n, T s, T
   for (int64_t j = 0; j < n; ++j) u[j] += s * v[j] + t * w[j];
 }
 
-#define SSLKERN_KERNELS(T)                                                                                       \
-  SSLKERN_CLONES static void add_rows(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, \
-                                      T* sums, int64_t stride) {                                                 \
-    add_rows_body(u, ld, rows, cols, a, k, sums, stride);                                                        \
-  }                                                                                                              \
-  SSLKERN_CLONES static void four_dots(const T* u, int64_t ld, const T* w, int64_t n, T* out) {                  \
-    four_dots_body(u, ld, w, n, out);                                                                            \
-  }                                                                                                              \
-  SSLKERN_CLONES static void add_two(T* u, const T* v, const T* w, int64_t n, T s, T t) {                        \
-    add_two_body(u, v, w, n, s, t);                                                                              \
-  }
-SSLKERN_KERNELS(float)
-SSLKERN_KERNELS(double)
-#undef SSLKERN_KERNELS
+SSLKERN_CLONES static void add_two(float* u, const float* v, const float* w, int64_t n, float s, float t) {
+  add_two_body(u, v, w, n, s, t);
+}
+SSLKERN_CLONES static void add_two(double* u, const double* v, const double* w, int64_t n, double s, double t) {
+  add_two_body(u, v, w, n, s, t);
+}
 
 // A small matrix, row by row.
 struct Small {

@@ -4,5 +4,6 @@ from .batch_norm import batch_moments, batch_norm
 from .covariance import covariance
 from .cross_correlation import cross_correlation
 from .rank_k_update import rank_k_update_
+from .skinny_products import skinny_products
 
-__all__ = ["batch_moments", "batch_norm", "covariance", "cross_correlation", "rank_k_update_"]
+__all__ = ["batch_moments", "batch_norm", "covariance", "cross_correlation", "rank_k_update_", "skinny_products"]

@@ -9,9 +9,14 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks as _ops_checks
+from ..ops.skinny_products import skinny_products
 from . import _checks
 
 Method = Literal["sketch", "columns", "svd"]
+_Products = Callable[
+    [Tensor | None, Tensor | None], tuple[Tensor, Tensor]
+]  # r, a -> G r and G^H a, None for no columns
+_LARGE = 1 << 17  # numbers of a matrix from which reading it once for both products pays for the call
 _NOISE = 2.0**-10  # of a warm start: finds what the last gradient had not, at 1e-6 of the captured energy
 
 
@@ -42,8 +47,8 @@ def low_rank_factors(
         D = G - U (U^H G + G^H U) / 2
 
     which vanishes at a stationary point, where G does not: factors of G then spend their rank on what moves nothing,
-    and descent stops short. Short steps along -left left^H D descend. The sketch does not form D: it reads G four times
-    and U four times, or six where it is tall.
+    and descent stops short. Short steps along -left left^H D descend. The sketch does not form D: it reads G twice
+    and U four times, or G three times and U five where it is tall.
 
     Args:
         g: (..., n, p), real or complex, float32, float64, complex64 or complex128; bfloat16 and float16 are factored in
@@ -82,14 +87,14 @@ def low_rank_factors(
         _check_point(u, g.shape, g.dtype)
     with _checks.without_autocast(g):
         if method == "sketch":
-            return _sketch(lambda r: g @ r, lambda a: _adjoint(g, a), u, g, g.shape[-1], k, warm_start, generator)
+            return _sketch(_products(g), u, g, g.shape[-1], k, warm_start, generator)
         if u is not None:
             inner = u.mH @ g
             g = g - u @ (inner + inner.mH) / 2
         basis = _unit(g) if method == "svd" else _columns(_unit(g), max(samples or k, k), generator)
         left, sigma, _ = torch.linalg.svd(basis, full_matrices=False)
         left, found = left[..., :k], sigma > sigma[..., :1] * max(basis.shape[-2:]) * torch.finfo(g.dtype).eps
-        return left, _adjoint(g, left) * found[..., None, :k]  # a column drawn twice is one
+        return left, (left.mH @ g).mH.resolve_conj().contiguous() * found[..., None, :k]  # a column drawn twice is one
 
 
 @torch.no_grad()
@@ -142,21 +147,31 @@ def linear_factors(
     if u is not None:
         _check_point(u, (*dy.shape[:-2], dy.shape[-1], x.shape[-1]), dy.dtype)
     with _checks.without_autocast(dy):
-        return _sketch(
-            lambda r: dy.mT @ (x.conj() @ r),
-            lambda a: x.mT @ (dy.conj() @ a),
-            u,
-            dy,
-            x.shape[-1],
-            k,
-            warm_start,
-            generator,
-        )
+
+        def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
+            none = dy.new_empty(0)
+            return (
+                none if r is None else dy.mT @ (x.conj() @ r),
+                none if a is None else x.mT @ (dy.conj() @ a),
+            )
+
+        return _sketch(products, u, dy, x.shape[-1], k, warm_start, generator)
+
+
+def _products(g: Tensor) -> _Products:
+    """G r and G^H a of a dense G."""
+    if g.shape[-2] * g.shape[-1] >= _LARGE:
+        return lambda r, a: skinny_products(g, r, a)
+    none = g.new_empty(*g.shape[:-2], 0, 0)
+
+    def small(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        return none if r is None else g @ r, none if a is None else (a.mH @ g).mH.resolve_conj().contiguous()
+
+    return small
 
 
 def _sketch(
-    times: Callable[[Tensor], Tensor],
-    adjoint: Callable[[Tensor], Tensor],
+    products: _Products,
     u: Tensor | None,
     like: Tensor,
     p: int,
@@ -175,30 +190,34 @@ def _sketch(
         norm = norm.clamp_min(torch.finfo(like.dtype).tiny).to(like.dtype.to_real())
         start = warm_start / norm + _NOISE * start
     if u is not None:
-        times, adjoint = _tangent(u, times, adjoint)
-    left = torch.linalg.qr(_unit(times(start))).Q
-    return left, adjoint(left)
+        products = _tangent(u, products)
+    left = torch.linalg.qr(_unit(products(start, None)[0])).Q
+    return left, products(None, left)[1]
 
 
-def _tangent(
-    u: Tensor, times: Callable[[Tensor], Tensor], adjoint: Callable[[Tensor], Tensor]
-) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]:
-    """Products with D = G - U (U^H G + G^H U) / 2 and D^H, from those with G and G^H; where U is square, U U^H = I."""
-    if u.shape[-2] == u.shape[-1]:
-        return (
-            lambda r: (times(r) - u @ adjoint(u @ r)) / 2,
-            lambda a: (adjoint(a) - _adjoint(u, times(_adjoint(u, a)))) / 2,
-        )
+def _tangent(u: Tensor, products: _Products) -> _Products:
+    """Those of D = G - U (U^H G + G^H U) / 2, one at a time; where U is square, U U^H = I."""
+    of_u, square = _products(u), u.shape[-2] == u.shape[-1]
 
-    def tall_times(r: Tensor) -> Tensor:
-        gr = times(r)
-        return gr - u @ (adjoint(u @ r) + _adjoint(u, gr)) / 2
+    def times(r: Tensor) -> Tensor:
+        gr, inner = products(r, of_u(r, None)[0])
+        if square:
+            return (gr - of_u(inner, None)[0]) / 2
+        return gr - of_u(inner + of_u(None, gr)[1], None)[0] / 2
 
-    def tall_adjoint(a: Tensor) -> Tensor:
-        ua = _adjoint(u, a)
-        return adjoint(a) - (adjoint(u @ ua) + _adjoint(u, times(ua))) / 2
+    def adjoint(a: Tensor) -> Tensor:
+        ua = of_u(None, a)[1]
+        inner, ga = products(ua, a)
+        if square:
+            return (ga - of_u(None, inner)[1]) / 2
+        back, inner = of_u(ua, inner)
+        return ga - (products(None, back)[1] + inner) / 2
 
-    return tall_times, tall_adjoint
+    def both(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        none = u.new_empty(0)
+        return none if r is None else times(r), none if a is None else adjoint(a)
+
+    return both
 
 
 def _check_point(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
@@ -208,11 +227,6 @@ def _check_point(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
             f"u must have the gradient's shape {tuple(shape)} and dtype {_ops_checks.short(dtype)}, got "
             f"{tuple(u.shape)} and {_ops_checks.short(u.dtype)}."
         )
-
-
-def _adjoint(g: Tensor, a: Tensor) -> Tensor:
-    """G^H a, contiguous: read along the rows of G, 2 to 3 times as fast as G^H @ a."""
-    return (a.mH @ g).mH.resolve_conj().contiguous()
 
 
 def _unit(x: Tensor) -> Tensor:

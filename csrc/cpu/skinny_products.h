@@ -1,0 +1,189 @@
+// Products of a large matrix with few columns, from both sides in one read: X right and X'left.
+#pragma once
+
+#include <memory>
+
+#include "tiles.h"
+
+namespace sslkern {
+
+constexpr int64_t kChunk = 256;  // columns that one thread reads at once, at most
+constexpr int64_t kDepth = 32;   // rows of them that stay in L1
+constexpr int64_t kFew = 4;      // columns for which a tile would be mostly zeros
+constexpr int64_t kPadded = kChunk + kTile;
+
+template <class T>
+std::unique_ptr<T[]> room_for(int64_t numbers) {
+  return std::unique_ptr<T[]>(new T[numbers]);
+}
+
+// f(begin, end) over a range, in parallel unless a thread of others does this already.
+template <class F>
+void in_parallel(int64_t count, const F& f) {
+  stable::parallel_for(0, count, 1, f);
+}
+
+// The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
+template <class T>
+SSLKERN_INLINE void add_rows_body(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, T* sums,
+                                  int64_t stride) {
+  for (; rows >= 4; rows -= 4, u += 4 * ld, a += 4 * k)
+    for (int64_t r = 0; r < k; ++r) {
+      const T s = a[r], t = a[k + r], v = a[2 * k + r], w = a[3 * k + r];
+      T* sum = sums + r * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) sum[j] += (s * u[j] + t * u[ld + j]) + (v * u[2 * ld + j] + w * u[3 * ld + j]);
+    }
+  for (; rows > 0; --rows, u += ld, a += k)
+    for (int64_t r = 0; r < k; ++r) {
+      T* sum = sums + r * stride;
+#pragma omp simd
+      for (int64_t j = 0; j < cols; ++j) sum[j] += a[r] * u[j];
+    }
+}
+
+// The products of 4 rows of u with w.
+template <class T>
+SSLKERN_INLINE void four_dots_body(const T* u, int64_t ld, const T* w, int64_t n, T* out) {
+  T s = 0, t = 0, v = 0, x = 0;
+#pragma omp simd reduction(+ : s, t, v, x)
+  for (int64_t j = 0; j < n; ++j) {
+    s += u[j] * w[j];
+    t += u[ld + j] * w[j];
+    v += u[2 * ld + j] * w[j];
+    x += u[3 * ld + j] * w[j];
+  }
+  out[0] = s, out[1] = t, out[2] = v, out[3] = x;
+}
+
+#define SSLKERN_KERNELS(T)                                                                                       \
+  SSLKERN_CLONES static void add_rows(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, \
+                                      T* sums, int64_t stride) {                                                 \
+    add_rows_body(u, ld, rows, cols, a, k, sums, stride);                                                        \
+  }                                                                                                              \
+  SSLKERN_CLONES static void four_dots(const T* u, int64_t ld, const T* w, int64_t n, T* out) {                  \
+    four_dots_body(u, ld, w, n, out);                                                                            \
+  }
+SSLKERN_KERNELS(float)
+SSLKERN_KERNELS(double)
+#undef SSLKERN_KERNELS
+
+// X (n, p), left (n, k), right (p, m), all row by row; k or m may be 0. Sums over rows are taken in order, those over
+// columns by chunks of a size that follows from p, so the bits do not depend on the number of threads.
+template <class T>
+class SkinnyProducts {
+ public:
+  SkinnyProducts(const T* x, int64_t n, int64_t p, const T* left, int64_t k, const T* right = nullptr, int64_t m = 0)
+      : x_(x),
+        n_(n),
+        p_(p),
+        k_(k),
+        m_(m),
+        few_(k <= kFew && m <= kFew),
+        chunk_(p < 2048 ? kChunk / 2 : kChunk),
+        k_tiles_(ceil_div(k, kTile)),
+        m_tiles_(ceil_div(m, kTile)),
+        rows_(round_up(n, kTile)),
+        left_(room_for<T>(few_ ? 0 : k_tiles_ * kTile * n)),
+        right_(room_for<T>(few_ ? m * p : m_tiles_ * kTile * p)),
+        parts_(room_for<T>(chunks() * rows_ * (few_ ? m : m_tiles_ * kTile))),
+        given_(left) {
+    for (int64_t t = 0; t < k_tiles_ && !few_; ++t)
+      pack(left + t * kTile, 1, k, std::min(kTile, k - t * kTile), n, left_.get() + t * kTile * n);
+    for (int64_t t = 0; t < m_tiles_ && !few_; ++t)
+      pack(right + t * kTile, 1, m, std::min(kTile, m - t * kTile), p, right_.get() + t * kTile * p);
+    for (int64_t j = 0; j < p && few_; ++j)
+      for (int64_t r = 0; r < m; ++r) right_[r * p + j] = right[j * m + r];
+  }
+
+  int64_t chunks() const {
+    return ceil_div(p_, chunk_);
+  }
+
+  // use(chunk, j0, cols, sums) with all columns j0 ... of X, many at a time: `sums` are X'left, read by `sum`.
+  template <class F>
+  void run(const F& use) const {
+    in_parallel(chunks(), [&](int64_t first, int64_t last) {
+      std::vector<T> slab(kDepth * kPadded), sums(std::max<int64_t>(k_tiles_, 1) * kChunk * kTile);
+      for (int64_t chunk = first; chunk < last; ++chunk) {
+        const int64_t j0 = chunk * chunk_, cols = std::min(chunk_, p_ - j0);
+        if (few_) std::fill(sums.begin(), sums.end(), T(0));
+        for (int64_t i0 = 0; i0 < n_; i0 += kDepth)
+          few_ ? stream(chunk, i0, j0, cols, sums.data()) : tile(chunk, i0, j0, cols, slab.data(), sums.data());
+        use(chunk, j0, cols, sums.data());
+      }
+    });
+  }
+
+  // Entry (j0 + j, r) of X'left.
+  static T sum(const T* sums, bool few, int64_t r, int64_t j) {
+    return few ? sums[r * kChunk + j] : sums[(r / kTile * kChunk + j) * kTile + r % kTile];
+  }
+
+  // use(i, row) with all rows of X right, many at a time, after `run`.
+  template <class F>
+  void rows(const F& use) const {
+    if (m_ == 0) return;
+    const int64_t stride = few_ ? m_ : m_tiles_ * kTile;
+    in_parallel(ceil_div(rows_, kDepth), [&](int64_t first, int64_t last) {
+      std::vector<T> sum(m_);
+      for (int64_t i = first * kDepth; i < std::min(n_, last * kDepth); ++i) {
+        std::fill(sum.begin(), sum.end(), T(0));
+        for (int64_t chunk = 0; chunk < chunks(); ++chunk)
+          for (int64_t r = 0; r < m_; ++r) sum[r] += parts_[(chunk * rows_ + i) * stride + r];
+        use(i, sum.data());
+      }
+    });
+  }
+
+  bool few() const {
+    return few_;
+  }
+
+ private:
+  const T* const x_;
+  const int64_t n_, p_, k_, m_;
+  const bool few_;
+  const int64_t chunk_, k_tiles_, m_tiles_, rows_;
+  const std::unique_ptr<T[]> left_, right_;  // in tiles of 16 columns; few columns of `right` one after the other
+  const std::unique_ptr<T[]> parts_;         // (chunks, rows, m): X right, of each chunk's columns
+  const T* const given_;
+
+  // Some rows of a chunk, by a copy of them: the lines of a column of X, in rows of 2^n numbers, would drive each other
+  // out of L1.
+  void tile(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* slab, T* sums) const {
+    const auto product = tile_product<T>();
+    const int64_t depth = std::min(kDepth, n_ - i0), side = m_tiles_ * kTile;
+    for (int64_t i = 0; i < depth; ++i) std::copy_n(x_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
+    for (int64_t j = 0; j < cols; j += kTile)
+      for (int64_t t = 0; t < k_tiles_; ++t)
+        product(slab + j, 1, kPadded, left_.get() + (t * n_ + i0) * kTile, depth, sums + (t * kChunk + j) * kTile,
+                kTile, i0 > 0);
+    for (int64_t i = 0; i < depth; i += kTile)
+      for (int64_t t = 0; t < m_tiles_; ++t)
+        product(slab + i * kPadded, kPadded, 1, right_.get() + (t * p_ + j0) * kTile, cols,
+                parts_.get() + (chunk * rows_ + i0 + i) * side + t * kTile, side, false);
+  }
+
+  void stream(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* sums) const {
+    const int64_t depth = std::min(kDepth, n_ - i0);
+    const T* x = x_ + i0 * p_ + j0;
+    if (k_ > 0) add_rows(x, p_, depth, cols, given_ + i0 * k_, k_, sums, kChunk);
+    T dots[4];
+    for (int64_t i = 0; i < depth && m_ > 0; i += 4) {
+      const int64_t rows = std::min<int64_t>(4, depth - i);
+      T* to = parts_.get() + (chunk * rows_ + i0 + i) * m_;
+      for (int64_t r = 0; r < m_; ++r) {
+        const T* w = right_.get() + r * p_ + j0;
+        if (rows == 4) {
+          four_dots(x + i * p_, p_, w, cols, dots);
+          for (int64_t q = 0; q < 4; ++q) to[q * m_ + r] = dots[q];
+          continue;
+        }
+        for (int64_t q = 0; q < rows; ++q) four_dots(x + (i + q) * p_, 0, w, cols, dots), to[q * m_ + r] = dots[0];
+      }
+    }
+  }
+};
+
+}  // namespace sslkern
