@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -287,7 +288,10 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
         floors["product"] = lambda: u @ u
     if n == 1024:
         for name in ("matrix_exp", "cayley"):
-            floors[f"parametrization, {name}"] = _parametrized(n, name, g, device)
+            layer = nn.Linear(n, n, bias=False, device=device)
+            nn.utils.parametrizations.orthogonal(layer, orthogonal_map=name, use_trivialization=True)
+            floors[f"torch's {name}"] = _through(layer, g)
+        floors.update(_peers(u, g))
     return Case(
         "rank_k",
         (*shape, k),
@@ -302,16 +306,32 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
     )
 
 
-def _parametrized(n: int, name: str, g: Tensor, device: str) -> Callable[[], object]:
-    """Forward and backward of torch's own orthogonal weight."""
-    layer = nn.Linear(n, n, bias=False, device=device)
-    nn.utils.parametrizations.orthogonal(layer, orthogonal_map=name, use_trivialization=True)
+def _through(layer: nn.Module, g: Tensor) -> Callable[[], object]:
+    """Forward and backward of a weight that is a map of a free matrix."""
 
     def run() -> None:
         with torch.enable_grad():
             layer.weight.backward(g)
 
     return run
+
+
+def _peers(u: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
+    """Steps of what is installed for orthogonal matrices: geotorch's Cayley map, geoopt's QR retraction."""
+    found: dict[str, Callable[[], object]] = {}
+    if find_spec("geotorch"):
+        import geotorch
+
+        layer = nn.Linear(*u.shape, bias=False, device=u.device)
+        geotorch.orthogonal(layer, "weight", triv="cayley")
+        found["geotorch's cayley"] = _through(layer, g)
+    if find_spec("geoopt"):
+        import geoopt
+
+        p = geoopt.ManifoldParameter(u.clone(), manifold=geoopt.EuclideanStiefel())
+        p.grad = g.clone()
+        found["geoopt's QR"] = geoopt.optim.RiemannianSGD([p], lr=1e-4).step
+    return found
 
 
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:

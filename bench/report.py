@@ -121,8 +121,8 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
     if family == "rank_k":
         value_errors = ("error", lambda c: " / ".join(_loss_error(c.row(n)) for n in ("published", "sslkern")))
         maps = [
-            (f"than torch's {name}", lambda c, name=name: _times(_over_ours(c, f"parametrization, {name}")))
-            for name in ("matrix_exp", "cayley")
+            (f"than {name}", lambda c, name=name: _times(_over_ours(c, name)))
+            for name in ("torch's matrix_exp", "torch's cayley", "geotorch's cayley", "geoopt's QR")
         ]
         alone = ("update alone", lambda c: _ms(c.row("update alone")))
         solve = ("Cayley solve", lambda c: _ms(c.row("Cayley solve")))
