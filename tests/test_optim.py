@@ -331,6 +331,41 @@ def test_procrustes(retraction, shape, dtype):
     assert orthogonality_error(u).max() < (3e-7 if eps(dtype) > 1e-8 else 1e-14)
 
 
+def test_many_small_blocks():
+    """As in orthogonal fine-tuning: 1,000 steps of 8 blocks end within 1e-6; Cayley maps by Neumann series, past .1."""
+    skew = torch.randn(8, 32, 32) / 32**0.5
+    target = torch.linalg.matrix_exp(skew - skew.mT)
+    x = torch.randn(8, 32, 128)
+    y = target @ x
+    u = nn.Parameter(torch.eye(32).repeat(8, 1, 1))
+    optimizer = ProjUNN([u], 0.02, rank=4, momentum=0.9, second_moment="scalar")
+    decay = torch.optim.lr_scheduler.LinearLR(optimizer, 1, 0, 1000)
+    for _ in range(1000):
+        optimizer.zero_grad()
+        loss = (u @ x - y).square().mean()
+        loss.backward()
+        optimizer.step()
+        decay.step()
+    assert loss < 1e-4 and orthogonality_error(u.detach()).max() < 1e-6
+
+    def neumann(q):
+        """(I + S) (I + S + ... + S^5), for (I + S) (I - S)^-1."""
+        s = (q - q.mT) / 2
+        series = term = torch.eye(32).expand_as(s)
+        for _ in range(5):
+            term = term @ s
+            series = series + term
+        return series + s @ series
+
+    q = nn.Parameter(torch.zeros(8, 32, 32))
+    adam = torch.optim.Adam([q], 0.01)
+    for _ in range(500):
+        adam.zero_grad()
+        (neumann(q) @ x - y).square().mean().backward()
+        adam.step()
+    assert orthogonality_error(neumann(q).detach()).max() > 0.1
+
+
 @pytest.mark.parametrize("options", ({}, {"method": "svd"}, {"warm_start": False}), ids=str)
 def test_factors_of_the_whole_gradient_stop_short(options):
     """The part of the gradient that moves nothing takes the rank: every method is off by 1e-2 and more, for good."""
