@@ -1,4 +1,4 @@
-"""The digits of vicreg_digits.py: images, two views, network, linear probe."""
+"""The digits of the examples: images, two views, network, linear probe."""
 
 import numpy as np
 import torch
@@ -18,6 +18,17 @@ def split_digits(seed):
     images, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(images / 16).float().view(-1, 1, 8, 8)
     return train_test_split(images, labels, train_size=TRAINING_IMAGES, stratify=labels, random_state=seed)
+
+
+def batch_of(images, labels, size, generator):
+    rows = torch.randint(len(labels), (size,), generator=generator)
+    return images[rows], torch.from_numpy(labels)[rows]
+
+
+@torch.no_grad()
+def accuracy(images, labels, network):
+    device = next(network.parameters()).device
+    return float((network(images.to(device)).argmax(-1).cpu().numpy() == labels).mean())
 
 
 def augment(images, generator):
@@ -69,15 +80,17 @@ def features(network, *image_sets):
         return [network[0](images.to(device)).cpu().numpy() for images in image_sets]
 
 
+def linear_accuracy(train_x, test_x, train_y, test_y):
+    """Of a linear classifier on held-out digits."""
+    classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
+    return classifier.fit(train_x, train_y).score(test_x, test_y)
+
+
 def probe(train_x, test_x, train_y, test_y, draws=5):
     """Accuracy of a linear classifier on held-out digits: from all labels, and from 5 per class over a few draws."""
-
-    def score(rows):
-        classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
-        return classifier.fit(train_x[rows], train_y[rows]).score(test_x, test_y)
-
     few = []
     for draw in range(draws):
         random = np.random.default_rng(draw)
-        few.append([i for c in range(10) for i in random.choice(np.flatnonzero(train_y == c), 5, replace=False)])
-    return score(slice(None)), float(np.mean([score(rows) for rows in few]))
+        rows = [i for c in range(10) for i in random.choice(np.flatnonzero(train_y == c), 5, replace=False)]
+        few.append(linear_accuracy(train_x[rows], test_x, train_y[rows], test_y))
+    return linear_accuracy(train_x, test_x, train_y, test_y), float(np.mean(few))

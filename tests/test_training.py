@@ -1,6 +1,6 @@
 """Training: our curve is the plain formula's, as far as rounding lets it be; and a run that stopped goes on."""
 
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
@@ -17,6 +17,12 @@ STEPS, BATCH = 50, 64
 LOSSES = {
     "vicreg": (sslkern.vicreg_loss, vicreg_published),
     "barlow": (sslkern.barlow_twins_loss, barlow_published),
+}
+EXAMPLES = {
+    "copy_memory": "--blank 8 --hidden 16",
+    "adding_task": "--length 8 --hidden 16",
+    "permuted_digits": "--hidden 16",
+    "orthogonal_conv": "--channels 4 --layers 1",
 }
 
 
@@ -67,19 +73,27 @@ def test_the_curve_is_the_plain_formulas(name, autocast, digits, backend):
     assert curves[0][-5:].mean() < 0.8 * curves[0][0]
 
 
-def test_copy_memory_goes_on_where_it_stopped(tmp_path):
+@pytest.mark.parametrize("name", EXAMPLES)
+def test_an_example_goes_on_where_it_stopped(name, tmp_path, monkeypatch, capsys):
     """Three steps, then three more from the checkpoint, are six steps, bit for bit; another setting is refused."""
-    command = [sys.executable, "examples/copy_memory.py", "--blank", "8", "--hidden", "16", "--batch", "4"]
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    monkeypatch.setattr("_training.EVERY", 2)
 
-    def run(name, *more):
-        files = ["--checkpoint", str(tmp_path / f"{name}.pt"), "--out", str(tmp_path / f"{name}.png")]
-        return subprocess.run([*command, *files, *more], cwd=ROOT, capture_output=True, text=True)
+    def run(run_name, steps, *more):
+        files = ["--checkpoint", str(tmp_path / f"{run_name}.pt"), "--out", str(tmp_path / f"{run_name}{steps}.png")]
+        sizes = [*EXAMPLES[name].split(), "--batch", "4", "--device", "cpu", "--steps", str(steps)]
+        monkeypatch.setattr(sys, "argv", [name, *sizes, *files, *more])
+        with torch.random.fork_rng(), pytest.raises(SystemExit) as ended:
+            runpy.run_path(str(ROOT / "examples" / f"{name}.py"), run_name="__main__")
+        return ended.value.code
 
-    for name, steps in (("whole", "6"), ("parts", "3"), ("parts", "6")):
-        done = run(name, "--steps", steps)
-        assert "no memory" in done.stdout and (tmp_path / f"{name}.png").exists(), done.stderr
-    whole, parts = (torch.load(tmp_path / f"{name}.pt") for name in ("whole", "parts"))
+    for run_name, steps in (("whole", 6), ("parts", 3), ("parts", 6)):
+        failed = run(run_name, steps)
+        *_, error, verdict = capsys.readouterr().out.splitlines()
+        assert "distance from orthogonality" in error and verdict.startswith("FAIL" if failed else "PASS")
+        assert (tmp_path / f"{run_name}{steps}.png").stat().st_size > 10_000
+    whole, parts = (torch.load(tmp_path / f"{run_name}.pt") for run_name in ("whole", "parts"))
     assert whole["losses"] == parts["losses"] and len(whole["losses"]) == 6
+    assert whole["scores"] == parts["scores"] and whole["worst"] == parts["worst"] < 1e-5
     assert all(torch.equal(whole["network"][key], parts["network"][key]) for key in whole["network"])
-    refused = run("parts", "--steps", "7", "--lr", "1")
-    assert refused.returncode == 1 and "is of another setting" in refused.stderr
+    assert "is of another setting" in run("parts", 7, "--lr", "1")
