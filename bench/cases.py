@@ -13,7 +13,8 @@ from torch import Tensor, nn
 import sslkern
 from sslkern import ops
 from sslkern.backend import pick
-from sslkern.optim import low_rank_factors
+from sslkern.nn import OrthogonalLinear
+from sslkern.optim import ProjUNN, low_rank_factors
 
 from . import baselines
 
@@ -306,6 +307,63 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
     )
 
 
+def rotation_case(m: int, n: int, k: int, device: str) -> Case:
+    """A training step of an orthogonal layer, y = x W', on m rows: forward, loss, backward, and the step of W."""
+    generator = torch.Generator().manual_seed(n + k)
+    x, target = (torch.randn(m, n, generator=generator).to(device) for _ in range(2))
+    start = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.contiguous().to(device)
+
+    def loss_of(y: Tensor) -> Tensor:
+        return (y - target.to(y.dtype)).square().mean()
+
+    def by(layer: nn.Module, step: Callable[[], object]) -> Loss:
+        def run(x: Tensor = x) -> Tensor:
+            layer.zero_grad()
+            with torch.enable_grad():
+                loss = loss_of(layer(x))
+                loss.backward()
+            step()
+            return loss.detach()
+
+        return run
+
+    plain, rate = nn.Linear(n, n, bias=False, device=device), 0.1
+
+    def published() -> None:
+        u = plain.weight.detach()
+        u.copy_(baselines.projunn_published(u, plain.weight.grad, k, rate, "tangent"))
+
+    def three_lines() -> None:
+        with sslkern.backend.use("reference"):
+            a, b = low_rank_factors(plain.weight.grad, k)
+            ops.rank_k_update_(plain.weight.detach(), -rate * a, b)
+
+    layers = [OrthogonalLinear(n, n, bias=False, device=device, factored=factored) for factored in (True, False)]
+    steps = [by(layer, ProjUNN(layer.parameters(), rate, rank=k).step) for layer in layers]
+    mapped = nn.Linear(n, n, bias=False, device=device)
+    nn.utils.parametrizations.orthogonal(mapped, orthogonal_map="cayley", use_trivialization=True)
+
+    def before() -> None:
+        for weight in (plain.weight, *(layer.weight_u for layer in layers)):
+            weight.detach().copy_(start)
+
+    return Case(
+        "rotation",
+        (m, n, k),
+        lambda: [x],
+        {"published": by(plain, published), "three-line": by(plain, three_lines), "sslkern": steps[0]},
+        lambda x: loss_of(x @ start.double().mT),
+        before=before,
+        floors={
+            "with a gradient": steps[1],
+            "torch's cayley": by(mapped, torch.optim.SGD(mapped.parameters(), rate).step),
+            "no step": by(plain, lambda: None),
+        },
+        backward=False,
+        huge=(),
+    )
+
+
 def _through(layer: nn.Module, g: Tensor) -> Callable[[], object]:
     """Forward and backward of a weight that is a map of a free matrix."""
 
@@ -394,6 +452,7 @@ ROTATIONS = (
     ((2048, 2048), 4, "tangent"),
     ((256, 128, 128), 4, "tangent"),
 )
+LAYERS = ((256, 1024, 1), (256, 1024, 16), (256, 2048, 1), (256, 2048, 16), (64, 4096, 1))
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 
@@ -410,6 +469,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
+    for sizes in LAYERS:
+        cases.append((f"rotation {' '.join(map(str, sizes))}", lambda s=sizes: rotation_case(*s, device)))
     for shape, k, retraction in ROTATIONS:
         label = f"rank_k {' '.join(map(str, shape))} {k} {retraction}"
         cases.append((label, lambda s=shape, k=k, r=retraction: rank_k_case(s, k, r, device)))

@@ -15,6 +15,7 @@ TITLES = {
     "unbiased": "The unbiased estimator over the plug-in (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
+    "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
     "rank_k": "Orthogonal steps: sketch of a dense gradient and `ops.rank_k_update_` (ms)",
     "covariance": "`ops.covariance` on tall matrices and on a stack (ms)",
 }
@@ -118,6 +119,11 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
         torchs = ("torch", lambda c: _ms(c.row("published")))
         alone = ("its kernels alone", lambda c: _ms(c.row("kernels alone")))
         return [shape, layout, torchs, ours, faster, pages, alone, copies, memory, errors]
+    if family == "rotation":
+        sizes = ("rows, N, rank", lambda c: ", ".join(map(str, c.first["shape"])))
+        others = [(name, lambda c, name=name: _ms(c.row(name))) for name in ("with a gradient", "no step")]
+        torchs = ("than torch's cayley", lambda c: _times(_over_ours(c, "torch's cayley")))
+        return [sizes, published, smart, ours, faster, smarter, torchs, *others, memory]
     if family == "rank_k":
         value_errors = ("error", lambda c: " / ".join(_loss_error(c.row(n)) for n in ("published", "sslkern")))
         maps = [
