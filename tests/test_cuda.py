@@ -61,7 +61,7 @@ def machine_code(nvcc, setup, source, folder):
     (ptx,) = folder.glob("*.ptx")
     for name, body in re.findall(r"\.entry (\w+)\((.*?)\n}", ptx.read_text(), re.S):
         loads = re.findall(r"ld\.global[.\w]*", body)
-        wide = sum(".v4" in load for load in loads)
+        wide = sum(".v4" in load or ".v2.f64" in load for load in loads)
         found[name] += [wide, len(loads) - wide]
     return found
 
@@ -70,15 +70,18 @@ def test_the_binary_has_them_where_there_is_an_nvcc(nvcc):
     """Built by `make build`, for a torch with or without CUDA; and `python -m sslkern` says for which processors."""
     assert backends.cuda_build().startswith("CUDA kernels: sm_"), backends.cuda_build()
     assert ("native", "batch_norm_fwd", "cuda") in backends._kernels
+    assert ("native", "rank_k_update_", "cuda") in backends._kernels
 
 
 def test_a_cpu_tensor_is_refused():
     """The CUDA kernel itself, called past the dispatcher with a CPU tensor, says what is wrong."""
     if ("native", "batch_moments_fwd", "cuda") not in backends._kernels:
         pytest.skip(backends.cuda_build())
-    kernel = torch.ops.sslkern_native.batch_moments_fwd.default
+    ops, on_cuda, x = torch.ops.sslkern_native, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
-        kernel.redispatch(torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(4, 3))
+        ops.batch_moments_fwd.default.redispatch(on_cuda, x)
+    with pytest.raises(RuntimeError, match="u must be a CUDA tensor"):
+        ops.rank_k_update_.default.redispatch(on_cuda, x, x, x, 0)
 
 
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
@@ -87,7 +90,7 @@ def test_machine_code(source, nvcc, setup, tmp_path):
     found = machine_code(nvcc, setup, source, tmp_path)
     assert len(found) > 10
     assert all(memory == 0 for _, memory, *_ in found.values()), found
-    wide = {name: loads for name, (*_, loads, _) in found.items() if re.search(r"Li[48]ELb", name)}
+    wide = {name: loads for name, (*_, loads, _) in found.items() if re.search(r"Li[248]ELb", name)}
     assert wide and all(loads >= 4 for loads in wide.values()), wide
 
 

@@ -7,21 +7,54 @@ import sys
 import pytest
 import torch
 from conftest import available
+from simulator import Unavailable
+from simulator import rank_k_update as simulated
 from torch.profiler import ProfilerActivity, profile
 
 import sslkern
 from sslkern.ops import rank_k_update_
+from sslkern.optim import orthogonality_error, reorthogonalize_
 
 DTYPES = (torch.float64, torch.complex128, torch.float32, torch.complex64)
 EXACT = {torch.float64: torch.float64, torch.float32: torch.float64}
 RETRACTIONS = ("tangent", "direct", "cayley")
 
 
-@pytest.fixture(params=("reference", "native"))
-def backend(request):
-    """What has the kernel."""
+ORDERS = ("ascending", "descending", "random")
+PATHS = ((True, 2), (False, 2))  # all steps in one kernel, or in several; two matrices of a stack at a time
+
+
+@pytest.fixture(params=("reference", "native", "cuda", "simulator"))
+def backend(request, monkeypatch):
+    """What has the kernel: back-ends on the CPU, the CUDA kernels on a GPU, and these on the CPU's simulator."""
+    if request.param == "simulator":
+        request.getfixturevalue("simulator")
+        picked = simulated.kernels("random")
+        monkeypatch.setattr(sys.modules["sslkern.ops.rank_k_update"], "pick", picked)
+        yield request.param
+        return
+    if request.param == "cuda":
+        if not torch.cuda.is_available():
+            pytest.skip("no CUDA device")
+        with torch.device("cuda"), sslkern.backend.use("native"):
+            yield request.param
+        return
     with sslkern.backend.use(available(request.param)):
         yield request.param
+
+
+@pytest.fixture
+def simulator():
+    """A compiler that makes the CUDA kernels run on the CPU."""
+    try:
+        return simulated.module()
+    except Unavailable as reason:
+        pytest.skip(str(reason))
+
+
+def skip_simulator(backend, reason="too slow; its own tests are below"):
+    if backend == "simulator":
+        pytest.skip(reason)
 
 
 def exact(x):
@@ -70,6 +103,7 @@ def error(u):
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_agrees_with_dense_formulas(dtype, retraction, backend):
     """1e-13 in double, 1e-7 in single precision, square and tall, batched, k from 1 to 3 p, odd sizes."""
+    skip_simulator(backend)
     single = dtype in (torch.float32, torch.complex64)
     for shape in ((1, 1), (2, 2), (37, 37), (64, 64), (300, 300), (3, 20, 20), (2, 2, 5, 5), (40, 17), (5, 270, 1)):
         if retraction == "tangent" and shape[-1] != shape[-2]:
@@ -88,6 +122,7 @@ def test_agrees_with_dense_formulas(dtype, retraction, backend):
 @pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
 def test_large_steps(dtype, retraction, backend):
     """Steps of 3 and 30: the polar factor as well as the condition of U + a b^H allows, which is up to 1e4 here."""
+    skip_simulator(backend)
     for shape in ((40, 40), (130, 130)):
         u = orthonormal(*shape, dtype=dtype)
         for k in (1, 4, 16):
@@ -140,6 +175,7 @@ def test_degenerate_steps(dtype, retraction, backend):
 
 def test_single_precision_keeps_its_digits(backend):
     """k = 1 in complex64 and complex128: 100 steps stay as orthogonal as rounding allows, not 1e-9 a step away."""
+    skip_simulator(backend)
     for dtype, limit in ((torch.complex128, 1e-13), (torch.float64, 1e-13), (torch.complex64, 2e-6)):
         u = orthonormal(24, 24, dtype=dtype)
         for _ in range(100):
@@ -160,6 +196,20 @@ def test_in_place_wherever_u_lies(backend):
     assert torch.equal(stack[1], expected) and torch.equal(stack[0], u) and torch.equal(stack[2], u)
     column = a[:, :1].expand(20, 3)
     torch.testing.assert_close(rank_k_update_(u.clone(), column, b), dense(u, column, b, "tangent"))
+
+
+def test_drift_of_a_long_run(native):
+    """1e5 steps in fp32 at N = 64: within 1.5e-5 without correction, within 3e-7 with it."""
+    start, random = orthonormal(64, 64, dtype=torch.float32), torch.Generator()
+    for every, limit in ((None, 1.5e-5), (32, 3e-7)):
+        u = start.clone()
+        random.manual_seed(1)
+        for step in range(1, 100_001):
+            a, b = torch.randn(2, 64, 1, generator=random) * 0.04
+            rank_k_update_(u, a, b)
+            if every and step % every == 0:
+                reorthogonalize_(u, every, random)
+        assert orthogonality_error(u) < limit, (every, orthogonality_error(u))
 
 
 def test_a_stack_is_its_slices(native):
@@ -248,3 +298,144 @@ def test_other_processors(gemm):
     run = subprocess.run([sys.executable, "-c", script], cwd=os.path.dirname(__file__), env=environment, text=True,
                          capture_output=True)  # fmt: skip
     assert run.returncode == 0, run.stderr
+
+
+def simulate(u, a, b, retraction, path=None, order="random", **given):
+    """A new U, by the CUDA kernels on the CPU."""
+    new = u.clone()
+    pick = simulated.kernels(order, path=path, **given)
+    pick("rank_k_update_", new)(new, a, b, RETRACTIONS.index(retraction))
+    return new
+
+
+def simulated_step(*shape, k, dtype, size=0.05):
+    torch.manual_seed(sum(shape) + k)
+    return orthonormal(*shape, dtype=dtype), *step_of(size, *shape, k=k, dtype=dtype)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_simulated_kernels(dtype, retraction, simulator):
+    """Both paths agree with dense formulas to the limits of the other back-ends, and with each other bit for bit."""
+    cases = [
+        ((1, 1), 1, 0.5),
+        ((2, 2), 3, 0.05),
+        ((37, 37), 5, 1e-4),
+        ((70, 70), 16, 0.05),
+        ((70, 70), 1, 3),
+        ((40, 17), 3, 0.5),
+        ((2, 2, 20, 20), 2, 0.05),
+        ((1100, 3), 2, 0.05),
+        ((41, 36), 33, 1e-3),
+        ((48, 48), 5, 3),
+    ]
+    limit = 4e-7 if dtype in (torch.float32, torch.complex64) else 1e-13
+    for index, (shape, k, size) in enumerate(cases):
+        if retraction == "tangent" and shape[-1] != shape[-2]:
+            continue
+        u, a, b = simulated_step(*shape, k=k, dtype=dtype, size=size)
+        news = [simulate(u, a, b, retraction, path, ORDERS[index % 3]) for path in PATHS]
+        condition = float(torch.linalg.cond(exact(u) + exact(a) @ exact(b).mH).max()) if size > 1 else 1
+        assert torch.equal(*news), (shape, k, size)
+        assert away(news[0], dense(u, a, b, retraction)) < limit * max(1, condition / 10), (shape, k, size)
+
+
+@pytest.mark.parametrize("path", PATHS, ids=("small", "large"))
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_every_order_of_threads_gives_the_same_bits(dtype, path, simulator):
+    """Ascending, descending and random; the blocks' order as well."""
+    for retraction, shape, k in zip(RETRACTIONS, ((140, 140), (67, 40), (2, 38, 38)), (6, 2, 10), strict=True):
+        arguments = simulated_step(*shape, k=k, dtype=dtype, size=0.4)
+        first, *others = (simulate(*arguments, retraction, path, order) for order in ORDERS)
+        assert not first.isnan().any() and all(torch.equal(first, other) for other in others)
+
+
+@pytest.mark.parametrize("retraction", RETRACTIONS)
+def test_memory_does_not_matter(retraction, simulator):
+    """The same bits from addresses that no vector fits, with little shared memory, and from a slice of a stack."""
+    for shape, k, dtype in (
+        ((3, 40, 40), 7, torch.complex64),
+        ((2, 64, 64), 4, torch.float64),
+        ((2, 36, 36), 3, torch.float32),
+    ):
+        u, a, b = simulated_step(*shape, k=k, dtype=dtype)
+        crooked = torch.empty(u.numel() + 1, dtype=dtype)[1:].view(shape).copy_(u)
+        assert simulated.plan(u, a, b)["vectors"] and not simulated.plan(crooked, a, b)["vectors"]
+        assert simulated.plan(u, a, b)["in_shared"] and not simulated.plan(u, a, b, 1 << 10)["in_shared"]
+        for path in PATHS:
+            expected = simulate(u, a, b, retraction, path)
+            pick = simulated.kernels("random", path=path)
+            pick("rank_k_update_", u)(crooked, a, b, RETRACTIONS.index(retraction))
+            assert torch.equal(crooked, expected)
+            crooked.copy_(u)
+            assert torch.equal(simulate(u, a, b, retraction, path, shared=1 << 10), expected)
+            assert torch.equal(simulate(u[1], a[1], b[1], retraction, path), expected[1])
+
+
+@pytest.mark.parametrize(("dtype", "k"), ((torch.float32, 2), (torch.complex64, 6), (torch.float64, 1)), ids=str)
+def test_tall_panels(dtype, k, simulator):
+    """Of 32 rows, where there are many of them: the bits of 16."""
+    u, a, b = simulated_step(64, 36, 36, k=k, dtype=dtype)
+    together = [simulate(u, a, b, "direct", (False, count)) for count in (64, 3)]
+    assert torch.equal(*together)
+
+
+def test_many_columns(simulator):
+    """More than K is summed up over at once."""
+    u, a, b = simulated_step(1070, 1070, k=2, dtype=torch.float64)
+    expected = u.clone()
+    with sslkern.backend.use("reference"):
+        rank_k_update_(expected, a, b, "cayley")
+    assert away(simulate(u, a, b, "cayley"), expected) < 1e-14
+
+
+def test_simulated_nan(simulator):
+    """Comes out of every retraction and path, in its matrix alone; a zero step leaves every bit of U."""
+    for retraction in RETRACTIONS:
+        for path in PATHS:
+            u, a, b = simulated_step(3, 20, 20, k=3, dtype=torch.float64)
+            a[0, 3, 1], a[1] = float("nan"), 0
+            new = simulate(u, a, b, retraction, path)
+            assert new[0].isnan().any() and torch.equal(new[1], u[1])
+            assert away(new[2], dense(u[2], a[2], b[2], retraction)) < 1e-13
+
+
+def test_plans(simulator):
+    """Many small matrices take a block each, large ones many blocks; rows of 4 numbers take vectors."""
+
+    def plan(*shape, k=16, dtype=torch.float32, **given):
+        empty = [torch.empty(size, dtype=dtype) for size in (shape, (*shape[:-1], k), (*shape[:-2], shape[-1], k))]
+        return simulated.plan(*empty, **given)
+
+    assert plan(512, 64, 64)["small"] and plan(300, 256, 256)["small"] and plan(128, 128)["small"]
+    assert not plan(256, 256)["small"] and not plan(1000, 1000)["small"]
+    assert (
+        plan(128, 128)["vectors"]
+        and not plan(127, 127)["vectors"]
+        and plan(127, 127, dtype=torch.complex128)["vectors"]
+    )
+    large = plan(4096, 4096)
+    assert large["tall"] and large["in_shared"] and large["splits"] == 8 and large["gathers"] == 32
+    assert not plan(1024, 1024)["tall"] and plan(64, 512, 512)["tall"]
+    assert plan(5000, 64, 64, k=1)["together"] == 1024 and plan(70, 300, 300, k=1)["together"] == 64
+    for k in (1, 16, 64):  # what a block of an A100 may have is enough
+        for dtype in DTYPES:
+            for shape in ((300, 128, 128), (1024, 1024)):
+                assert plan(*shape, k=k, dtype=dtype, shared=163 << 10)["shared"] <= 163 << 10, (k, dtype, shape)
+
+
+def test_in_a_cuda_graph():
+    """Neither a synchronisation nor an allocation that a graph does not own: a replay has the bits of a call."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    with sslkern.backend.use("native"):
+        for shape, k in (((300, 64, 64), 4), ((700, 700), 16)):
+            u, a, b = (t.cuda() for t in simulated_step(*shape, k=k, dtype=torch.float32))
+            expected, new = rank_k_update_(u.clone(), a, b), u.clone()
+            torch.cuda.synchronize()
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                rank_k_update_(new, a, b)
+            new.copy_(u)
+            graph.replay()
+            assert torch.equal(new, expected)

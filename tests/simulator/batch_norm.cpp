@@ -28,20 +28,6 @@ A* two_channels(const array& a, const array& x) {
   return simulator::pointer<A>(a, {2, x.shape(1)});
 }
 
-// Memory that a kernel finds in any state, and must not write past.
-struct Poisoned {
-  static constexpr size_t kGuard = 64;
-  std::vector<unsigned char> memory;
-  size_t size;
-
-  explicit Poisoned(size_t size) : memory(size + kGuard, 0xff), size(size) {}
-  ~Poisoned() noexcept(false) {
-    if (std::uncaught_exceptions() == 0 &&
-        std::any_of(memory.begin() + size, memory.end(), [](unsigned char byte) { return byte != 0xff; }))
-      throw std::runtime_error("a kernel wrote past the end of its workspace");
-  }
-};
-
 template <class T>
 Statistics<Accumulator<T>> statistics(const array& x, const array& weight, const array& bias, const array& centre,
                                       const array& variance, double eps, bool relu) {
@@ -62,7 +48,7 @@ void bind(pybind11::module_& all, const char* dtype) {
                       std::optional<array> running_var, double momentum) {
     const Layout v = layout_of(x);
     const Plan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
-    Poisoned w(Workspace<Moments<A>>::bytes(v, p));
+    simulator::Poisoned w(Workspace<Moments<A>>::bytes(v, p));
     const Running<A> running{running_mean ? channels<A>(*running_mean, x) : nullptr,
                              running_var ? channels<A>(*running_var, x) : nullptr, static_cast<A>(momentum)};
     simulator::check(moments<T>(v, p, like<const T>(x, x), w.memory.data(), two_channels<A>(centre, x),
@@ -78,7 +64,7 @@ void bind(pybind11::module_& all, const char* dtype) {
                    const array& variance, double eps, bool relu, const array& sums) {
     const Layout v = layout_of(x);
     const Plan p = plan(v, sizeof(T), aligned(x.data()) && aligned(dy.data()), kReducingBlocks);
-    Poisoned w(Workspace<Pair>::bytes(v, p));
+    simulator::Poisoned w(Workspace<Pair>::bytes(v, p));
     simulator::check(gradient_sums<T>(v, p, like<const T>(dy, x), like<const T>(x, x),
                                       statistics<T>(x, weight, bias, centre, variance, eps, relu), w.memory.data(),
                                       two_channels<A>(sums, x), nullptr));

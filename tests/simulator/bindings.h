@@ -43,4 +43,18 @@ inline void check(cudaError_t error) {
   if (error != cudaSuccess) throw std::runtime_error(cudaGetErrorString(error));
 }
 
+// Memory that a kernel finds in any state, and must not write past.
+struct Poisoned {
+  static constexpr size_t kGuard = 64;
+  std::vector<unsigned char> memory;
+  size_t size;
+
+  explicit Poisoned(size_t size) : memory(size + kGuard, 0xff), size(size) {}
+  ~Poisoned() noexcept(false) {
+    if (std::uncaught_exceptions() == 0 &&
+        std::any_of(memory.begin() + size, memory.end(), [](unsigned char byte) { return byte != 0xff; }))
+      throw std::runtime_error("a kernel wrote past the end of its workspace");
+  }
+};
+
 }  // namespace simulator
