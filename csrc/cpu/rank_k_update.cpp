@@ -195,7 +195,7 @@ class Update {
       for (int64_t j = 0; j < m_; ++j)
         c[(j / kTile * depth + (i < m_ ? i : side + i - m_)) * kTile + j % kTile] = static_cast<T>(given.at(i, j));
     const int64_t groups = ceil_div(n_, kTile), each = p_ >= 4096 ? 2 : 4;
-    in_parallel(ceil_div(groups, each), [&](int64_t first, int64_t last) {
+    in_parallel(ceil_div(groups, each), 2 * each * kTile * p_ * m_, [&](int64_t first, int64_t last) {
       std::vector<T> slab(kTile * kPadded), left(each * kTile * depth), right(each * kTile * side);
       for (int64_t panel = first; panel < last; ++panel)
         update_panel(panel * each, std::min(groups, (panel + 1) * each), of_a, c.data(), slab.data(), left.data(),
@@ -206,7 +206,7 @@ class Update {
   // The same where W has few columns: a row at a time.
   void second_pass_of_few(const Small& given) {
     std::vector<T> c(given.values.begin(), given.values.end());
-    in_parallel(ceil_div(n_, kTile), [&](int64_t first, int64_t last) {
+    in_parallel(ceil_div(n_, kTile), 2 * kTile * p_ * m_, [&](int64_t first, int64_t last) {
       for (int64_t i0 = first * kTile; i0 < std::min(n_, last * kTile); i0 += 4) {
         T left[3 * kFew][4] = {}, right[2 * kFew];
         const int64_t rows = std::min<int64_t>(4, n_ - i0);
@@ -284,7 +284,7 @@ void update_all(const Tensor& u, const Tensor& a, const Tensor& b, int64_t retra
     for (int64_t s = 0; s < count; ++s) one(s);
     return;
   }
-  in_parallel(count, [&](int64_t first, int64_t last) {
+  in_parallel(count, 5 * n * p * k * parts * parts, [&](int64_t first, int64_t last) {
     for (int64_t s = first; s < last; ++s) one(s);
   });
 }

@@ -17,10 +17,11 @@ std::unique_ptr<T[]> room_for(int64_t numbers) {
   return std::unique_ptr<T[]>(new T[numbers]);
 }
 
-// f(begin, end) over a range, in parallel unless a thread of others does this already.
+// f(begin, end) over a range of pieces of `work` multiplications each: in parallel unless a thread of others does this
+// already, or waking them would take longer.
 template <class F>
-void in_parallel(int64_t count, const F& f) {
-  stable::parallel_for(0, count, 1, f);
+void in_parallel(int64_t count, int64_t work, const F& f) {
+  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / work), f);
 }
 
 // The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
@@ -103,7 +104,7 @@ class SkinnyProducts {
   // use(chunk, j0, cols, sums) with all columns j0 ... of X, many at a time: `sums` are X'left, read by `sum`.
   template <class F>
   void run(const F& use) const {
-    in_parallel(chunks(), [&](int64_t first, int64_t last) {
+    in_parallel(chunks(), n_ * chunk_ * (k_ + m_), [&](int64_t first, int64_t last) {
       std::vector<T> slab(kDepth * kPadded), sums(std::max<int64_t>(k_tiles_, 1) * kChunk * kTile);
       for (int64_t chunk = first; chunk < last; ++chunk) {
         const int64_t j0 = chunk * chunk_, cols = std::min(chunk_, p_ - j0);
@@ -125,7 +126,7 @@ class SkinnyProducts {
   void rows(const F& use) const {
     if (m_ == 0) return;
     const int64_t stride = few_ ? m_ : m_tiles_ * kTile;
-    in_parallel(ceil_div(rows_, kDepth), [&](int64_t first, int64_t last) {
+    in_parallel(ceil_div(rows_, kDepth), kDepth * m_ * chunks(), [&](int64_t first, int64_t last) {
       std::vector<T> sum(m_);
       for (int64_t i = first * kDepth; i < std::min(n_, last * kDepth); ++i) {
         std::fill(sum.begin(), sum.end(), T(0));
