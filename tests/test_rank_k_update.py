@@ -212,6 +212,18 @@ def test_drift_of_a_long_run(native):
         assert orthogonality_error(u) < limit, (every, orthogonality_error(u))
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize("retraction", RETRACTIONS[1:])
+def test_tall_ones_are_read_in_shares(retraction, dtype, native):
+    for (n, p), k in (((5000, 40), 16), ((3001, 6), 2), ((2049, 130), 5)):
+        u = orthonormal(n, p, dtype=dtype)
+        a, b = torch.randn(n, k, dtype=dtype) / n, torch.randn(p, k, dtype=dtype)
+        with sslkern.backend.use("reference"):
+            expected = rank_k_update_(u.clone(), a, b, retraction)
+        new = rank_k_update_(u.clone(), a, b, retraction)
+        assert away(new, expected) < 1e-14 and error(new) < 1e-13, (n, p, k)
+
+
 def test_a_stack_is_its_slices(native):
     """Bit for bit, also on one thread."""
     threads = torch.get_num_threads()

@@ -8,7 +8,8 @@ import sslkern
 from sslkern.ops import skinny_products
 
 DTYPES = (torch.float64, torch.complex128, torch.float32, torch.complex64)
-SHAPES = ((1, 1), (3, 5), (37, 300), (2, 3, 20, 33), (270, 130), (16, 16), (5, 2100))
+SHAPES = ((1, 1), (3, 5), (37, 300), (2, 3, 20, 33), (270, 130), (16, 16), (5, 2100), (4500, 9), (2200, 150))
+EMPTY = ((0, 7), (5, 0), (0, 0), (3, 0, 4), (0, 3, 4))
 
 
 @pytest.fixture(params=("reference", "native"))
@@ -39,6 +40,16 @@ def test_agrees_with_torch(shape, dtype, backend):
             assert y.shape == z.shape and y.dtype == dtype and y.is_contiguous()
             limit = 2 * torch.finfo(dtype).eps * size * torch.linalg.vector_norm(wide(by), dim=(-2, -1))
             assert y.numel() == 0 or bool(((wide(y) - z).abs().amax((-2, -1)) <= limit).all()), (m, k)
+
+
+@pytest.mark.parametrize("shape", EMPTY, ids=str)
+def test_empty(shape, backend):
+    """No rows, no columns, no matrices: zeros, of the right shapes; and of no factors, nothing."""
+    for m, k in ((0, 0), (2, 0), (0, 3), (2, 3), (16, 17)):
+        x, right, left = given(shape, m, k, torch.float32)
+        found = skinny_products(x, right, left)
+        assert all(torch.equal(y, z) for y, z in zip(found, (x @ right, x.mT @ left), strict=True))
+    assert [y.numel() for y in skinny_products(torch.randn(5, 7))] == [0, 0]
 
 
 @pytest.mark.parametrize("dtype", DTYPES[2:], ids=str)

@@ -167,14 +167,16 @@ class Update {
 
   // a'a, as the small matrices have it.
   Small outer() const {
+    constexpr int64_t share = 2048;
+    const int64_t shares = ceil_div(n_, share);
+    std::vector<double> sums(shares * k_ * k_);
+    in_parallel(shares, share * k_ * k_, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part)
+        add_squares(a_.get() + part * share * k_, std::min(share, n_ - part * share), k_, sums.data() + part * k_ * k_);
+    });
     Small out(k_, k_);
-    std::vector<double> row(k_);
-    for (int64_t i = 0; i < n_; ++i) {
-      const T* a = a_.get() + i * k_;
-      for (int64_t r = 0; r < k_; ++r) row[r] = a[r];
-      for (int64_t r = 0; r < k_; ++r)
-        for (int64_t s = 0; s < k_; ++s) out.at(r, s) += row[r] * row[s];
-    }
+    for (int64_t part = 0; part < shares; ++part)
+      for (int64_t at = 0; at < k_ * k_; ++at) out.values[at] += sums[part * k_ * k_ + at];
     if (!complex_) return out;
     const int64_t half = k_ / 2;
     Small complex(k_, k_);

@@ -45,6 +45,23 @@ SSLKERN_INLINE void add_two_body(T* u, const T* v, const T* w, int64_t n, T s, T
   for (int64_t j = 0; j < n; ++j) u[j] += s * v[j] + t * w[j];
 }
 
+// sum (k, k) += a'a
+template <class T>
+SSLKERN_INLINE void add_squares_body(const T* a, int64_t rows, int64_t k, double* sum) {
+  for (int64_t i = 0; i < rows; ++i, a += k)
+    for (int64_t r = 0; r < k; ++r) {
+      const double x = a[r];
+#pragma omp simd
+      for (int64_t s = 0; s < k; ++s) sum[r * k + s] += x * a[s];
+    }
+}
+
+SSLKERN_CLONES static void add_squares(const float* a, int64_t rows, int64_t k, double* sum) {
+  add_squares_body(a, rows, k, sum);
+}
+SSLKERN_CLONES static void add_squares(const double* a, int64_t rows, int64_t k, double* sum) {
+  add_squares_body(a, rows, k, sum);
+}
 SSLKERN_CLONES static void add_two(float* u, const float* v, const float* w, int64_t n, float s, float t) {
   add_two_body(u, v, w, n, s, t);
 }

@@ -7,9 +7,11 @@
 
 namespace sslkern {
 
-constexpr int64_t kChunk = 256;  // columns that one thread reads at once, at most
-constexpr int64_t kDepth = 32;   // rows of them that stay in L1
-constexpr int64_t kFew = 4;      // columns for which a tile would be mostly zeros
+constexpr int64_t kChunk = 256;   // columns that one thread reads at once, at most
+constexpr int64_t kDepth = 32;    // rows of them that stay in L1
+constexpr int64_t kFew = 4;       // columns for which a tile would be mostly zeros
+constexpr int64_t kPieces = 16;   // of a tall matrix, for threads to share
+constexpr int64_t kSplit = 1024;  // rows of one, or more
 constexpr int64_t kPadded = kChunk + kTile;
 
 template <class T>
@@ -21,7 +23,7 @@ std::unique_ptr<T[]> room_for(int64_t numbers) {
 // already, or waking them would take longer.
 template <class F>
 void in_parallel(int64_t count, int64_t work, const F& f) {
-  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / work), f);
+  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
 }
 
 // The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
@@ -82,6 +84,7 @@ class SkinnyProducts {
         m_(m),
         few_(k <= kFew && m <= kFew),
         chunk_(p < 2048 ? kChunk / 2 : kChunk),
+        splits_(std::clamp<int64_t>(ceil_div(kPieces, std::max<int64_t>(1, chunks())), 1, ceil_div(n + 1, kSplit))),
         k_tiles_(ceil_div(k, kTile)),
         m_tiles_(ceil_div(m, kTile)),
         rows_(round_up(n, kTile)),
@@ -101,17 +104,32 @@ class SkinnyProducts {
     return ceil_div(p_, chunk_);
   }
 
-  // use(chunk, j0, cols, sums) with all columns j0 ... of X, many at a time: `sums` are X'left, read by `sum`.
+  // use(chunk, j0, cols, sums) with all columns j0 ... of X, many at a time: `sums` are X'left, read by `sum`. Where X
+  // is tall, its rows are split too.
   template <class F>
   void run(const F& use) const {
-    in_parallel(chunks(), n_ * chunk_ * (k_ + m_), [&](int64_t first, int64_t last) {
-      std::vector<T> slab(kDepth * kPadded), sums(std::max<int64_t>(k_tiles_, 1) * kChunk * kTile);
+    const int64_t size = std::max<int64_t>(k_tiles_, 1) * kChunk * kTile,
+                  per_split = round_up(ceil_div(n_, splits_), kDepth);
+    const auto sums = room_for<T>(splits_ > 1 ? chunks() * splits_ * size : 0);
+    in_parallel(chunks() * splits_, per_split * chunk_ * (k_ + m_), [&](int64_t first, int64_t last) {
+      std::vector<T> slab(kDepth * kPadded), own(splits_ > 1 ? 0 : size);
+      for (int64_t piece = first; piece < last; ++piece) {
+        const int64_t chunk = piece / splits_, j0 = chunk * chunk_, cols = std::min(chunk_, p_ - j0);
+        const int64_t begin = piece % splits_ * per_split, end = std::min(n_, begin + per_split);
+        T* const to = splits_ > 1 ? sums.get() + piece * size : own.data();
+        if (few_ || begin >= end) std::fill_n(to, size, T(0));
+        for (int64_t i0 = begin; i0 < end; i0 += kDepth)
+          few_ ? stream(chunk, i0, j0, cols, to) : tile(chunk, i0, j0, cols, slab.data(), to, i0 > begin);
+        if (splits_ == 1) use(chunk, j0, cols, to);
+      }
+    });
+    if (splits_ == 1) return;
+    in_parallel(chunks(), splits_ * size, [&](int64_t first, int64_t last) {
       for (int64_t chunk = first; chunk < last; ++chunk) {
-        const int64_t j0 = chunk * chunk_, cols = std::min(chunk_, p_ - j0);
-        if (few_) std::fill(sums.begin(), sums.end(), T(0));
-        for (int64_t i0 = 0; i0 < n_; i0 += kDepth)
-          few_ ? stream(chunk, i0, j0, cols, sums.data()) : tile(chunk, i0, j0, cols, slab.data(), sums.data());
-        use(chunk, j0, cols, sums.data());
+        T* const to = sums.get() + chunk * splits_ * size;
+        for (int64_t split = 1; split < splits_; ++split)
+          for (int64_t at = 0; at < size; ++at) to[at] += to[split * size + at];
+        use(chunk, chunk * chunk_, std::min(chunk_, p_ - chunk * chunk_), to);
       }
     });
   }
@@ -145,21 +163,21 @@ class SkinnyProducts {
   const T* const x_;
   const int64_t n_, p_, k_, m_;
   const bool few_;
-  const int64_t chunk_, k_tiles_, m_tiles_, rows_;
+  const int64_t chunk_, splits_, k_tiles_, m_tiles_, rows_;
   const std::unique_ptr<T[]> left_, right_;  // in tiles of 16 columns; few columns of `right` one after the other
   const std::unique_ptr<T[]> parts_;         // (chunks, rows, m): X right, of each chunk's columns
   const T* const given_;
 
   // Some rows of a chunk, by a copy of them: the lines of a column of X, in rows of 2^n numbers, would drive each other
   // out of L1.
-  void tile(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* slab, T* sums) const {
+  void tile(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* slab, T* sums, bool add) const {
     const auto product = tile_product<T>();
     const int64_t depth = std::min(kDepth, n_ - i0), side = m_tiles_ * kTile;
     for (int64_t i = 0; i < depth; ++i) std::copy_n(x_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
     for (int64_t j = 0; j < cols; j += kTile)
       for (int64_t t = 0; t < k_tiles_; ++t)
         product(slab + j, 1, kPadded, left_.get() + (t * n_ + i0) * kTile, depth, sums + (t * kChunk + j) * kTile,
-                kTile, i0 > 0);
+                kTile, add);
     for (int64_t i = 0; i < depth; i += kTile)
       for (int64_t t = 0; t < m_tiles_; ++t)
         product(slab + i * kPadded, kPadded, 1, right_.get() + (t * p_ + j0) * kTile, cols,
