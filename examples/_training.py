@@ -84,7 +84,8 @@ def train(args, name, build, batch_of, loss_of, line, score_of=None, slower=32, 
             optimizer.step()
         run.losses.append(loss.item())
         run.seconds += time.perf_counter() - start
-        run.worst = max(run.worst, *(orthogonality_error(p).max().item() for p in ours))
+        errors = [orthogonality_error(p).max().item() for p in ours]
+        run.worst = torch.tensor([run.worst, *errors], dtype=torch.double).max().item()  # NaN, too, is kept
         due = (step + 1) % EVERY == 0
         if score_of and due:
             run.scores[step + 1] = score_of(network)

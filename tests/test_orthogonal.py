@@ -476,6 +476,9 @@ def test_sixteen_bits():
             y = first(layer(x))
         y.float().sum().backward()
         assert y.dtype == torch.bfloat16
+        if isinstance(layer, OrthogonalRNN):
+            with torch.autocast("cpu", torch.bfloat16):
+                layer(x, layer(x)[1])
         torch.testing.assert_close(y.float(), first(layer(x)), rtol=0.05, atol=0.05)
 
 
@@ -559,6 +562,45 @@ def test_factored_steps_form_no_matrix():
             optimizer.step()
         sizes[factored] = len(found - {layer.weight_u.untyped_storage().data_ptr()})
     assert sizes[False] >= 1 and sizes[True] == 0, sizes
+
+
+def test_factors_are_those_of_the_weight_alone(monkeypatch):
+    """A gradient of the input leaves none; what changed since is refused; so are a GradScaler and a weight in parts."""
+    layer, x = OrthogonalLinear(4, 4, factored=True), torch.randn(3, 4)
+    optimizer = ProjUNN([layer.weight_u], 0.1)
+    start = layer.weight_u.detach().clone()
+    inputs = x.clone().requires_grad_()
+    torch.autograd.grad(layer(inputs).sum(), inputs)
+    layer(inputs).sum().backward(inputs=[inputs])
+    optimizer.step()
+    assert torch.equal(layer.weight_u, start)
+    layer(x).sum().backward()
+    x.add_(1)
+    with pytest.raises(RuntimeError, match=r"^The input or output of a factored layer was modified in place"):
+        optimizer.step()
+    optimizer.step()  # they are forgotten
+    scaler = torch.amp.GradScaler("cpu")
+    scaler.scale(layer(x).sum()).backward()
+    with pytest.raises(RuntimeError, match=r"^A GradScaler does not see the factors of a gradient"):
+        scaler.step(optimizer)
+    optimizer.zero_grad()
+    layer(x).sum().backward()
+    with (
+        monkeypatch.context() as patch,
+        pytest.raises(RuntimeError, match=r"^Factors of a gradient stay in their process"),
+    ):
+        patch.setattr(torch.distributed, "is_initialized", lambda: True)
+        patch.setattr(torch.distributed, "get_world_size", lambda: 2)
+        del optimizer.found_inf
+        optimizer.step()
+    optimizer.zero_grad()
+    with pytest.raises(RuntimeError, match=r"^A factored weight must be a parameter itself"):
+        torch.func.functional_call(layer, {"weight_u": layer.weight_u * 1.0}, x)
+    layer(x).sum().backward()
+    state = io.BytesIO()
+    torch.save(layer, state)
+    assert state.tell() < 5000 and copy.deepcopy(layer).weight_u.grad is None
+    assert torch.equal(layer.weight_u, start) and "factored=True" in repr(layer)
 
 
 def test_factors_are_used_up_or_refused():

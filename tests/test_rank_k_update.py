@@ -198,6 +198,16 @@ def test_in_place_wherever_u_lies(backend):
     torch.testing.assert_close(rank_k_update_(u.clone(), column, b), dense(u, column, b, "tangent"))
 
 
+def test_conjugate_views(backend):
+    """A U whose conjugate has not been taken yet is updated in place, too."""
+    u = orthonormal(9, 9, dtype=torch.complex128)
+    a, b = step_of(0.1, 9, 9, k=2, dtype=torch.complex128)
+    stored = u.conj().resolve_conj()
+    view = stored.conj()
+    assert view.is_conj() and rank_k_update_(view, a, b) is view
+    torch.testing.assert_close(stored.conj().resolve_conj(), rank_k_update_(u, a, b), rtol=0, atol=1e-14)
+
+
 def test_drift_of_a_long_run(native):
     """1e5 steps in fp32 at N = 64: within 1.5e-5 without correction, within 3e-7 with it."""
     start, random = orthonormal(64, 64, dtype=torch.float32), torch.Generator()

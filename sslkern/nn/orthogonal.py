@@ -100,7 +100,8 @@ class OrthogonalLinear(OrthogonalModule):
         init: of `weight_u`, a name in `sslkern.nn.init`: "haar", "identity"; for a square one also "henaff", "cayley".
         device, dtype: of the parameters; float32, float64, complex64 or complex128, and the input has it too.
         factored: whether backward leaves `weight_u` no gradient but its factors, a row for each of the input's, from
-            which `sslkern.optim.ProjUNN` descends without forming a matrix: for one process and plain descent.
+            which `sslkern.optim.ProjUNN` descends without forming a matrix: for one process and plain descent. Until
+            its step the input must stay as it is. torch.compile leaves the graph at such a layer.
 
     Raises:
         ValueError: no features, an unknown init, one for square matrices where W is not. TypeError: other dtypes.
@@ -154,7 +155,7 @@ class OrthogonalLinear(OrthogonalModule):
         """torch's settings, and the init."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
-            f"init={self.init!r}"
+            f"init={self.init!r}" + (", factored=True" if self.factored else "")
         )
 
 

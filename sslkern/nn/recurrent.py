@@ -215,10 +215,11 @@ class _RNN(OrthogonalModule):
             raise TypeError(f"h0 must be a torch.Tensor, got {type(h0).__name__}.")
         if h0.shape != expected:
             raise ValueError(f"h0 must have shape {expected}, got {tuple(h0.shape)}.")
-        if h0.dtype != dtype:
+        if h0.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
             raise TypeError(
                 f"h0 must have the dtype of the weights, {_checks.short(dtype)}, got {_checks.short(h0.dtype)}."
             )
+        h0 = h0.to(dtype)
         return h0 if batched else h0.unsqueeze(1)
 
     def _check(self, input: Tensor) -> None:
@@ -242,6 +243,7 @@ class _RNN(OrthogonalModule):
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
             f"nonlinearity={self.nonlinearity!r}, bias={self.bias}, batch_first={self.batch_first}, init={self.init!r}"
+            + (", factored=True" if self.factored else "")
         )
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from numbers import Real
+
 import torch
 from torch import Tensor
 
@@ -55,7 +57,7 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 
 
 def non_negative(name: str, value: float) -> None:
-    if not isinstance(value, (int, float)) or not value >= 0:
+    if not isinstance(value, Real) or not value >= 0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
 
 

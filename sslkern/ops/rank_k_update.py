@@ -36,9 +36,10 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
     cayley with tangent up to O(|E|^3). A zero step leaves U as it is.
 
     Two passes over U, 10 k n p multiplications and additions (four times that for complex), no n x p temporary. Neither
-    an eigenvector nor a QR is taken, so any a and b will do, zeros and parallel columns among them. The direct form
-    is as exact as the condition of U + E allows. Rounding of U itself drifts from orthogonality by about
-    4e-8 sqrt(steps) in float32: `sslkern.optim.reorthogonalize_` takes it back.
+    an eigenvector nor a QR is taken, so any a and b will do, zeros and parallel columns among them. The direct form is
+    as exact as the condition of U + E allows; a singular one has no nearest matrix, and gives NaN, or an error of
+    torch.linalg by the reference. Rounding of U itself drifts from orthogonality by about 4e-8 sqrt(steps) in float32:
+    `sslkern.optim.reorthogonalize_` takes it back.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with orthonormal columns; any strides, at the
@@ -62,7 +63,8 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
         raise RuntimeError("rank_k_update_ cannot be differentiated: call it under torch.no_grad().")
     if u.numel() == 0 or a.shape[-1] == 0:
         return u
-    target = u if u.is_contiguous() else u.contiguous()
+    lazy = u.is_conj() or u.is_neg()  # bits that stand for an operation not yet done
+    target = u if u.is_contiguous() and not lazy else u.resolve_conj().resolve_neg().contiguous()
     pick("rank_k_update_", u)(target, a.contiguous(), b.contiguous(), _NUMBERS[retraction])
     if target is not u:
         u.copy_(target)

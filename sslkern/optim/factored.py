@@ -1,4 +1,4 @@
-"""Gradients that are never formed: a linear map leaves their factors with its parameter, and ProjUNN takes them."""
+"""Gradients that are never formed: a linear map leaves their factors for its parameter, and ProjUNN takes them."""
 
 from __future__ import annotations
 
@@ -7,8 +7,12 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
+from torch.utils.weak import WeakTensorKeyDictionary
 
-from .factors import linear_factors
+from ._checks import without_autocast
+from .factors import linear_factors, sketch
+
+_pending = WeakTensorKeyDictionary()  # not on the parameter, whose attributes are saved with the model
 
 
 class Factors(NamedTuple):
@@ -18,6 +22,11 @@ class Factors(NamedTuple):
     x: Tensor
     y: Tensor
     dx: Tensor
+    versions: tuple[int, ...]  # of the four: autograd no longer watches them
+
+    @classmethod
+    def of(cls, dy: Tensor, x: Tensor, y: Tensor, dx: Tensor) -> Factors:
+        return cls(dy, x, y, dx, tuple(t._version for t in (dy, x, y, dx)))
 
 
 class _Linear(torch.autograd.Function):
@@ -33,22 +42,32 @@ class _Linear(torch.autograd.Function):
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, u, y = ctx.saved_tensors
         dx = dy @ (u.mH if ctx.wide else u.conj()).to(dy.dtype)
-        rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
-        if ctx.needs_input_grad[1]:
-            pending(ctx.u).append(Factors(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
+        into_u = ctx.next_functions[1][0]
+        if into_u is not None and torch._C._will_engine_execute_node(into_u):  # not for the gradient of x alone
+            rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
+            pending(ctx.u).append(Factors.of(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
         return dx.to(x.dtype), None, None
 
 
 def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
     """y = x U^T, or x U where `wide`; backward leaves the gradient of U as `Factors` in `pending(u)`, not in u.grad."""
+    if u.requires_grad and not u.is_leaf:
+        raise RuntimeError("A factored weight must be a parameter itself, not made from one: use factored=False.")
     return _Linear.apply(x, u, wide)
 
 
 def pending(u: Tensor) -> list[Factors]:
     """The factors of the gradient of a parameter, one for each product since they were last taken."""
-    if not hasattr(u, "gradient_factors"):
-        u.gradient_factors = []  # type: ignore[attr-defined]
-    return u.gradient_factors  # type: ignore[attr-defined]
+    return _pending.setdefault(u, [])
+
+
+def forget(u: Tensor) -> None:
+    """Drop what is pending."""
+    _pending.pop(u, None)
+
+
+def has_pending(u: Tensor) -> bool:
+    return bool(_pending.get(u))
 
 
 def take(
@@ -60,9 +79,27 @@ def take(
 
         (G - U G^H U) / 2 = (dy^T conj(x) - y^T conj(dx)) / 2
     """
-    all_of = [torch.cat([t.to(target.dtype) for t in parts]) for parts in zip(*pending(u), strict=True)]
-    pending(u).clear()
-    dy, x, y, dx = all_of
-    if riemannian and target.shape[0] == target.shape[1]:
-        return linear_factors(torch.cat([dy, -y]), torch.cat([x, dx]) / 2, rank, warm_start, generator)
-    return linear_factors(dy, x, rank, warm_start, generator, target if riemannian else None)
+    all_of = pending(u)
+    forget(u)
+    if any(tuple(t._version for t in each[:4]) != each.versions for each in all_of):
+        raise RuntimeError(
+            "The input or output of a factored layer was modified in place between backward and the optimizer's step, "
+            "which reads them: give the layer tensors of their own."
+        )
+    dy, x, y, dx = (_joined(parts).to(target.dtype) for parts in zip(*(each[:4] for each in all_of), strict=True))
+    if not (riemannian and target.shape[0] == target.shape[1]):
+        return linear_factors(dy, x, rank, warm_start, generator, target if riemannian else None)
+
+    def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        none = dy.new_empty(0)
+        return (
+            none if r is None else (dy.mT @ (x.conj() @ r) - y.mT @ (dx.conj() @ r)) / 2,
+            none if a is None else (x.mT @ (dy.conj() @ a) - dx.mT @ (y.conj() @ a)) / 2,
+        )
+
+    with without_autocast(dy):
+        return sketch(products, None, dy, x.shape[-1], min(rank, x.shape[-1]), warm_start, generator)
+
+
+def _joined(parts: tuple[Tensor, ...]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -87,7 +87,7 @@ def low_rank_factors(
         _check_point(u, g.shape, g.dtype)
     with _checks.without_autocast(g):
         if method == "sketch":
-            return _sketch(_products(g), u, g, g.shape[-1], k, warm_start, generator)
+            return sketch(_products(g), u, g, g.shape[-1], k, warm_start, generator)
         if u is not None:
             inner = u.mH @ g
             g = g - u @ (inner + inner.mH) / 2
@@ -155,7 +155,7 @@ def linear_factors(
                 none if a is None else x.mT @ (dy.conj() @ a),
             )
 
-        return _sketch(products, u, dy, x.shape[-1], k, warm_start, generator)
+        return sketch(products, u, dy, x.shape[-1], k, warm_start, generator)
 
 
 def _products(g: Tensor) -> _Products:
@@ -170,7 +170,7 @@ def _products(g: Tensor) -> _Products:
     return small
 
 
-def _sketch(
+def sketch(
     products: _Products,
     u: Tensor | None,
     like: Tensor,

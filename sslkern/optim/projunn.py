@@ -17,6 +17,8 @@ from .orthogonality import reorthogonalize_
 
 SecondMoment = Literal["scalar", "elementwise"]
 _STACKED = 128 * 128  # matrices up to this size: above, a step costs more than the calls it takes
+_AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # of buffers that start at zero
+_NEAR = 1e-5  # orthonormal but for drift
 _FAR = 0.05  # of orthonormal columns; rounding to bfloat16 alone is 2e-3
 
 
@@ -118,6 +120,11 @@ class ProjUNN(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Has a GradScaler make itself known in `step`, where factors that it has not unscaled are refused."""
+        return any(factored.has_pending(p) for p in chain.from_iterable(g["params"] for g in self.param_groups))
+
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Move every parameter that has a gradient; returns what `closure`, called with gradients enabled, returns."""
@@ -126,11 +133,12 @@ class ProjUNN(torch.optim.Optimizer):
             with torch.enable_grad():
                 loss = closure()
         moving = [
-            [p for p in group["params"] if p.grad is not None or factored.pending(p)] for group in self.param_groups
+            [p for p in group["params"] if p.grad is not None or factored.has_pending(p)] for group in self.param_groups
         ]
         for group, params in zip(self.param_groups, moving, strict=True):
             for p in params:
-                _check_gradient(group, p)
+                _check_gradient(group, p, hasattr(self, "found_inf"))
+                self._initialized(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
             for stack in self._stacks(group, params):
                 self._step(group, stack)
@@ -140,7 +148,7 @@ class ProjUNN(torch.optim.Optimizer):
         """As torch's; factors that a layer has left are forgotten too."""
         super().zero_grad(set_to_none)
         for p in chain.from_iterable(group["params"] for group in self.param_groups):
-            factored.pending(p).clear()
+            factored.forget(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """As torch's; the state keeps its dtypes, where torch's would round it to those of the parameters."""
@@ -157,28 +165,29 @@ class ProjUNN(torch.optim.Optimizer):
         """Parameters that one call can move: of one shape but for leading dimensions, and as many steps old."""
         stacks: dict[tuple, list[Tensor]] = {}
         for p in params:
-            state = self._initialized(group, p)
             stacked = group["foreach"]
             if stacked is None:
                 stacked = p.shape[-2] * p.shape[-1] <= _STACKED
-            stacked = stacked and not factored.pending(p)
-            key = (p.shape[-2:], p.dtype, p.device, state["step"]) if stacked else (p,)
+            stacked = stacked and not factored.has_pending(p)
+            ages = tuple(self.state[p].get(name, 0) for name in ("step", *_AGES.values()))
+            key = (p.shape[-2:], p.dtype, p.device, ages) if stacked else (p,)
             stacks.setdefault(key, []).append(p)
         return stacks.values()
 
     def _initialized(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
         """The state of a parameter; at its first step the columns are looked at, once."""
         state = self.state[p]
-        u = state.get("master", p)
-        if "step" not in state:
-            if p.dtype in _checks.HALF:
-                u = p.float()
-            _check_columns(u)
-            if u is not p:
-                for _ in range(3):  # 2e-3, 3e-6, 7e-12
+        half = p.dtype in _checks.HALF
+        if "step" not in state or half != ("master" in state):  # new, or of another precision than it was
+            state.pop("master", None)
+            u = p.float() if half else p
+            if _check_columns(u) > _NEAR:
+                for _ in range(3):  # from bfloat16: 2e-3, 3e-6, 7e-12
                     reorthogonalize_(u)
+            if u is not p:
                 state["master"] = u
-            state["step"] = 0
+            state.setdefault("step", 0)
+        u = state.get("master", p)
         wanted: dict[str, Any] = {}
         k = min(group["rank"], u.shape[-1])
         if _warm(group):
@@ -192,12 +201,17 @@ class ProjUNN(torch.optim.Optimizer):
         for name, (shape, dtype) in wanted.items():  # options may change between steps
             if name not in state or state[name].shape != shape:
                 state[name] = torch.zeros(shape, dtype=dtype, device=u.device)
+                if name in _AGES:
+                    state[_AGES[name]] = 0
+            state[name] = state[name].to(dtype)
         return state
 
     def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
         for state in states:
-            state["step"] += 1
+            for name in ("step", *_AGES.values()):
+                if name in state:
+                    state[name] += 1
         step = states[0]["step"]
         targets = [state.get("master", p) for p, state in zip(params, states, strict=True)]
         generator = torch.Generator(params[0].device).manual_seed((group["seed"] + step * 0x9E3779B1) % 2**63)
@@ -206,15 +220,16 @@ class ProjUNN(torch.optim.Optimizer):
         scale: Tensor | float = 1.0
         last = [state["right"] for state in states] if _warm(group) else []
         warm, point = _stack(last) if last else None, u if group["riemannian"] else None
-        if factored.pending(params[0]):
+        if factored.has_pending(params[0]):
             left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
         else:
             grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
-            directions, scale = _directions(group, step, grads, states)
+            directions, scale = _directions(group, grads, states)
             left, right = low_rank_factors(_stack(directions), group["rank"], group["method"], warm, generator, u=point)
         if last:
             _unstack(last, right)
-        rank_k_update_(u, left, (right * (-group["lr"] * scale)).to(u.dtype), group["retraction"])
+        lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
+        rank_k_update_(u, left, (right * (-lr * scale)).to(u.dtype), group["retraction"])
         every = group["reorthogonalize_every"]
         if every and step % every == 0:
             reorthogonalize_(u, every, generator)
@@ -260,12 +275,24 @@ def _check(group: dict[str, Any]) -> None:
             )
 
 
-def _check_gradient(group: dict[str, Any], p: Tensor) -> None:
+def _check_gradient(group: dict[str, Any], p: Tensor, scaled: bool) -> None:
     """That a gradient, or what a layer has left of one, can be followed."""
     if p.grad is not None and p.grad.layout != torch.strided:
         raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
-    if not factored.pending(p):
+    if not factored.has_pending(p):
         return
+    if scaled:
+        raise RuntimeError(
+            "A GradScaler does not see the factors of a gradient: with it, use layers with factored=False."
+        )
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            "Factors of a gradient stay in their process: among several, use layers with factored=False."
+        )
     if p.grad is not None:
         raise RuntimeError(
             f"A parameter of shape {tuple(p.shape)} has a gradient and factors of one: use it in factored layers alone."
@@ -279,18 +306,21 @@ def _check_gradient(group: dict[str, Any], p: Tensor) -> None:
         raise RuntimeError(f"factored layers need method='sketch', got {group['method']!r}.")
 
 
-def _check_columns(u: Tensor) -> None:
-    """By (U^H U - I) x for one random x, whose mean square is that of U^H U - I."""
+def _check_columns(u: Tensor) -> float:
+    """How far they are from orthonormal, by (U^H U - I) x for one random x, whose mean square is that of U^H U - I."""
     double = _checks.accumulation_dtype(u.dtype)
     generator = torch.Generator(u.device).manual_seed(0)
     x = torch.randn(u.shape[-1], 1, dtype=double, device=u.device, generator=generator)
     wide = u.to(double)
     error = torch.linalg.vector_norm(wide.mH @ (wide @ x) - x, dim=(-2, -1)) / torch.linalg.vector_norm(x)
-    if u.numel() and not bool((error <= _FAR).all()):
+    if not u.numel():
+        return 0.0
+    if not bool((error <= _FAR).all()):
         raise ValueError(
             f"A parameter of ProjUNN must have orthonormal columns, got one of shape {tuple(u.shape)} with an "
             f"||U^H U - I|| / sqrt(p) of about {error.max().item():.1g}: start from the Q of torch.linalg.qr."
         )
+    return float(error.max())
 
 
 def _warm(group: dict[str, Any]) -> bool:
@@ -298,7 +328,7 @@ def _warm(group: dict[str, Any]) -> bool:
 
 
 def _directions(
-    group: dict[str, Any], step: int, grads: list[Tensor], states: list[dict[str, Any]]
+    group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
 ) -> tuple[list[Tensor], Tensor | float]:
     """What to descend along, and a factor of it: one per matrix, where that is all the second moment says."""
     momentum, kind = group["momentum"], group["second_moment"]
@@ -313,9 +343,10 @@ def _directions(
         return directions, 1.0
     moments = [state["square_avg"] for state in states]
     torch._foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
-    mean = (1 - momentum) / (1 - momentum ** (step + group["nesterov"]))
-    bias = 1 - group["beta2"] ** step
-    scales = [mean / ((v / bias).sqrt() + group["eps"]) for v in moments]
+    steps = states[0].get(_AGES["momentum_buffer"], 0)
+    mean = (1 - momentum) / (1 - momentum ** (steps + group["nesterov"])) if momentum else 1.0
+    bias = 1 - group["beta2"] ** states[0][_AGES["square_avg"]]
+    scales = [torch.where(v > 0, mean / ((v / bias).sqrt() + group["eps"]), 0.0) for v in moments]
     if kind == "scalar":
         return directions, _stack(scales)
     return [d * s for d, s in zip(directions, scales, strict=True)], 1.0
