@@ -8,6 +8,8 @@
 namespace sslkern {
 namespace {
 
+constexpr int64_t kAhead = 64;  // columns of U between two looks ahead
+
 // One matrix. Numbers are real; `complex` ones are two.
 template <class T>
 class Update {
@@ -244,9 +246,14 @@ class Update {
         const int64_t i0 = group * kTile, rows = std::min(kTile, n_ - i0);
         for (int64_t i = 0; i < rows; ++i) std::copy_n(u_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
         for (int64_t i = rows; i < kTile && j0 == 0; ++i) std::fill_n(slab + i * kPadded, kPadded, T(0));
-        for (int64_t t = 0; t < m_tiles_; ++t)
-          product(slab, kPadded, 1, w_.get() + (t * p_tiles_ * kTile + j0) * kTile, cols,
-                  left + (group - first) * kTile * depth + t * kTile, depth, j0 > 0);
+        const bool more = group + 1 < last;
+        const int64_t next_i = more ? i0 + kTile : first * kTile, next_j = more ? j0 : j0 + kChunk;
+        for (int64_t q = 0; q < cols; q += kAhead) {
+          fetch(u_ + next_i * p_ + next_j + q, p_, std::min(kTile, n_ - next_i), std::min(kAhead, p_ - next_j - q));
+          for (int64_t t = 0; t < m_tiles_; ++t)
+            product(slab + q, kPadded, 1, w_.get() + (t * p_tiles_ * kTile + j0 + q) * kTile,
+                    std::min(kAhead, cols - q), left + (group - first) * kTile * depth + t * kTile, depth, j0 + q > 0);
+        }
       }
     }
     for (int64_t group = first; group < last; ++group) {

@@ -19,6 +19,14 @@ std::unique_ptr<T[]> room_for(int64_t numbers) {
   return std::unique_ptr<T[]>(new T[numbers]);
 }
 
+// Has some rows of a matrix come closer while others are worked on.
+template <class T>
+inline void fetch(const T* from, int64_t ld, int64_t rows, int64_t cols) {
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < cols; j += 64 / static_cast<int64_t>(sizeof(T)))
+      __builtin_prefetch(from + i * ld + j, 0, 2);
+}
+
 // f(begin, end) over a range of pieces of `work` multiplications each: in parallel unless a thread of others does this
 // already, or waking them would take longer.
 template <class F>
@@ -174,10 +182,13 @@ class SkinnyProducts {
     const auto product = tile_product<T>();
     const int64_t depth = std::min(kDepth, n_ - i0), side = m_tiles_ * kTile;
     for (int64_t i = 0; i < depth; ++i) std::copy_n(x_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
-    for (int64_t j = 0; j < cols; j += kTile)
+    const int64_t next = std::min(kDepth, n_ - i0 - depth);
+    for (int64_t j = 0; j < cols; j += kTile) {
+      fetch(x_ + (i0 + depth) * p_ + j0 + j, p_, next, kTile);
       for (int64_t t = 0; t < k_tiles_; ++t)
         product(slab + j, 1, kPadded, left_.get() + (t * n_ + i0) * kTile, depth, sums + (t * kChunk + j) * kTile,
                 kTile, add);
+    }
     for (int64_t i = 0; i < depth; i += kTile)
       for (int64_t t = 0; t < m_tiles_; ++t)
         product(slab + i * kPadded, kPadded, 1, right_.get() + (t * p_ + j0) * kTile, cols,
