@@ -13,9 +13,8 @@ from ..ops.skinny_products import skinny_products
 from . import _checks
 
 Method = Literal["sketch", "columns", "svd"]
-_Products = Callable[
-    [Tensor | None, Tensor | None], tuple[Tensor, Tensor]
-]  # r, a -> G r and G^H a, None for no columns
+# r, a -> G r and G^H a; None is no columns
+_Products = Callable[[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
 _LARGE = 1 << 17  # numbers of a matrix from which reading it once for both products pays for the call
 _NOISE = 2.0**-10  # of a warm start: finds what the last gradient had not, at 1e-6 of the captured energy
 
