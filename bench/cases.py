@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
-from importlib.util import find_spec
 from itertools import pairwise
 
 import torch
@@ -13,34 +11,10 @@ from torch import Tensor, nn
 import sslkern
 from sslkern import ops
 from sslkern.backend import pick
-from sslkern.nn import OrthogonalLinear
-from sslkern.optim import ProjUNN, low_rank_factors
 
 from . import baselines
-
-Loss = Callable[..., Tensor]
-
-
-@dataclass
-class Case:
-    """Tensors to differentiate, and implementations that map them to a scalar; `truth` gets them in fp64."""
-
-    family: str  # "step", "vicreg", ...: a table each
-    shape: tuple[int, ...]
-    inputs: Callable[[], list[Tensor]]
-    implementations: dict[str, Loss]
-    truth: Loss
-    before: Callable[[], object] = lambda: None  # what is not measured
-    after: Callable[[], object] = lambda: None  # the rest of a step
-    floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
-    note: str = ""
-    reason: str = ""  # what keeps it from its floor, for the reader of the table
-    backward: bool = True
-    huge: tuple[str, ...] = ("three-line", "three-line, compiled", "sslkern")  # measured with huge pages too
-
-    @property
-    def name(self) -> str:
-        return f"{self.family}-{'x'.join(map(str, self.shape))}{'-' + self.note if self.note else ''}"
+from .case import Case, Loss, copy_of
+from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
 
 
 def views(n: int, d: int, device: str) -> list[Tensor]:
@@ -187,18 +161,9 @@ def moments_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
         "sslkern": lambda x: sum(t.sum() for t in ops.batch_moments(x)),
     }
     x = _images(shape, layout, device)
-    floors = {"copy": _copy(x)}
+    floors = {"copy": copy_of(x)}
     truth = _by_reference(implementations["sslkern"])
     return Case("moments", shape, lambda: [x], implementations, truth, floors=floors, note=layout, backward=False)
-
-
-def _copy(x: Tensor) -> Callable[[], None]:
-    target = torch.empty_like(x)
-
-    def copy() -> None:
-        target.copy_(x)
-
-    return copy
 
 
 def _kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], None]:
@@ -242,154 +207,10 @@ def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     truth = _by_reference(implementations["sslkern"])
     floors, names = (
-        {"copy": _copy(x.detach()), "kernels alone": _kernels(x, upstream, weight, bias)},
+        {"copy": copy_of(x.detach()), "kernels alone": _kernels(x, upstream, weight, bias)},
         ("published", "sslkern"),
     )
     return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=layout, huge=names)
-
-
-def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Retraction, device: str) -> Case:
-    """A step along a dense gradient of rank k, its sketch included; so every sketch finds the same, and the same U."""
-    generator = torch.Generator().manual_seed(shape[-1] + k)
-    *batch, n, _ = shape
-
-    def normal(*size: int) -> Tensor:
-        return torch.randn(size, generator=generator).to(device)
-
-    u = torch.linalg.qr(normal(*shape)).Q.contiguous()
-    left, right, probe, lr = normal(*batch, n, k) / n, normal(*batch, n, k) / n**0.5, normal(n), 0.1
-    own, g = u.clone(), left @ right.mH * n**0.5
-
-    def step(u: Tensor, g: Tensor) -> Tensor:
-        target = own if own.dtype == u.dtype else u.clone()
-        a, b = low_rank_factors(g, k)
-        ops.rank_k_update_(target, -lr * a, b, retraction)
-        return (target[..., 0, :] * probe).sum()
-
-    def plain(u: Tensor, g: Tensor) -> Tensor:
-        with sslkern.backend.use("reference"):
-            return step(u, g)
-
-    def published(u: Tensor, g: Tensor) -> Tensor:
-        return (baselines.projunn_published(u, g, k, lr, retraction)[..., 0, :] * probe).sum()
-
-    def cayley() -> None:
-        skew = g - g.mT
-        torch.linalg.solve(one - skew, one + skew)
-
-    implementations = {"published": published, "three-line": plain, "sslkern": step}
-    alone, (a, b), one = u.clone(), low_rank_factors(g, k), torch.eye(n, device=device)
-    floors: dict[str, Callable[[], object]] = {
-        "copy": _copy(u),
-        "update alone": lambda: ops.rank_k_update_(alone, -1e-4 * a, b, retraction),
-    }
-    if batch:
-        floors["Cayley solve"] = cayley
-    else:
-        floors["product"] = lambda: u @ u
-    if n == 1024:
-        for name in ("matrix_exp", "cayley"):
-            layer = nn.Linear(n, n, bias=False, device=device)
-            nn.utils.parametrizations.orthogonal(layer, orthogonal_map=name, use_trivialization=True)
-            floors[f"torch's {name}"] = _through(layer, g)
-        floors.update(_peers(u, g))
-    return Case(
-        "rank_k",
-        (*shape, k),
-        lambda: [u, g],
-        implementations,
-        plain,
-        before=lambda: own.copy_(u),
-        floors=floors,
-        note=retraction,
-        backward=False,
-        huge=(),
-    )
-
-
-def rotation_case(m: int, n: int, k: int, device: str) -> Case:
-    """A training step of an orthogonal layer, y = x W', on m rows: forward, loss, backward, and the step of W."""
-    generator = torch.Generator().manual_seed(n + k)
-    x, target = (torch.randn(m, n, generator=generator).to(device) for _ in range(2))
-    start = torch.linalg.qr(torch.randn(n, n, generator=generator)).Q.contiguous().to(device)
-
-    def loss_of(y: Tensor) -> Tensor:
-        return (y - target.to(y.dtype)).square().mean()
-
-    def by(layer: nn.Module, step: Callable[[], object]) -> Loss:
-        def run(x: Tensor = x) -> Tensor:
-            layer.zero_grad()
-            with torch.enable_grad():
-                loss = loss_of(layer(x.detach().requires_grad_()))  # as inside a network
-                loss.backward()
-            step()
-            return loss.detach()
-
-        return run
-
-    plain, rate = nn.Linear(n, n, bias=False, device=device), 0.1
-
-    def published() -> None:
-        u = plain.weight.detach()
-        u.copy_(baselines.projunn_published(u, plain.weight.grad, k, rate, "tangent"))
-
-    def three_lines() -> None:
-        with sslkern.backend.use("reference"):
-            a, b = low_rank_factors(plain.weight.grad, k)
-            ops.rank_k_update_(plain.weight.detach(), -rate * a, b)
-
-    layers = [OrthogonalLinear(n, n, bias=False, device=device, factored=factored) for factored in (True, False)]
-    steps = [by(layer, ProjUNN(layer.parameters(), rate, rank=k).step) for layer in layers]
-    mapped = nn.Linear(n, n, bias=False, device=device)
-    nn.utils.parametrizations.orthogonal(mapped, orthogonal_map="cayley", use_trivialization=True)
-
-    def before() -> None:
-        for weight in (plain.weight, *(layer.weight_u for layer in layers)):
-            weight.detach().copy_(start)
-
-    return Case(
-        "rotation",
-        (m, n, k),
-        lambda: [x],
-        {"published": by(plain, published), "three-line": by(plain, three_lines), "sslkern": steps[0]},
-        lambda x: loss_of(x @ start.double().mT),
-        before=before,
-        floors={
-            "with a gradient": steps[1],
-            **({"torch's cayley": by(mapped, torch.optim.SGD(mapped.parameters(), rate).step)} if n <= 2048 else {}),
-            "no step": by(plain, lambda: None),
-        },
-        backward=False,
-        huge=(),
-    )
-
-
-def _through(layer: nn.Module, g: Tensor) -> Callable[[], object]:
-    """Forward and backward of a weight that is a map of a free matrix."""
-
-    def run() -> None:
-        with torch.enable_grad():
-            layer.weight.backward(g)
-
-    return run
-
-
-def _peers(u: Tensor, g: Tensor) -> dict[str, Callable[[], object]]:
-    """Steps of what is installed for orthogonal matrices: geotorch's Cayley map, geoopt's QR retraction."""
-    found: dict[str, Callable[[], object]] = {}
-    if find_spec("geotorch"):
-        import geotorch
-
-        layer = nn.Linear(*u.shape, bias=False, device=u.device)
-        geotorch.orthogonal(layer, "weight", triv="cayley")
-        found["geotorch's cayley"] = _through(layer, g)
-    if find_spec("geoopt"):
-        import geoopt
-
-        p = geoopt.ManifoldParameter(u.clone(), manifold=geoopt.EuclideanStiefel())
-        p.grad = g.clone()
-        found["geoopt's QR"] = geoopt.optim.RiemannianSGD([p], lr=1e-4).step
-    return found
 
 
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:
@@ -446,13 +267,6 @@ NORMED = (
     *(((64, 512, 7, 7), layout) for layout in LAYOUTS),
     *(((256, 2048, 7, 7), layout) for layout in LAYOUTS),
 )
-ROTATIONS = (
-    *(((n, n), 16, retraction) for n in (1024, 2048, 4096) for retraction in ("tangent", "direct")),
-    *(((n, n), 1, "tangent") for n in (256, 1024, 2048)),
-    ((2048, 2048), 4, "tangent"),
-    ((256, 128, 128), 4, "tangent"),
-)
-LAYERS = ((256, 1024, 1), (256, 1024, 16), (256, 2048, 1), (256, 2048, 16), (64, 4096, 1))
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 

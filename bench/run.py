@@ -20,7 +20,7 @@ from torch.profiler import ProfilerActivity, profile
 
 import sslkern
 
-from .cases import Case
+from .case import Case
 
 
 def busy_elsewhere(seconds: float = 0.4) -> float:

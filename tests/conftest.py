@@ -1,6 +1,8 @@
 """The back-ends under test. On a GPU machine the Triton kernels run there, elsewhere in Triton's interpreter."""
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 10x on tiny tensors where cores are shared
 
@@ -21,6 +23,19 @@ def available(name: str) -> str:
     if reason:
         pytest.skip(f"{name}: {reason}")
     return name
+
+
+@contextmanager
+def running_on(name: str) -> Iterator[None]:
+    """Everything inside on this back-end, or a skip; "cuda" is the native one, and tensors are made on a GPU."""
+    if name == "cuda" and not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    if name == "cuda":
+        with torch.device("cuda"), sslkern.backend.use("native"):
+            yield
+        return
+    with sslkern.backend.use(available(name)):
+        yield
 
 
 @pytest.fixture(params=("reference", "native", "triton"))

@@ -7,13 +7,12 @@ import sys
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import available
+from conftest import running_on
 from simulator import Unavailable
 from simulator import batch_norm as simulated
 from test_compile import check
 from torch import nn
 
-import sslkern
 from sslkern import ops
 from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
 
@@ -49,13 +48,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(sys.modules["sslkern.ops.batch_norm"], "pick", picked)
         yield request.param
         return
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        with torch.device("cuda"), sslkern.backend.use("native"):
-            yield request.param
-        return
-    with sslkern.backend.use(available(request.param)):
+    with running_on(request.param):
         yield request.param
 
 

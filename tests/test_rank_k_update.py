@@ -6,7 +6,7 @@ import sys
 
 import pytest
 import torch
-from conftest import available
+from conftest import available, running_on
 from simulator import Unavailable
 from simulator import rank_k_update as simulated
 from torch.profiler import ProfilerActivity, profile
@@ -33,13 +33,7 @@ def backend(request, monkeypatch):
         monkeypatch.setattr(sys.modules["sslkern.ops.rank_k_update"], "pick", picked)
         yield request.param
         return
-    if request.param == "cuda":
-        if not torch.cuda.is_available():
-            pytest.skip("no CUDA device")
-        with torch.device("cuda"), sslkern.backend.use("native"):
-            yield request.param
-        return
-    with sslkern.backend.use(available(request.param)):
+    with running_on(request.param):
         yield request.param
 
 

@@ -2,9 +2,8 @@
 
 import pytest
 import torch
-from conftest import available
+from conftest import running_on
 
-import sslkern
 from sslkern.ops import skinny_products
 
 DTYPES = (torch.float64, torch.complex128, torch.float32, torch.complex64)
@@ -15,7 +14,7 @@ EMPTY = ((0, 7), (5, 0), (0, 0), (3, 0, 4), (0, 3, 4))
 @pytest.fixture(params=("reference", "native"))
 def backend(request):
     """What has the kernel."""
-    with sslkern.backend.use(available(request.param)):
+    with running_on(request.param):
         yield request.param
 
 

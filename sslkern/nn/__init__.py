@@ -2,8 +2,9 @@
 
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
+from .modrelu import modReLU, modrelu
 from .orthogonal import OrthogonalConv2d, OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
-from .recurrent import OrthogonalRNN, UnitaryRNN, modReLU, modrelu
+from .recurrent import OrthogonalRNN, UnitaryRNN
 
 __all__ = [
     "BatchNorm1d",

@@ -12,7 +12,6 @@ from torch import Generator, Tensor
 from ..ops import _checks
 
 Init = Literal["haar", "identity", "henaff", "cayley"]
-DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 
 @torch.no_grad()
@@ -136,14 +135,26 @@ def _rotate_(u: Tensor, angles: Tensor) -> Tensor:
 
 
 def _check(u: Tensor, square: bool = False) -> None:
-    if not isinstance(u, Tensor):
-        raise TypeError(f"u must be a torch.Tensor, got {type(u).__name__}.")
-    if u.dtype not in DTYPES:
-        raise TypeError(f"u must be float32, float64, complex64 or complex128, got {_checks.short(u.dtype)}.")
-    if u.dim() < 2:
-        raise ValueError(f"u must have at least two dimensions, got shape {tuple(u.shape)}.")
+    _checks.full("u", u)
     n, p = u.shape[-2:]
     if square and n != p:
         raise ValueError(f"u must be square, got shape {tuple(u.shape)}: 'haar' and 'identity' take a tall one.")
     if n < p:
         raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")
+
+
+def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = _checks.FULL) -> torch.dtype:
+    """The dtype, or torch's default one for None."""
+    dtype = dtype or torch.get_default_dtype()
+    if dtype not in choices:
+        raise TypeError(f"dtype must be {' or '.join(map(_checks.short, choices))}, got {_checks.short(dtype)}.")
+    return dtype
+
+
+def uniform_(t: Tensor, bound: float) -> None:
+    """Fill with numbers uniform in +-bound, or, complex, in a square of the same mean square."""
+    with torch.no_grad():
+        if t.is_complex():
+            torch.view_as_real(t).uniform_(-bound / 2**0.5, bound / 2**0.5)
+        else:
+            t.uniform_(-bound, bound)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks
 from ..optim import factored as _factored
-from .init import BY_NAME, DTYPES, Init, haar_
+from .init import BY_NAME, Init, haar_, one_of_dtypes, uniform_
 
 ConvInit = Literal[Init, "delta"]
 
@@ -123,8 +123,8 @@ class OrthogonalLinear(OrthogonalModule):
         factored: bool = False,
     ) -> None:
         super().__init__()
-        positive("in_features", in_features)
-        positive("out_features", out_features)
+        _checks.positive("in_features", in_features)
+        _checks.positive("out_features", out_features)
         _checks.one_of("init", init, get_args(Init))
         dtype = one_of_dtypes(dtype)
         self.in_features, self.out_features, self.init, self.factored = in_features, out_features, init, factored
@@ -202,12 +202,12 @@ class OrthogonalConv2d(OrthogonalModule):
         dtype: torch.dtype | None = None,
     ) -> None:
         super().__init__()
-        positive("channels", channels)
+        _checks.positive("channels", channels)
         if not isinstance(size, int) and not (isinstance(size, (tuple, list)) and len(size) == 2):
             raise ValueError(f"size must be an integer or a pair of them, got {size!r}.")
         height, width = (size, size) if isinstance(size, int) else size
-        positive("height", height)
-        positive("width", width)
+        _checks.positive("height", height)
+        _checks.positive("width", width)
         _checks.one_of("init", init, (*get_args(Init), "delta"))
         dtype = one_of_dtypes(dtype)
         self.channels, self.size, self.init = channels, (height, width), init
@@ -287,25 +287,3 @@ class OrthogonalConv2d(OrthogonalModule):
     def extra_repr(self) -> str:
         """The settings."""
         return f"{self.channels}, size={self.size}, bias={self.bias is not None}, init={self.init!r}"
-
-
-def positive(name: str, value: int) -> None:
-    if not isinstance(value, int) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
-def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = DTYPES) -> torch.dtype:
-    """The dtype, or torch's default one for None."""
-    dtype = dtype or torch.get_default_dtype()
-    if dtype not in choices:
-        raise TypeError(f"dtype must be {' or '.join(map(_checks.short, choices))}, got {_checks.short(dtype)}.")
-    return dtype
-
-
-def uniform_(t: Tensor, bound: float) -> None:
-    """Fill with numbers uniform in +-bound, or, complex, in a square of the same mean square."""
-    with torch.no_grad():
-        if t.is_complex():
-            torch.view_as_real(t).uniform_(-bound / 2**0.5, bound / 2**0.5)
-        else:
-            t.uniform_(-bound, bound)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of matrices that are to stay orthogonal
 
 
 def _dense(name: str, z: object, shape: str) -> Tensor:
@@ -59,6 +60,32 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 def non_negative(name: str, value: float) -> None:
     if not isinstance(value, Real) or not value >= 0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+
+
+def positive(name: str, value: object) -> None:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+
+
+def full(name: str, x: object, why: str = "") -> None:
+    """x must be a stack of matrices, real or complex, of at least single precision."""
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
+    if x.dim() < 2:
+        raise ValueError(f"{name} must have at least two dimensions, got shape {tuple(x.shape)}.")
+    if x.dtype not in FULL:
+        raise TypeError(f"{name} must be float32, float64, complex64 or complex128, got {short(x.dtype)}{why}.")
+
+
+def columns(name: str, value: Tensor, rows: int, k: int | None, of: str, x: Tensor) -> None:
+    """value must be (..., rows, k), any k for None, with the leading dimensions, the dtype and the device of x."""
+    if value.shape[:-1] != (*x.shape[:-2], rows) or (k is not None and value.shape[-1] != k):
+        expected = ", ".join(map(str, (*x.shape[:-2], rows, "k")))
+        raise ValueError(f"{name} must have shape ({expected}) for {of} of {tuple(x.shape)}, got {tuple(value.shape)}.")
+    if value.dtype != x.dtype:
+        raise TypeError(f"{name} must have the dtype of {of}, {short(x.dtype)}, got {short(value.dtype)}.")
+    if value.device != x.device:
+        raise ValueError(f"{name} and {of} must be on the same device, got {value.device} and {x.device}.")
 
 
 def short(dtype: torch.dtype) -> str:

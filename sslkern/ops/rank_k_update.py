@@ -17,7 +17,6 @@ _NUMBERS = {
     "direct": _reference.DIRECT,
     "cayley": _reference.CAYLEY,
 }
-_DTYPES = (torch.float32, torch.float64, torch.complex64, torch.complex128)
 
 declare("rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()", _reference.rank_k_update_)
 
@@ -74,30 +73,13 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
 
 
 def _check(u: Tensor, a: Tensor, b: Tensor, retraction: str) -> None:
-    for name, value in (("u", u), ("a", a), ("b", b)):
-        if not isinstance(value, Tensor):
-            raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}.")
-        if value.dim() < 2:
-            raise ValueError(f"{name} must have at least two dimensions, got shape {tuple(value.shape)}.")
-    if u.dtype not in _DTYPES:
-        raise TypeError(
-            f"u must be float32, float64, complex64 or complex128, got {_checks.short(u.dtype)}: rounded to fewer "
-            "digits it is no longer orthogonal."
-        )
+    _checks.full("u", u, ": rounded to fewer digits it is no longer orthogonal")
+    for name, value in (("a", a), ("b", b)):
+        _checks.full(name, value)
     n, p = u.shape[-2:]
     if n < p:
         raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")
     if retraction == "tangent" and n != p:
         raise ValueError(f"u must be square for 'tangent', got shape {tuple(u.shape)}: 'direct' and 'cayley' take it.")
     for name, value, rows in (("a", a, n), ("b", b, p)):
-        if value.shape[:-1] != (*u.shape[:-2], rows) or value.shape[-1] != a.shape[-1]:
-            expected = ", ".join([*map(str, u.shape[:-2]), str(rows), "k"])
-            raise ValueError(
-                f"{name} must have shape ({expected}) for u of {tuple(u.shape)}, got {tuple(value.shape)}."
-            )
-        if value.dtype != u.dtype:
-            raise TypeError(
-                f"{name} must have the dtype of u, {_checks.short(u.dtype)}, got {_checks.short(value.dtype)}."
-            )
-        if value.device != u.device:
-            raise ValueError(f"{name} and u must be on the same device, got {value.device} and {u.device}.")
+        _checks.columns(name, value, rows, a.shape[-1], "u", u)

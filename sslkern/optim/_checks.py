@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from ..ops._checks import short
+from ..ops._checks import FULL, short
 
-FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)
+FAR = 0.05  # of columns that pass for orthonormal; rounding to bfloat16 alone is 2e-3
 HALF = (torch.bfloat16, torch.float16)
 
 
@@ -36,16 +36,24 @@ def orthonormal(name: str, x: object, dtypes: tuple[torch.dtype, ...] = FULL) ->
     return x
 
 
-def positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-        raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
-
-
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
     """float64 or complex128."""
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
-def without_autocast(x: Tensor) -> torch.autocast:
-    """Matrix products run in the dtype they are given."""
-    return torch.autocast(x.device.type if x.device.type != "meta" else "cpu", enabled=False)
+def off_orthonormal(u: Tensor) -> float:
+    """How far they are from orthonormal, by (U^H U - I) x for one random x, whose mean square is that of U^H U - I."""
+    if not u.numel():
+        return 0.0
+    double = accumulation_dtype(u.dtype)
+    generator = torch.Generator(u.device).manual_seed(0)
+    x = torch.randn(u.shape[-1], 1, dtype=double, device=u.device, generator=generator)
+    wide = u.to(double)
+    error = torch.linalg.vector_norm(wide.mH @ (wide @ x) - x, dim=(-2, -1)) / torch.linalg.vector_norm(x)
+    worst = error.max().item()
+    if not worst <= FAR:
+        raise ValueError(
+            f"A parameter of ProjUNN must have orthonormal columns, got one of shape {tuple(u.shape)} with an "
+            f"||U^H U - I|| / sqrt(p) of about {worst:.1g}: start from the Q of torch.linalg.qr."
+        )
+    return worst

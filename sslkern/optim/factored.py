@@ -9,8 +9,8 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ._checks import without_autocast
-from .factors import linear_factors, sketch
+from ..reference.columns import without_autocast
+from .factors import linear_factors, linear_products, sketch
 
 _pending = WeakTensorKeyDictionary()  # not on the parameter, whose attributes are saved with the model
 
@@ -70,6 +70,35 @@ def has_pending(u: Tensor) -> bool:
     return bool(_pending.get(u))
 
 
+def check(p: Tensor, group: dict[str, Any], scaled: bool) -> None:
+    """That what is pending can be followed with these options; `scaled`: whether a GradScaler has called."""
+    if not has_pending(p):
+        return
+    if scaled:
+        raise RuntimeError(
+            "A GradScaler does not see the factors of a gradient: with it, use layers with factored=False."
+        )
+    if (
+        torch.distributed.is_available()
+        and torch.distributed.is_initialized()
+        and torch.distributed.get_world_size() > 1
+    ):
+        raise RuntimeError(
+            "Factors of a gradient stay in their process: among several, use layers with factored=False."
+        )
+    if p.grad is not None:
+        raise RuntimeError(
+            f"A parameter of shape {tuple(p.shape)} has a gradient and factors of one: use it in factored layers alone."
+        )
+    for name in ("momentum", "second_moment"):
+        if group[name]:
+            raise RuntimeError(
+                f"{name} needs a gradient that is formed: with {name}={group[name]!r}, use layers with factored=False."
+            )
+    if group["method"] != "sketch":
+        raise RuntimeError(f"factored layers need method='sketch', got {group['method']!r}.")
+
+
 def take(
     u: Tensor, target: Tensor, rank: int, warm_start: Tensor | None, generator: torch.Generator, riemannian: bool
 ) -> tuple[Tensor, Tensor]:
@@ -90,12 +119,11 @@ def take(
     if not (riemannian and target.shape[0] == target.shape[1]):
         return linear_factors(dy, x, rank, warm_start, generator, target if riemannian else None)
 
+    of_g, of_turned = linear_products(dy, x), linear_products(y, dx)
+
     def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
-        none = dy.new_empty(0)
-        return (
-            none if r is None else (dy.mT @ (x.conj() @ r) - y.mT @ (dx.conj() @ r)) / 2,
-            none if a is None else (x.mT @ (dy.conj() @ a) - dx.mT @ (y.conj() @ a)) / 2,
-        )
+        (gr, ga), (hr, ha) = of_g(r, a), of_turned(r, a)
+        return (gr - hr) / 2, (ga - ha) / 2
 
     with without_autocast(dy):
         return sketch(products, None, dy, x.shape[-1], min(rank, x.shape[-1]), warm_start, generator)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..ops import _checks as _ops_checks
 from ..ops.skinny_products import skinny_products
+from ..reference.columns import without_autocast
 from . import _checks
 
 Method = Literal["sketch", "columns", "svd"]
@@ -74,9 +75,9 @@ def low_rank_factors(
     _ops_checks.one_of("method", method, get_args(Method))
     g = _checks.matrices("g", g).detach()
     g = g.float() if g.dtype in _checks.HALF else g
-    _checks.positive("rank", rank)
+    _ops_checks.positive("rank", rank)
     if samples is not None:
-        _checks.positive("samples", samples)
+        _ops_checks.positive("samples", samples)
     k = min(rank, *g.shape[-2:])
     if method != "sketch" and warm_start is not None:
         raise ValueError(f"warm_start must be None for method {method!r}: only 'sketch' has one.")
@@ -84,7 +85,7 @@ def low_rank_factors(
         raise ValueError(f"samples must be None for method {method!r}: only 'columns' draws them.")
     if u is not None:
         _check_point(u, g.shape, g.dtype)
-    with _checks.without_autocast(g):
+    with without_autocast(g):
         if method == "sketch":
             return sketch(_products(g), u, g, g.shape[-1], k, warm_start, generator)
         if u is not None:
@@ -140,21 +141,23 @@ def linear_factors(
         )
     if dy.device != x.device:
         raise ValueError(f"dy and x must be on the same device, got {dy.device} and {x.device}.")
-    _checks.positive("rank", rank)
+    _ops_checks.positive("rank", rank)
     dy, x = (t.float() if t.dtype in _checks.HALF else t for t in (dy, x))
     k = min(rank, dy.shape[-1], x.shape[-1])
     if u is not None:
         _check_point(u, (*dy.shape[:-2], dy.shape[-1], x.shape[-1]), dy.dtype)
-    with _checks.without_autocast(dy):
+    with without_autocast(dy):
+        return sketch(linear_products(dy, x), u, dy, x.shape[-1], k, warm_start, generator)
 
-        def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
-            none = dy.new_empty(0)
-            return (
-                none if r is None else dy.mT @ (x.conj() @ r),
-                none if a is None else x.mT @ (dy.conj() @ a),
-            )
 
-        return sketch(products, u, dy, x.shape[-1], k, warm_start, generator)
+def linear_products(dy: Tensor, x: Tensor) -> _Products:
+    """G r and G^H a of G = dy^T conj(x)."""
+    none = dy.new_empty(0)
+
+    def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
+        return none if r is None else dy.mT @ (x.conj() @ r), none if a is None else x.mT @ (dy.conj() @ a)
+
+    return products
 
 
 def _products(g: Tensor) -> _Products:

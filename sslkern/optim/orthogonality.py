@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..ops import _checks as _ops_checks
+from ..reference.columns import without_autocast
 from . import _checks
 
 
@@ -23,10 +25,10 @@ def orthogonality_error(u: Tensor) -> Tensor:
     Raises:
         TypeError, ValueError: not a stack of matrices, or wide ones.
     """
-    u = _checks.orthonormal("u", u, _checks.FULL + _checks.HALF)
+    u = _checks.orthonormal("u", u, _ops_checks.FULL + _checks.HALF)
     p = u.shape[-1]
     u = u.to(_checks.accumulation_dtype(u.dtype))
-    with _checks.without_autocast(u):
+    with without_autocast(u):
         gram = u.mH @ u
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
     return torch.linalg.matrix_norm(gram) / max(p, 1) ** 0.5
@@ -57,10 +59,10 @@ def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator
     """
     u = _checks.orthonormal("u", u)
     if q is not None:
-        _checks.positive("q", q)
+        _ops_checks.positive("q", q)
     p = u.shape[-1]
     double = u.to(_checks.accumulation_dtype(u.dtype))
-    with _checks.without_autocast(u):
+    with without_autocast(u):
         if q is None or q >= p:
             error = double.mH @ double
             error.diagonal(dim1=-2, dim2=-1).sub_(1)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from itertools import chain
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor
@@ -13,13 +13,11 @@ from ..ops import _checks as _ops_checks
 from ..ops.rank_k_update import Retraction, rank_k_update_
 from . import _checks, factored
 from .factors import Method, low_rank_factors
+from .moments import AGES, SecondMoment, directions_of
 from .orthogonality import reorthogonalize_
 
-SecondMoment = Literal["scalar", "elementwise"]
 _STACKED = 128 * 128  # matrices up to this size: above, a step costs more than the calls it takes
-_AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # of buffers that start at zero
 _NEAR = 1e-5  # orthonormal but for drift
-_FAR = 0.05  # of orthonormal columns; rounding to bfloat16 alone is 2e-3
 
 
 class ProjUNN(torch.optim.Optimizer):
@@ -137,8 +135,10 @@ class ProjUNN(torch.optim.Optimizer):
         ]
         for group, params in zip(self.param_groups, moving, strict=True):
             for p in params:
-                _check_gradient(group, p, hasattr(self, "found_inf"))
-                self._initialized(group, p)
+                if p.grad is not None and p.grad.layout != torch.strided:
+                    raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
+                factored.check(p, group, hasattr(self, "found_inf"))
+                self._initialize(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
             for stack in self._stacks(group, params):
                 self._step(group, stack)
@@ -169,19 +169,19 @@ class ProjUNN(torch.optim.Optimizer):
             if stacked is None:
                 stacked = p.shape[-2] * p.shape[-1] <= _STACKED
             stacked = stacked and not factored.has_pending(p)
-            ages = tuple(self.state[p].get(name, 0) for name in ("step", *_AGES.values()))
+            ages = tuple(self.state[p].get(name, 0) for name in ("step", *AGES.values()))
             key = (p.shape[-2:], p.dtype, p.device, ages) if stacked else (p,)
             stacks.setdefault(key, []).append(p)
         return stacks.values()
 
-    def _initialized(self, group: dict[str, Any], p: Tensor) -> dict[str, Any]:
-        """The state of a parameter; at its first step the columns are looked at, once."""
+    def _initialize(self, group: dict[str, Any], p: Tensor) -> None:
+        """Make the state of a parameter; at its first step the columns are looked at, once."""
         state = self.state[p]
         half = p.dtype in _checks.HALF
         if "step" not in state or half != ("master" in state):  # new, or of another precision than it was
             state.pop("master", None)
             u = p.float() if half else p
-            if _check_columns(u) > _NEAR:
+            if _checks.off_orthonormal(u) > _NEAR:
                 for _ in range(3):  # from bfloat16: 2e-3, 3e-6, 7e-12
                     reorthogonalize_(u)
             if u is not p:
@@ -201,15 +201,14 @@ class ProjUNN(torch.optim.Optimizer):
         for name, (shape, dtype) in wanted.items():  # options may change between steps
             if name not in state or state[name].shape != shape:
                 state[name] = torch.zeros(shape, dtype=dtype, device=u.device)
-                if name in _AGES:
-                    state[_AGES[name]] = 0
+                if name in AGES:
+                    state[AGES[name]] = 0
             state[name] = state[name].to(dtype)
-        return state
 
     def _step(self, group: dict[str, Any], params: list[Tensor]) -> None:
         states = [self.state[p] for p in params]
         for state in states:
-            for name in ("step", *_AGES.values()):
+            for name in ("step", *AGES.values()):
                 if name in state:
                     state[name] += 1
         step = states[0]["step"]
@@ -224,7 +223,8 @@ class ProjUNN(torch.optim.Optimizer):
             left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
         else:
             grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
-            directions, scale = _directions(group, grads, states)
+            directions, scales = directions_of(group, grads, states)
+            scale = _stack(scales) if scales else 1.0
             left, right = low_rank_factors(_stack(directions), group["rank"], group["method"], warm, generator, u=point)
         if last:
             _unstack(last, right)
@@ -256,9 +256,9 @@ def _check(group: dict[str, Any]) -> None:
     _ops_checks.one_of("method", group["method"], get_args(Method))
     if group["second_moment"] is not None and group["second_moment"] not in get_args(SecondMoment):
         raise ValueError(f"second_moment must be None, 'scalar' or 'elementwise', got {group['second_moment']!r}.")
-    _checks.positive("rank", group["rank"])
+    _ops_checks.positive("rank", group["rank"])
     if group["reorthogonalize_every"] is not None:
-        _checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
+        _ops_checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
     if not isinstance(group["seed"], int):
         raise TypeError(f"seed must be an integer, got {type(group['seed']).__name__}.")
     if group["weight_decay"] != 0:
@@ -267,7 +267,7 @@ def _check(group: dict[str, Any]) -> None:
             "orthonormal columns is fixed."
         )
     for p in group["params"]:
-        _checks.orthonormal("A parameter of ProjUNN", p, _checks.FULL + _checks.HALF)
+        _checks.orthonormal("A parameter of ProjUNN", p, _ops_checks.FULL + _checks.HALF)
         if group["retraction"] == "tangent" and p.shape[-2] != p.shape[-1]:
             raise ValueError(
                 f"A parameter of ProjUNN must be square for 'tangent', got shape {tuple(p.shape)}: "
@@ -275,89 +275,8 @@ def _check(group: dict[str, Any]) -> None:
             )
 
 
-def _check_gradient(group: dict[str, Any], p: Tensor, scaled: bool) -> None:
-    """That a gradient, or what a layer has left of one, can be followed."""
-    if p.grad is not None and p.grad.layout != torch.strided:
-        raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
-    if not factored.has_pending(p):
-        return
-    if scaled:
-        raise RuntimeError(
-            "A GradScaler does not see the factors of a gradient: with it, use layers with factored=False."
-        )
-    if (
-        torch.distributed.is_available()
-        and torch.distributed.is_initialized()
-        and torch.distributed.get_world_size() > 1
-    ):
-        raise RuntimeError(
-            "Factors of a gradient stay in their process: among several, use layers with factored=False."
-        )
-    if p.grad is not None:
-        raise RuntimeError(
-            f"A parameter of shape {tuple(p.shape)} has a gradient and factors of one: use it in factored layers alone."
-        )
-    for name in ("momentum", "second_moment"):
-        if group[name]:
-            raise RuntimeError(
-                f"{name} needs a gradient that is formed: with {name}={group[name]!r}, use layers with factored=False."
-            )
-    if group["method"] != "sketch":
-        raise RuntimeError(f"factored layers need method='sketch', got {group['method']!r}.")
-
-
-def _check_columns(u: Tensor) -> float:
-    """How far they are from orthonormal, by (U^H U - I) x for one random x, whose mean square is that of U^H U - I."""
-    double = _checks.accumulation_dtype(u.dtype)
-    generator = torch.Generator(u.device).manual_seed(0)
-    x = torch.randn(u.shape[-1], 1, dtype=double, device=u.device, generator=generator)
-    wide = u.to(double)
-    error = torch.linalg.vector_norm(wide.mH @ (wide @ x) - x, dim=(-2, -1)) / torch.linalg.vector_norm(x)
-    if not u.numel():
-        return 0.0
-    if not bool((error <= _FAR).all()):
-        raise ValueError(
-            f"A parameter of ProjUNN must have orthonormal columns, got one of shape {tuple(u.shape)} with an "
-            f"||U^H U - I|| / sqrt(p) of about {error.max().item():.1g}: start from the Q of torch.linalg.qr."
-        )
-    return float(error.max())
-
-
 def _warm(group: dict[str, Any]) -> bool:
     return group["method"] == "sketch" and group["warm_start"]
-
-
-def _directions(
-    group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
-) -> tuple[list[Tensor], Tensor | float]:
-    """What to descend along, and a factor of it: one per matrix, where that is all the second moment says."""
-    momentum, kind = group["momentum"], group["second_moment"]
-    directions = grads
-    if momentum:
-        directions = [state["momentum_buffer"] for state in states]
-        torch._foreach_mul_(directions, momentum)
-        torch._foreach_add_(directions, grads)
-        if group["nesterov"]:
-            directions = list(torch._foreach_add(grads, directions, alpha=momentum))
-    if kind is None:
-        return directions, 1.0
-    moments = [state["square_avg"] for state in states]
-    torch._foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
-    steps = states[0].get(_AGES["momentum_buffer"], 0)
-    mean = (1 - momentum) / (1 - momentum ** (steps + group["nesterov"])) if momentum else 1.0
-    bias = 1 - group["beta2"] ** states[0][_AGES["square_avg"]]
-    scales = [torch.where(v > 0, mean / ((v / bias).sqrt() + group["eps"]), 0.0) for v in moments]
-    if kind == "scalar":
-        return directions, _stack(scales)
-    return [d * s for d, s in zip(directions, scales, strict=True)], 1.0
-
-
-def _squares(g: Tensor, kind: SecondMoment) -> Tensor:
-    """|g|^2, or its mean over each matrix in float64."""
-    if kind == "elementwise":
-        return torch.view_as_real(g.resolve_conj()).square().sum(-1) if g.is_complex() else g.square()
-    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=_checks.accumulation_dtype(g.dtype))
-    return norm.square() / max(g.shape[-2] * g.shape[-1], 1)
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
