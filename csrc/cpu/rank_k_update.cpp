@@ -207,31 +207,20 @@ class Update {
     });
   }
 
-  // The same where W has few columns: a row at a time.
+  // The same where W has few columns: 4 rows at a time.
   void second_pass_of_few(const Small& given) {
     std::vector<T> c(given.values.begin(), given.values.end());
+    const int64_t depth = given.rows;
     in_parallel(ceil_div(n_, kTile), 2 * kTile * p_ * m_, [&](int64_t first, int64_t last) {
       for (int64_t i0 = first * kTile; i0 < std::min(n_, last * kTile); i0 += 4) {
-        T left[3 * kFew][4] = {}, right[2 * kFew];
+        T left[4 * 3 * kFew], right[4 * 2 * kFew];
         const int64_t rows = std::min<int64_t>(4, n_ - i0);
         T* u = u_ + i0 * p_;
-        for (int64_t q = 0; q < m_; ++q) {
-          if (rows == 4) {
-            four_dots(u, p_, wt_.get() + q * p_, p_, left[q]);
-            continue;
-          }
-          for (int64_t i = 0; i < rows; ++i)
-            four_dots(u + i * p_, 0, wt_.get() + q * p_, p_, right), left[q][i] = *right;
-        }
-        for (int64_t q = m_; q < given.rows; ++q)
-          for (int64_t i = 0; i < rows; ++i) left[q][i] = a_[(i0 + i) * k_ + q - m_];
-        for (int64_t i = 0; i < rows; ++i) {
-          std::fill_n(right, m_, T(0));
-          for (int64_t q = 0; q < given.rows; ++q)
-            for (int64_t j = 0; j < m_; ++j) right[j] += left[q][i] * c[q * m_ + j];
-          for (int64_t j = 0; j < m_; j += 2)
-            add_two(u + i * p_, wt_.get() + j * p_, wt_.get() + (j + 1) * p_, p_, right[j], right[j + 1]);
-        }
+        dots_with(u, p_, rows, wt_.get(), p_, m_, p_, left, depth);
+        for (int64_t i = 0; i < rows; ++i) std::copy_n(a_.get() + (i0 + i) * k_, depth - m_, left + i * depth + m_);
+        std::fill_n(right, rows * m_, T(0));
+        add_product(right, m_, rows, c.data(), m_, depth, left, depth, 1, m_);
+        add_product(u, p_, rows, wt_.get(), p_, m_, right, m_, 1, p_);
       }
     });
   }

@@ -38,13 +38,6 @@ SSLKERN_CLONES static double invert(double* a, int64_t n, int64_t* order) {
   return log_det;
 }
 
-// u += s v + t w
-template <class T>
-SSLKERN_INLINE void add_two_body(T* u, const T* v, const T* w, int64_t n, T s, T t) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) u[j] += s * v[j] + t * w[j];
-}
-
 // sum (k, k) += a'a
 template <class T>
 SSLKERN_INLINE void add_squares_body(const T* a, int64_t rows, int64_t k, double* sum) {
@@ -61,12 +54,6 @@ SSLKERN_CLONES static void add_squares(const float* a, int64_t rows, int64_t k, 
 }
 SSLKERN_CLONES static void add_squares(const double* a, int64_t rows, int64_t k, double* sum) {
   add_squares_body(a, rows, k, sum);
-}
-SSLKERN_CLONES static void add_two(float* u, const float* v, const float* w, int64_t n, float s, float t) {
-  add_two_body(u, v, w, n, s, t);
-}
-SSLKERN_CLONES static void add_two(double* u, const double* v, const double* w, int64_t n, double s, double t) {
-  add_two_body(u, v, w, n, s, t);
 }
 
 // A small matrix, row by row.

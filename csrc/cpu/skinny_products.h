@@ -34,50 +34,99 @@ void in_parallel(int64_t count, int64_t work, const F& f) {
   stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
 }
 
-// The loops of few columns, which are read and written at the speed of memory. sums (r, stride) += a' u over some rows.
-template <class T>
-SSLKERN_INLINE void add_rows_body(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, T* sums,
-                                  int64_t stride) {
-  for (; rows >= 4; rows -= 4, u += 4 * ld, a += 4 * k)
-    for (int64_t r = 0; r < k; ++r) {
-      const T s = a[r], t = a[k + r], v = a[2 * k + r], w = a[3 * k + r];
-      T* sum = sums + r * stride;
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) sum[j] += (s * u[j] + t * u[ld + j]) + (v * u[2 * ld + j] + w * u[3 * ld + j]);
-    }
-  for (; rows > 0; --rows, u += ld, a += k)
-    for (int64_t r = 0; r < k; ++r) {
-      T* sum = sums + r * stride;
-#pragma omp simd
-      for (int64_t j = 0; j < cols; ++j) sum[j] += a[r] * u[j];
-    }
+// The loops of few columns, which are read and written at the speed of memory.
+template <int Q, class T>
+SSLKERN_INLINE T mixed(const T* c, T x, T y, T z, T w) {
+  if constexpr (Q == 1) return c[0] * x;
+  if constexpr (Q == 2) return c[0] * x + c[1] * y;
+  return (c[0] * x + c[1] * y) + (c[2] * z + c[3] * w);
 }
 
-// The products of 4 rows of u with w.
-template <class T>
-SSLKERN_INLINE void four_dots_body(const T* u, int64_t ld, const T* w, int64_t n, T* out) {
-  T s = 0, t = 0, v = 0, x = 0;
-#pragma omp simd reduction(+ : s, t, v, x)
+// out_r += sum_q c_rq in_q, at once for R rows and Q others, 4, 2 or 1 each. All is read before anything is written, by
+// names and not by indices: so the compiler keeps it in registers.
+template <int R, int Q, class T>
+SSLKERN_INLINE void add_mixed(T* out, int64_t out_ld, const T* in, int64_t in_ld, const T* c, int64_t c_row,
+                              int64_t c_col, int64_t n) {
+  T by[4][4] = {};
+  for (int r = 0; r < R; ++r)
+    for (int q = 0; q < Q; ++q) by[r][q] = c[r * c_row + q * c_col];
+  const T *in1 = in + (Q > 1) * in_ld, *in2 = in + (Q > 2) * 2 * in_ld, *in3 = in + (Q > 2) * 3 * in_ld;
+  T *out1 = out + (R > 1) * out_ld, *out2 = out + (R > 2) * 2 * out_ld, *out3 = out + (R > 2) * 3 * out_ld;
+#pragma omp simd
   for (int64_t j = 0; j < n; ++j) {
-    s += u[j] * w[j];
-    t += u[ld + j] * w[j];
-    v += u[2 * ld + j] * w[j];
-    x += u[3 * ld + j] * w[j];
+    const T x = in[j], y = in1[j], z = in2[j], w = in3[j];
+    const T s = out[j] + mixed<Q>(by[0], x, y, z, w), t = out1[j] + mixed<Q>(by[1], x, y, z, w);
+    const T u = out2[j] + mixed<Q>(by[2], x, y, z, w), v = out3[j] + mixed<Q>(by[3], x, y, z, w);
+    out[j] = s;
+    if constexpr (R > 1) out1[j] = t;
+    if constexpr (R > 2) out2[j] = u, out3[j] = v;
   }
-  out[0] = s, out[1] = t, out[2] = v, out[3] = x;
 }
 
-#define SSLKERN_KERNELS(T)                                                                                       \
-  SSLKERN_CLONES static void add_rows(const T* u, int64_t ld, int64_t rows, int64_t cols, const T* a, int64_t k, \
-                                      T* sums, int64_t stride) {                                                 \
-    add_rows_body(u, ld, rows, cols, a, k, sums, stride);                                                        \
-  }                                                                                                              \
-  SSLKERN_CLONES static void four_dots(const T* u, int64_t ld, const T* w, int64_t n, T* out) {                  \
-    four_dots_body(u, ld, w, n, out);                                                                            \
+template <int R, class T>
+SSLKERN_INLINE void add_all_mixed(T* out, int64_t out_ld, const T* in, int64_t in_ld, int64_t count, const T* c,
+                                  int64_t c_row, int64_t c_col, int64_t n) {
+  for (; count >= 4; count -= 4, in += 4 * in_ld, c += 4 * c_col)
+    add_mixed<R, 4>(out, out_ld, in, in_ld, c, c_row, c_col, n);
+  if (count >= 2) {
+    add_mixed<R, 2>(out, out_ld, in, in_ld, c, c_row, c_col, n);
+    count -= 2, in += 2 * in_ld, c += 2 * c_col;
+  }
+  if (count > 0) add_mixed<R, 1>(out, out_ld, in, in_ld, c, c_row, c_col, n);
+}
+
+// out (rows, n) += c in, `in` being (count, n).
+template <class T>
+SSLKERN_INLINE void add_product_body(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count,
+                                     const T* c, int64_t c_row, int64_t c_col, int64_t n) {
+  for (; rows >= 4; rows -= 4, out += 4 * out_ld, c += 4 * c_row)
+    add_all_mixed<4>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
+  if (rows >= 2) {
+    add_all_mixed<2>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
+    rows -= 2, out += 2 * out_ld, c += 2 * c_row;
+  }
+  if (rows > 0) add_all_mixed<1>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
+}
+
+// out (4, 2), the products of 4 rows of u with 2 of w.
+template <class T>
+SSLKERN_INLINE void dots_body(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {
+  T a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
+#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
+  for (int64_t j = 0; j < n; ++j) {
+    const T x = w[j], y = w[w_ld + j];
+    a += u[j] * x, b += u[j] * y;
+    c += u[u_ld + j] * x, d += u[u_ld + j] * y;
+    e += u[2 * u_ld + j] * x, f += u[2 * u_ld + j] * y;
+    g += u[3 * u_ld + j] * x, h += u[3 * u_ld + j] * y;
+  }
+  out[0] = a, out[1] = b, out[2] = c, out[3] = d, out[4] = e, out[5] = f, out[6] = g, out[7] = h;
+}
+
+#define SSLKERN_KERNELS(T)                                                                                     \
+  SSLKERN_CLONES static void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld,     \
+                                         int64_t count, const T* c, int64_t c_row, int64_t c_col, int64_t n) { \
+    add_product_body(out, out_ld, rows, in, in_ld, count, c, c_row, c_col, n);                                 \
+  }                                                                                                            \
+  SSLKERN_CLONES static void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {     \
+    dots_body(u, u_ld, w, w_ld, n, out);                                                                       \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)
 #undef SSLKERN_KERNELS
+
+// out (rows, count) = the products of rows of u with those of w.
+template <class T>
+void dots_with(const T* u, int64_t u_ld, int64_t rows, const T* w, int64_t w_ld, int64_t count, int64_t n, T* out,
+               int64_t out_ld) {
+  T block[8];
+  for (int64_t i = 0; i < rows; i += rows - i < 4 ? 1 : 4)
+    for (int64_t q = 0; q < count; q += 2) {
+      const int64_t height = rows - i < 4 ? 1 : 4, width = std::min<int64_t>(2, count - q);
+      dots(u + i * u_ld, height > 1 ? u_ld : 0, w + q * w_ld, width > 1 ? w_ld : 0, n, block);
+      for (int64_t r = 0; r < height; ++r) std::copy_n(block + 2 * r, width, out + (i + r) * out_ld + q);
+    }
+}
 
 // X (n, p), left (n, k), right (p, m), all row by row; k or m may be 0. Sums over rows are taken in order, those over
 // columns by chunks of a size that follows from p, so the bits do not depend on the number of threads.
@@ -198,21 +247,8 @@ class SkinnyProducts {
   void stream(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* sums) const {
     const int64_t depth = std::min(kDepth, n_ - i0);
     const T* x = x_ + i0 * p_ + j0;
-    if (k_ > 0) add_rows(x, p_, depth, cols, given_ + i0 * k_, k_, sums, kChunk);
-    T dots[4];
-    for (int64_t i = 0; i < depth && m_ > 0; i += 4) {
-      const int64_t rows = std::min<int64_t>(4, depth - i);
-      T* to = parts_.get() + (chunk * rows_ + i0 + i) * m_;
-      for (int64_t r = 0; r < m_; ++r) {
-        const T* w = right_.get() + r * p_ + j0;
-        if (rows == 4) {
-          four_dots(x + i * p_, p_, w, cols, dots);
-          for (int64_t q = 0; q < 4; ++q) to[q * m_ + r] = dots[q];
-          continue;
-        }
-        for (int64_t q = 0; q < rows; ++q) four_dots(x + (i + q) * p_, 0, w, cols, dots), to[q * m_ + r] = dots[0];
-      }
-    }
+    if (k_ > 0) add_product(sums, kChunk, k_, x, p_, depth, given_ + i0 * k_, 1, k_, cols);
+    dots_with(x, p_, depth, right_.get() + j0, p_, m_, cols, parts_.get() + (chunk * rows_ + i0) * m_, m_);
   }
 };
 
