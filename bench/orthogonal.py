@@ -41,14 +41,14 @@ def rank_k_case(shape: tuple[int, ...], k: int, retraction: ops.rank_k_update.Re
         target = own if own.dtype == u.dtype else u.clone()
         a, b = low_rank_factors(g, k)
         ops.rank_k_update_(target, -lr * a, b, retraction)
-        return (target[..., 0, :] * probe).sum()
+        return (target[..., 0, :] * probe).abs().sum()
 
     def plain(u: Tensor, g: Tensor) -> Tensor:
         with sslkern.backend.use("reference"):
             return step(u, g)
 
     def published(u: Tensor, g: Tensor) -> Tensor:
-        return (baselines.projunn_published(u, g, k, lr, retraction)[..., 0, :] * probe).sum()
+        return (baselines.projunn_published(u, g, k, lr, retraction)[..., 0, :] * probe).abs().sum()
 
     def cayley() -> None:
         skew = g - g.mT
