@@ -15,6 +15,7 @@ from sslkern.backend import pick
 from . import baselines
 from .case import Case, Loss, copy_of
 from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
+from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
 
 
 def views(n: int, d: int, device: str) -> list[Tensor]:
@@ -234,6 +235,7 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
     published, smart, ours = {
         "vicreg": (baselines.vicreg_published, baselines.vicreg_dual, sslkern.vicreg_loss),
         "barlow": (baselines.barlow_published, baselines.barlow_dual, sslkern.barlow_twins_loss),
+        "nt_xent": (nt_xent_published, nt_xent_loop, sslkern.nt_xent_loss),
     }[family]
 
     def run(loss: Loss) -> Loss:
@@ -258,6 +260,7 @@ RECIPES = (
     ("VICReg, official, per device", "vicreg", 64, (2048, 8192, 8192, 8192)),
     ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
     ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
+    ("SimCLR, batch of 2048", "nt_xent", 2048, (2048, 2048, 128)),
 )
 NORMED = (
     ((256, 2048), "contiguous"),
@@ -283,6 +286,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
+    for what, shape in PAIRS:
+        label = f"pairs {what} {' '.join(map(str, shape))}"
+        cases.append((label, lambda w=what, s=shape: pairs_case(w, s, device)))
     for sizes in LAYERS:
         cases.append((f"rotation {' '.join(map(str, sizes))}", lambda s=sizes: rotation_case(*s, device)))
     for shape, k, retraction in ROTATIONS:

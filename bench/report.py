@@ -12,6 +12,7 @@ TITLES = {
     "step": "Whole training step: projector, loss, backward, SGD (ms)",
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
+    "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "unbiased": "The unbiased estimator over the plug-in (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
@@ -33,7 +34,8 @@ class Cell:
 
     def trusted(self) -> bool:
         """Ours is at most 4 times as wrong as the published formula, plus 8 eps."""
-        ours, published = self.row("sslkern"), self.row("published") or self.row("plug-in")
+        ours = self.row("sslkern")
+        published = self.row("published") or self.row("plug-in") or self.row("three-line")
         if ours is None or published is None:
             return False
         return all(ours[k] <= 4 * published[k] + 8 * EPS for k in ("loss_error", "grad_error"))
@@ -119,6 +121,17 @@ def _columns(family: str) -> list[tuple[str, Callable[[Cell], str]]]:
         torchs = ("torch", lambda c: _ms(c.row("published")))
         alone = ("its kernels alone", lambda c: _ms(c.row("kernels alone")))
         return [shape, layout, torchs, ours, faster, pages, alone, copies, memory, errors]
+    if family == "pairs":
+        what = ("what", lambda c: c.first["note"])
+        loop = ("chunked loop", smart[1])
+        compiled = ("compiled", lambda c: _ms(c.row("published, compiled")))
+        than = [
+            (f"than {name}", lambda c, row=row: _times(c.ratio(row)) if c.row(row) else "")
+            for name, row in (("compiled", "published, compiled"), ("the loop", "three-line"))
+        ]
+        rate = ("of the sgemm rate", lambda c: _of_gemm(c))
+        three = ("extra MB", lambda c: " / ".join(_mb(c.row(n)) for n in ("published", "three-line", "sslkern")))
+        return [what, shape, published, compiled, loop, ours, faster, *than, rate, three, errors]
     if family == "rotation":
         sizes = ("rows, N, rank", lambda c: ", ".join(map(str, c.first["shape"])))
         others = [(name, lambda c, name=name: _ms(c.row(name))) for name in ("with a gradient", "no step")]
@@ -171,6 +184,16 @@ def _over_bound(cell: Cell) -> float | None:
     alone, copy, product = (row["median"] for row in rows if row is not None)
     *_, n, k = cell.first["shape"]
     return alone / max(1.5 * copy, product * 5 * k / n)
+
+
+def _of_gemm(cell: Cell) -> str:
+    """Its rate over that of torch.mm at 2048, where products are what it does: 4 N^2 D flops, per variable."""
+    ours, product = cell.row("sslkern"), cell.row("product")
+    if ours is None or product is None or cell.first["note"] == "HSIC of all features":
+        return ""
+    n, d = cell.first["shape"]
+    flops = {"NT-Xent": 4, "CLIP": 8, "HSIC": 8}[cell.first["note"]] * n**2 * d
+    return f"{flops / ours['median'] / (2 * 2048**3 / product['median']):.2f}"
 
 
 def _rate(row: dict | None, passes: int) -> str:

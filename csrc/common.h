@@ -10,6 +10,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstdint>
+#include <memory>
 #include <optional>
 #include <tuple>
 #include <vector>
@@ -56,6 +57,19 @@ inline void prepare_pages(void* memory, int64_t bytes) {
   const uintptr_t end = (reinterpret_cast<uintptr_t>(memory) + bytes) & ~(page - 1);
   if (end >= begin + 2 * huge) madvise(reinterpret_cast<void*>(begin), end - begin, MADV_HUGEPAGE);
 #endif
+}
+
+// Memory of a kernel's own, uninitialised.
+template <class T>
+std::unique_ptr<T[]> room_for(int64_t numbers) {
+  return std::unique_ptr<T[]>(new T[numbers]);
+}
+
+// f(begin, end) over a range of pieces of `work` multiplications each: in parallel unless a thread of others does this
+// already, or waking them would take longer.
+template <class F>
+void in_parallel(int64_t count, int64_t work, const F& f) {
+  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
 }
 
 inline double sum_of(const std::vector<double>& x) {

@@ -6,9 +6,29 @@ from . import metrics as metrics
 from . import nn as nn
 from . import ops as ops
 from . import optim as optim
-from .losses import barlow_twins_loss, vcreg_loss, vicreg_loss
+from .losses import (
+    barlow_twins_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    spectral_contrastive_loss,
+    vcreg_loss,
+    vicreg_loss,
+)
 
 backend.load()
 
 __version__ = "0.1.0"
-__all__ = ["backend", "barlow_twins_loss", "losses", "metrics", "nn", "ops", "optim", "vcreg_loss", "vicreg_loss"]
+__all__ = [
+    "backend",
+    "barlow_twins_loss",
+    "info_nce_loss",
+    "losses",
+    "metrics",
+    "nn",
+    "nt_xent_loss",
+    "ops",
+    "optim",
+    "spectral_contrastive_loss",
+    "vcreg_loss",
+    "vicreg_loss",
+]

@@ -68,6 +68,7 @@ def samples(kernel, dtype, device):
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
+    yield from pairwise_samples(kernel, device) if kernel.startswith("pairwise_") and dtype == torch.float32 else ()
     for shape in ((5, 9), (2, 9, 5), (2, 4, 6, 7)):
         dual = shape[-2] < shape[-1]
         a, b = (torch.randn(shape, device=device).to(dtype) for _ in range(2))
@@ -93,6 +94,28 @@ def samples(kernel, dtype, device):
                 )
 
 
+def pairwise_samples(kernel, device):
+    """Of one side and of two, masked and not; of whole sums and of those of given columns."""
+    reference = torch.ops.sslkern_reference
+    for lead, own, mask in (((), True, 1), ((2,), False, 2), ((2,), True, 5)):
+        x, y = (torch.randn(*lead, n, 4, device=device) for n in (6, 6 if own else 7))
+        x_labels, y_labels = (torch.arange(z[..., 0].numel(), device=device).view(z.shape[:-1]) % 3 for z in (x, y))
+        labels = (None, None) if mask == 1 else (x_labels, None if own else y_labels)
+        scale, rhs = torch.ones(lead, device=device), torch.randn(*lead, y.shape[-2], 3, device=device)
+        y = None if own else y
+        sums = reference.pairwise_logsumexp_fwd(x, y, scale, *labels, mask, "dot", not own)
+        grams = (torch.stack([x, 2 * x], -3), torch.stack([scale, scale], -1), "rbf")
+        yield {
+            "pairwise_logsumexp_fwd": (x, y, scale, *labels, mask, "dot", not own),
+            "pairwise_logsumexp_bwd": (*sums, x, y, scale, *labels, *sums, mask, "dot", not own, True, not own),
+            "pairwise_argmax": (x, y, scale, *labels, mask, "sqeuclidean"),
+            "pairwise_matmul_fwd": (x, y, scale, rhs, *labels, mask, "rbf"),
+            "pairwise_matmul_bwd": (x[..., :3], x, y, scale, rhs, *labels, mask, "softplus", True, not own, True),
+            "pairwise_gram_fwd": grams,
+            "pairwise_gram_bwd": (*reference.pairwise_gram_fwd(*grams), *grams),
+        }[kernel]
+
+
 @pytest.mark.parametrize("dtype", cases.DTYPES[:2], ids=str)
 @pytest.mark.parametrize("kernel", backends.declared())
 def test_opcheck(kernel, dtype, backend, device):
@@ -106,5 +129,6 @@ def test_opcheck(kernel, dtype, backend, device):
     for arguments in samples(kernel, dtype, device):
         torch.library.opcheck(operator, arguments)
         tried += 1
-    refused = kernel in ("rank_k_update_", "skinny_products") and dtype == torch.bfloat16
+    single = kernel.startswith("pairwise_") or kernel in ("rank_k_update_", "skinny_products")
+    refused = single and dtype == torch.bfloat16
     assert tried or refused, f"{kernel} has no sample arguments"

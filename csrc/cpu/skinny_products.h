@@ -1,8 +1,6 @@
 // Products of a large matrix with few columns, from both sides in one read: X right and X'left.
 #pragma once
 
-#include <memory>
-
 #include "tiles.h"
 
 namespace sslkern {
@@ -14,24 +12,12 @@ constexpr int64_t kPieces = 16;   // of a tall matrix, for threads to share
 constexpr int64_t kSplit = 1024;  // rows of one, or more
 constexpr int64_t kPadded = kChunk + kTile;
 
-template <class T>
-std::unique_ptr<T[]> room_for(int64_t numbers) {
-  return std::unique_ptr<T[]>(new T[numbers]);
-}
-
 // Has some rows of a matrix come closer while others are worked on.
 template <class T>
 inline void fetch(const T* from, int64_t ld, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i)
     for (int64_t j = 0; j < cols; j += 64 / static_cast<int64_t>(sizeof(T)))
       __builtin_prefetch(from + i * ld + j, 0, 2);
-}
-
-// f(begin, end) over a range of pieces of `work` multiplications each: in parallel unless a thread of others does this
-// already, or waking them would take longer.
-template <class F>
-void in_parallel(int64_t count, int64_t work, const F& f) {
-  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
 }
 
 // The loops of few columns, which are read and written at the speed of memory.

@@ -1,7 +1,29 @@
 """Losses as functions and as modules."""
 
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
+from .info_nce import InfoNCELoss, info_nce_loss
+from .nt_xent import NTXentLoss, nt_xent_loss
+from .sigmoid import SigmoidLoss, sigmoid_loss
+from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
+from .supervised_contrastive import SupervisedContrastiveLoss, supervised_contrastive_loss
 from .vcreg import VCRegLoss, vcreg_loss
 from .vicreg import VICRegLoss, vicreg_loss
 
-__all__ = ["BarlowTwinsLoss", "VCRegLoss", "VICRegLoss", "barlow_twins_loss", "vcreg_loss", "vicreg_loss"]
+__all__ = [
+    "BarlowTwinsLoss",
+    "InfoNCELoss",
+    "NTXentLoss",
+    "SigmoidLoss",
+    "SpectralContrastiveLoss",
+    "SupervisedContrastiveLoss",
+    "VCRegLoss",
+    "VICRegLoss",
+    "barlow_twins_loss",
+    "info_nce_loss",
+    "nt_xent_loss",
+    "sigmoid_loss",
+    "spectral_contrastive_loss",
+    "supervised_contrastive_loss",
+    "vcreg_loss",
+    "vicreg_loss",
+]

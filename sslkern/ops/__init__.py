@@ -3,7 +3,18 @@
 from .batch_norm import batch_moments, batch_norm
 from .covariance import covariance
 from .cross_correlation import cross_correlation
+from .kernel_matmul import kernel_matmul
+from .pairwise_reduce import pairwise_reduce
 from .rank_k_update import rank_k_update_
 from .skinny_products import skinny_products
 
-__all__ = ["batch_moments", "batch_norm", "covariance", "cross_correlation", "rank_k_update_", "skinny_products"]
+__all__ = [
+    "batch_moments",
+    "batch_norm",
+    "covariance",
+    "cross_correlation",
+    "kernel_matmul",
+    "pairwise_reduce",
+    "rank_k_update_",
+    "skinny_products",
+]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from numbers import Real
 
 import torch
@@ -42,10 +43,22 @@ def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
         raise ValueError(f"{name} must have at least one column (D), got shape {tuple(z.shape)}.")
 
 
+def matrix(name: str, z: object, min_rows: int = 1) -> None:
+    """z must be a floating (N, D) with N >= min_rows and D >= 1."""
+    if isinstance(z, Tensor) and z.dim() != 2:
+        raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}.")
+    matrix_stack(name, z, min_rows)
+
+
 def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Both views must agree in shape, dtype and device."""
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
+    alike(name_a, a, name_b, b)
+
+
+def alike(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Both must agree in dtype and device."""
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
     if a.dtype != b.dtype:
@@ -60,6 +73,48 @@ def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
 def non_negative(name: str, value: float) -> None:
     if not isinstance(value, Real) or not value >= 0:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+
+
+def coefficient(name: str, value: object, x: Tensor, zero: bool = True) -> None:
+    """value must be a finite number, or a tensor of one on the device of x; not the number 0 unless `zero`."""
+    expected = f"a finite number{'' if zero else ' other than 0'} or a floating 0-dim torch.Tensor"
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
+        if value.dim():
+            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
+    elif isinstance(value, bool) or not isinstance(value, int | float):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}.")
+    elif not -inf < value < inf or not (zero or value):
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+
+
+def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -> None:
+    """value must be int64 on the device of x, of this shape, in which a word is any number >= 1."""
+    if not isinstance(value, Tensor) or value.dtype != torch.int64:
+        kind = short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
+        raise TypeError(f"{name} must be an int64 torch.Tensor of shape {_shape(shape)}, got {kind}.")
+    fits = value.dim() == len(shape) and all(
+        n >= 1 if isinstance(s, str) else n == s for n, s in zip(value.shape, shape, strict=True)
+    )
+    if not fits or value.device != x.device:
+        raise ValueError(
+            f"{name} must have shape {_shape(shape)} and be on {x.device}, got {tuple(value.shape)} on {value.device}."
+        )
+
+
+def _shape(shape: tuple[int | str, ...]) -> str:
+    return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
+
+
+def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
+    """Indices must be in [low, limit), where looking costs no host sync and breaks no graph: on a CPU, in eager."""
+    if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        smallest, largest = (int(v) for v in value.aminmax())
+        if smallest < low or largest >= limit:
+            raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
 
 
 def positive(name: str, value: object) -> None:

@@ -1,0 +1,283 @@
+// All pairs of rows by square blocks that stay in cache: their products by tiles in registers, what becomes of these,
+// and the gradients. No more is kept than a block per thread and what belongs to the rows.
+#pragma once
+
+#include <string>
+
+#include "exponents.h"
+#include "tiles.h"
+
+namespace sslkern {
+
+constexpr int64_t kPairRows = 256;                         // of a side, at most
+constexpr int64_t kOthers = 1, kSame = 2, kDifferent = 4;  // bits of a mask
+
+// Rows of a matrix (n, d) as tiles take them.
+template <class T>
+struct Rows {
+  const T* x;
+  int64_t n, d, padded, panels;
+  const Tensor across_memory, along_memory;
+  T* const across;  // (n / 16, d, 16): 16 rows, a column of them at a time
+  T* const along;   // (d / 16, n, 16): 16 columns, a row of them at a time
+  std::vector<T> squares;
+
+  Rows(const Tensor& like, const T* x, int64_t n, int64_t d, bool for_products, bool for_sums, bool with_squares)
+      : x(x),
+        n(n),
+        d(d),
+        padded(round_up(n, kTile)),
+        panels(ceil_div(d, kTile)),
+        across_memory(fresh(like, {for_products ? padded * d : 0}, dtype_of<T>())),
+        along_memory(fresh(like, {for_sums ? panels * kTile * n : 0}, dtype_of<T>())),
+        across(data<T>(across_memory)),
+        along(data<T>(along_memory)) {
+    if (for_products) {
+      in_parallel(padded / kTile, kTile * d, [&](int64_t first, int64_t last) {
+        for (int64_t g = first; g < last; ++g)
+          pack(x + g * kTile * d, d, 1, std::min(kTile, n - g * kTile), d, across + g * kTile * d);
+      });
+    }
+    if (for_sums) {
+      in_parallel(panels, kTile * n, [&](int64_t first, int64_t last) {
+        for (int64_t t = first; t < last; ++t)
+          pack(x + t * kTile, 1, d, std::min(kTile, d - t * kTile), n, along + t * kTile * n);
+      });
+    }
+    if (!with_squares) return;
+    squares.resize(padded);
+    for (int64_t i = 0; i < n; ++i) squares[i] = row_square(x + i * d, d);
+  }
+
+  static T row_square(const T* row, int64_t d) {
+    T sum = 0;
+    for (int64_t k = 0; k < d; ++k) sum += row[k] * row[k];
+    return sum;
+  }
+
+  // The largest norm; NaN where there is one.
+  T largest_norm() const {
+    T most = 0;
+    for (int64_t i = 0; i < n; ++i) {
+      const T square = row_square(x + i * d, d);
+      if (!(square <= most)) most = square;
+      if (std::isnan(most)) break;
+    }
+    return std::sqrt(most);
+  }
+};
+
+// Sums over pairs that belong to the rows of a side: (padded, panels * 16) numbers, and one per row beside them.
+template <class T>
+struct RowSums {
+  int64_t ld;
+  const Tensor memory;
+  T* const sums;
+  std::vector<double> weights;
+
+  RowSums(const Tensor& like, int64_t padded, int64_t d)
+      : ld(round_up(d, kTile)),
+        memory(fresh(like, {padded * ld}, dtype_of<T>())),
+        sums(data<T>(memory)),
+        weights(padded) {
+    std::fill_n(sums, padded * ld, T(0));
+  }
+};
+
+struct Block {
+  int64_t i0, rows, j0, cols;
+  bool diagonal;  // of a matrix with itself: all pairs of some rows
+  int64_t slot;   // no other block of its round has it
+};
+
+// What makes an exponent of a product.
+template <class T>
+struct Similarity {
+  T scale;
+  bool squared, own;
+  const T *x_squares, *y_squares;
+
+  void operator()(T* t, const Block& b, int64_t r) const {
+    const int64_t i = b.i0 + r;
+    if (!squared) return scale_row(t, b.cols, scale);
+    distance_row(t, b.cols, scale, x_squares[i], y_squares + b.j0);
+    if (own && b.diagonal) t[r] = 0;
+  }
+};
+
+// Pairs that do not count.
+struct Mask {
+  int64_t bits;
+  const int64_t *x, *y;
+
+  template <class T>
+  void drop(T* t, const Block& b, int64_t r, T value) const {
+    if (bits == 0) return;
+    const int64_t i = b.i0 + r, at = i - b.j0;
+    if ((bits & kOthers) && at >= 0 && at < b.cols) t[at] = value;
+    if (x != nullptr) drop_row(t, b.cols, x[i], y + b.j0, (bits & kDifferent) != 0, value);
+  }
+};
+
+// f(i, j, slot) for all pairs of `nx` and `ny` blocks, or, of one side's `own`, for i <= j: round after round, in each
+// of which no block meets two others. So what belongs to a block is added to by one thread at a time, in an order that
+// does not depend on their number.
+template <class F>
+void for_rounds(int64_t nx, int64_t ny, bool own, int64_t work, const F& f) {
+  if (!own) {
+    const int64_t rounds = std::max(nx, ny);
+    for (int64_t round = 0; round < rounds; ++round)
+      in_parallel(nx, work, [&](int64_t first, int64_t last) {
+        for (int64_t i = first; i < last; ++i)
+          if ((i + round) % rounds < ny) f(i, (i + round) % rounds, i);
+      });
+    return;
+  }
+  in_parallel(nx, work, [&](int64_t first, int64_t last) {
+    for (int64_t i = first; i < last; ++i) f(i, i, i);
+  });
+  const int64_t even = round_up(nx, 2), others = even - 1;  // as a tournament: one stays, the others go round
+  for (int64_t round = 0; nx > 1 && round < others; ++round)
+    in_parallel(even / 2, work, [&](int64_t first, int64_t last) {
+      for (int64_t k = first; k < last; ++k) {
+        const int64_t a = k == 0 ? others : (round + k) % others, b = (round - k + others) % others;
+        if (a < nx && b < nx) f(std::min(a, b), std::max(a, b), k);
+      }
+    });
+}
+
+// Rows of a block: as many as stay in L2 with what belongs to them, and at least 4 blocks where there is work for them.
+template <class T>
+int64_t block_rows(int64_t n, int64_t width) {
+  constexpr int64_t bytes = 800 << 10;
+  int64_t rows = kPairRows;
+  while (rows > kTile && (rows * (rows + 4 * width) * static_cast<int64_t>(sizeof(T)) > bytes || 4 * rows > n))
+    rows /= 2;
+  return rows;
+}
+
+template <class T>
+class Pairs {
+ public:
+  Pairs(const Rows<T>& x, const Rows<T>& y, bool own)
+      : Pairs(x, y, own, block_rows<T>(std::min(x.n, y.n), x.d), kTile) {}
+  Pairs(const Rows<T>& x, const Rows<T>& y, bool own, int64_t size, int64_t padding)
+      : x_(x), y_(y), own_(own), size_(size), ld_(size + padding) {}
+
+  int64_t ld() const {
+    return ld_;
+  }
+  int64_t size() const {
+    return size_;
+  }
+  int64_t slots() const {
+    return round_up(ceil_div(x_.n, size_), 2);
+  }
+
+  template <class F>
+  void each_block(const F& f) const {
+    const int64_t work = size_ * size_ * x_.d;
+    for_rounds(ceil_div(x_.n, size_), ceil_div(y_.n, size_), own_, work, [&](int64_t i, int64_t j, int64_t slot) {
+      f(Block{i * size_, std::min(size_, x_.n - i * size_), j * size_, std::min(size_, y_.n - j * size_),
+              own_ && i == j, slot});
+    });
+  }
+
+  // f(block, tile, spare), tile (rows, ld) being products of rows of x and y; spare is as large as it.
+  template <class F>
+  void run(const F& f) const {
+    each_block([&](const Block& block) {
+      const auto room = room_for<T>(2 * size_ * ld_);
+      products(x_, y_, block, room.get());
+      f(block, room.get(), room.get() + size_ * ld_);
+    });
+  }
+
+  // left right' of two sides of equal width, over a block.
+  void products(const Rows<T>& left, const Rows<T>& right, const Block& b, T* out) const {
+    const auto product = tile_product<T>();
+    const int64_t d = left.d;
+    for (int64_t j = 0; j < b.cols; j += kTile)
+      for (int64_t i = 0; i < b.rows; i += kTile)
+        product(left.across + (b.i0 + i) * d, 1, kTile, right.across + (b.j0 + j) * d, d, out + i * ld_ + j, ld_,
+                false);
+  }
+
+  // sums of rows += tile right, and with `transposed` those of columns += tile' left.
+  void add(const T* tile, const Block& b, const Rows<T>& right, RowSums<T>& to) const {
+    const auto product = tile_product<T>();
+    for (int64_t t = 0; t < right.panels; ++t)
+      for (int64_t i = 0; i < b.rows; i += kTile)
+        product(tile + i * ld_, ld_, 1, right.along + (t * right.n + b.j0) * kTile, b.cols,
+                to.sums + (b.i0 + i) * to.ld + t * kTile, to.ld, true);
+  }
+  void add_transposed(const T* tile, const Block& b, const Rows<T>& left, RowSums<T>& to) const {
+    const auto product = tile_product<T>();
+    for (int64_t t = 0; t < left.panels; ++t)
+      for (int64_t j = 0; j < b.cols; j += kTile)
+        product(tile + j, 1, ld_, left.along + (t * left.n + b.i0) * kTile, b.rows,
+                to.sums + (b.j0 + j) * to.ld + t * kTile, to.ld, true);
+  }
+
+  // The sums of a tile's rows and of its columns.
+  void add_weights(const T* tile, const Block& b, std::vector<double>* rows, std::vector<double>* columns) const {
+    T of_rows[kPairRows], of_columns[kPairRows] = {};
+    sum_block(tile, b.rows, b.cols, ld_, of_rows, columns != nullptr ? of_columns : nullptr);
+    for (int64_t i = 0; rows != nullptr && i < b.rows; ++i) (*rows)[b.i0 + i] += of_rows[i];
+    for (int64_t j = 0; columns != nullptr && j < b.cols; ++j) (*columns)[b.j0 + j] += of_columns[j];
+  }
+
+ private:
+  const Rows<T>&x_, &y_;
+  const bool own_;
+  const int64_t size_, ld_;
+};
+
+// Gradients by x and y of what depends on their similarities by weights: sum_j w_ij y_j, or for distances
+// 2 sum_j w_ij (x_i - y_j). Of a matrix with itself, w_ij is the weight of both orders.
+template <class T>
+class Gradients {
+ public:
+  Gradients(const Tensor& like, const Rows<T>& x, const Rows<T>& y, bool own, bool squared, bool need_x, bool need_y)
+      : x_(x),
+        y_(y),
+        own_(own),
+        squared_(squared),
+        need_x_(need_x),
+        need_y_(need_y && !own),
+        of_x_(like, need_x ? x.padded : 0, x.d),
+        of_y_(like, need_y_ ? y.padded : 0, y.d) {}
+
+  void add(const Pairs<T>& pairs, T* tile, const Block& b) {
+    for (int64_t r = 0; r < b.rows && squared_ && b.diagonal; ++r)
+      tile[r * (pairs.ld() + 1)] = 0;  // of a distance of 0: it cancels, but not to the last digit
+    RowSums<T>& below = own_ ? of_x_ : of_y_;
+    const bool columns = own_ ? need_x_ && !b.diagonal : need_y_;
+    if (need_x_) pairs.add(tile, b, y_, of_x_);
+    if (columns) pairs.add_transposed(tile, b, x_, below);
+    if (squared_) pairs.add_weights(tile, b, need_x_ ? &of_x_.weights : nullptr, columns ? &below.weights : nullptr);
+  }
+
+  void write(T* grad_x, T* grad_y) const {
+    if (need_x_) write(x_, of_x_, grad_x);
+    if (need_y_) write(y_, of_y_, grad_y);
+  }
+
+ private:
+  void write(const Rows<T>& side, const RowSums<T>& from, T* to) const {
+    in_parallel(side.n, side.d, [&](int64_t first, int64_t last) {
+      for (int64_t i = first; i < last; ++i) {
+        const T *sum = from.sums + i * from.ld, *x = side.x + i * side.d;
+        T* out = to + i * side.d;
+        const T w = static_cast<T>(from.weights[i]);
+        for (int64_t k = 0; k < side.d; ++k) out[k] = squared_ ? 2 * (w * x[k] - sum[k]) : sum[k];
+      }
+    });
+  }
+
+  const Rows<T>&x_, &y_;
+  const bool own_, squared_, need_x_, need_y_;
+  RowSums<T> of_x_, of_y_;
+};
+
+}  // namespace sslkern

@@ -1,0 +1,127 @@
+"""NT-Xent, SimCLR's loss: views of one sample against all other samples of the batch."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from ..ops import _checks
+from ..ops.pairwise_reduce import pairwise_reduce
+from .info_nce import cross_entropy, inverse, row_products, shown, unit_rows
+
+
+def nt_xent_loss(
+    a: Tensor,
+    b: Tensor,
+    temperature: float | Tensor = 0.5,
+    *,
+    others: Sequence[Tensor] = (),
+    inside: bool = False,
+    negatives: Tensor | None = None,
+    decoupled: bool = False,
+) -> Tensor:
+    r"""The cross-entropy of finding the other views of a sample, without the 2N x 2N matrix of similarities.
+
+    With t_ij = cos(z_i, z_j) / temperature of the V N rows z of all V views, and P(i) the other views of i's sample:
+
+        loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
+        loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
+
+    For two views both are SimCLR's: the mean over 2N rows, of 2N - 1 others each. `decoupled` leaves P(i) out of the
+    sum below, as DCL does; that loss may be negative. Positives are set against the negatives alone, so that small
+    losses keep their digits.
+
+    Args:
+        a, b: (N, D) views; same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
+        temperature: a number other than 0, or a 0-dim tensor, with a gradient; dimensionless.
+        others: further views, as a and b.
+        inside: sum over a sample's positives inside the logarithm.
+        negatives: (K, D), a memory bank of any of the dtypes. Rows of a alone are then compared, with b's row as the
+            positive and the bank as negatives, and averaged over N. The bank's gradient is computed if it requires one.
+        decoupled: as above; needs negatives, N >= 2 or a bank.
+
+    Returns:
+        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+
+    Raises:
+        TypeError, ValueError: one sentence, before any work.
+
+    Sources: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); He et al., MoCo (1911.05722) for the bank.
+    """
+    views = _checked(a, b, others, negatives, decoupled)
+    _checks.coefficient("temperature", temperature, a, zero=False)
+    c = inverse(temperature, a)
+    if negatives is not None:
+        x, y = unit_rows(a), unit_rows(b)
+        bank = unit_rows(negatives.to(x.dtype))
+        return _loss(c * row_products(x, y)[None], pairwise_reduce(x, bank, scale=c), inside, decoupled).mean()
+    z = unit_rows(torch.stack(views))
+    count, n = z.shape[:2]
+    samples = torch.arange(n, device=z.device).repeat(count)
+    against = pairwise_reduce(z.flatten(0, 1), scale=c, mask="different", labels=samples)
+    return _loss(c * _positives(z), against.view(count, n), inside, decoupled).mean()
+
+
+def _checked(
+    a: Tensor, b: Tensor, others: Sequence[Tensor], negatives: Tensor | None, decoupled: bool
+) -> tuple[Tensor, ...]:
+    """All views, after the checks."""
+    if not isinstance(others, list | tuple):
+        raise TypeError(f"others must be a list or tuple of further views (N, D), got {type(others).__name__}.")
+    _checks.matrix("a", a)
+    for name, view in (("b", b), *((f"others[{i}]", view) for i, view in enumerate(others))):
+        _checks.matrix(name, view)
+        _checks.same("a", a, name, view)
+    if negatives is not None:
+        _checks.matrix("negatives", negatives)
+        if negatives.shape[1] != a.shape[1] or negatives.device != a.device:
+            raise ValueError(
+                f"negatives must have shape (K, {a.shape[1]}) and be on {a.device}, as the views, "
+                f"got {tuple(negatives.shape)} on {negatives.device}."
+            )
+        if others:
+            raise ValueError(f"negatives go with the two views a and b, got {len(others)} others.")
+    elif decoupled and a.shape[0] < 2:
+        raise ValueError(f"decoupled=True needs negatives: a bank or at least 2 rows (N), got shape {tuple(a.shape)}.")
+    return (a, b, *others)
+
+
+def _positives(z: Tensor) -> Tensor:
+    """Of (V, N, D), the products with the other views of the sample: (V - 1, V, N), each pair computed once."""
+    count = z.shape[0]
+    pairs = {(v, w): row_products(z[v], z[w]) for v in range(count) for w in range(v + 1, count)}
+    rows = [[pairs[min(v, w), max(v, w)] for w in range(count) if w != v] for v in range(count)]
+    return torch.stack([torch.stack(row) for row in rows], 1)
+
+
+def _loss(positives: Tensor, against: Tensor, inside: bool, decoupled: bool) -> Tensor:
+    """Per row, from its P positive logits (P, ...) and the logsumexp of its negatives (...)."""
+    together = positives.logsumexp(0)
+    target = together if inside else positives.mean(0)
+    return against - target if decoupled else cross_entropy(together, against) + (together - target)
+
+
+class NTXentLoss(nn.Module):
+    """`nt_xent_loss` as a module; it holds its settings, of which the temperature may be an `nn.Parameter`."""
+
+    def __init__(self, temperature: float | Tensor = 0.5, *, inside: bool = False, decoupled: bool = False) -> None:
+        super().__init__()
+        self.temperature, self.inside, self.decoupled = temperature, inside, decoupled
+
+    def forward(
+        self, a: Tensor, b: Tensor, *, others: Sequence[Tensor] = (), negatives: Tensor | None = None
+    ) -> Tensor:
+        return nt_xent_loss(
+            a,
+            b,
+            self.temperature,
+            others=others,
+            inside=self.inside,
+            negatives=negatives,
+            decoupled=self.decoupled,
+        )
+
+    def extra_repr(self) -> str:
+        return f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}"

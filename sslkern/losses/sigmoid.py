@@ -1,0 +1,63 @@
+"""The pairwise sigmoid loss of SigLIP."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ..ops import _checks
+from ..ops.pairwise_reduce import pairwise_reduce
+from .info_nce import converted, row_products, shown, unit_rows
+
+
+def sigmoid_loss(a: Tensor, b: Tensor, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0) -> Tensor:
+    r"""Every pair of rows of a and b as a decision, equal sample or not, without the N x N logits.
+
+        t_ij = scale cos(a_i, b_j) + bias
+        loss = -1/N sum_ij log sigmoid(z_ij t_ij), z_ij = 1 for i = j and -1 otherwise
+             = 1/N [sum_{i != j} softplus(t_ij) + sum_i softplus(-t_ii)]
+
+    Args:
+        a, b: (N, D); same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
+        scale, bias: numbers, or 0-dim tensors, with a gradient; dimensionless. The paper learns both, and scale by its
+            logarithm: scale=log_scale.exp().
+
+    Returns:
+        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+
+    Raises:
+        TypeError, ValueError: one sentence, before any work.
+
+    Source: Zhai et al., SigLIP (2303.15343).
+    """
+    _checks.matrix("a", a)
+    _checks.matrix("b", b)
+    _checks.same("a", a, "b", b)
+    _checks.coefficient("scale", scale, a)
+    _checks.coefficient("bias", bias, a)
+    scale, bias = converted(scale, a), converted(bias, a)
+    x, y = unit_rows(a), unit_rows(b)
+    positive = scale * row_products(x, y) + bias
+    # the bias is one more column: its gradient is then that of a product
+    ones = torch.ones_like(x[:, :1])
+    queries, keys = torch.cat([scale * x, bias * ones], 1), torch.cat([y, ones], 1)
+    negative = pairwise_reduce(queries, keys, kernel="softplus", reduction="sum", mask="others")
+    return (negative - F.logsigmoid(positive)).mean()
+
+
+class SigmoidLoss(nn.Module):
+    """`sigmoid_loss` as a module; it holds its settings, each of which may be an `nn.Parameter`.
+
+    A `scale` that is computed anew in every step, as exp(log_scale), goes into the call.
+    """
+
+    def __init__(self, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0) -> None:
+        super().__init__()
+        self.scale, self.bias = scale, bias
+
+    def forward(self, a: Tensor, b: Tensor, *, scale: float | Tensor | None = None) -> Tensor:
+        return sigmoid_loss(a, b, self.scale if scale is None else scale, self.bias)
+
+    def extra_repr(self) -> str:
+        return f"scale={shown(self.scale)}, bias={shown(self.bias)}"

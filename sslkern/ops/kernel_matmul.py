@@ -1,0 +1,80 @@
+"""A kernel between new points and support points, times coefficients, without the kernel matrix."""
+
+from __future__ import annotations
+
+import math
+from numbers import Real
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from . import _checks
+from .pairwise_reduce import pairwise_reduce
+
+Kernel = Literal["rbf", "dot", "cosine", "sqeuclidean"]
+
+
+def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
+    """1/(2 width^2) for every slice of x (..., N, D), float64, of a number or a tensor of them."""
+    lead = x.shape[:-2]
+    if not isinstance(width, Tensor):
+        if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < math.inf:
+            raise ValueError(f"{name} must be a finite number > 0 or a torch.Tensor of such, got {width!r}.")
+        return torch.full(lead, 0.5 / float(width) / float(width), dtype=torch.float64, device=x.device)
+    if not width.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating tensor, got {_checks.short(width.dtype)}.")
+    if width.device != x.device:
+        raise ValueError(f"{name} must be on the device of its rows, {x.device}, got {width.device}.")
+    pairs = zip(width.shape[::-1], lead[::-1], strict=False)
+    if width.dim() > len(lead) or any(size not in (1, n) for size, n in pairs):
+        raise ValueError(f"{name} must broadcast to shape {tuple(lead)}, got shape {tuple(width.shape)}.")
+    return (0.5 / width.double().square()).expand(lead)
+
+
+def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandwidth: float | Tensor = 1.0) -> Tensor:
+    r"""k_{x,s} b: the out-of-sample transform of a kernel method, in O((N + M)(D + P)) memory.
+
+        out_i = sum_m k(x_i, s_m) b_m
+
+        rbf           k(u, v) = exp(-|u - v|^2 / (2 bandwidth^2))
+        dot           k(u, v) = <u, v>
+        cosine        k(u, v) = <u, v> / (|u| |v|), a row of zeros having cosine 0
+        sqeuclidean   k(u, v) = |u - v|^2
+
+    The N x M kernel matrix is never formed.
+
+    Args:
+        x: (..., N, D), the new points; float32, bfloat16, float16 or float64, any strides, N >= 1.
+        s: (..., M, D), the support points, of x's leading dimensions, dtype and device; M >= 1.
+        b: (..., M, P), their coefficients, in any of these dtypes.
+        kernel: as above.
+        bandwidth: for "rbf" alone, in units of x: a number > 0, or a tensor of them that broadcasts to the leading
+            dimensions, with a gradient.
+
+    Returns:
+        (..., N, P), float32 (float64 for float64), differentiable once by x, s, b and a tensor bandwidth.
+
+    Raises:
+        TypeError, ValueError: one sentence, before any work.
+
+    Source: Kiani et al., Joint-embedding self-supervised learning in the kernel regime (2209.14884).
+    """
+    _checks.one_of("kernel", kernel, get_args(Kernel))
+    for name, z in (("x", x), ("s", s), ("b", b)):
+        _checks.matrix_stack(name, z, min_rows=1)
+    if s.shape[:-2] != x.shape[:-2] or s.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            "s must have the leading dimensions and the columns of x, "
+            f"got shapes {tuple(x.shape)} for x and {tuple(s.shape)} for s."
+        )
+    _checks.alike("x", x, "s", s)
+    if b.shape[:-1] != s.shape[:-1]:
+        expected = ", ".join(map(str, (*s.shape[:-1], "P")))
+        raise ValueError(f"b must have shape ({expected}) for s of {tuple(s.shape)}, got {tuple(b.shape)}.")
+    if b.device != x.device:
+        raise ValueError(f"b and x must be on the same device, got {b.device} and {x.device}.")
+    if kernel != "rbf" and (isinstance(bandwidth, Tensor) or bandwidth != 1.0):
+        raise ValueError(f"bandwidth is for kernel='rbf', got bandwidth={bandwidth!r} with kernel={kernel!r}.")
+    scale = rbf_scale("bandwidth", bandwidth, x) if kernel == "rbf" else 1.0
+    return pairwise_reduce(x, s, kernel=kernel, reduction="matmul", scale=scale, rhs=b)

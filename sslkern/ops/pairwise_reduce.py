@@ -1,0 +1,312 @@
+"""Reductions of a function of all pairs of rows, without the matrix of the pairs."""
+
+from __future__ import annotations
+
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from ..backend import declare, pick
+from ..reference import pairwise_reduce as _reference
+from . import _checks
+from ._autograd import first_order
+
+Kernel = Literal["dot", "cosine", "sqeuclidean", "rbf", "softplus"]
+Reduction = Literal["logsumexp", "max", "sum", "matmul", "gram"]
+Mask = Literal["others", "same", "same others", "different"]
+_BITS = {"others": _reference.OTHERS, "same": _reference.SAME, "different": _reference.DIFFERENT}
+_KERNELS: dict[str, tuple[str, ...]] = {
+    "logsumexp": ("dot", "cosine", "sqeuclidean"),
+    "max": ("dot", "cosine", "sqeuclidean"),
+    "sum": get_args(Kernel),
+    "matmul": get_args(Kernel),
+    "gram": ("dot", "cosine", "sqeuclidean", "rbf"),
+}
+_PAIRS = "Tensor x, Tensor? y, Tensor scale"
+_MASKED = "Tensor? x_labels, Tensor? y_labels"
+
+declare(
+    f"pairwise_logsumexp_fwd({_PAIRS}, {_MASKED}, int mask, str kernel, bool columns) -> (Tensor, Tensor)",
+    _reference.pairwise_logsumexp_fwd,
+)
+declare(
+    f"pairwise_logsumexp_bwd(Tensor grad_rows, Tensor grad_columns, {_PAIRS}, {_MASKED}, Tensor over_rows,"
+    " Tensor over_columns, int mask, str kernel, bool columns, bool need_x, bool need_y) -> (Tensor, Tensor)",
+    _reference.pairwise_logsumexp_bwd,
+)
+declare(f"pairwise_argmax({_PAIRS}, {_MASKED}, int mask, str kernel) -> Tensor", _reference.pairwise_argmax)
+declare(
+    f"pairwise_matmul_fwd({_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel) -> Tensor",
+    _reference.pairwise_matmul_fwd,
+)
+declare(
+    f"pairwise_matmul_bwd(Tensor grad, {_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel, bool need_x,"
+    " bool need_y, bool need_rhs) -> (Tensor, Tensor, Tensor)",
+    _reference.pairwise_matmul_bwd,
+)
+declare("pairwise_gram_fwd(Tensor x, Tensor scale, str kernel) -> (Tensor, Tensor)", _reference.pairwise_gram_fwd)
+declare(
+    "pairwise_gram_bwd(Tensor grad_gram, Tensor grad_sums, Tensor x, Tensor scale, str kernel) -> Tensor",
+    _reference.pairwise_gram_bwd,
+)
+
+
+def _scaled(ctx, scale: Tensor, inputs: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor | None, list[Tensor]]:
+    """From gradients per unit of scale: the gradient by the scale, and those by the inputs.
+
+    A similarity s is of degree 1 in x and in y, or of degree 2 in both together; so sum_ij w_ij s_ij, the gradient by
+    the scale, is half of <x, sum_j w_ij ds_ij/dx_i> + <y, sum_i w_ij ds_ij/dy_j>.
+    """
+    grad_scale = None
+    if ctx.needs_input_grad[2]:
+        grad_scale = sum((0.5 * (x * grad).sum((-2, -1)) for x, grad in inputs if x is not None), scale.new_zeros(()))
+    return grad_scale, [grad.mul_(scale[..., None, None]) if x is not None else grad for x, grad in inputs]
+
+
+class _LogSumExp(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, x_labels, y_labels, mask, kernel, columns):
+        settings = (mask, kernel, columns)
+        over_rows, over_columns = pick("pairwise_logsumexp_fwd", x)(x, y, scale, x_labels, y_labels, *settings)
+        ctx.save_for_backward(x, y, scale, x_labels, y_labels, over_rows, over_columns)
+        ctx.settings = settings
+        if not columns:
+            ctx.mark_non_differentiable(over_columns)
+        return over_rows, over_columns
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_rows, grad_columns):
+        x, y, scale, *saved = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0] or wanted[2], y is not None and (wanted[1] or wanted[2]))
+        kernel = pick("pairwise_logsumexp_bwd", x)
+        grads = kernel(grad_rows, grad_columns, x, y, scale, *saved, *ctx.settings, *needs)
+        inputs = [(z if need else None, grad) for z, grad, need in zip((x, y), grads, needs, strict=True)]
+        grad_scale, grads = _scaled(ctx, scale, inputs)
+        return (*(g if want else None for g, want in zip(grads, wanted[:2], strict=True)), grad_scale, *(None,) * 5)
+
+
+class _Matmul(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, y, scale, rhs, x_labels, y_labels, mask, kernel):
+        ctx.save_for_backward(x, y, scale, rhs, x_labels, y_labels)
+        ctx.settings = (mask, kernel)
+        return pick("pairwise_matmul_fwd", x)(x, y, scale, rhs, x_labels, y_labels, mask, kernel)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad):
+        x, y, scale, rhs, *labels = ctx.saved_tensors
+        wanted = ctx.needs_input_grad
+        needs = (wanted[0] or wanted[2], y is not None and (wanted[1] or wanted[2]), wanted[3])
+        kernel = pick("pairwise_matmul_bwd", x)
+        *grads, grad_rhs = kernel(grad, x, y, scale, rhs, *labels, *ctx.settings, *needs)
+        inputs = [(z if need else None, g) for z, g, need in zip((x, y), grads, needs[:2], strict=True)]
+        grad_scale, grads = _scaled(ctx, scale, inputs)
+        first = (g if want else None for g, want in zip(grads, wanted[:2], strict=True))
+        return (*first, grad_scale, grad_rhs if wanted[3] else None, *(None,) * 4)
+
+
+class _Gram(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x, _, scale, kernel):
+        ctx.save_for_backward(x, scale)
+        ctx.kernel = kernel
+        return pick("pairwise_gram_fwd", x)(x, scale, kernel)
+
+    @staticmethod
+    @first_order
+    def backward(ctx, grad_gram, grad_sums):
+        x, scale = ctx.saved_tensors
+        grad = pick("pairwise_gram_bwd", x)(grad_gram, grad_sums, x, scale, ctx.kernel)
+        grad_scale, (grad,) = _scaled(ctx, scale, [(x, grad)])
+        return grad if ctx.needs_input_grad[0] else None, None, grad_scale, None
+
+
+def pairwise_reduce(
+    x: Tensor,
+    y: Tensor | None = None,
+    *,
+    kernel: Kernel = "dot",
+    reduction: Reduction = "logsumexp",
+    scale: float | Tensor = 1.0,
+    mask: Mask | None = None,
+    labels: Tensor | tuple[Tensor, Tensor] | None = None,
+    rhs: Tensor | None = None,
+    both_sides: bool = False,
+):
+    r"""A sum, a product or a maximum over j of a function of x_i and y_j, exact, in O((N + M) D) memory.
+
+    With `scale` = c, the kernels are
+
+        dot           t_ij = c <x_i, y_j>              k_ij = t_ij
+        cosine        t_ij = c <x_i, y_j> / (|x_i| |y_j|), a row of zeros having cosine 0     k_ij = t_ij
+        sqeuclidean   t_ij = c |x_i - y_j|^2           k_ij = t_ij
+        rbf           t_ij = c |x_i - y_j|^2           k_ij = exp(-t_ij); c = 1/(2 bandwidth^2)
+        softplus      t_ij = c <x_i, y_j>              k_ij = log(1 + exp(t_ij))
+
+    and the reductions, over the pairs that the mask keeps,
+
+        logsumexp     log sum_j exp(t_ij)                                    (..., N)
+        max           max_j t_ij, and the first such j                       (..., N), (..., N) int64
+        sum           sum_j k_ij                                             (..., N)
+        matmul        sum_j k_ij rhs_j                                       (..., N, P)
+        gram          sum_ij k^g_ij k^h_ij, and sum_j k^g_ij, of G groups    (..., G, G), (..., G, N)
+
+    y = None stands for x itself: half of the pairs are computed, each once. Where no pair is kept, logsumexp and max
+    are -inf (the index -1) with a gradient of 0. Exponents are taken relative to the row's maximum where they need it,
+    so no scale over- or underflows: 1e3 and -1e3 are as good as 1.
+
+    Args:
+        x: (..., N, D), for "gram" (..., G, N, D), where groups of fewer columns are filled up with zeros; float32,
+            bfloat16, float16 or float64, any strides, N >= 1.
+        y: (..., M, D) of x's leading dimensions, dtype and device, or None.
+        kernel: as above; "logsumexp" and "max" take "dot", "cosine" or "sqeuclidean", "gram" all but "softplus".
+        reduction: as above.
+        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a tensor that broadcasts to
+            x's leading dimensions, with a gradient.
+        mask: None, or the pairs to keep: "others" has j != i, "same" equal labels, "same others" both, "different"
+            unequal labels.
+        labels: int64 (..., N), for x and y alike where y is None or as long as x; or a pair (..., N), (..., M).
+        rhs: (..., M, P) for "matmul", with a gradient; in the precision of the result.
+        both_sides: for "logsumexp" with a y: also over i, (..., M), from the same similarities.
+
+    Returns:
+        As above, in float32 (float64 for float64), those of "gram" in float64, for they are about to cancel;
+        differentiable once by x, y, scale and rhs. Similarities of bfloat16 and float16 are those of the rounded
+        numbers, in float32.
+
+    Raises:
+        TypeError, ValueError: one sentence, before any work.
+
+    Sources: Gao et al., gradient caching (2101.06983) and Cheng et al., Inf-CL (2410.17243) for losses by tiles;
+    Gretton et al., HSIC (2005), and Mialon et al. (2209.14905) for the sums of kernels.
+    """
+    _checks.one_of("kernel", kernel, get_args(Kernel))
+    _checks.one_of("reduction", reduction, get_args(Reduction))
+    if kernel not in _KERNELS[reduction]:
+        allowed = ", ".join(map(repr, _KERNELS[reduction]))
+        raise ValueError(f"reduction={reduction!r} takes one of the kernels {allowed}, got {kernel!r}.")
+    _checks.matrix_stack("x", x, min_rows=1)
+    if y is not None:
+        _check_y(x, y)
+    bits, x_labels, y_labels = _mask(x, y, mask, labels)
+    if both_sides and (reduction != "logsumexp" or y is None):
+        raise ValueError("both_sides is for reduction='logsumexp' with a y: without one, columns are rows.")
+    if (rhs is not None) != (reduction == "matmul"):
+        raise ValueError(f"rhs is for reduction='matmul', which needs it; got reduction={reduction!r}.")
+    if reduction == "gram" and (x.dim() < 3 or y is not None or mask is not None):
+        raise ValueError(f"reduction='gram' takes x (..., G, N, D) with no y and no mask, got shape {tuple(x.shape)}.")
+    c = _scale_of(x, scale)
+    x, y = _prepared(x, x, kernel), None if y is None else _prepared(y, x, kernel)
+    kernel = "dot" if kernel == "cosine" else kernel
+    right = None if rhs is None else _rhs(rhs, x, x if y is None else y)
+    inputs = [z for z in (x, y, c, right) if z is not None]
+    grad = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
+    if reduction == "max":
+        return _max(x, y, c, x_labels, y_labels, bits, kernel)
+    if reduction == "gram":
+        return _Gram.apply(x, None, c, kernel) if grad else pick("pairwise_gram_fwd", x)(x, c, kernel)
+    if reduction == "logsumexp":
+        run = _LogSumExp.apply if grad else pick("pairwise_logsumexp_fwd", x)
+        both = run(x, y, c, x_labels, y_labels, bits, kernel, both_sides)
+        return both if both_sides else both[0]
+    run = _Matmul.apply if grad else pick("pairwise_matmul_fwd", x)
+    out = run(x, y, c, right, x_labels, y_labels, bits, kernel)
+    return out if reduction == "matmul" else out.squeeze(-1)
+
+
+def _check_y(x: Tensor, y: Tensor) -> None:
+    _checks.matrix_stack("y", y, min_rows=1)
+    if y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            "y must have the leading dimensions and the columns of x, "
+            f"got shapes {tuple(x.shape)} for x and {tuple(y.shape)} for y."
+        )
+    _checks.alike("x", x, "y", y)
+
+
+def _mask(
+    x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tuple[Tensor, Tensor] | None
+) -> tuple[int, Tensor | None, Tensor | None]:
+    """The bits of a mask, and the labels of both sides."""
+    if mask is not None:
+        _checks.one_of("mask", mask, get_args(Mask))
+    by_label = mask is not None and mask != "others"
+    if by_label != (labels is not None):
+        raise ValueError(f"labels go with a mask of 'same', 'same others' or 'different', got mask={mask!r}.")
+    bits = sum(_BITS[word] for word in (mask or "").split())
+    if labels is None:
+        return bits, None, None
+    pair = labels if isinstance(labels, tuple) else (labels, labels)
+    if len(pair) != 2 or (y is None and pair[0] is not pair[1]):
+        raise ValueError("labels must be one tensor where y is None, and a tensor or a pair of them otherwise.")
+    for side, z in zip(pair, (x, x if y is None else y), strict=True):
+        if not isinstance(side, Tensor) or side.dtype != torch.int64:
+            kind = _checks.short(side.dtype) if isinstance(side, Tensor) else type(side).__name__
+            raise TypeError(f"labels must be int64 tensors, got {kind}.")
+        if side.shape != z.shape[:-1] or side.device != z.device:
+            raise ValueError(
+                f"labels must have the shape {tuple(z.shape[:-1])} and the device {z.device} of their rows, "
+                f"got {tuple(side.shape)} on {side.device}."
+            )
+    first = pair[0].contiguous()
+    return bits, first, None if y is None else pair[1].contiguous()
+
+
+def _scale_of(x: Tensor, scale: float | Tensor) -> Tensor:
+    """One number per slice of x, in the precision of the result."""
+    dtype = _reference.accumulation_dtype(x)
+    if not isinstance(scale, Tensor):
+        if isinstance(scale, bool) or not isinstance(scale, int | float):
+            raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
+        return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
+    if not scale.is_floating_point():
+        raise TypeError(f"scale must be a number or a floating tensor, got {_checks.short(scale.dtype)}.")
+    if scale.device != x.device:
+        raise ValueError(f"scale and x must be on the same device, got {scale.device} and {x.device}.")
+    lead = x.shape[:-2]
+    if scale.dim() > len(lead) or any(s not in (1, n) for s, n in zip(scale.shape[::-1], lead[::-1], strict=False)):
+        raise ValueError(
+            f"scale must broadcast to the leading dimensions {tuple(lead)} of x, got shape {tuple(scale.shape)}."
+        )
+    return scale.to(dtype).expand(lead).contiguous()
+
+
+def _prepared(z: Tensor, x: Tensor, kernel: str) -> Tensor:
+    """What the kernels take: contiguous, in the precision of the result; normalised for the cosine, and centred for
+    distances, which do not change by it and lose no digits to a common mean."""
+    dtype = _reference.accumulation_dtype(x)
+    z = z.to(dtype).contiguous()
+    if kernel == "cosine":
+        z = torch.nn.functional.normalize(z, dim=-1)
+    if kernel in _reference.SQUARED:
+        finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # or one bad row would spoil all others
+        z = z - finite.mean(-2, keepdim=True)
+    return z
+
+
+def _rhs(rhs: Tensor, x: Tensor, z: Tensor) -> Tensor:
+    if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
+        kind = _checks.short(rhs.dtype) if isinstance(rhs, Tensor) else type(rhs).__name__
+        raise TypeError(f"rhs must be a floating tensor, got {kind}.")
+    if rhs.dim() != z.dim() or rhs.shape[:-1] != z.shape[:-1] or rhs.shape[-1] < 1:
+        expected = ", ".join(map(str, (*z.shape[:-1], "P")))
+        raise ValueError(f"rhs must have shape ({expected}), got {tuple(rhs.shape)}.")
+    if rhs.device != x.device:
+        raise ValueError(f"rhs and x must be on the same device, got {rhs.device} and {x.device}.")
+    return rhs.to(x.dtype).contiguous()
+
+
+def _max(
+    x: Tensor, y: Tensor | None, c: Tensor, x_labels: Tensor | None, y_labels: Tensor | None, bits: int, kernel: str
+) -> tuple[Tensor, Tensor]:
+    """The largest similarities, from the pairs that have them."""
+    z = x if y is None else y
+    with torch.no_grad():
+        index = pick("pairwise_argmax", x)(x, y, c, x_labels, y_labels, bits, kernel)
+    best = z.gather(-2, index.clamp_min(0)[..., None].expand_as(x))
+    similarity = (x - best).square().sum(-1) if kernel == "sqeuclidean" else (x * best).sum(-1)
+    return (c[..., None] * similarity).masked_fill(index < 0, -torch.inf), index

@@ -1,0 +1,251 @@
+"""Reductions of functions of all pairs of rows in plain torch, some rows at a time."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .columns import accumulation_dtype as accumulation_dtype
+from .columns import without_autocast
+
+OTHERS, SAME, DIFFERENT = 1, 2, 4  # bits of a mask: j != i; rows of one label; rows of two
+SQUARED = ("sqeuclidean", "rbf")  # kernels of the distance
+_NUMBERS = 1 << 20  # of a slice of similarities, together
+
+
+def _share(x: Tensor, y: Tensor) -> Iterator[slice]:
+    step = max(1, _NUMBERS // max(1, y.shape[:-1].numel()))
+    return (slice(i, min(x.shape[-2], i + step)) for i in range(0, x.shape[-2], step))
+
+
+def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str, own: bool) -> Tensor:
+    """scale <x_i, y_j> or scale |x_i - y_j|^2, some rows of it; `own` where y is x."""
+    s = x[..., rows, :] @ y.mT
+    if kernel in SQUARED:
+        square = [z.square().sum(-1) for z in (x[..., rows, :], y)]
+        s = (square[0][..., None] + square[1][..., None, :] - 2 * s).clamp_min(0)
+        if own:
+            s.diagonal(rows.start, -2, -1).zero_()
+    return scale[..., None, None] * s
+
+
+def _dropped(
+    rows: slice, n: int, m: int, x_labels: Tensor | None, y_labels: Tensor | None, mask: int, device: torch.device
+) -> Tensor | None:
+    """Pairs that do not count."""
+    if mask == 0:
+        return None
+    out = torch.zeros((), dtype=torch.bool, device=device)
+    if mask & OTHERS:
+        out = torch.arange(n, device=device)[rows, None] == torch.arange(m, device=device)
+    if x_labels is not None and y_labels is not None:
+        equal = x_labels[..., rows, None] == y_labels[..., None, :]
+        out = out | (equal if mask & DIFFERENT else ~equal)
+    return out
+
+
+def _apply(kernel: str, t: Tensor) -> Tensor:
+    if kernel == "rbf":
+        return (-t).exp()
+    return torch.logaddexp(t, t.new_zeros(())) if kernel == "softplus" else t
+
+
+def _slope(kernel: str, t: Tensor) -> Tensor:
+    if kernel == "rbf":
+        return -(-t).exp()
+    return t.sigmoid() if kernel == "softplus" else torch.ones_like(t)
+
+
+def _add_gradients(
+    w: Tensor, x: Tensor, y: Tensor, rows: slice, kernel: str, own: bool, grad_x: Tensor | None, grad_y: Tensor | None
+) -> None:
+    """With w the derivatives by the similarities, those by x (rows of it) and y, per unit of scale."""
+    some = x[..., rows, :]
+    if own and kernel in SQUARED:
+        w.diagonal(rows.start, -2, -1).zero_()  # of a distance of 0: it cancels, but not to the last digit
+    for grad, at, weights, this, other in ((grad_x, rows, w, some, y), (grad_y, slice(None), w.mT, y, some)):
+        if grad is None:
+            continue
+        part = weights @ other
+        if kernel in SQUARED:
+            part = 2 * (weights.sum(-1, keepdim=True) * this - part)
+        grad[..., at, :] += part
+
+
+def pairwise_logsumexp_fwd(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    mask: int,
+    kernel: str,
+    columns: bool,
+) -> tuple[Tensor, Tensor]:
+    """x (..., N, D), y (..., M, D) or None for x itself, scale (...) -> over rows (..., N), and over columns (..., M).
+
+    The latter is empty unless `columns`.
+    """
+    z = x if y is None else y
+    y_labels = x_labels if y is None else y_labels
+    over_rows = x.new_empty(x.shape[:-1])
+    over_columns = x.new_full(z.shape[:-1], -torch.inf) if columns else x.new_empty(0)
+    with without_autocast(x):
+        for rows in _share(x, z):
+            t = _similarities(x, z, rows, scale, kernel, y is None)
+            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
+            t = t if dropped is None else t.masked_fill(dropped, -torch.inf)
+            over_rows[..., rows] = t.logsumexp(-1)
+            if columns:
+                over_columns = torch.logaddexp(over_columns, t.logsumexp(-2))
+    return over_rows, over_columns
+
+
+def pairwise_logsumexp_bwd(
+    grad_rows: Tensor,
+    grad_columns: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    over_rows: Tensor,
+    over_columns: Tensor,
+    mask: int,
+    kernel: str,
+    columns: bool,
+    need_x: bool,
+    need_y: bool,
+) -> tuple[Tensor, Tensor]:
+    """Gradients by x and y per unit of scale: to be multiplied by it. What is not needed comes back empty."""
+    z, own = (x if y is None else y), y is None
+    if own:
+        y_labels, columns, over_columns, grad_columns = x_labels, True, over_rows, grad_rows
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not own else None
+    # of no pairs at all, the sum is 0 and so are its shares
+    bases = [v.masked_fill(v == -torch.inf, 0) for v in (over_rows, over_columns)]
+    with without_autocast(x):
+        for rows in _share(x, z):
+            t = _similarities(x, z, rows, scale, kernel, own)
+            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
+            t = t if dropped is None else t.masked_fill(dropped, -torch.inf)
+            w = grad_rows[..., rows, None] * (t - bases[0][..., rows, None]).exp()
+            if columns:
+                w = w + grad_columns[..., None, :] * (t - bases[1][..., None, :]).exp()
+            _add_gradients(w, x, z, rows, kernel, own, grad_x, grad_y)
+    empty = x.new_empty(0)
+    return (empty if grad_x is None else grad_x), (empty.clone() if grad_y is None else grad_y)
+
+
+def pairwise_argmax(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    mask: int,
+    kernel: str,
+) -> Tensor:
+    """The first j of the largest similarity of every row (..., N), int64; -1 where no pair counts."""
+    z = x if y is None else y
+    y_labels = x_labels if y is None else y_labels
+    out = x.new_empty(x.shape[:-1], dtype=torch.int64)
+    with without_autocast(x):
+        for rows in _share(x, z):
+            t = _similarities(x, z, rows, scale, kernel, y is None)
+            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
+            best = (t if dropped is None else t.masked_fill(dropped, -torch.inf)).argmax(-1)
+            out[..., rows] = best if dropped is None else torch.where(dropped.all(-1), -1, best)
+    return out
+
+
+def pairwise_matmul_fwd(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    rhs: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    mask: int,
+    kernel: str,
+) -> Tensor:
+    """sum_j k_ij rhs_j (..., N, P), of rhs (..., M, P), or None for a column of ones."""
+    z = x if y is None else y
+    y_labels = x_labels if y is None else y_labels
+    out = x.new_empty((*x.shape[:-1], 1 if rhs is None else rhs.shape[-1]))
+    with without_autocast(x):
+        for rows in _share(x, z):
+            k = _apply(kernel, _similarities(x, z, rows, scale, kernel, y is None))
+            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
+            k = k if dropped is None else k.masked_fill(dropped, 0)
+            out[..., rows, :] = k.sum(-1, keepdim=True) if rhs is None else k @ rhs
+    return out
+
+
+def pairwise_matmul_bwd(
+    grad: Tensor,
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    rhs: Tensor | None,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    mask: int,
+    kernel: str,
+    need_x: bool,
+    need_y: bool,
+    need_rhs: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Gradients by x and y per unit of scale, and by rhs. What is not needed comes back empty."""
+    z, own = (x if y is None else y), y is None
+    y_labels = x_labels if own else y_labels
+    grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
+    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not own else None
+    grad_rhs = (
+        torch.zeros_like(rhs, memory_format=torch.contiguous_format) if need_rhs and rhs is not None else x.new_empty(0)
+    )
+    right = grad.new_ones(()).expand(*z.shape[:-1], 1) if rhs is None else rhs
+    with without_autocast(x):
+        for rows in _share(x, z):
+            t = _similarities(x, z, rows, scale, kernel, own)
+            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
+            if need_rhs and rhs is not None:
+                k = _apply(kernel, t)
+                k = k if dropped is None else k.masked_fill(dropped, 0)
+                grad_rhs += k.mT @ grad[..., rows, :]
+            w = grad[..., rows, :] @ right.mT
+            if own:
+                w = w + right[..., rows, :] @ grad.mT
+            w = w * _slope(kernel, t)
+            w = w if dropped is None else w.masked_fill(dropped, 0)
+            _add_gradients(w, x, z, rows, kernel, own, grad_x, grad_y)
+    empty = x.new_empty(0)
+    return (empty if grad_x is None else grad_x), (empty.clone() if grad_y is None else grad_y), grad_rhs
+
+
+def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
+    """x (..., G, N, D), scale (..., G) -> sum_ij k^g_ij k^h_ij (..., G, G), sum_j k^g_ij (..., G, N), in float64."""
+    gram = x.new_zeros((*x.shape[:-2], x.shape[-3]), dtype=torch.float64)
+    sums = x.new_empty(x.shape[:-1], dtype=torch.float64)
+    with without_autocast(x):
+        for rows in _share(x, x):
+            k = _apply(kernel, _similarities(x, x, rows, scale, kernel, True)).double()
+            sums[..., rows] = k.sum(-1)
+            gram += k.flatten(-2) @ k.flatten(-2).mT
+    return gram, sums
+
+
+def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
+    """The gradient by x per unit of scale."""
+    grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
+    both, grad_sums = (2 * (grad_gram + grad_gram.mT)).to(x.dtype), grad_sums.to(x.dtype)
+    with without_autocast(x):
+        for rows in _share(x, x):
+            t = _similarities(x, x, rows, scale, kernel, True)
+            k = _apply(kernel, t)
+            w = (both @ k.flatten(-2)).view_as(k) + (grad_sums[..., rows, None] + grad_sums[..., None, :])
+            _add_gradients(w * _slope(kernel, t), x, x, rows, kernel, True, grad, None)
+    return grad
