@@ -14,12 +14,12 @@ import argparse
 import statistics
 import sys
 from functools import partial
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from _digits import TRAINING_IMAGES, build_network, features, probe, split_digits, two_views
+from _digits import build_network, features, probe, split_digits, two_views
 from _digits_plot import plot
+from _flags import add_flags, check_flags
 from _meter import Meter
 from tqdm import tqdm
 
@@ -222,28 +222,13 @@ def verdict(args, runs, times, distance, accuracies):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--loss", choices=LOSSES, default="vicreg")
-    defaults = {"hidden": 1024, "width": 8192, "batch": 256, "micro": 16, "steps": 300, "published-steps": 40}
-    for name, default in defaults.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run; default 0")
-    parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
-    parser.add_argument("--out", type=Path, default=Path("out/vicreg_digits.png"), metavar="PNG")
+    sizes = {"hidden": 1024, "width": 8192, "batch": 256, "micro": 16, "steps": 300, "published-steps": 40}
+    add_flags(parser, sizes, "out/vicreg_digits.png")
     args = parser.parse_args()
-    for name, least in (("hidden", 1), ("width", 2), ("batch", 4), ("micro", 4), ("steps", 1), ("published_steps", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name.replace('_', '-')} must be at least {least}, got {getattr(args, name)}.")
-    if args.batch > TRAINING_IMAGES:
-        parser.error(f"--batch must not exceed the {TRAINING_IMAGES} training images, got {args.batch}.")
+    least = {"hidden": 1, "width": 2, "batch": 4, "micro": 4, "steps": 1, "published_steps": 1}
+    check_flags(parser, args, least)
     if args.loss == "vicreg" and args.batch % args.micro:
         parser.error(f"--batch must be a multiple of --micro, got {args.batch} and {args.micro}.")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be between 0 and 2**32 - 1, got {args.seed}.")
-    if args.device.split(":")[0] not in ("cpu", "cuda"):
-        parser.error(f"--device must be cpu or cuda, got {args.device!r}.")
-    if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA GPU and a torch built for it, and there is none here.")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must be the name of a .png file, got {args.out}.")
     args.published_steps = min(args.published_steps, args.steps)
     return args
 

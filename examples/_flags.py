@@ -1,0 +1,32 @@
+"""The flags of the self-supervised digits, and their checks."""
+
+from pathlib import Path
+
+import torch
+from _digits import TRAINING_IMAGES
+
+
+def add_flags(parser, sizes, out):
+    """`sizes`, default by name, and what every example has."""
+    for name, default in sizes.items():
+        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run; default 0")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+    parser.add_argument("--out", type=Path, default=Path(out), metavar="PNG")
+
+
+def check_flags(parser, args, least):
+    """Ends with one sentence where a size is below its `least`, by name, or another flag of the above is wrong."""
+    for name, bound in least.items():
+        if getattr(args, name) < bound:
+            parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}.")
+    if args.batch > TRAINING_IMAGES:
+        parser.error(f"--batch must not exceed the {TRAINING_IMAGES} training images, got {args.batch}.")
+    if not 0 <= args.seed < 2**32:
+        parser.error(f"--seed must be between 0 and 2**32 - 1, got {args.seed}.")
+    if args.device.split(":")[0] not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {args.device!r}.")
+    if args.device.startswith("cuda") and not torch.cuda.is_available():
+        parser.error("--device cuda needs a CUDA GPU and a torch built for it, and there is none here.")
+    if args.out.suffix != ".png":
+        parser.error(f"--out must be the name of a .png file, got {args.out}.")
