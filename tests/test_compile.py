@@ -127,6 +127,8 @@ def test_opcheck(kernel, dtype, backend, device):
     operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), kernel).default
     tried = 0
     for arguments in samples(kernel, dtype, device):
+        if cases.interpreted(backend) and dtype == torch.bfloat16 and tried:
+            break  # the others go by float32's way: all but the conversion is the same
         torch.library.opcheck(operator, arguments)
         tried += 1
     single = kernel.startswith("pairwise_") or kernel in ("rank_k_update_", "skinny_products")

@@ -84,14 +84,27 @@ def report(case, architecture: int, folder: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
-def reports(request, tmp_path_factory) -> tuple[int, dict]:
-    """All kernels of one architecture, compiled where TRITON_INTERPRET does not replace the compiler."""
+@pytest.fixture(scope="module")
+def compilers(tmp_path_factory) -> dict:
+    """A process per architecture, all at once, where TRITON_INTERPRET does not replace the compiler."""
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, str(request.param), str(tmp_path_factory.mktemp("cubins"))]
-    run = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert run.returncode == 0, run.stderr[-4000:]
-    return request.param, json.loads(run.stdout)
+    started = {}
+    for architecture in ARCHITECTURES:
+        folder = tmp_path_factory.mktemp("cubins")
+        command = [sys.executable, __file__, str(architecture), str(folder)]
+        with open(folder / "report", "w") as out, open(folder / "errors", "w") as errors:  # pipes could fill up
+            started[architecture] = subprocess.Popen(command, stdout=out, stderr=errors, env=environment), folder
+    yield started
+    for process, _ in started.values():
+        process.kill()
+
+
+@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+def reports(request, compilers) -> tuple[int, dict]:
+    """All kernels of one architecture."""
+    process, folder = compilers[request.param]
+    assert process.wait() == 0, (folder / "errors").read_text()[-4000:]
+    return request.param, json.loads((folder / "report").read_text())
 
 
 @pytest.mark.parametrize("name", [name for name in compile_cases() if name != SPILLING])

@@ -46,20 +46,14 @@ struct Rows {
     }
     if (!with_squares) return;
     squares.resize(padded);
-    for (int64_t i = 0; i < n; ++i) squares[i] = row_square(x + i * d, d);
-  }
-
-  static T row_square(const T* row, int64_t d) {
-    T sum = 0;
-    for (int64_t k = 0; k < d; ++k) sum += row[k] * row[k];
-    return sum;
+    for (int64_t i = 0; i < n; ++i) squares[i] = dot_row(x + i * d, x + i * d, d);
   }
 
   // The largest norm; NaN where there is one.
   T largest_norm() const {
     T most = 0;
     for (int64_t i = 0; i < n; ++i) {
-      const T square = row_square(x + i * d, d);
+      const T square = dot_row(x + i * d, x + i * d, d);
       if (!(square <= most)) most = square;
       if (std::isnan(most)) break;
     }
@@ -106,17 +100,36 @@ struct Similarity {
 };
 
 // Pairs that do not count.
-struct Mask {
-  int64_t bits;
-  const int64_t *x, *y;
+class Mask {
+ public:
+  // Labels of n rows and m columns, or null; columns by blocks of `size`.
+  Mask(int64_t bits, const int64_t* x, const int64_t* y, int64_t m, int64_t size)
+      : bits_(bits), size_(size), x_(x), y_(y) {
+    for (int64_t j = 0; x != nullptr && j < m; j += size) {
+      const auto [least, most] = std::minmax_element(y + j, y + std::min(m, j + size));
+      ranges_.push_back({*least, *most});
+    }
+  }
 
   template <class T>
   void drop(T* t, const Block& b, int64_t r, T value) const {
-    if (bits == 0) return;
+    if (bits_ == 0) return;
     const int64_t i = b.i0 + r, at = i - b.j0;
-    if ((bits & kOthers) && at >= 0 && at < b.cols) t[at] = value;
-    if (x != nullptr) drop_row(t, b.cols, x[i], y + b.j0, (bits & kDifferent) != 0, value);
+    if ((bits_ & kOthers) && at >= 0 && at < b.cols) t[at] = value;
+    if (x_ == nullptr) return;
+    const bool equal = (bits_ & kDifferent) != 0;
+    const auto [least, most] = ranges_[b.j0 / size_];
+    if (x_[i] >= least && x_[i] <= most) {
+      drop_row(t, b.cols, x_[i], y_ + b.j0, equal, value);
+    } else if (!equal) {  // labels in order, as samples have them, meet no other label of a block
+      std::fill_n(t, b.cols, value);
+    }
   }
+
+ private:
+  const int64_t bits_, size_;
+  const int64_t *const x_, *const y_;
+  std::vector<std::pair<int64_t, int64_t>> ranges_;
 };
 
 // f(i, j, slot) for all pairs of `nx` and `ny` blocks, or, of one side's `own`, for i <= j: round after round, in each
@@ -146,21 +159,18 @@ void for_rounds(int64_t nx, int64_t ny, bool own, int64_t work, const F& f) {
     });
 }
 
-// Rows of a block: as many as stay in L2 with what belongs to them, and at least 4 blocks where there is work for them.
-template <class T>
-int64_t block_rows(int64_t n, int64_t width) {
-  constexpr int64_t bytes = 800 << 10;
+// Rows of a block: its pairs stay in L2, and there are 4 blocks or more. Rows of 768 numbers do not stay there as well,
+// and still want large blocks: what is read grows with a block's side, and what is done with its square.
+inline int64_t block_rows(int64_t n) {
   int64_t rows = kPairRows;
-  while (rows > kTile && (rows * (rows + 4 * width) * static_cast<int64_t>(sizeof(T)) > bytes || 4 * rows > n))
-    rows /= 2;
+  while (rows > kTile && 4 * rows > n) rows /= 2;
   return rows;
 }
 
 template <class T>
 class Pairs {
  public:
-  Pairs(const Rows<T>& x, const Rows<T>& y, bool own)
-      : Pairs(x, y, own, block_rows<T>(std::min(x.n, y.n), x.d), kTile) {}
+  Pairs(const Rows<T>& x, const Rows<T>& y, bool own) : Pairs(x, y, own, block_rows(std::min(x.n, y.n)), kTile) {}
   Pairs(const Rows<T>& x, const Rows<T>& y, bool own, int64_t size, int64_t padding)
       : x_(x), y_(y), own_(own), size_(size), ld_(size + padding) {}
 

@@ -62,7 +62,7 @@ struct Slice {
         y(c.own ? x : *other),
         pairs(x, y, c.own),
         similarity{data<T>(c.scale)[s], c.squared, c.own, x.squares.data(), y.squares.data()},
-        mask{c.mask, labels(c.x_labels, s, c.n()), labels(c.y_labels, s, c.m())},
+        mask(c.mask, labels(c.x_labels, s, c.n()), labels(c.y_labels, s, c.m()), c.m(), pairs.size()),
         own(c.own) {}
 
   // Numbers between which all exponents lie.
@@ -453,6 +453,10 @@ class Groups {
   int64_t numbers() const {
     return pairs_->size() * pairs_->size();
   }
+  // From a group's to the next one's: 2^n numbers apart, all would meet in the same lines of L1.
+  int64_t stride() const {
+    return numbers() + kTile;
+  }
   const Rows<T>& side(int64_t g) const {
     return sides_[g];
   }
@@ -465,7 +469,7 @@ class Groups {
 
   void kernels(const Block& b, T* k) const {
     const int64_t size = pairs_->size();
-    for (int64_t g = 0; g < count_; ++g, k += numbers()) {
+    for (int64_t g = 0; g < count_; ++g, k += stride()) {
       const Rows<T>& side = sides_[g];
       if (rbf_ && side.d == 1) {  // a product and a square of one number each would cost more than this
         rbf_block(side.x + b.i0, b.rows, side.x + b.j0, b.cols, similarities_[g].scale, k, size);
@@ -501,25 +505,26 @@ template <class T>
 void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64_t s, double* gram, double* sums) {
   const Groups<T> groups(x, scale, kernel, s, false);
   const Pairs<T>& pairs = groups.pairs();
-  const int64_t count = groups.count(), numbers = groups.numbers(), n = x.size(-2), square = count * count;
+  const int64_t count = groups.count(), numbers = groups.numbers(), stride = groups.stride(), n = x.size(-2),
+                square = count * count;
   std::vector<std::vector<double>> of_rows(count, std::vector<double>(n));
   std::vector<double> parts(pairs.slots() * square);
   pairs.each_block([&](const Block& b) {
     const bool few = count <= kFewGroups;
-    const auto room = room_for<T>(count * numbers + (few ? 0 : square + packed_size(count, kGramDepth)));
-    T *k = room.get(), *product = k + count * numbers, *packed = product + square;
+    const auto room = room_for<T>(count * stride + (few ? 0 : square + packed_size(count, kGramDepth)));
+    T *k = room.get(), *product = k + count * stride, *packed = product + square;
     groups.kernels(b, k);
     for (int64_t g = 0; g < count; ++g)
-      pairs.add_weights(k + g * numbers, b, &of_rows[g], b.diagonal ? nullptr : &of_rows[g]);
+      pairs.add_weights(k + g * stride, b, &of_rows[g], b.diagonal ? nullptr : &of_rows[g]);
     double* part = parts.data() + b.slot * square;
     const double times = b.diagonal ? 1 : 2;
     for (int64_t q = 0; few && q < numbers; q += pairs.size())
       for (int64_t g = 0; g < count; ++g)
         for (int64_t h = 0; h <= g; ++h)
-          part[g * count + h] += times * dot_row(k + g * numbers + q, k + h * numbers + q, pairs.size());
+          part[g * count + h] += times * dot_row(k + g * stride + q, k + h * stride + q, pairs.size());
     for (int64_t q = 0; !few && q < numbers; q += kGramDepth) {
       const int64_t depth = std::min(kGramDepth, numbers - q);
-      multiply<T>({k + q, numbers, 1}, {k + q, 1, numbers}, count, count, depth, product, count, true, false, packed);
+      multiply<T>({k + q, stride, 1}, {k + q, 1, stride}, count, count, depth, product, count, true, false, packed);
       for (int64_t g = 0; g < count; ++g)
         for (int64_t h = 0; h <= g; ++h) part[g * count + h] += times * product[g * count + h];
     }
@@ -558,7 +563,8 @@ void gram_gradients(const Tensor& x, const Tensor& scale, const std::string& ker
                     const double* of_sums, T* grad) {
   const Groups<T> groups(x, scale, kernel, s, true);
   const Pairs<T>& pairs = groups.pairs();
-  const int64_t count = groups.count(), numbers = groups.numbers(), n = x.size(-2), d = x.size(-1);
+  const int64_t count = groups.count(), numbers = groups.numbers(), stride = groups.stride(), n = x.size(-2),
+                d = x.size(-1);
   std::vector<T> both(count * count), rows(of_sums, of_sums + count * n);
   for (int64_t g = 0; g < count; ++g)
     for (int64_t h = 0; h < count; ++h)
@@ -568,17 +574,17 @@ void gram_gradients(const Tensor& x, const Tensor& scale, const std::string& ker
   for (int64_t g = 0; g < count; ++g)
     gradients.emplace_back(x, groups.side(g), groups.side(g), true, groups.squared(), true, false);
   pairs.each_block([&](const Block& b) {
-    const auto room = room_for<T>(2 * count * numbers + packed_size(kGramDepth, count));
-    T *k = room.get(), *w = k + count * numbers, *packed = w + count * numbers;
+    const auto room = room_for<T>(2 * count * stride + packed_size(kGramDepth, count));
+    T *k = room.get(), *w = k + count * stride, *packed = w + count * stride;
     groups.kernels(b, k);
     for (int64_t q = 0; q < numbers; q += kGramDepth)
-      multiply<T>({both.data(), count, 1}, {k + q, numbers, 1}, count, std::min(kGramDepth, numbers - q), count, w + q,
-                  numbers, false, false, packed);
+      multiply<T>({both.data(), count, 1}, {k + q, stride, 1}, count, std::min(kGramDepth, numbers - q), count, w + q,
+                  stride, false, false, packed);
     for (int64_t g = 0; g < count; ++g) {
       const T* of_rows = rows.data() + g * n;
-      weigh_block(w + g * numbers, b.rows, b.cols, pairs.ld(), of_rows + b.i0, of_rows + b.j0,
-                  groups.is_rbf() ? k + g * numbers : nullptr);
-      gradients[g].add(pairs, w + g * numbers, b);
+      weigh_block(w + g * stride, b.rows, b.cols, pairs.ld(), of_rows + b.i0, of_rows + b.j0,
+                  groups.is_rbf() ? k + g * stride : nullptr);
+      gradients[g].add(pairs, w + g * stride, b);
     }
   });
   for (int64_t g = 0; g < count; ++g) gradients[g].write(grad + g * n * d, nullptr);

@@ -1,0 +1,204 @@
+"""Log-sum-exp over rows and columns of similarities, by tiles.
+
+Where norms bound all exponents within 40 of a shift, sums relative to it are exact enough and e^t is formed once per
+pair; elsewhere every row and column keeps its own maximum. The choice is read from the device: both are launched, and
+one of them returns at once.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .pairwise_exponents import collect, finite, fixed_shifts
+from .pairwise_tiles import (
+    CASES,
+    LOG2E,
+    PAD,
+    SQUARED,
+    Operand,
+    distances,
+    kept,
+    load_planes,
+    padded_rows,
+    products,
+    products_by_steps,
+    table,
+)
+
+
+@triton.jit
+def logsumexp_kernel(
+    x,  # (S, planes, padded, BD)
+    y,  # (S, planes, padded, BD)
+    raw,  # (rows, columns) products, or None: those of the tiles are formed here
+    raw_row,
+    x_squares,  # (S, padded)
+    y_squares,  # (S, padded)
+    x_labels,  # (S, N) or None
+    y_labels,  # (S, M) or None
+    scale,  # (S,)
+    shifts,  # (S,) or None
+    rows,  # (S, strips, padded)
+    columns,  # (S, padded / BI, padded) or None
+    n,
+    m,
+    n_padded,
+    m_padded,
+    first_block,  # of rows, which are those of `raw`
+    blocks,
+    strips,
+    tiles,
+    FIXED: tl.constexpr,
+    OWN: tl.constexpr,
+    SQUARED: tl.constexpr,
+    MASK: tl.constexpr,
+    PLANES: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BD: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    s = (tl.program_id(0) // (blocks * strips)).to(tl.int64)
+    block = first_block + tl.program_id(0) % (blocks * strips) // strips
+    strip = tl.program_id(0) % strips
+    first, last = strip * tiles * BJ, tl.minimum((strip + 1) * tiles * BJ, m)
+    if OWN:
+        first = tl.maximum(first, block * BI)  # each pair once
+    if first >= last:
+        return
+    shift = 0.0
+    if shifts is not None:
+        shift = tl.load(shifts + s)
+        if (shift < float("inf")) != FIXED:
+            return
+    c = tl.load(scale + s)
+    i = block * BI + tl.arange(0, BI)
+    label_i = tl.load(x_labels + s * n + i, mask=i < n, other=0) if MASK & 6 else i
+    square_i = tl.load(x_squares + s * n_padded + i) if SQUARED else None
+    if raw is None and BK == 0:
+        x0, x1, x2 = load_planes(x, s, block * BI, n_padded, BI, BD, PLANES)
+    top = tl.full((BI,), float("-inf"), tl.float32)
+    total = tl.zeros((BI,), tl.float32)
+    for start in tl.range(first, last, BJ, num_stages=1 if BK else STAGES):
+        j = start + tl.arange(0, BJ)
+        keep = kept(i, j, n, m, label_i, y_labels, s, MASK)
+        if raw is None and BK:
+            t = products_by_steps(x, y, s, block * BI, start, n_padded, m_padded, BI, BJ, BD, BK, PLANES, STAGES)
+        elif raw is None:
+            y0, y1, y2 = load_planes(y, s, start, m_padded, BJ, BD, PLANES)
+            t = tl.zeros((BI, BJ), tl.float32)
+            t = products(x0, x1, x2, y0, y1, y2, t, PLANES)
+        else:
+            at = (i - first_block * BI)[:, None].to(tl.int64) * raw_row + j[None, :]
+            t = tl.load(raw + at, mask=(i[:, None] < n) & (j[None, :] < m), other=0.0)
+        if SQUARED:
+            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), OWN)
+        if FIXED:
+            e = tl.where(keep, tl.exp2(c * LOG2E * t - shift * LOG2E), 0.0)
+            total += tl.sum(e, 1)
+            column = tl.sum(e, 0)
+        else:
+            t = tl.where(keep, c * t, float("-inf"))
+            higher = tl.maximum(top, tl.max(t, 1))
+            relative = finite(higher)
+            total = total * tl.exp(top - relative) + tl.sum(tl.exp(t - relative[:, None]), 1)
+            top = higher
+            relative = finite(tl.max(t, 0))
+            column = relative + tl.log(tl.sum(tl.exp(t - relative[None, :]), 0))
+        if columns is not None:
+            out = columns + (s * (n_padded // BI) + block) * m_padded + j
+            if OWN:
+                tl.store(out, column, mask=(j < m) & (j >= block * BI + BI))
+            else:
+                tl.store(out, column, mask=j < m)
+    if not FIXED:
+        total = finite(top) + tl.log(total)
+    tl.store(rows + (s * strips + strip) * n_padded + i, total)
+
+
+def strips_of(n: int, m: int, step: int) -> tuple[int, int]:
+    """(tiles per program, programs per block of rows), from the sizes of a slice alone."""
+    tiles = triton.cdiv(m, step)
+    each = max(1, min(16, triton.cdiv(n, PAD) * tiles // 1024))
+    return each, triton.cdiv(tiles, each)
+
+
+def forward(
+    x: Operand,
+    y: Operand | None,
+    sizes: tuple[int, int],
+    scale: Tensor,
+    labels: tuple[Tensor | None, Tensor | None],
+    mask: int,
+    kernel: str,
+    columns: bool,
+) -> tuple[Tensor, Tensor | None]:
+    """Over rows (S, N), and over columns (S, M) where they are asked for."""
+    z, own, (n, m) = (x if y is None else y), y is None, sizes
+    s, planes = x.planes.shape[:2]
+    tile = table(planes, x.width, x.width)
+    tiles, strips = strips_of(n, m, tile["BJ"])
+    blocks = x.padded // PAD
+    rows = launch.workspace(scale, s, strips, x.padded)
+    below = launch.workspace(scale, s, blocks, z.padded) if own or columns else None
+    shifts = fixed_shifts(x, z, scale, kernel) if own or columns else None
+    for fixed in (True, False) if shifts is not None else (False,):
+        logsumexp_kernel[(s * blocks * strips,)](
+            x.planes, z.planes, None, 0, x.squares, z.squares, *labels, scale, shifts, rows, below,
+            n, m, x.padded, z.padded, 0, blocks, strips, tiles,
+            FIXED=fixed, OWN=own, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
+        )  # fmt: skip
+    width = tiles * tile["BJ"]
+    over_rows = collect(rows, below if own else None, shifts, n, width)
+    return over_rows, collect(below, None, shifts, m, width) if columns and not own else None
+
+
+def forward_of_products(
+    products, x_squares: Tensor, y_squares: Tensor, own: bool, sizes: tuple[int, int], scale: Tensor,
+    labels: tuple[Tensor | None, Tensor | None], mask: int, kernel: str, columns: bool,
+) -> tuple[Tensor, Tensor | None]:  # fmt: skip
+    """The same for one slice, from an iterator over (first row, products of some rows with all)."""
+    n, m = sizes
+    step = PAD
+    tiles, strips = strips_of(n, m, step)
+    n_padded, m_padded = padded_rows(n), padded_rows(m)
+    rows = launch.workspace(scale, 1, strips, n_padded)
+    below = launch.workspace(scale, 1, n_padded // PAD, m_padded) if own or columns else None
+    for start, raw in products:
+        blocks = triton.cdiv(raw.shape[0], PAD)
+        logsumexp_kernel[(blocks * strips,)](
+            None, None, raw, raw.stride(0), x_squares, y_squares, *labels, scale, None, rows, below,
+            n, m, n_padded, m_padded, start // PAD, blocks, strips, tiles,
+            FIXED=False, OWN=own, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=step, BD=16, BK=0,
+            STAGES=1, num_warps=4,
+        )  # fmt: skip
+    over_rows = collect(rows, below if own else None, None, n, tiles * step)
+    return over_rows, collect(below, None, None, m, tiles * step) if columns and not own else None
+
+
+_POINTERS = {
+    **dict.fromkeys(("x", "y"), "*bf16"),
+    **dict.fromkeys(("raw", "x_squares", "y_squares", "scale", "shifts", "rows", "columns"), "*fp32"),
+    **dict.fromkeys(("x_labels", "y_labels"), "*i64"),
+}
+
+
+def _case(name: str, fixed: bool, width: int, planes: int, squared: bool = False, mask: int = 0) -> launch.CompileCase:
+    tile = table(planes, width, width)
+    warps = tile.pop("num_warps")
+    constants = {
+        "raw": None, "raw_row": 0, "FIXED": fixed, "OWN": True, "SQUARED": squared, "MASK": mask, "PLANES": planes,
+        "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}), **tile,
+    }  # fmt: skip
+    return launch.CompileCase(f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS, constants, warps)
+
+
+COMPILE_CASES = [
+    *(_case(f"{n}_{p}", n == "fixed", w, p) for n in ("fixed", "online") for w, p in CASES),
+    _case("masked", True, 128, 3, squared=True, mask=3),
+]
+COPYING_CASES = [_case(f"{name}_3", name == "fixed", 256, 3) for name in ("fixed", "online")]

@@ -1,0 +1,282 @@
+"""Weights of pairs times rows, by tiles: products with a matrix, and every gradient. One program owns the rows it sums.
+
+out_i = sum_j w_ij v_j,    or 2 sum_j w_ij (x_i - y_j) for the gradients of distances
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .pairwise_tiles import (
+    ALL_CASES,
+    CASES,
+    PAD,
+    SQUARED,
+    Operand,
+    add_product,
+    add_weighted,
+    cut,
+    distances,
+    kept,
+    load_planes,
+    products,
+    products_by_steps,
+    table,
+)
+from .pairwise_weights import pair_weights
+
+PROGRAMS = 264  # that fill a large GPU twice: fewer blocks of rows share out the columns
+
+
+class Side(NamedTuple):
+    """The rows of one side, and what is known of each."""
+
+    rows: Operand
+    count: int
+    labels: Tensor | None = None  # (S, N)
+    pairs: Tensor | None = None  # (S, padded, 2): weights of a row, and what its exponents are relative to
+    factor: Operand | None = None  # (S, N, Q): factors that are products of two rows
+
+
+@triton.jit
+def weighted_rows_kernel(
+    x,  # (S, planes, padded, BD)
+    y,  # (S, planes, padded, BD)
+    values,  # (S, planes, padded, BV), or None for y
+    left,  # (S, planes, padded, BQ) or None
+    right,  # (S, planes, padded, BQ)
+    x_squares,  # (S, padded)
+    y_squares,  # (S, padded)
+    x_labels,  # (S, N) or None
+    y_labels,  # (S, M)
+    row_pairs,  # (S, padded, 2) or None
+    column_pairs,  # (S, padded, 2) or None
+    scale,  # (S,)
+    shifts,  # (S,) or None
+    out,  # (splits, S, padded, BV), or None for the sums of the weights alone
+    sums,  # (splits, S, padded) or None
+    slices,
+    n,
+    m,
+    n_padded,
+    m_padded,
+    splits,
+    width,  # columns per split
+    FUNCTION: tl.constexpr,
+    OWN: tl.constexpr,
+    SQUARED: tl.constexpr,
+    MASK: tl.constexpr,
+    PLANES: tl.constexpr,
+    BI: tl.constexpr,
+    BJ: tl.constexpr,
+    BD: tl.constexpr,
+    BV: tl.constexpr,
+    BQ: tl.constexpr,
+    BK: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    per_slice = n_padded // BI * splits
+    s = (tl.program_id(0) // per_slice).to(tl.int64)
+    block = tl.program_id(0) % per_slice // splits
+    split = tl.program_id(0) % splits
+    shift = 0.0
+    if shifts is not None:
+        shift = tl.load(shifts + s)
+        if (shift < float("inf")) != (FUNCTION == "fixed"):
+            return
+    c = tl.load(scale + s)
+    i = block * BI + tl.arange(0, BI)
+    if row_pairs is not None:
+        row_pairs += 2 * s * n_padded
+    if column_pairs is not None:
+        column_pairs += 2 * s * m_padded
+    label_i = tl.load(x_labels + s * n + i, mask=i < n, other=0) if MASK & 6 else i
+    square_i = tl.load(x_squares + s * n_padded + i) if SQUARED else None
+    if BK == 0:
+        x0, x1, x2 = load_planes(x, s, block * BI, n_padded, BI, BD, PLANES)
+    if left is not None:
+        l0, l1, l2 = load_planes(left, s, block * BI, n_padded, BI, BQ, PLANES)
+    acc = tl.zeros((BI, BV), tl.float32)
+    total = tl.zeros((BI,), tl.float32)
+    for start in tl.range(split * width, tl.minimum((split + 1) * width, m), BJ, num_stages=1 if BK else STAGES):
+        j = start + tl.arange(0, BJ)
+        if BK:
+            t = products_by_steps(x, y, s, block * BI, start, n_padded, m_padded, BI, BJ, BD, BK, PLANES, STAGES)
+        else:
+            y0, y1, y2 = load_planes(y, s, start, m_padded, BJ, BD, PLANES)
+            t = tl.zeros((BI, BJ), tl.float32)
+            t = products(x0, x1, x2, y0, y1, y2, t, PLANES)
+        if SQUARED:
+            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), OWN)
+        mixed = None
+        if left is not None:
+            r0, r1, r2 = load_planes(right, s, start, m_padded, BJ, BQ, PLANES)
+            mixed = tl.zeros((BI, BJ), tl.float32)
+            mixed = products(l0, l1, l2, r0, r1, r2, mixed, PLANES)
+        keep = kept(i, j, n, m, label_i, y_labels, s, MASK)
+        w = pair_weights(t, keep, c, shift, row_pairs, column_pairs, i, j, mixed, FUNCTION)
+        if sums is not None:
+            total += tl.sum(w, 1)
+        if out is not None:
+            if values is not None:
+                acc = add_weighted(w, values, s, start, m_padded, acc, BJ, BV, PLANES)
+            elif BK:
+                acc = add_weighted(w, y, s, start, m_padded, acc, BJ, BV, PLANES)
+            else:
+                w0, w1, w2 = cut(w, PLANES)
+                acc = add_product(w0, w1, w2, y0, y1, y2, acc, PLANES)
+    at = (split * slices + s) * n_padded + block * BI
+    row = tl.arange(0, BI)
+    if sums is not None:
+        tl.store(sums + at + row, total)
+    if out is not None:
+        tl.store(out + at * BV + row[:, None] * BV + tl.arange(0, BV)[None, :], acc)
+
+
+@triton.jit
+def gather_kernel(
+    parts,  # (splits, S, padded, WIDTH), or None for the sums
+    sums,  # (splits, S, padded) or None
+    x,  # (S, N, D) or None
+    out,  # (S, N, D)
+    slices,
+    n,
+    d,
+    padded,
+    splits,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks = padded // ROWS
+    s = (tl.program_id(0) // blocks).to(tl.int64)
+    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, WIDTH)
+    at = s * padded + i
+    step = tl.cast(slices, tl.int64) * padded
+    acc = tl.zeros((ROWS, WIDTH), tl.float32)
+    if parts is not None:
+        for k in range(splits):
+            acc += tl.load(parts + (k * step + at[:, None]) * WIDTH + col[None, :])
+    inside = (i[:, None] < n) & (col[None, :] < d)
+    here = (s * n + i[:, None]) * d + col[None, :]
+    if sums is not None:
+        total = tl.zeros((ROWS,), tl.float32)
+        for k in range(splits):
+            total += tl.load(sums + k * step + at)
+        if x is None:
+            acc = acc + total[:, None]
+        else:
+            acc = 2.0 * (total[:, None] * tl.load(x + here, mask=inside, other=0.0) - acc)
+    tl.store(out + here, acc, mask=inside)
+
+
+def tile_of(planes: int, width: int, factor: int, values: int, only_sums: bool = False) -> dict[str, int] | None:
+    """The tile of padded widths, 0 for what is absent; None where it does not fit."""
+    if factor and planes * width > 384:  # spills
+        return None
+    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width)
+
+
+def weighted_rows(
+    this: Side,
+    other: Side,
+    scale: Tensor,
+    mask: int,
+    kernel: str,
+    functions: tuple[str, ...],
+    own: bool,
+    values: Operand | None = None,
+    shifts: Tensor | None = None,
+    around: Tensor | None = None,
+    only_sums: bool = False,
+    columns: int = 1,
+) -> Tensor:
+    """sum_j w_ij v_j (S, N, columns), v being `values` or the other side's rows.
+
+    With `around`, the rows themselves in fp32, the gradient of distances; with `only_sums`, v = 1.
+    """
+    x, y, n, m = this.rows, other.rows, this.count, other.count
+    s, planes = x.planes.shape[:2]
+    bq = this.factor.width if this.factor is not None else 16
+    bv = 16 if only_sums else (y if values is None else values).width
+    tile = tile_of(planes, x.width, bq if this.factor is not None else 0, bv if values is not None else 0, only_sums)
+    blocks, tiles = x.padded // PAD, triton.cdiv(m, tile["BJ"])
+    each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
+    splits = triton.cdiv(tiles, each)
+    parts = None if only_sums else launch.workspace(scale, splits, s, x.padded, bv)
+    sums = launch.workspace(scale, splits, s, x.padded) if only_sums or around is not None else None
+    factors = [None if f is None else f.planes for f in (this.factor, other.factor)]
+    for function in functions:
+        weighted_rows_kernel[(s * blocks * splits,)](
+            x.planes, y.planes, None if values is None else values.planes, *factors, x.squares, y.squares,
+            this.labels, other.labels, this.pairs, other.pairs, scale, shifts, parts, sums,
+            s, n, m, x.padded, y.padded, splits, each * tile["BJ"], FUNCTION=function, OWN=own,
+            SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, BV=bv, BQ=bq, **tile,
+        )  # fmt: skip
+    return gather(parts, sums, around, n, columns)
+
+
+def gather(parts: Tensor | None, sums: Tensor | None, around: Tensor | None, n: int, columns: int) -> Tensor:
+    """(S, N, columns): the splits' parts summed up, and with `around` the gradient of distances made of them."""
+    splits, s, padded = (sums if parts is None else parts).shape[:3]
+    bv = 16 if parts is None else parts.shape[3]
+    out = launch.workspace(sums if parts is None else parts, s, n, columns)
+    rows = max(8, min(32, 4096 // bv))
+    gather_kernel[(s * padded // rows,)](
+        parts, sums, around, out, s, n, columns, padded, splits, ROWS=rows, WIDTH=bv, num_warps=4
+    )
+    return out
+
+
+_PLANES = ("x", "y", "values", "left", "right")
+_FLOATS = (*("x_squares", "y_squares", "row_pairs", "column_pairs", "scale", "shifts", "out", "sums"),)
+_POINTERS = {
+    **dict.fromkeys(_PLANES, "*bf16"),
+    **dict.fromkeys(_FLOATS, "*fp32"),
+    **dict.fromkeys(("x_labels", "y_labels"), "*i64"),
+}
+
+
+def _case(
+    name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
+) -> launch.CompileCase:
+    tile = tile_of(planes, width, factor, values, "out" in absent)
+    warps = tile.pop("num_warps")
+    constants = {
+        "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes, "BD": width,
+        "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None, **dict.fromkeys(absent), **tile,
+    }  # fmt: skip
+    return launch.CompileCase(f"pairwise_{name}_{width}_{planes}", weighted_rows_kernel, _POINTERS, constants, warps)
+
+
+_FACTORS = ("left", "right")
+_WEIGHTS = ("row_pairs", "column_pairs", "shifts")
+COMPILE_CASES = [
+    *(
+        _case(f"gradient_{function}", function, width, planes, ("values", "sums", *_FACTORS))
+        for function in ("fixed", "online")
+        for width, planes in ALL_CASES
+    ),
+    *(_case("matmul_rbf", "exp", w, p, (*_FACTORS, *_WEIGHTS, "sums"), values=64) for w, p in CASES if p > 1),
+    _case("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
+    _case("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
+    launch.CompileCase(
+        "pairwise_gather",
+        gather_kernel,
+        dict.fromkeys(("parts", "sums", "x", "out"), "*fp32"),
+        {"ROWS": 16, "WIDTH": 256},
+        warps=4,
+    ),
+]
+COPYING_CASES = [
+    _case("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
+    *(
+        _case("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)
+        for width, planes in ((64, 3), (128, 2), (128, 3), (256, 1))
+    ),
+]

@@ -1,0 +1,242 @@
+"""What kernels over pairs of rows share: operands cut into bf16 planes, tiles of similarities, and masks.
+
+fp32 rows are handed to the tensor cores as bf16 planes that sum to them: three planes and six products err as fp32
+does ("ieee"), two and three are bf16x3, one is bf16. Planes are padded with zeros, so tiles are loaded without masks.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from . import launch
+from .gemm import precision
+from .launch import INTERPRETED, rounded
+
+PAD = 64  # rows of an operand are a multiple of it, which the sides of every tile divide
+WIDEST = 256  # columns that tiles keep on chip
+LOG2E = tl.constexpr(1.4426950408889634)
+PLANE_DTYPE = torch.float32 if INTERPRETED.value else torch.bfloat16  # the interpreter's bf16 is garbage
+SQUARED = ("sqeuclidean", "rbf")
+
+
+class Operand(NamedTuple):
+    """Rows as the tiles take them."""
+
+    planes: Tensor  # (S, planes, padded rows, padded columns)
+    squares: Tensor  # (S, padded rows)
+
+    @property
+    def padded(self) -> int:
+        return self.planes.shape[2]
+
+    @property
+    def width(self) -> int:
+        return self.planes.shape[3]
+
+
+def plane_count(kernel: str) -> int:
+    """Planes that torch's switch asks for; a distance is a difference of large numbers and takes two at least."""
+    return {"ieee": 3, "bf16x3": 2, "bf16": 2 if kernel in SQUARED else 1}[precision()]
+
+
+def padded_rows(n: int) -> int:
+    return triton.cdiv(n, PAD) * PAD
+
+
+def padded_columns(d: int) -> int:
+    return max(16, triton.next_power_of_2(d))
+
+
+@triton.jit
+def cut(x, PLANES: tl.constexpr):
+    """The planes of fp32 x, highest first, as the tensor cores take them; absent ones repeat the first."""
+    high = rounded(x, tl.bfloat16).to(tl.float32)
+    middle, low = high, high
+    if PLANES > 1:
+        middle = rounded(x - high, tl.bfloat16).to(tl.float32)
+    if PLANES > 2:
+        low = rounded(x - high - middle, tl.bfloat16).to(tl.float32)
+    if INTERPRETED:
+        return high, middle, low
+    else:
+        return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
+
+
+@triton.jit
+def cut_kernel(
+    z,  # (S, N, D)
+    planes,  # (S, planes, padded, WIDTH)
+    squares,  # (S, padded)
+    n,
+    d,
+    padded,
+    PLANES: tl.constexpr,
+    ROWS: tl.constexpr,
+    WIDTH: tl.constexpr,
+):
+    blocks = padded // ROWS
+    s = (tl.program_id(0) // blocks).to(tl.int64)
+    row = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
+    col = tl.arange(0, WIDTH)
+    inside = (row[:, None] < n) & (col[None, :] < d)
+    x = tl.load(z + (s * n + row[:, None]) * d + col[None, :], mask=inside, other=0.0)
+    tl.store(squares + s * padded + row, tl.sum(x * x, 1))
+    high, middle, low = cut(x, PLANES)
+    out = planes + (s * PLANES * padded + row[:, None]) * WIDTH + col[None, :]
+    step = padded.to(tl.int64) * WIDTH
+    tl.store(out, high)
+    if PLANES > 1:
+        tl.store(out + step, middle)
+    if PLANES > 2:
+        tl.store(out + 2 * step, low)
+
+
+def operand(z: Tensor, planes: int) -> Operand:
+    """Planes and squared norms of a contiguous (S, N, D) fp32 tensor."""
+    s, n, d = z.shape
+    padded, width = padded_rows(n), padded_columns(d)
+    out = launch.workspace(z, s, planes, padded, width, dtype=PLANE_DTYPE)
+    squares = launch.workspace(z, s, padded)
+    rows = max(8, min(32, 4096 // width))
+    cut_kernel[(s * padded // rows,)](z, out, squares, n, d, padded, PLANES=planes, ROWS=rows, WIDTH=width, num_warps=4)
+    return Operand(out, squares)
+
+
+def table(planes: int, resident: int, loaded: int, summed: int = 0) -> dict[str, int] | None:
+    """Rows and columns of a tile, stages of its loads and columns of a step, or None where an SM has no room.
+
+    In columns: what 64 rows keep on chip, what every tile loads, and what it adds up. Wide rows do not stay on chip:
+    a tile goes through them by steps of BK. Chosen by what Triton 3.6 and 3.9 compile without spills.
+    """
+    held = planes * resident
+    if held > (256 if summed else 512):
+        if planes * max(loaded, summed) > 1152:
+            return None
+        columns, warps = (16 if planes * summed > 512 else 32), (4 if 0 < summed <= 64 else 8)
+        return {"BI": PAD, "BJ": columns, "STAGES": 2, "BK": 32, "num_warps": warps}
+    warps = 8 if held > (192 if summed else 384) else 4
+    for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
+        crowded = summed and 128 < held < 256 and columns > 32
+        if not crowded and 2 * planes * (PAD * resident + columns * stages * loaded) <= limit:
+            return {"BI": PAD, "BJ": columns, "STAGES": stages, "BK": 0, "num_warps": warps}
+    return None
+
+
+@triton.jit
+def load_planes(
+    z, s, first, padded, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, start=0, COLS: tl.constexpr = 0
+):
+    """The planes of a block of rows, of COLS columns from `start` or all; absent ones repeat the first."""
+    z += (s * PLANES * padded + first) * WIDTH + start
+    at = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, COLS if COLS else WIDTH)[None, :]
+    step = tl.cast(padded, tl.int64) * WIDTH
+    high = tl.load(z + at)
+    middle, low = high, high
+    if PLANES > 1:
+        middle = tl.load(z + step + at)
+    if PLANES > 2:
+        low = tl.load(z + 2 * step + at)
+    return high, middle, low
+
+
+@triton.jit
+def add_product(a0, a1, a2, b0, b1, b2, acc, PLANES: tl.constexpr):
+    """acc + a b from their planes, the smallest products first."""
+    if PLANES > 2:
+        acc = tl.dot(a2, b0, acc, input_precision="ieee")
+        acc = tl.dot(a0, b2, acc, input_precision="ieee")
+        acc = tl.dot(a1, b1, acc, input_precision="ieee")
+    if PLANES > 1:
+        acc = tl.dot(a1, b0, acc, input_precision="ieee")
+        acc = tl.dot(a0, b1, acc, input_precision="ieee")
+    return tl.dot(a0, b0, acc, input_precision="ieee")
+
+
+@triton.jit
+def products(x0, x1, x2, y0, y1, y2, t, PLANES: tl.constexpr):
+    """t + <x_i, y_j> of a tile; the same bits for <y_j, x_i>, which large exponents need to cancel."""
+    y0, y1, y2 = tl.trans(y0), tl.trans(y1), tl.trans(y2)
+    if PLANES > 2:
+        t += tl.dot(x2, y0, input_precision="ieee") + tl.dot(x0, y2, input_precision="ieee")
+        t = tl.dot(x1, y1, t, input_precision="ieee")
+    if PLANES > 1:
+        t += tl.dot(x1, y0, input_precision="ieee") + tl.dot(x0, y1, input_precision="ieee")
+    return tl.dot(x0, y0, t, input_precision="ieee")
+
+
+@triton.jit
+def products_by_steps(
+    x, y, s, first_i, first_j, n_padded, m_padded,
+    BI: tl.constexpr, BJ: tl.constexpr, BD: tl.constexpr, BK: tl.constexpr, PLANES: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """<x_i, y_j> of a tile, BK columns at a time."""
+    t = tl.zeros((BI, BJ), tl.float32)
+    for k in tl.range(0, BD, BK, num_stages=STAGES):
+        x0, x1, x2 = load_planes(x, s, first_i, n_padded, BI, BD, PLANES, k, BK)
+        y0, y1, y2 = load_planes(y, s, first_j, m_padded, BJ, BD, PLANES, k, BK)
+        t = products(x0, x1, x2, y0, y1, y2, t, PLANES)
+    return t
+
+
+@triton.jit
+def add_weighted(w, z, s, first, padded, acc, BJ: tl.constexpr, BV: tl.constexpr, PLANES: tl.constexpr):
+    """acc + w z, one plane of z after the other: few registers hold them on their way to shared memory."""
+    w0, w1, w2 = cut(w, PLANES)
+    z += (s * PLANES * padded + first) * BV
+    at = tl.arange(0, BJ)[:, None] * BV + tl.arange(0, BV)[None, :]
+    step = tl.cast(padded, tl.int64) * BV
+    if PLANES > 2:
+        acc = tl.dot(w0, tl.load(z + 2 * step + at), acc, input_precision="ieee")
+    if PLANES > 1:
+        middle = tl.load(z + step + at)
+        if PLANES > 2:
+            acc = tl.dot(w1, middle, acc, input_precision="ieee")
+        acc = tl.dot(w0, middle, acc, input_precision="ieee")
+    high = tl.load(z + at)
+    if PLANES > 2:
+        acc = tl.dot(w2, high, acc, input_precision="ieee")
+    if PLANES > 1:
+        acc = tl.dot(w1, high, acc, input_precision="ieee")
+    return tl.dot(w0, high, acc, input_precision="ieee")
+
+
+@triton.jit
+def distances(products, i, j, square_i, square_j, OWN: tl.constexpr):
+    """|x_i - y_j|^2 of products <x_i, y_j>; exactly 0 where a row meets itself."""
+    t = square_i[:, None] + square_j[None, :] - 2.0 * products
+    t = tl.where(t < 0, 0.0, t)  # keeps NaN
+    if OWN:
+        t = tl.where(i[:, None] == j[None, :], 0.0, t)
+    return t
+
+
+@triton.jit
+def kept(i, j, n, m, label_i, y_labels, s, MASK: tl.constexpr):
+    """Pairs that are there and that the mask keeps."""
+    keep = (i[:, None] < n) & (j[None, :] < m)
+    if MASK & 1:
+        keep &= i[:, None] != j[None, :]
+    if MASK & 6:
+        label_j = tl.load(y_labels + s * m + j, mask=j < m, other=0)
+        equal = label_i[:, None] == label_j[None, :]
+        keep &= equal if MASK & 2 else ~equal
+    return keep
+
+
+ALL_CASES = [(width, planes) for width in (64, 128, 256) for planes in (1, 2, 3)]
+CASES = ALL_CASES[:-1]  # the last is of the COPYING_CASES, which read by asynchronous copies alone
+COMPILE_CASES = [
+    launch.CompileCase(
+        f"pairwise_cut_{width}",
+        cut_kernel,
+        {"z": "*fp32", "planes": "*bf16", "squares": "*fp32"},
+        {"PLANES": 3, "ROWS": max(8, min(32, 4096 // width)), "WIDTH": width},
+        warps=4,
+    )
+    for width in (64, 128, 256)
+]
