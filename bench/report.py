@@ -240,6 +240,12 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _label(family: str, cell: Cell) -> str:
+    sizes = cell.first["shape"]
+    sizes = [sizes[0], sizes[-1]] if family == "step" else sizes[:2]
+    return f"{cell.first['note'] if family == 'pairs' else family}  {shape_of(sizes)}"
+
+
 def plot(path: Path, target: Path) -> None:
     """How many times faster than the published formula, and than the best three-line version, per case."""
     import matplotlib
@@ -248,9 +254,9 @@ def plot(path: Path, target: Path) -> None:
     import matplotlib.pyplot as plt
 
     shown = [
-        (f"{family}  {' x '.join(map(str, c.first['shape'][:2] if family != 'step' else c.first['shape'][::3]))}", c)
+        (_label(family, c), c)
         for family, found in cells(json.loads(path.read_text())["rows"]).items()
-        if family in ("step", "vicreg", "barlow")
+        if family in ("step", "vicreg", "barlow", "pairs")
         for c in found
     ]
     figure, axes = plt.subplots(figsize=(8, 0.42 * len(shown) + 1.2))

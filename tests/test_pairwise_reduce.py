@@ -264,17 +264,19 @@ def test_gradcheck(backend):
     for leaf in (x, y, c, rhs):
         leaf.requires_grad_()
 
-    def finite(a, b, s, r):
+    def finite(setting, a, b, s, r):
+        reduction, kernel, mask = setting
         out = call(a, b, r, labels if b is not None else (labels[0],) * 2, kernel, reduction, s, mask)
         return torch.where(out.isfinite(), out, 0)  # of rows without a pair there are no differences
 
-    for reduction, kernel, mask in settings():
-        if reduction == "gram":
-            gram = partial(pairwise_reduce, kernel=kernel, reduction="gram")
+    for setting in settings():
+        if setting[0] == "gram":
+            gram = partial(pairwise_reduce, kernel=setting[1], reduction="gram")
             assert torch.autograd.gradcheck(lambda a, s, gram=gram: gram(a[None], scale=s), (x, c))
             continue
-        assert torch.autograd.gradcheck(finite, (x, y, c, rhs))
-        assert torch.autograd.gradcheck(lambda a, s: finite(a, None, s, rhs.detach()[..., :4, :]), (x, c))
+        two = partial(finite, setting)
+        assert torch.autograd.gradcheck(two, (x, y, c, rhs))
+        assert torch.autograd.gradcheck(lambda a, s, two=two: two(a, None, s, rhs.detach()[..., :4, :]), (x, c))
 
 
 def test_second_derivatives_raise(backend, device):

@@ -498,8 +498,9 @@ class Groups {
   std::optional<Pairs<T>> pairs_;
 };
 
-constexpr int64_t kFewGroups = 8;     // whose Gram matrix is not worth a tile
-constexpr int64_t kGramDepth = 1024;  // numbers of a kernel that a product takes at once
+constexpr int64_t kFewGroups = 8;  // whose Gram matrix is not worth a tile
+constexpr int64_t kGramDepth =
+    64;  // numbers of a kernel that a product adds up in its precision; sums of these in fp64
 
 template <class T>
 void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64_t s, double* gram, double* sums) {
