@@ -80,7 +80,8 @@ def report(case, architecture: int, folder: Path) -> dict:
         "shared": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "narrow_loads": len(re.findall(r"\bLDG\.E(?:\.(?:U8|U16|S8|S16))?\s", code)),
-        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*?(?:128|256)\b", code)),
+        # asynchronous copies of a small tile are of 8 bytes, where it has no more for each thread
+        "wide_loads": len(re.findall(r"\bLDG\.E\.(?:\w+\.)*?(?:128|256)\b|\bLDGSTS\.E\.(?:\w+\.)*?(?:64|128)\b", code)),
     }
 
 

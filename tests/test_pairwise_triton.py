@@ -2,11 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import os
-import subprocess
-import sys
-
 import pytest
 import torch
 from conftest import available
@@ -23,16 +18,6 @@ RAGGED = {
 }
 LOGSUMEXP = [("logsumexp", kernel, mask) for kernel in ("dot", "sqeuclidean") for mask in (None, "same others")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-COPYING = """
-import json, sys
-from importlib import import_module
-from pathlib import Path
-sys.path.insert(0, sys.argv[1])
-import test_compile_only as compiling
-names = ("argmax", "gram", "logsumexp", "matmul")
-cases = [c for n in names for c in import_module(f"sslkern.triton_kernels.pairwise_{n}").COPYING_CASES]
-print(json.dumps({c.name: compiling.report(c, 90, Path(sys.argv[2])) for c in cases if c.constants["BD"] == 256}))
-"""
 
 
 @pytest.fixture(autouse=True)
@@ -198,14 +183,3 @@ def test_nothing_is_read_past_the_end():
     labels = torch.randint(0, 3, (300,), device=DEVICE)[100:170]
     for case in CASES:
         assert all(v.isfinite().all() for v in run(x, y, labels, case)), case
-
-
-def test_kernels_of_asynchronous_copies_keep_to_their_registers(tmp_path):
-    """What `test_compile_only` asserts, but for the loads by 16 bytes, which are copies here."""
-    environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    command = [sys.executable, "-c", COPYING, os.path.dirname(__file__), str(tmp_path)]
-    done = subprocess.run(command, capture_output=True, text=True, env=environment)
-    assert done.returncode == 0, done.stderr[-4000:]
-    for name, found in json.loads(done.stdout).items():
-        assert found["stack"] == found["local"] == found["spills"] == 0, (name, found)
-        assert found["shared"] <= 227 * 1024, (name, found)

@@ -184,4 +184,3 @@ def _case(width: int, planes: int) -> launch.CompileCase:
 
 
 COMPILE_CASES = [_case(width, planes) for width, planes in CASES]
-COPYING_CASES = [_case(256, 3)]

@@ -11,7 +11,7 @@ from . import launch
 from .gram import block_sum, total
 from .pairwise_logsumexp import strips_of
 from .pairwise_matmul import PROGRAMS, gather
-from .pairwise_tiles import ALL_CASES, PAD, SQUARED, Operand, add_weighted, distances, products_by_steps
+from .pairwise_tiles import CASES, PAD, SQUARED, Operand, add_weighted, distances, products_by_steps
 from .pairwise_weights import VALUES, value_of
 
 
@@ -249,15 +249,6 @@ def backward(
 
 _BOTH = {"x": "*bf16", **dict.fromkeys(("squares", "scale", "columns", "both", "grad_sums", "out"), "*fp32")}
 _CASE = {"FUNCTION": "exp", "SQUARED": True}
-COMPILE_CASES = [
-    launch.CompileCase(
-        "pairwise_gram_sums",
-        collect_sums_kernel,
-        {"rows": "*fp64", "columns": "*fp32", "sums": "*fp64"},
-        {"BLOCK": PAD, "AT_ONCE": 16},
-        warps=2,
-    ),
-]
 
 
 def _case(name: str, kernel, width: int, planes: int, **more: object) -> launch.CompileCase:
@@ -269,12 +260,21 @@ def _case(name: str, kernel, width: int, planes: int, **more: object) -> launch.
     )
 
 
-COPYING_CASES = [
-    case
-    for width, planes in ALL_CASES
-    if planes > 1
-    for case in (
-        _case("both", gram_kernel, width, planes, ALONE=False, SUMS=True),
-        _case("gradient", gram_gradient_kernel, width, planes),
-    )
+COMPILE_CASES = [
+    launch.CompileCase(
+        "pairwise_gram_sums",
+        collect_sums_kernel,
+        {"rows": "*fp64", "columns": "*fp32", "sums": "*fp64"},
+        {"BLOCK": PAD, "AT_ONCE": 16},
+        warps=2,
+    ),
+    *(
+        case
+        for width, planes in CASES
+        if planes > 1
+        for case in (
+            _case("both", gram_kernel, width, planes, ALONE=False, SUMS=True),
+            _case("gradient", gram_gradient_kernel, width, planes),
+        )
+    ),
 ]

@@ -201,4 +201,3 @@ COMPILE_CASES = [
     *(_case(f"{n}_{p}", n == "fixed", w, p) for n in ("fixed", "online") for w, p in CASES),
     _case("masked", True, 128, 3, squared=True, mask=3),
 ]
-COPYING_CASES = [_case(f"{name}_3", name == "fixed", 256, 3) for name in ("fixed", "online")]

@@ -13,7 +13,6 @@ from torch import Tensor
 
 from . import launch
 from .pairwise_tiles import (
-    ALL_CASES,
     CASES,
     PAD,
     SQUARED,
@@ -175,11 +174,13 @@ def gather_kernel(
     tl.store(out + here, acc, mask=inside)
 
 
-def tile_of(planes: int, width: int, factor: int, values: int, only_sums: bool = False) -> dict[str, int] | None:
-    """The tile of padded widths, 0 for what is absent; None where it does not fit."""
-    if factor and planes * width > 384:  # spills
+def tile_of(
+    planes: int, width: int, factor: int, values: int, only_sums: bool = False, around: bool = False
+) -> dict[str, int] | None:
+    """The tile of padded widths, 0 for what is absent; None where it does not fit, or would spill."""
+    if planes * width > (384 if factor or around else 768):
         return None
-    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width)
+    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width, around)
 
 
 def weighted_rows(
@@ -204,7 +205,8 @@ def weighted_rows(
     s, planes = x.planes.shape[:2]
     bq = this.factor.width if this.factor is not None else 16
     bv = 16 if only_sums else (y if values is None else values).width
-    tile = tile_of(planes, x.width, bq if this.factor is not None else 0, bv if values is not None else 0, only_sums)
+    wide = bq if this.factor is not None else 0, bv if values is not None else 0
+    tile = tile_of(planes, x.width, *wide, only_sums, around is not None)
     blocks, tiles = x.padded // PAD, triton.cdiv(m, tile["BJ"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
@@ -245,7 +247,7 @@ _POINTERS = {
 def _case(
     name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
 ) -> launch.CompileCase:
-    tile = tile_of(planes, width, factor, values, "out" in absent)
+    tile = tile_of(planes, width, factor, values, "out" in absent, not {"sums", "out"} & set(absent))
     warps = tile.pop("num_warps")
     constants = {
         "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes, "BD": width,
@@ -260,9 +262,15 @@ COMPILE_CASES = [
     *(
         _case(f"gradient_{function}", function, width, planes, ("values", "sums", *_FACTORS))
         for function in ("fixed", "online")
-        for width, planes in ALL_CASES
+        for width, planes in CASES
     ),
-    *(_case("matmul_rbf", "exp", w, p, (*_FACTORS, *_WEIGHTS, "sums"), values=64) for w, p in CASES if p > 1),
+    *(
+        _case(f"gradient_of_distances_{function}", function, width, planes, ("values", *_FACTORS))
+        for function in ("fixed", "online", "-exp")
+        for width, planes in CASES
+        if planes > 1 and width < 256
+    ),
+    *(_case("matmul_rbf", "exp", w, p, (*_FACTORS, *_WEIGHTS, "sums"), values=64) for w, p in CASES[:-1] if p > 1),
     _case("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
     _case("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
     launch.CompileCase(
@@ -272,8 +280,6 @@ COMPILE_CASES = [
         {"ROWS": 16, "WIDTH": 256},
         warps=4,
     ),
-]
-COPYING_CASES = [
     _case("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
     *(
         _case("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)

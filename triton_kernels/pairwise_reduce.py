@@ -28,11 +28,11 @@ def _operands(x: Tensor, y: Tensor | None, kernel: str) -> tuple[Operand, Operan
     return operand(x, planes), None if y is None else operand(y, planes)
 
 
-def _too_wide(planes: int, d: int, factor: int = 0, values: int = 0) -> bool:
-    """Whether no tile fits; of 0 columns nothing is there."""
+def _too_wide(planes: int, d: int, factor: int = 0, values: int = 0, around: bool = False) -> bool:
+    """Whether no tile fits; of 0 columns nothing is there; `around` as `weighted_rows` has it."""
     if d > WIDEST or factor > WIDEST // 4 or values > WIDEST // 2:
         return True
-    return tile_of(planes, *(padded_columns(v) if v else 0 for v in (d, factor, values))) is None
+    return tile_of(planes, *(padded_columns(v) if v else 0 for v in (d, factor, values)), around=around) is None
 
 
 def pairwise_logsumexp_fwd(
@@ -96,7 +96,7 @@ def pairwise_logsumexp_bwd(
     needs = need_x, need_y and not own
     dropped = _without_own(mask, kernel, own)
     with launch.on_device(x):
-        if _too_wide(plane_count(kernel), d):
+        if _too_wide(plane_count(kernel), d, around=kernel in SQUARED):
             weights = pairs(*rows, None), pairs(*over, None)
             grads = pairwise_chunks.gradients(a, b, c, labels, weights, None, dropped, kernel, "online", needs)
         else:
@@ -229,7 +229,7 @@ def pairwise_matmul_bwd(
         else:  # both terms of a symmetric matrix are one product of twice the columns
             factors = (torch.cat([g, right], -1), torch.cat([right, g], -1)) if own else (g, right)
         q = 0 if factors is None else factors[0].shape[-1]
-        if _too_wide(planes, d, q, 0) or (need_rhs and _too_wide(planes, d, 0, p)):
+        if _too_wide(planes, d, q, around=kernel in SQUARED) or (need_rhs and _too_wide(planes, d, 0, p)):
             grads = pairwise_chunks.gradients(a, b, c, labels, weights, factors, dropped, kernel, SLOPES[kernel], needs)
             grad_rhs = None
             if need_rhs:

@@ -107,14 +107,15 @@ def operand(z: Tensor, planes: int) -> Operand:
     return Operand(out, squares)
 
 
-def table(planes: int, resident: int, loaded: int, summed: int = 0) -> dict[str, int] | None:
+def table(planes: int, resident: int, loaded: int, summed: int = 0, around: bool = False) -> dict[str, int] | None:
     """Rows and columns of a tile, stages of its loads and columns of a step, or None where an SM has no room.
 
     In columns: what 64 rows keep on chip, what every tile loads, and what it adds up. Wide rows do not stay on chip:
-    a tile goes through them by steps of BK. Chosen by what Triton 3.6 and 3.9 compile without spills.
+    a tile goes through them by steps of BK. `around` is where there are sums of weights as well. Chosen by what Triton
+    3.6 and 3.9 compile without spills.
     """
     held = planes * resident
-    if held > (256 if summed else 512):
+    if held > (256 - around if summed else 512):
         if planes * max(loaded, summed) > 1152:
             return None
         columns, warps = (16 if planes * summed > 512 else 32), (4 if 0 < summed <= 64 else 8)
@@ -228,8 +229,7 @@ def kept(i, j, n, m, label_i, y_labels, s, MASK: tl.constexpr):
     return keep
 
 
-ALL_CASES = [(width, planes) for width in (64, 128, 256) for planes in (1, 2, 3)]
-CASES = ALL_CASES[:-1]  # the last is of the COPYING_CASES, which read by asynchronous copies alone
+CASES = [(width, planes) for width in (64, 128, 256) for planes in (1, 2, 3)]
 COMPILE_CASES = [
     launch.CompileCase(
         f"pairwise_cut_{width}",
