@@ -45,6 +45,13 @@ def backend(request):
         yield request.param
 
 
+@pytest.fixture(params=("reference", "native"))
+def cpu_backend(request):
+    """The back-ends of a CPU, for what is plain torch on top of an op."""
+    with running_on(request.param):
+        yield request.param
+
+
 @pytest.fixture
 def native():
     """The native back-end alone, for what only it promises."""

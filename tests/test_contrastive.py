@@ -5,7 +5,6 @@ from functools import partial
 
 import pytest
 import torch
-from conftest import running_on
 from contrastive import (
     FORMS,
     TIGHT,
@@ -25,11 +24,7 @@ from sslkern import losses
 SIZES = ((9, 5), (5, 9), (40, 24), (81, 3))
 
 
-@pytest.fixture(params=("reference", "native"), autouse=True)
-def on(request):
-    """The back-end of the pairs; the losses are plain torch, and the Triton kernels have tests of their own."""
-    with running_on(request.param):
-        yield request.param
+pytestmark = pytest.mark.usefixtures("cpu_backend")  # of the pairs; the Triton kernels have tests of their own
 
 
 @pytest.mark.parametrize("size", SIZES, ids=str)
@@ -104,7 +99,7 @@ def test_small_losses_keep_their_digits():
         torch.testing.assert_close(ours.double(), matrix, rtol=2e-5, atol=0)
 
 
-def test_hot_sigmoids_do_not_overflow(on):
+def test_hot_sigmoids_do_not_overflow():
     """exp(t) is infinite in fp32 from t = 89 on; log(1 + exp(t)) is t."""
     a = torch.randn(1, 5).expand(6, 5)
     torch.testing.assert_close(losses.sigmoid_loss(a, a, 1000.0, -10.0), torch.tensor(5 * 990.0))
@@ -248,9 +243,9 @@ class Largest(TorchDispatchMode):
         return out
 
 
-@pytest.mark.parametrize("on", ("native",), indirect=True)
+@pytest.mark.parametrize("cpu_backend", ("native",), indirect=True)
 @pytest.mark.parametrize("name", FORMS)
-def test_no_matrix_of_pairs_is_made(name, on):
+def test_no_matrix_of_pairs_is_made(name):
     leaves = leaves_of(FORMS[name], 80, 4, torch.float32)
     with Largest() as seen:
         loss = FORMS[name].ours(*leaves)

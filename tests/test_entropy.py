@@ -6,7 +6,6 @@ from itertools import pairwise
 
 import pytest
 import torch
-from conftest import running_on
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.metrics import dhsic, entropy, hsic, pairwise_hsic
@@ -17,10 +16,7 @@ SHAPES = ((9, 4), (4, 9), (33, 17), (2, 3, 6, 5), (70, 3), (5, 1), (1, 3))
 NAN, INF = float("nan"), float("inf")
 
 
-@pytest.fixture(autouse=True, params=("reference", "native"))
-def on_every_cpu_backend(request):
-    with running_on(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def randn(*shape):

@@ -5,7 +5,6 @@ from itertools import permutations, product
 
 import pytest
 import torch
-from conftest import running_on
 
 from sslkern.metrics import dhsic, hsic, median_bandwidth, pairwise_hsic
 from sslkern.ops import kernel_matmul
@@ -17,10 +16,7 @@ TIGHT = {"rtol": 1e-9, "atol": 1e-13}
 NAN = float("nan")
 
 
-@pytest.fixture(autouse=True, params=("reference", "native"))
-def on_every_cpu_backend(request):
-    with running_on(request.param):
-        yield
+pytestmark = pytest.mark.usefixtures("cpu_backend")
 
 
 def randn(*shape):

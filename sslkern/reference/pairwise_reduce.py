@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -44,6 +44,26 @@ def _dropped(
         equal = x_labels[..., rows, None] == y_labels[..., None, :]
         out = out | (equal if mask & DIFFERENT else ~equal)
     return out
+
+
+def _pairs(
+    x: Tensor,
+    y: Tensor | None,
+    scale: Tensor,
+    x_labels: Tensor | None,
+    y_labels: Tensor | None,
+    mask: int,
+    kernel: str,
+    value: float,
+    function: Callable[[str, Tensor], Tensor] = lambda _, t: t,
+) -> Iterator[tuple[slice, Tensor]]:
+    """Some rows after others, and `function` of their similarities, `value` for pairs that do not count."""
+    z, own = (x if y is None else y), y is None
+    for rows in _share(x, z):
+        t = function(kernel, _similarities(x, z, rows, scale, kernel, own))
+        labels = x_labels, x_labels if own else y_labels
+        dropped = _dropped(rows, x.shape[-2], z.shape[-2], *labels, mask, x.device)
+        yield rows, t if dropped is None else t.masked_fill(dropped, value)
 
 
 def _apply(kernel: str, t: Tensor) -> Tensor:
@@ -89,14 +109,10 @@ def pairwise_logsumexp_fwd(
     The latter is empty unless `columns`.
     """
     z = x if y is None else y
-    y_labels = x_labels if y is None else y_labels
     over_rows = x.new_empty(x.shape[:-1])
     over_columns = x.new_full(z.shape[:-1], -torch.inf) if columns else x.new_empty(0)
     with without_autocast(x):
-        for rows in _share(x, z):
-            t = _similarities(x, z, rows, scale, kernel, y is None)
-            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
-            t = t if dropped is None else t.masked_fill(dropped, -torch.inf)
+        for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
             over_rows[..., rows] = t.logsumexp(-1)
             if columns:
                 over_columns = torch.logaddexp(over_columns, t.logsumexp(-2))
@@ -122,16 +138,13 @@ def pairwise_logsumexp_bwd(
     """Gradients by x and y per unit of scale: to be multiplied by it. What is not needed comes back empty."""
     z, own = (x if y is None else y), y is None
     if own:
-        y_labels, columns, over_columns, grad_columns = x_labels, True, over_rows, grad_rows
+        columns, over_columns, grad_columns = True, over_rows, grad_rows
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
     grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not own else None
     # of no pairs at all, the sum is 0 and so are its shares
     bases = [v.masked_fill(v == -torch.inf, 0) for v in (over_rows, over_columns)]
     with without_autocast(x):
-        for rows in _share(x, z):
-            t = _similarities(x, z, rows, scale, kernel, own)
-            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
-            t = t if dropped is None else t.masked_fill(dropped, -torch.inf)
+        for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
             w = grad_rows[..., rows, None] * (t - bases[0][..., rows, None]).exp()
             if columns:
                 w = w + grad_columns[..., None, :] * (t - bases[1][..., None, :]).exp()
@@ -150,15 +163,10 @@ def pairwise_argmax(
     kernel: str,
 ) -> Tensor:
     """The first j of the largest similarity of every row (..., N), int64; -1 where no pair counts."""
-    z = x if y is None else y
-    y_labels = x_labels if y is None else y_labels
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     with without_autocast(x):
-        for rows in _share(x, z):
-            t = _similarities(x, z, rows, scale, kernel, y is None)
-            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
-            best = (t if dropped is None else t.masked_fill(dropped, -torch.inf)).argmax(-1)
-            out[..., rows] = best if dropped is None else torch.where(dropped.all(-1), -1, best)
+        for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
+            out[..., rows] = torch.where((t == -torch.inf).all(-1), -1, t.argmax(-1))
     return out
 
 
@@ -173,14 +181,9 @@ def pairwise_matmul_fwd(
     kernel: str,
 ) -> Tensor:
     """sum_j k_ij rhs_j (..., N, P), of rhs (..., M, P), or None for a column of ones."""
-    z = x if y is None else y
-    y_labels = x_labels if y is None else y_labels
     out = x.new_empty((*x.shape[:-1], 1 if rhs is None else rhs.shape[-1]))
     with without_autocast(x):
-        for rows in _share(x, z):
-            k = _apply(kernel, _similarities(x, z, rows, scale, kernel, y is None))
-            dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
-            k = k if dropped is None else k.masked_fill(dropped, 0)
+        for rows, k in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, 0, _apply):
             out[..., rows, :] = k.sum(-1, keepdim=True) if rhs is None else k @ rhs
     return out
 
