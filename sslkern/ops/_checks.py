@@ -105,6 +105,19 @@ def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -
         )
 
 
+def per_slice(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
+    """One number of `dtype` for every slice of x (..., N, D), of a floating tensor that broadcasts to them."""
+    lead = x.shape[:-2]
+    if not value.is_floating_point():
+        raise TypeError(f"{name} must be a number or a floating tensor, got {short(value.dtype)}.")
+    if value.device != x.device:
+        raise ValueError(f"{name} must be on the device of its rows, {x.device}, got {value.device}.")
+    pairs = zip(value.shape[::-1], lead[::-1], strict=False)
+    if value.dim() > len(lead) or any(size not in (1, n) for size, n in pairs):
+        raise ValueError(f"{name} must broadcast to shape {tuple(lead)}, got shape {tuple(value.shape)}.")
+    return value.to(dtype).expand(lead)
+
+
 def _shape(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 

@@ -17,19 +17,11 @@ Kernel = Literal["rbf", "dot", "cosine", "sqeuclidean"]
 
 def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
     """1/(2 width^2) for every slice of x (..., N, D), float64, of a number or a tensor of them."""
-    lead = x.shape[:-2]
-    if not isinstance(width, Tensor):
-        if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < math.inf:
-            raise ValueError(f"{name} must be a finite number > 0 or a torch.Tensor of such, got {width!r}.")
-        return torch.full(lead, 0.5 / float(width) / float(width), dtype=torch.float64, device=x.device)
-    if not width.is_floating_point():
-        raise TypeError(f"{name} must be a number or a floating tensor, got {_checks.short(width.dtype)}.")
-    if width.device != x.device:
-        raise ValueError(f"{name} must be on the device of its rows, {x.device}, got {width.device}.")
-    pairs = zip(width.shape[::-1], lead[::-1], strict=False)
-    if width.dim() > len(lead) or any(size not in (1, n) for size, n in pairs):
-        raise ValueError(f"{name} must broadcast to shape {tuple(lead)}, got shape {tuple(width.shape)}.")
-    return (0.5 / width.double().square()).expand(lead)
+    if isinstance(width, Tensor):
+        return 0.5 / _checks.per_slice(name, width, x, torch.float64).square()
+    if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < math.inf:
+        raise ValueError(f"{name} must be a finite number > 0 or a torch.Tensor of such, got {width!r}.")
+    return torch.full(x.shape[:-2], 0.5 / float(width) / float(width), dtype=torch.float64, device=x.device)
 
 
 def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandwidth: float | Tensor = 1.0) -> Tensor:

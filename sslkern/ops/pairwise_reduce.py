@@ -244,14 +244,7 @@ def _mask(
     if len(pair) != 2 or (y is None and pair[0] is not pair[1]):
         raise ValueError("labels must be one tensor where y is None, and a tensor or a pair of them otherwise.")
     for side, z in zip(pair, (x, x if y is None else y), strict=True):
-        if not isinstance(side, Tensor) or side.dtype != torch.int64:
-            kind = _checks.short(side.dtype) if isinstance(side, Tensor) else type(side).__name__
-            raise TypeError(f"labels must be int64 tensors, got {kind}.")
-        if side.shape != z.shape[:-1] or side.device != z.device:
-            raise ValueError(
-                f"labels must have the shape {tuple(z.shape[:-1])} and the device {z.device} of their rows, "
-                f"got {tuple(side.shape)} on {side.device}."
-            )
+        _checks.indices("labels", side, z, tuple(z.shape[:-1]))
     first = pair[0].contiguous()
     return bits, first, None if y is None else pair[1].contiguous()
 
@@ -259,20 +252,11 @@ def _mask(
 def _scale_of(x: Tensor, scale: float | Tensor) -> Tensor:
     """One number per slice of x, in the precision of the result."""
     dtype = _reference.accumulation_dtype(x)
-    if not isinstance(scale, Tensor):
-        if isinstance(scale, bool) or not isinstance(scale, int | float):
-            raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
-        return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
-    if not scale.is_floating_point():
-        raise TypeError(f"scale must be a number or a floating tensor, got {_checks.short(scale.dtype)}.")
-    if scale.device != x.device:
-        raise ValueError(f"scale and x must be on the same device, got {scale.device} and {x.device}.")
-    lead = x.shape[:-2]
-    if scale.dim() > len(lead) or any(s not in (1, n) for s, n in zip(scale.shape[::-1], lead[::-1], strict=False)):
-        raise ValueError(
-            f"scale must broadcast to the leading dimensions {tuple(lead)} of x, got shape {tuple(scale.shape)}."
-        )
-    return scale.to(dtype).expand(lead).contiguous()
+    if isinstance(scale, Tensor):
+        return _checks.per_slice("scale", scale, x, dtype).contiguous()
+    if isinstance(scale, bool) or not isinstance(scale, int | float):
+        raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
+    return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
 
 
 def _prepared(z: Tensor, x: Tensor, kernel: str) -> Tensor:
