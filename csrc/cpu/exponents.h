@@ -33,18 +33,22 @@ struct ExpOf<double> {
 };
 
 // e^x, 0 where it is below the smallest normal number; NaN stays NaN. x = n log 2 + r, 2^n by its bits and e^r by its
-// series, to 1 ulp or so; an n that is too large has the bits of infinity.
+// series, to 1 ulp or so; at `highest`, and no further, an n that is too large has the bits of infinity.
 template <class T>
 SSLKERN_INLINE T exp_of(T x) {
   using E = ExpOf<T>;
-  const T inside = x < E::lowest ? E::lowest : x > E::highest ? E::highest : x;
-  const T shifted = inside * T(1.44269504088896340736) + E::magic, n = shifted - E::magic;
-  const T r = (inside - n * E::high) - n * E::low;
+  const T shifted = x * T(1.44269504088896340736) + E::magic, n = shifted - E::magic;
+  const T r = (x - n * E::high) - n * E::low;
   T sum = E::series[0];
   for (size_t k = 1; k < std::size(E::series); ++k) sum = sum * r + E::series[k];
   const auto power =
       std::bit_cast<T>((std::bit_cast<typename E::Int>(shifted) + typename E::Int(E::bias)) << E::mantissa);
   return x < E::lowest ? T(0) : sum * power;
+}
+
+template <class T>
+SSLKERN_INLINE T any_exp_of(T x) {
+  return exp_of(x > ExpOf<T>::highest ? ExpOf<T>::highest : x);
 }
 
 // log(1 + u), 0 <= u <= 1, as 2 artanh(u / (2 + u)): no digits are lost where u is small.
@@ -79,20 +83,20 @@ SSLKERN_INLINE void drop_row_body(T* t, int64_t n, int64_t label, const int64_t*
   for (int64_t j = 0; j < n; ++j) t[j] = (labels[j] == label) == equal ? value : t[j];
 }
 
-// The sum of exp(t - shift); the same is added to column sums.
+// The sum of exp(c t - shift); the same is added to column sums.
 template <class T>
-SSLKERN_INLINE T exp_row_body(const T* t, int64_t n, T shift) {
+SSLKERN_INLINE T exp_row_body(const T* t, int64_t n, T c, T shift) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += exp_of(t[j] - shift);
+  for (int64_t j = 0; j < n; ++j) sum += exp_of(c * t[j] - shift);
   return sum;
 }
 template <class T>
-SSLKERN_INLINE T exp_both_body(const T* t, int64_t n, T shift, T* columns) {
+SSLKERN_INLINE T exp_both_body(const T* t, int64_t n, T c, T shift, T* columns) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) {
-    const T e = exp_of(t[j] - shift);
+    const T e = exp_of(c * t[j] - shift);
     columns[j] += e;
     sum += e;
   }
@@ -118,16 +122,16 @@ SSLKERN_INLINE void largest_columns_body(const T* t, int64_t n, T* most) {
   for (int64_t j = 0; j < n; ++j) most[j] = t[j] > most[j] ? t[j] : most[j];
 }
 
-// t = exp(t - shift) (a + b), and t = a exp(t - row) + b exp(t - column): derivatives of logarithms of sums.
+// t = exp(c t - shift) (a + b), and t = a exp(t - row) + b exp(t - column): derivatives of logarithms of sums.
 template <class T>
 SSLKERN_INLINE void share_row_body(T* t, int64_t n, T shift, T a) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) t[j] = exp_of(t[j] - shift) * a;
 }
 template <class T>
-SSLKERN_INLINE void share_both_body(T* t, int64_t n, T shift, T a, const T* b) {
+SSLKERN_INLINE void share_both_body(T* t, int64_t n, T c, T shift, T a, const T* b) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) t[j] = exp_of(t[j] - shift) * (a + b[j]);
+  for (int64_t j = 0; j < n; ++j) t[j] = exp_of(c * t[j] - shift) * (a + b[j]);
 }
 template <class T>
 SSLKERN_INLINE void share_each_body(T* t, int64_t n, T row, T a, const T* column, const T* b) {
@@ -139,12 +143,12 @@ SSLKERN_INLINE void share_each_body(T* t, int64_t n, T row, T a, const T* column
 template <class T>
 SSLKERN_INLINE void rbf_body(T* t, int64_t n) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) t[j] = exp_of(-t[j]);
+  for (int64_t j = 0; j < n; ++j) t[j] = any_exp_of(-t[j]);
 }
 template <class T>
 SSLKERN_INLINE void rbf_slope_body(T* t, int64_t n, const T* v) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) t[j] = -exp_of(-t[j]) * v[j];
+  for (int64_t j = 0; j < n; ++j) t[j] = -any_exp_of(-t[j]) * v[j];
 }
 template <class T>
 SSLKERN_INLINE void softplus_body(T* t, int64_t n) {
@@ -165,7 +169,7 @@ template <class T>
 SSLKERN_INLINE void rbf_block_body(const T* x, int64_t rows, const T* y, int64_t cols, T scale, T* k, int64_t ld) {
   for (int64_t i = 0; i < rows; ++i, k += ld) {
 #pragma omp simd
-    for (int64_t j = 0; j < cols; ++j) k[j] = exp_of(-scale * (x[i] - y[j]) * (x[i] - y[j]));
+    for (int64_t j = 0; j < cols; ++j) k[j] = any_exp_of(-scale * (x[i] - y[j]) * (x[i] - y[j]));
   }
 }
 
@@ -213,11 +217,11 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   SSLKERN_CLONES static void drop_row(T* t, int64_t n, int64_t label, const int64_t* labels, bool equal, T value) { \
     drop_row_body(t, n, label, labels, equal, value);                                                               \
   }                                                                                                                 \
-  SSLKERN_CLONES static T exp_row(const T* t, int64_t n, T shift) {                                                 \
-    return exp_row_body(t, n, shift);                                                                               \
+  SSLKERN_CLONES static T exp_row(const T* t, int64_t n, T c, T shift) {                                            \
+    return exp_row_body(t, n, c, shift);                                                                            \
   }                                                                                                                 \
-  SSLKERN_CLONES static T exp_both(const T* t, int64_t n, T shift, T* columns) {                                    \
-    return exp_both_body(t, n, shift, columns);                                                                     \
+  SSLKERN_CLONES static T exp_both(const T* t, int64_t n, T c, T shift, T* columns) {                               \
+    return exp_both_body(t, n, c, shift, columns);                                                                  \
   }                                                                                                                 \
   SSLKERN_CLONES static void exp_columns(const T* t, int64_t n, const T* shifts, T* columns) {                      \
     exp_columns_body(t, n, shifts, columns);                                                                        \
@@ -231,8 +235,8 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   SSLKERN_CLONES static void share_row(T* t, int64_t n, T shift, T a) {                                             \
     share_row_body(t, n, shift, a);                                                                                 \
   }                                                                                                                 \
-  SSLKERN_CLONES static void share_both(T* t, int64_t n, T shift, T a, const T* b) {                                \
-    share_both_body(t, n, shift, a, b);                                                                             \
+  SSLKERN_CLONES static void share_both(T* t, int64_t n, T c, T shift, T a, const T* b) {                           \
+    share_both_body(t, n, c, shift, a, b);                                                                          \
   }                                                                                                                 \
   SSLKERN_CLONES static void share_each(T* t, int64_t n, T row, T a, const T* column, const T* b) {                 \
     share_each_body(t, n, row, a, column, b);                                                                       \

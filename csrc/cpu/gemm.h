@@ -62,7 +62,7 @@ constexpr int64_t kTiled = 256;
 // Who multiplies where the Gram matrix is (m, m).
 template <class T>
 Gemm gemm_for(int64_t m) {
-  if (m <= kTiled && tiles<T>().product != nullptr) return Gemm::tiles;
+  if (m <= kTiled && tiles<T>().one != nullptr) return Gemm::tiles;
   return std::is_same_v<T, float> && use_onednn() ? Gemm::onednn : Gemm::mm;
 }
 
@@ -70,7 +70,7 @@ Gemm gemm_for(int64_t m) {
 template <class T>
 std::string products_of() {
   const std::string library = gemm_for<T>(kTiled + 1) == Gemm::onednn ? "oneDNN" : "torch.mm";
-  if (tiles<T>().product == nullptr) return library;
+  if (tiles<T>().one == nullptr) return library;
   return tiles<T>().name + (" tiles up to a side of " + std::to_string(kTiled)) + ", " + library + " above";
 }
 

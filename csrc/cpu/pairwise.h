@@ -2,7 +2,10 @@
 // and the gradients. No more is kept than a block per thread and what belongs to the rows.
 #pragma once
 
+#include <atomic>
+#include <mutex>
 #include <string>
+#include <thread>
 
 #include "exponents.h"
 #include "tiles.h"
@@ -74,14 +77,13 @@ struct RowSums {
         memory(fresh(like, {padded * ld}, dtype_of<T>())),
         sums(data<T>(memory)),
         weights(padded) {
-    std::fill_n(sums, padded * ld, T(0));
+    in_parallel(padded, ld, [&](int64_t first, int64_t last) { std::fill(sums + first * ld, sums + last * ld, T(0)); });
   }
 };
 
 struct Block {
   int64_t i0, rows, j0, cols;
   bool diagonal;  // of a matrix with itself: all pairs of some rows
-  int64_t slot;   // no other block of its round has it
 };
 
 // What makes an exponent of a product.
@@ -132,31 +134,62 @@ class Mask {
   std::vector<std::pair<int64_t, int64_t>> ranges_;
 };
 
-// f(i, j, slot) for all pairs of `nx` and `ny` blocks, or, of one side's `own`, for i <= j: round after round, in each
-// of which no block meets two others. So what belongs to a block is added to by one thread at a time, in an order that
-// does not depend on their number.
-template <class F>
-void for_rounds(int64_t nx, int64_t ny, bool own, int64_t work, const F& f) {
-  if (!own) {
-    const int64_t rounds = std::max(nx, ny);
-    for (int64_t round = 0; round < rounds; ++round)
-      in_parallel(nx, work, [&](int64_t first, int64_t last) {
-        for (int64_t i = first; i < last; ++i)
-          if ((i + round) % rounds < ny) f(i, (i + round) % rounds, i);
-      });
-    return;
-  }
-  in_parallel(nx, work, [&](int64_t first, int64_t last) {
-    for (int64_t i = first; i < last; ++i) f(i, i, i);
-  });
-  const int64_t even = round_up(nx, 2), others = even - 1;  // as a tournament: one stays, the others go round
-  for (int64_t round = 0; nx > 1 && round < others; ++round)
-    in_parallel(even / 2, work, [&](int64_t first, int64_t last) {
-      for (int64_t k = first; k < last; ++k) {
-        const int64_t a = k == 0 ? others : (round + k) % others, b = (round - k + others) % others;
-        if (a < nx && b < nx) f(std::min(a, b), std::max(a, b), k);
+// f(i, j) for the pairs (i, j) = pair(k), k in [0, count), i and j out of `things`, or i < 0 where there is none; to
+// each thing one thread at a time, in the order of k, whatever the number of threads. Whoever is free takes the next
+// pair, and waits for those before it that share a thing with it: all of these are being worked on. At a barrier all
+// would wait for the slowest.
+template <class Pair, class F>
+void for_each_in_order(int64_t count, int64_t things, int64_t work, const Pair& pair, const F& f) {
+  std::mutex taking;
+  int64_t next = 0;
+  std::vector<int64_t> taken(things);
+  std::vector<std::atomic<int64_t>> done(things);
+  std::atomic<bool> failed{false};
+  const auto await = [&](int64_t thing, int64_t turn) {
+    for (int spins = 0; done[thing].load(std::memory_order_acquire) < turn && !failed; ++spins)
+      if (spins > 1000) std::this_thread::yield();
+  };
+  in_parallel(count, work, [&](int64_t, int64_t) {
+    try {
+      while (!failed) {
+        std::unique_lock lock(taking);
+        if (next == count) return;
+        const auto [i, j] = pair(next++);
+        if (i < 0) continue;
+        const int64_t turn_i = taken[i]++, turn_j = i == j ? turn_i : taken[j]++;
+        lock.unlock();
+        await(i, turn_i);
+        await(j, turn_j);
+        if (!failed) f(i, j);
+        done[i].fetch_add(1, std::memory_order_release);
+        if (i != j) done[j].fetch_add(1, std::memory_order_release);
       }
-    });
+    } catch (...) {
+      failed = true;
+      throw;
+    }
+  });
+}
+
+// f(i, j) for all pairs of `nx` and `ny` blocks, or, of one side's `own`, for i <= j; in rounds, in each of which no
+// block meets two others.
+template <class F>
+void for_pairs(int64_t nx, int64_t ny, bool own, int64_t work, const F& f) {
+  using Two = std::pair<int64_t, int64_t>;
+  if (own) {
+    const int64_t half = ceil_div(nx, 2), others = 2 * half - 1;  // as a tournament: one stays, the others go round
+    const auto pair = [&](int64_t k) -> Two {
+      if (k < nx) return {k, k};
+      const int64_t round = (k - nx) / half, place = (k - nx) % half;
+      const int64_t a = place == 0 ? others : (round + place) % others, b = (round - place + others) % others;
+      return a < nx && b < nx ? Two{std::min(a, b), std::max(a, b)} : Two{-1, -1};
+    };
+    return for_each_in_order(nx + (nx > 1 ? others * half : 0), nx, work, pair, f);
+  }
+  const int64_t few = std::min(nx, ny), many = std::max(nx, ny);
+  const auto pair = [&](int64_t k) -> Two { return {k % few, few + (k / few + k % few) % many}; };
+  for_each_in_order(few * many, few + many, work, pair,
+                    [&](int64_t a, int64_t b) { nx == few ? f(a, b - few) : f(b - few, a); });
 }
 
 // Rows of a block: its pairs stay in L2, and there are 4 blocks or more. Rows of 768 numbers do not stay there as well,
@@ -180,16 +213,16 @@ class Pairs {
   int64_t size() const {
     return size_;
   }
-  int64_t slots() const {
-    return round_up(ceil_div(x_.n, size_), 2);
+  int64_t row_blocks() const {
+    return ceil_div(x_.n, size_);
   }
 
   template <class F>
   void each_block(const F& f) const {
     const int64_t work = size_ * size_ * x_.d;
-    for_rounds(ceil_div(x_.n, size_), ceil_div(y_.n, size_), own_, work, [&](int64_t i, int64_t j, int64_t slot) {
+    for_pairs(ceil_div(x_.n, size_), ceil_div(y_.n, size_), own_, work, [&](int64_t i, int64_t j) {
       f(Block{i * size_, std::min(size_, x_.n - i * size_), j * size_, std::min(size_, y_.n - j * size_),
-              own_ && i == j, slot});
+              own_ && i == j});
     });
   }
 
@@ -205,28 +238,28 @@ class Pairs {
 
   // left right' of two sides of equal width, over a block.
   void products(const Rows<T>& left, const Rows<T>& right, const Block& b, T* out) const {
-    const auto product = tile_product<T>();
+    const TileProduct<T> product;
     const int64_t d = left.d;
-    for (int64_t j = 0; j < b.cols; j += kTile)
+    for (int64_t j = 0; j < b.cols; j += 2 * kTile)
       for (int64_t i = 0; i < b.rows; i += kTile)
-        product(left.across + (b.i0 + i) * d, 1, kTile, right.across + (b.j0 + j) * d, d, out + i * ld_ + j, ld_,
-                false);
+        product(left.across + (b.i0 + i) * d, 1, kTile, right.across + (b.j0 + j) * d, kTile * d,
+                b.cols - j > kTile ? 2 : 1, d, out + i * ld_ + j, ld_, false);
   }
 
   // sums of rows += tile right, and with `transposed` those of columns += tile' left.
   void add(const T* tile, const Block& b, const Rows<T>& right, RowSums<T>& to) const {
-    const auto product = tile_product<T>();
-    for (int64_t t = 0; t < right.panels; ++t)
+    const TileProduct<T> product;
+    for (int64_t t = 0; t < right.panels; t += 2)
       for (int64_t i = 0; i < b.rows; i += kTile)
-        product(tile + i * ld_, ld_, 1, right.along + (t * right.n + b.j0) * kTile, b.cols,
-                to.sums + (b.i0 + i) * to.ld + t * kTile, to.ld, true);
+        product(tile + i * ld_, ld_, 1, right.along + (t * right.n + b.j0) * kTile, right.n * kTile,
+                std::min<int64_t>(2, right.panels - t), b.cols, to.sums + (b.i0 + i) * to.ld + t * kTile, to.ld, true);
   }
   void add_transposed(const T* tile, const Block& b, const Rows<T>& left, RowSums<T>& to) const {
-    const auto product = tile_product<T>();
-    for (int64_t t = 0; t < left.panels; ++t)
+    const TileProduct<T> product;
+    for (int64_t t = 0; t < left.panels; t += 2)
       for (int64_t j = 0; j < b.cols; j += kTile)
-        product(tile + j, 1, ld_, left.along + (t * left.n + b.i0) * kTile, b.rows,
-                to.sums + (b.j0 + j) * to.ld + t * kTile, to.ld, true);
+        product(tile + j, 1, ld_, left.along + (t * left.n + b.i0) * kTile, left.n * kTile,
+                std::min<int64_t>(2, left.panels - t), b.rows, to.sums + (b.j0 + j) * to.ld + t * kTile, to.ld, true);
   }
 
   // The sums of a tile's rows and of its columns.

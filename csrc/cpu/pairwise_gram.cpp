@@ -88,7 +88,7 @@ void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64
   const int64_t count = groups.count(), numbers = groups.numbers(), stride = groups.stride(), n = x.size(-2),
                 square = count * count;
   std::vector<std::vector<double>> of_rows(count, std::vector<double>(n));
-  std::vector<double> parts(pairs.slots() * square);
+  std::vector<double> parts(pairs.row_blocks() * square);
   pairs.each_block([&](const Block& b) {
     const bool few = count <= kFewGroups;
     const auto room = room_for<T>(count * stride + (few ? 0 : square + packed_size(count, kGramDepth)));
@@ -96,7 +96,7 @@ void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64
     groups.kernels(b, k);
     for (int64_t g = 0; g < count; ++g)
       pairs.add_weights(k + g * stride, b, &of_rows[g], b.diagonal ? nullptr : &of_rows[g]);
-    double* part = parts.data() + b.slot * square;
+    double* part = parts.data() + b.i0 / pairs.size() * square;
     const double times = b.diagonal ? 1 : 2;
     for (int64_t q = 0; few && q < numbers; q += pairs.size())
       for (int64_t g = 0; g < count; ++g)
@@ -113,7 +113,7 @@ void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64
   for (int64_t g = 0; g < count; ++g)
     for (int64_t h = 0; h <= g; ++h) {
       double total = 0;
-      for (int64_t slot = 0; slot < pairs.slots(); ++slot) total += parts[slot * square + g * count + h];
+      for (int64_t i = 0; i < pairs.row_blocks(); ++i) total += parts[i * square + g * count + h];
       gram[g * count + h] = gram[h * count + g] = total;
     }
 }

@@ -16,6 +16,25 @@ bool in_range(const std::pair<T, T>& bounds) {
   return bounds.second - bounds.first <= (sizeof(T) == 4 ? T(80) : T(690));
 }
 
+// Rows of exponents with -inf where a pair is dropped, but for a factor, which exponentials then take in their stride.
+template <class T>
+struct Exponents {
+  const Slice<T>& slice;
+  const bool folded;
+  const T factor, dropped;
+
+  Exponents(const Slice<T>& slice, bool fold)
+      : slice(slice),
+        folded(fold && !slice.similarity.squared && slice.similarity.scale != 0),
+        factor(folded ? slice.similarity.scale : T(1)),
+        dropped(std::copysign(std::numeric_limits<T>::infinity(), -factor)) {}
+
+  void operator()(T* t, const Block& b, int64_t r) const {
+    if (!folded) slice.similarity(t, b, r);
+    slice.mask.drop(t, b, r, dropped);
+  }
+};
+
 // Sums of exponentials, relative to a number per row.
 template <class T>
 struct Sums {
@@ -45,24 +64,25 @@ void logsumexp(const Call& c, int64_t s, bool columns, T* over_rows, T* over_col
   const auto bounds = slice.bounds();
   const bool fixed = in_range(bounds), both = c.own || columns;
   const T shift = bounds.second;
+  const Exponents<T> exponents(slice, fixed);
   Sums<T> of_rows(c.n()), of_columns(columns ? c.m() : 0);
   Sums<T>& below = c.own ? of_rows : of_columns;
   slice.pairs.run([&](const Block& b, T* tile, T* spare) {
     const bool down = both && !b.diagonal;
     T *sums = spare, *most = spare + b.cols;
     std::fill_n(sums, b.cols, T(0));
-    for (int64_t j = 0; j < b.cols && down; ++j) most[j] = below.most[b.j0 + j];
+    for (int64_t j = 0; j < b.cols && down && !fixed; ++j) most[j] = below.most[b.j0 + j];
     for (int64_t r = 0; r < b.rows; ++r) {
       T* t = tile + r * slice.pairs.ld();
-      slice.similarity(t, b, r);
-      slice.mask.drop(t, b, r, -std::numeric_limits<T>::infinity());
+      exponents(t, b, r);
       const int64_t i = b.i0 + r;
       if (fixed) {
-        of_rows.sum[i] += down ? exp_both(t, b.cols, shift, sums) : exp_row(t, b.cols, shift);
+        of_rows.sum[i] +=
+            down ? exp_both(t, b.cols, exponents.factor, shift, sums) : exp_row(t, b.cols, exponents.factor, shift);
         continue;
       }
       const T base = of_rows.raise(i, largest(t, b.cols));
-      of_rows.sum[i] += exp_row(t, b.cols, base);
+      of_rows.sum[i] += exp_row(t, b.cols, T(1), base);
       if (down) largest_columns(t, b.cols, most);
     }
     if (!down) return;
@@ -111,6 +131,7 @@ void logsumexp_gradients(const Call& c, int64_t s, bool columns, const T* grad_r
   const auto bounds = slice.bounds();
   const bool both = c.own || columns, fixed = both && in_range(bounds);
   const T shift = bounds.second;
+  const Exponents<T> exponents(slice, fixed);
   const Shares<T> of_rows(grad_rows, over_rows, c.n(), shift, fixed);
   const std::optional<Shares<T>> of_columns =
       columns && !c.own ? std::make_optional<Shares<T>>(grad_columns, over_columns, c.m(), shift, fixed) : std::nullopt;
@@ -119,11 +140,10 @@ void logsumexp_gradients(const Call& c, int64_t s, bool columns, const T* grad_r
   slice.pairs.run([&](const Block& b, T* tile, T*) {
     for (int64_t r = 0; r < b.rows; ++r) {
       T* t = tile + r * slice.pairs.ld();
-      slice.similarity(t, b, r);
-      slice.mask.drop(t, b, r, -std::numeric_limits<T>::infinity());
+      exponents(t, b, r);
       const int64_t i = b.i0 + r, j = b.j0;
       if (fixed) {
-        share_both(t, b.cols, shift, of_rows.share[i], other.share.data() + j);
+        share_both(t, b.cols, exponents.factor, shift, of_rows.share[i], other.share.data() + j);
       } else if (both) {
         share_each(t, b.cols, of_rows.base[i], of_rows.grad[i], other.base.data() + j, other.grad + j);
       } else {
@@ -165,7 +185,7 @@ void argmax(const Call& c, int64_t s, int64_t* index) {
       std::vector<T> most(rows, -std::numeric_limits<T>::infinity());
       std::fill_n(index + i0, rows, int64_t(-1));
       for (int64_t j0 = 0; j0 < m; j0 += size) {
-        const Block b{i0, rows, j0, std::min(size, m - j0), c.own && i0 == j0, k};
+        const Block b{i0, rows, j0, std::min(size, m - j0), c.own && i0 == j0};
         pairs.products(slice.x, slice.y, b, tile.get());
         for (int64_t r = 0; r < rows; ++r) {
           T* t = tile.get() + r * pairs.ld();

@@ -154,7 +154,7 @@ class Update {
         }
       return;
     }
-    const auto product = tile_product<T>();
+    const TileProduct<T> product;
     const int64_t rows = round_up(cols, kTile);
     T corner[kTile * kTile];
     for (int64_t s = 0; s < m_tiles_; ++s)
@@ -227,7 +227,7 @@ class Update {
 
   // 16 rows at a time; the whole panel goes by before the next columns of W.
   void update_panel(int64_t first, int64_t last, int64_t of_a, const T* c, T* slab, T* left, T* right) {
-    const auto product = tile_product<T>();
+    const TileProduct<T> product;
     const int64_t side = m_tiles_ * kTile, depth = side + of_a;
     for (int64_t j0 = 0; j0 < p_; j0 += kChunk) {
       const int64_t cols = std::min(kChunk, p_ - j0);

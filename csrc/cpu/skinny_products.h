@@ -214,7 +214,7 @@ class SkinnyProducts {
   // Some rows of a chunk, by a copy of them: the lines of a column of X, in rows of 2^n numbers, would drive each other
   // out of L1.
   void tile(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* slab, T* sums, bool add) const {
-    const auto product = tile_product<T>();
+    const TileProduct<T> product;
     const int64_t depth = std::min(kDepth, n_ - i0), side = m_tiles_ * kTile;
     for (int64_t i = 0; i < depth; ++i) std::copy_n(x_ + (i0 + i) * p_ + j0, cols, slab + i * kPadded);
     const int64_t next = std::min(kDepth, n_ - i0 - depth);

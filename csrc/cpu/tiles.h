@@ -17,31 +17,35 @@ inline bool asked(const char* name) {
   return value != nullptr && std::strcmp(value, name) == 0;
 }
 
-// out (16, 16) = or += sum_k a[r * a_row + k * a_k] b[16 k + c]. R rows at a time, in vectors of `Bytes`, keep their
-// sums in registers; a pointer for every four of them, hidden from the compiler, which otherwise runs out of registers
-// for addresses.
-#define SSLKERN_TILE(name, arch, T, Bytes, R)                                                                \
+// out (16, 16 P) = or += sum_k a[r * a_row + k * a_k] b[16 k + c], of P panels of b that lie b_panel apart. R rows at a
+// time, in vectors of `Bytes`, keep their sums in registers; a pointer for every four of them, hidden from the
+// compiler, which otherwise runs out of registers for addresses. Two panels read each number of `a` half as often:
+// where a vector takes 64 bytes, loads are as dear as products.
+#define SSLKERN_TILE(name, arch, T, Bytes, R, P)                                                             \
   __attribute__((target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
-                                                         int64_t depth, T* out, int64_t ld, bool add) {      \
+                                                         int64_t b_panel, int64_t depth, T* out, int64_t ld, \
+                                                         bool add) {                                         \
     typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                          \
     constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4;                                     \
     for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                   \
-      V acc[R][C] = {};                                                                                      \
+      V acc[R][P * C] = {};                                                                                  \
       const T *x[Q], *y = b;                                                                                 \
       for (int q = 0; q < Q; ++q) {                                                                          \
         x[q] = a + 4 * q * a_row;                                                                            \
         __asm__("" : "+r"(x[q]));                                                                            \
       }                                                                                                      \
       for (int64_t k = 0; k < depth; ++k, y += kTile) {                                                      \
+        V right[P * C];                                                                                      \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                  \
+            *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                    \
         _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                               \
           const T s = x[r / 4][r % 4 * a_row];                                                               \
-          _Pragma("GCC unroll 16") for (int c = 0; c < C; ++c) acc[r][c] +=                                  \
-              s * *reinterpret_cast<const V*>(y + W * c);                                                    \
+          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                \
         }                                                                                                    \
         for (int q = 0; q < Q; ++q) x[q] += a_k;                                                             \
       }                                                                                                      \
       _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                 \
-        _Pragma("GCC unroll 16") for (int c = 0; c < C; ++c) {                                               \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                           \
           V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                \
           *to = add ? *to + acc[r][c] : acc[r][c];                                                           \
         }                                                                                                    \
@@ -49,43 +53,54 @@ inline bool asked(const char* name) {
     }                                                                                                        \
   }
 
-// The tiles of one instruction set; `product` is null where only a vendor library will do.
+template <class T>
+using Tile = void (*)(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_panel, int64_t depth, T* out,
+                      int64_t ld, bool add);
+
+// The tiles of one instruction set; `one` is null where only a vendor library will do, `two` where it gains nothing.
 template <class T>
 struct Tiles {
   const char* name;
-  void (*product)(const T*, int64_t, int64_t, const T*, int64_t, T*, int64_t, bool);
+  Tile<T> one, two;
 };
 
 // Not by target_clones: GCC lowers wide vectors before it makes the clones, for the poorest of them.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-SSLKERN_TILE(tile_avx512, "skylake-avx512", float, 64, 16)
-SSLKERN_TILE(tile_avx512, "skylake-avx512", double, 64, 8)
-SSLKERN_TILE(tile_avx2, "haswell", float, 32, 4)
-SSLKERN_TILE(tile_avx2, "haswell", double, 32, 2)
-#define SSLKERN_TILE_CHOICES                                                                                           \
-  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") && \
-      __builtin_cpu_supports("avx512vl") && !asked("avx2"))                                                            \
-    return {"AVX-512", tile_avx512};                                                                                   \
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", tile_avx2};
+SSLKERN_TILE(tile_avx512, "skylake-avx512", float, 64, 16, 1)
+SSLKERN_TILE(wide_avx512, "skylake-avx512", float, 64, 8, 2)
+SSLKERN_TILE(tile_avx512, "skylake-avx512", double, 64, 8, 1)
+SSLKERN_TILE(tile_avx2, "haswell", float, 32, 4, 1)
+SSLKERN_TILE(tile_avx2, "haswell", double, 32, 2, 1)
+
+template <class T>
+Tiles<T> tiles_of_processor() {
+  Tile<T> wide = nullptr;
+  if constexpr (sizeof(T) == 4) wide = wide_avx512;
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512vl") && !asked("avx2"))
+    return {"AVX-512", tile_avx512, wide};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", tile_avx2, nullptr};
+  return {"", nullptr, nullptr};
+}
 #else
-#define SSLKERN_TILE_CHOICES
+template <class T>
+Tiles<T> tiles_of_processor() {
+  return {"", nullptr, nullptr};
+}
 #endif
+#undef SSLKERN_TILE
 
 template <class T>
 const Tiles<T>& tiles() {
-  static const Tiles<T> chosen = []() -> Tiles<T> {
-    if (asked("mm") || asked("onednn")) return {"", nullptr};
-    SSLKERN_TILE_CHOICES
-    return {"", nullptr};
-  }();
+  static const Tiles<T> chosen =
+      asked("mm") || asked("onednn") ? Tiles<T>{"", nullptr, nullptr} : tiles_of_processor<T>();
   return chosen;
 }
-#undef SSLKERN_TILE
-#undef SSLKERN_TILE_CHOICES
 
 // The same in plain C++, for what has no library to turn to.
 template <class T>
-void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t depth, T* out, int64_t ld, bool add) {
+void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t, int64_t depth, T* out, int64_t ld,
+                   bool add) {
   T sum[kTile][kTile] = {};
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; r < kTile; ++r)
@@ -94,11 +109,27 @@ void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t d
     for (int64_t c = 0; c < kTile; ++c) out[r * ld + c] = (add ? out[r * ld + c] : T(0)) + sum[r][c];
 }
 
+// Products by tiles of whatever the processor has.
 template <class T>
-auto tile_product() {
-  const auto chosen = tiles<T>().product;
-  return chosen != nullptr ? chosen : portable_tile<T>;
-}
+class TileProduct {
+ public:
+  TileProduct() : one_(tiles<T>().one != nullptr ? tiles<T>().one : portable_tile<T>), two_(tiles<T>().two) {}
+
+  void operator()(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t depth, T* out, int64_t ld,
+                  bool add) const {
+    one_(a, a_row, a_k, b, 0, depth, out, ld, add);
+  }
+
+  // Of `panels` of b, one or two.
+  void operator()(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_panel, int64_t panels, int64_t depth,
+                  T* out, int64_t ld, bool add) const {
+    if (panels == 2 && two_ != nullptr) return two_(a, a_row, a_k, b, b_panel, depth, out, ld, add);
+    for (int64_t t = 0; t < panels; ++t) one_(a, a_row, a_k, b + t * b_panel, 0, depth, out + t * kTile, ld, add);
+  }
+
+ private:
+  const Tile<T> one_, two_;
+};
 
 // A matrix in memory: element (i, k) at data[i * row + k * col].
 template <class T>
@@ -129,7 +160,7 @@ inline int64_t packed_size(int64_t cols, int64_t depth) {
 template <class T>
 void multiply(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t cols, int64_t depth, T* out, int64_t ld,
               bool lower, bool add, T* room) {
-  const auto product = tile_product<T>();
+  const TileProduct<T> product;
   const int64_t full = rows / kTile * kTile, panel = kTile * depth;
   T *packed_a = room, *packed_b = room + panel;
   if (b.col == 1 && b.row == kTile && cols == kTile) {
@@ -143,10 +174,13 @@ void multiply(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t co
     const bool edge = i == full;
     const T* x = edge ? packed_a : a.data + i * a.row;
     const int64_t a_row = edge ? 1 : a.row, a_k = edge ? kTile : a.col;
-    for (int64_t j = 0; j < (lower ? std::min(i + 1, cols) : cols); j += kTile) {
+    const int64_t end = lower ? std::min(i + 1, cols) : cols;
+    for (int64_t j = 0; j < end; j += kTile) {
       T* to = out + i * ld + j;
       if (!edge && j + kTile <= cols) {
-        product(x, a_row, a_k, packed_b + j * depth, depth, to, ld, add);
+        const int64_t panels = j + kTile < end && j + 2 * kTile <= cols ? 2 : 1;
+        product(x, a_row, a_k, packed_b + j * depth, kTile * depth, panels, depth, to, ld, add);
+        j += (panels - 1) * kTile;
         continue;
       }
       T corner[kTile * kTile];

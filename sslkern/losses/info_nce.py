@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
+from ..ops._rows import unit_rows
 from ..ops.pairwise_reduce import pairwise_reduce
 from ..reference.columns import accumulation_dtype
 
@@ -79,11 +80,6 @@ def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool) -> N
         _checks.below("positives", positives, k.shape[0])
     elif k.shape[0] < q.shape[0]:
         raise ValueError(f"k must have a row for every row of q unless positives says which, {shapes}")
-
-
-def unit_rows(z: Tensor) -> Tensor:
-    """L2-normalised rows in the precision of the loss; a row of zeros stays one."""
-    return F.normalize(z.to(accumulation_dtype(z)), dim=-1)
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:

@@ -8,8 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._rows import unit_rows
 from ..ops.pairwise_reduce import pairwise_reduce
-from .info_nce import cross_entropy, inverse, row_products, shown, unit_rows
+from .info_nce import cross_entropy, inverse, row_products, shown
 
 
 def nt_xent_loss(
@@ -90,8 +91,9 @@ def _checked(
 
 def _positives(z: Tensor) -> Tensor:
     """Of (V, N, D), the products with the other views of the sample: (V - 1, V, N), each pair computed once."""
-    count = z.shape[0]
-    pairs = {(v, w): row_products(z[v], z[w]) for v in range(count) for w in range(v + 1, count)}
+    views = z.unbind()
+    count = len(views)
+    pairs = {(v, w): row_products(views[v], views[w]) for v in range(count) for w in range(v + 1, count)}
     rows = [[pairs[min(v, w), max(v, w)] for w in range(count) if w != v] for v in range(count)]
     return torch.stack([torch.stack(row) for row in rows], 1)
 

@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
+from ..ops._rows import unit_rows
 from ..ops.pairwise_reduce import pairwise_reduce
-from .info_nce import converted, row_products, shown, unit_rows
+from .info_nce import converted, row_products, shown
 
 
 def sigmoid_loss(a: Tensor, b: Tensor, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0) -> Tensor:

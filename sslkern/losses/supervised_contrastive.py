@@ -7,8 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
+from ..ops._rows import unit_rows
 from ..ops.pairwise_reduce import pairwise_reduce
-from .info_nce import cross_entropy, inverse, row_products, shown, unit_rows
+from .info_nce import cross_entropy, inverse, row_products, shown
 
 
 def supervised_contrastive_loss(

@@ -11,6 +11,7 @@ from ..backend import declare, pick
 from ..reference import pairwise_reduce as _reference
 from . import _checks
 from ._autograd import first_order
+from ._rows import unit_rows
 
 Kernel = Literal["dot", "cosine", "sqeuclidean", "rbf", "softplus"]
 Reduction = Literal["logsumexp", "max", "sum", "matmul", "gram"]
@@ -265,7 +266,7 @@ def _prepared(z: Tensor, x: Tensor, kernel: str) -> Tensor:
     dtype = _reference.accumulation_dtype(x)
     z = z.to(dtype).contiguous()
     if kernel == "cosine":
-        z = torch.nn.functional.normalize(z, dim=-1)
+        z = unit_rows(z)
     if kernel in _reference.SQUARED:
         finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # or one bad row would spoil all others
         z = z - finite.mean(-2, keepdim=True)
