@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
 
 import torch
 from torch import Tensor
@@ -14,9 +14,6 @@ from ..reference.columns import accumulation_dtype
 from ..train import distributed
 from . import _checks
 from ._autograd import first_order
-
-if TYPE_CHECKING:
-    from torch.distributed import ProcessGroup
 
 Activation = Literal["relu"] | None
 
@@ -141,7 +138,7 @@ def _pick_or_empty(name: str, x: Tensor) -> Callable:
     return pick(name, x) if x.numel() > 0 else getattr(_reference, name)
 
 
-def _joint_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tensor]:
+def _joint_moments(x: Tensor, peers: distributed.Peers) -> tuple[Tensor, Tensor, Tensor]:
     """`batch_moments_fwd` of the batches of all ranks as one, and its numbers per channel, ().
 
     Merged in fp64 as by Chan, Golub and LeVeque (1983), with the same bits on every rank.
@@ -151,7 +148,7 @@ def _joint_moments(x: Tensor, group: ProcessGroup) -> tuple[Tensor, Tensor, Tens
     if x.numel() > 0:
         centre, variance = pick("batch_moments_fwd", x)(x)
         own = torch.cat([centre.double().sum(0), variance.double(), own.new_full((1,), x.numel() // channels)])
-    means, variances, counts = distributed.all_gather(own, group).split([channels, channels, 1], 1)
+    means, variances, counts = distributed.all_gather(own, peers).split([channels, channels, 1], 1)
     count = counts.sum()
     share = counts / count.clamp(min=1)
     mean = (share * means).sum(0)
@@ -240,7 +237,7 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     activation: Activation = None,
-    group: ProcessGroup | None = None,
+    group: distributed.Group = None,
 ) -> Tensor:
     r"""Batch norm, and the relu behind it, without a saved output or mask.
 
@@ -266,7 +263,8 @@ def batch_norm(
         momentum: share of the batch in the running statistics, a number or a tensor of shape ().
         eps: added to the variance, in units of x^2.
         activation: None or "relu".
-        group: processes that share the statistics of the batch, by gloo or NCCL; None is this one alone.
+        group: processes that share the statistics of the batch, by gloo or NCCL: a process group or "world"; None is this
+            one alone.
 
     Returns:
         y, in shape, dtype and memory format of x; differentiable once in x, weight and bias.
@@ -279,8 +277,8 @@ def batch_norm(
     """
     named = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
     given = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    group = distributed.with_peers(group) if given is None else None
-    _checks.channels("x", x, empty=given is not None or group is not None)
+    peers = distributed.peers_of(group) if given is None else None
+    _checks.channels("x", x, empty=given is not None or peers is not None)
     for name, value in named:
         if value is not None:
             _check_channel_tensor(name, value, x)
@@ -292,11 +290,11 @@ def batch_norm(
         centre, variance = (t.detach().to(accumulation_dtype(x)) for t in given)
         centre = torch.stack([centre, torch.zeros_like(centre)])
         return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, None, None)
-    if group is not None:
+    if peers is not None:
         with torch.no_grad():
-            centre, variance, count = _joint_moments(x, group)
+            centre, variance, count = _joint_moments(x, peers)
             _track(running_mean, running_var, centre, variance, count, momentum)
-        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, group.group_name)
+        return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, peers.name)
     if x.numel() == x.shape[1]:
         raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
     return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)

@@ -1,12 +1,15 @@
 """Every collective of the package, and nothing else of it: ops and losses may import this file.
 
 Functional collectives, which `torch.compile(fullgraph=True)` traces, for gloo and NCCL. They are waited for where they
-are called, since their result is needed there.
+are called, since their result is needed there. Those that are differentiable add up: what a rank's loss does to a number
+that came from another one is part of that rank's gradient. So with a loss whose mean over the ranks is the loss of the
+joint batch, gradients averaged over the ranks, as DistributedDataParallel and FSDP do, are those of the joint batch.
 """
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, NamedTuple, TypeAlias
 
 import torch
 import torch.distributed as dist
@@ -18,34 +21,222 @@ if dist.is_available():
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_DIMS = 8  # of a tensor, that ranks compare
+
+
+class Over(NamedTuple):
+    """A group, and how the losses use it; see `over`."""
+
+    group: ProcessGroup | Literal["world"]
+    transport: torch.dtype | None
+    even: bool
+
+
+Group: TypeAlias = "ProcessGroup | Over | Literal['world'] | None"
+
+
+class Peers(NamedTuple):
+    """The processes of a group, two or more, and the place of this one among them."""
+
+    name: str
+    size: int
+    rank: int
+    transport: torch.dtype | None
+    even: bool
+
+
+def over(
+    group: ProcessGroup | Literal["world"] = "world", *, transport: torch.dtype | None = None, even: bool = False
+) -> Over:
+    """A group for the `group` of any loss, with settings.
+
+    Args:
+        group: a torch.distributed.ProcessGroup, or "world", all processes.
+        transport: bfloat16 or float16, in which embeddings travel and by which they are then rounded, at half of the
+            bytes; None is their own precision. Sums and gradients stay in float32 or better.
+        even: a promise that all ranks have equally many rows and good input. It saves a small exchange, and on a GPU
+            the wait for it, per loss. Without it uneven batches are right, and bad input on one rank is an error on
+            all. Under `torch.compile` it is always taken for given.
+
+    Raises:
+        TypeError, ValueError: one sentence.
+    """
+    if transport not in (None, torch.bfloat16, torch.float16):
+        raise ValueError(f"transport must be torch.bfloat16, torch.float16 or None, got {transport!r}.")
+    if isinstance(group, Over) or group is None:
+        raise TypeError(f"group must be 'world' or a torch.distributed.ProcessGroup, got {type(group).__name__}.")
+    return Over(group, transport, bool(even))
+
 
 def world() -> ProcessGroup | None:
     """All processes, or None where torch.distributed is not initialised."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
-def with_peers(group: ProcessGroup | None) -> ProcessGroup | None:
-    """The group, or None where this process is not in it or alone in it.
+def peers_of(group: Group) -> Peers | None:
+    """Those of a group, or None where this process is not in it or alone in it.
 
     Raises:
-        TypeError: neither a torch.distributed.ProcessGroup nor None.
+        TypeError: not one of the four kinds of group.
     """
+    transport, even = None, False
+    if isinstance(group, Over):
+        group, transport, even = group
+    if isinstance(group, str) and group == "world":
+        group = world()
     if group is None:
         return None
-    if isinstance(group, dist.ProcessGroup):
-        return group if dist.get_world_size(group) > 1 else None
-    if group == dist.GroupMember.NON_GROUP_MEMBER:
-        return None
-    raise TypeError(f"group must be a torch.distributed.ProcessGroup or None, got {type(group).__name__}.")
+    if dist.is_available():
+        if isinstance(group, dist.ProcessGroup):
+            size = dist.get_world_size(group)
+            return Peers(group.group_name, size, dist.get_rank(group), transport, even) if size > 1 else None
+        if group == dist.GroupMember.NON_GROUP_MEMBER:
+            return None
+    got = repr(group) if isinstance(group, str) else type(group).__name__
+    raise TypeError(
+        "group must be None, 'world', a torch.distributed.ProcessGroup or sslkern.train.distributed.over(...), "
+        f"got {got}."
+    )
 
 
-def all_gather(values: Tensor, group: ProcessGroup) -> Tensor:
+def all_gather(values: Tensor, peers: Peers) -> Tensor:
     """values (n,) of every process, in rank order: (W, n). Not differentiable."""
-    size, ops = dist.get_world_size(group), torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_gather_into_tensor(values, size, group.group_name)).view(size, -1)
+    ops = torch.ops._c10d_functional
+    return ops.wait_tensor(ops.all_gather_into_tensor(values, peers.size, peers.name)).view(peers.size, -1)
 
 
 def all_reduce(values: Tensor, group_name: str) -> Tensor:
     """The sum of values over every process. Not differentiable."""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(values, "sum", group_name))
+    return ops.wait_tensor(ops.all_reduce(values.contiguous(), "sum", group_name))
+
+
+def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
+    """The rows of all ranks along `dim`, in rank order, of which rank r has counts[r]; as rounded by the transport, in
+    the dtype of x. Not differentiable."""
+    most, ops = max(counts), torch.ops._c10d_functional
+    rows = x.movedim(dim, 0).to(peers.transport or x.dtype)
+    if rows.shape[0] < most:
+        rows = torch.cat([rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
+    out = ops.wait_tensor(ops.all_gather_into_tensor(rows.contiguous(), peers.size, peers.name))
+    if min(counts) < most:
+        out = torch.cat([part[:count] for part, count in zip(out.split(most), counts, strict=True)])
+    return out.to(x.dtype).movedim(0, dim)
+
+
+def scatter_sums(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
+    """This rank's rows of the sum of x over every process: the transpose of `gather_rows`. Not differentiable."""
+    most, ops = max(counts), torch.ops._c10d_functional
+    rows = x.movedim(dim, 0)
+    if min(counts) < most:
+        parts = [part.new_zeros((most, *part.shape[1:])) for part in rows.split(counts)]
+        for padded, part in zip(parts, rows.split(counts), strict=True):
+            padded[: part.shape[0]] = part
+        rows = torch.cat(parts)
+    out = ops.wait_tensor(ops.reduce_scatter_tensor(rows.contiguous(), "sum", peers.size, peers.name))
+    return out[: counts[peers.rank]].movedim(0, dim)
+
+
+class _Summed(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
+        ctx.group_name = group_name
+        return all_reduce(x, group_name)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return all_reduce(grad, ctx.group_name), None
+
+
+class _Gathered(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
+        ctx.settings = counts, peers, dim
+        return gather_rows(x, counts, peers, dim)
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return scatter_sums(grad, *ctx.settings), None, None, None
+
+
+def summed(x: Tensor, peers: Peers) -> Tensor:
+    """The sum of x over every process; differentiable."""
+    return _Summed.apply(x, peers.name)
+
+
+def gathered(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
+    """`gather_rows`, differentiable."""
+    return _Gathered.apply(x, counts, peers, dim)
+
+
+def share(counts: tuple[int, ...], peers: Peers) -> float:
+    """W n_r/N: by this a mean over the rank's own rows becomes one whose mean over the ranks is that of all rows."""
+    return peers.size * counts[peers.rank] / sum(counts)
+
+
+def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: int = -2) -> tuple[int, ...]:
+    """How many rows along `dim` each rank has, after check() has passed on every rank.
+
+    Where it raises on one rank, or where the tensors of the ranks differ in dtype, in what needs a gradient or in any
+    other dimension, every rank raises: none is left waiting for a collective that will not come.
+
+    Args:
+        check: raises TypeError or ValueError for bad input, of which tensors may be made.
+        tensors: those that collectives will be about; rows are those of the first one, or 0 where it is None.
+
+    Raises:
+        Whatever check raises; RuntimeError: on the other ranks. ValueError: the ranks differ.
+    """
+    if peers.even or torch.compiler.is_compiling():
+        check()
+        return (tensors[0].shape[dim],) * peers.size
+    failure: Exception | None = None
+    try:
+        check()
+    except (TypeError, ValueError) as error:
+        failure = error
+    told = [0] * (3 + len(tensors) * (3 + _DIMS)) if failure else _told(tensors, dim)
+    table = all_gather(torch.tensor(told, device=_device(tensors, peers)), peers).tolist()
+    if failure:
+        raise failure
+    if bad := [r for r, row in enumerate(table) if not row[0]]:
+        ranks = f"rank {bad[0]} was" if len(bad) == 1 else f"ranks {', '.join(map(str, bad))} were"
+        raise RuntimeError(f"{ranks} given bad input, which the error there explains; no rank of the group went on.")
+    if other := [r for r, row in enumerate(table) if row[2:] != table[0][2:]]:
+        kinds = " and ".join(_kind(table[r], dim) for r in (0, other[0]))
+        raise ValueError(
+            "all ranks of a group must be given tensors of one dtype and shape but for the rows (N), and must all need "
+            f"gradients or none, got {kinds} on ranks 0 and {other[0]}."
+        )
+    return tuple(row[1] for row in table)
+
+
+def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
+    """That all is well, this rank's rows, and what must be the same on all ranks."""
+    told = [1, tensors[0].shape[dim], len(tensors)]
+    for t in tensors:
+        row = dim % t.dim()
+        sides = [side for k, side in enumerate(t.shape) if k != row][:_DIMS]
+        needed = int(torch.is_grad_enabled() and t.requires_grad)
+        told += [t.dim(), _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1, needed]
+        told += sides + [0] * (_DIMS - len(sides))
+    return told
+
+
+def _kind(row: list[int], dim: int) -> str:
+    """The first tensor of a rank, in words."""
+    _, n, _, dims, dtype, needed, *sides = row
+    shape = sides[: max(dims - 1, 0)]
+    shape.insert(dim % dims if dims else 0, n)
+    name = str(_DTYPES[dtype]).removeprefix("torch.") if dtype >= 0 else "another dtype"
+    return f"{name} {tuple(shape)} with{'' if needed else 'out'} a gradient"
+
+
+def _device(tensors: tuple[Any, ...], peers: Peers) -> torch.device:
+    """Where the group's collectives take tensors."""
+    for t in tensors:
+        if isinstance(t, Tensor):
+            return t.device
+    group = dist.distributed_c10d._resolve_process_group(peers.name)
+    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
