@@ -1,6 +1,7 @@
 """Several processes over gloo, and the same on their joint batch in one: what tests of a `group` share."""
 
 import traceback
+from contextlib import nullcontext
 from datetime import timedelta
 
 import torch
@@ -26,10 +27,13 @@ def _child(rank, size, store, checks, backend, timeout):
     )
     for check in checks:
         try:
-            with sslkern.backend.use(backend or "auto"):
+            with sslkern.backend.use(backend) if backend else nullcontext():
                 check()
         except BaseException:
-            print(f"rank {rank} of {size}, {backend or 'auto'}, {check.__name__}:\n{traceback.format_exc()}", flush=True)
+            print(
+                f"rank {rank} of {size}, {backend or 'any back-end'}, {check.__name__}:\n{traceback.format_exc()}",
+                flush=True,
+            )
             raise
     dist.destroy_process_group()
 
