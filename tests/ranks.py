@@ -67,8 +67,8 @@ def mean_over_ranks(value):
 def close(found, expected, tolerance, case, scale=0.0):
     """To the tolerance, in units of the largest number expected, or of the scale where that is more."""
     if expected.numel() > 0:
-        limit = tolerance * max(float(expected.abs().max()), scale)
-        error = float((found.double() - expected.double()).abs().max())
+        limit = tolerance * max(float(expected.detach().abs().max()), scale)
+        error = float((found.detach().double() - expected.detach().double()).abs().max())
         assert error <= limit, f"{case}: error {error:.1e}, limit {limit:.1e}"
 
 

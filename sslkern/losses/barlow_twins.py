@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..ops.cross_correlation import cross_correlation
+from ..ops.cross_correlation import Statistics, cross_correlation
+from ..train import distributed
 from ._positions import Positions, to_stack
 
 
@@ -18,6 +19,8 @@ def barlow_twins_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
+    group: distributed.Group = None,
+    stats: Statistics = "sync",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Barlow Twins of two views, exact, without the D x D cross-correlation where N is smaller.
 
@@ -36,6 +39,12 @@ def barlow_twins_loss(
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the two unweighted terms, detached, for logging.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its rows, equally many or not, and the mean over
+            the ranks of the losses is that of the joint batch; so are gradients averaged over ranks, as
+            DistributedDataParallel and FSDP do it. All ranks have the same value.
+        stats: with a group, "sync" standardises over the joint batch, as the official script's SyncBatchNorm does, and
+            "local" over the rank's own rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
@@ -47,7 +56,7 @@ def barlow_twins_loss(
     """
     a = to_stack("a", a, dim, batch_dim, positions)
     b = to_stack("b", b, dim, batch_dim, positions)
-    diagonal, offdiag = cross_correlation(a, b, eps)
+    diagonal, offdiag = cross_correlation(a, b, eps, group=group, stats=stats)
     invariance = (1 - diagonal).square().sum(-1).mean()
     redundancy = offdiag.mean()
     loss = invariance + lambd * redundancy
@@ -67,10 +76,13 @@ class BarlowTwinsLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
+        group: distributed.Group = None,
+        stats: Statistics = "sync",
     ) -> None:
         super().__init__()
         self.lambd, self.eps = lambd, eps
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+        self.group, self.stats = group, stats
 
     def forward(self, a: Tensor, b: Tensor, return_terms: bool = False):
         return barlow_twins_loss(
@@ -82,10 +94,12 @@ class BarlowTwinsLoss(nn.Module):
             batch_dim=self.batch_dim,
             positions=self.positions,
             return_terms=return_terms,
+            group=self.group,
+            stats=self.stats,
         )
 
     def extra_repr(self) -> str:
         return (
             f"lambd={self.lambd}, eps={self.eps}, dim={self.dim}, batch_dim={self.batch_dim}, "
-            f"positions={self.positions!r}"
+            f"positions={self.positions!r}{distributed.shown(self.group)}"
         )

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..ops import _checks
 from ..ops.covariance import Estimator, covariance
+from ..train import distributed
 from ._positions import Positions, to_stack
 
 
@@ -21,6 +22,7 @@ def vcreg_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
+    group: distributed.Group = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Variance-covariance regularization of one batch of features.
 
@@ -38,7 +40,7 @@ def vcreg_loss(
     """
     if isinstance(z, Tensor):
         _checks.non_negative("eps", eps)
-    variance, offdiag = covariance(to_stack("z", z, dim, batch_dim, positions), estimator)
+    variance, offdiag = covariance(to_stack("z", z, dim, batch_dim, positions), estimator, group=group)
     hinge = (gamma - (variance + eps).sqrt()).relu().mean()
     off = offdiag.mean() / variance.shape[-1]
     loss = std_coeff * hinge + cov_coeff * off
@@ -61,11 +63,13 @@ class VCRegLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
+        group: distributed.Group = None,
     ) -> None:
         super().__init__()
         self.std_coeff, self.cov_coeff = std_coeff, cov_coeff
         self.gamma, self.eps, self.estimator = gamma, eps, estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+        self.group = group
 
     def forward(self, z: Tensor, return_terms: bool = False):
         return vcreg_loss(
@@ -79,10 +83,12 @@ class VCRegLoss(nn.Module):
             batch_dim=self.batch_dim,
             positions=self.positions,
             return_terms=return_terms,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
         return (
             f"std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, eps={self.eps}, "
             f"estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, positions={self.positions!r}"
+            f"{distributed.shown(self.group)}"
         )

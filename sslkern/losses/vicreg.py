@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ..ops.covariance import Estimator, vicreg
+from ..train import distributed
 from ._positions import Positions, to_stack
 
 
@@ -22,6 +23,7 @@ def vicreg_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
+    group: distributed.Group = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""VICReg of two views, exact, without the D x D covariance where N is smaller.
 
@@ -40,6 +42,10 @@ def vicreg_loss(
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the three unweighted terms, detached, for logging.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its rows, equally many or not, and the mean over
+            the ranks of the losses is that of the joint batch; so are gradients averaged over ranks, as
+            DistributedDataParallel and FSDP do it. The invariance term is that of the rank's own rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
@@ -51,7 +57,7 @@ def vicreg_loss(
     """
     a = to_stack("a", a, dim, batch_dim, positions)
     b = to_stack("b", b, dim, batch_dim, positions)
-    loss, terms = vicreg(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator)
+    loss, terms = vicreg(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator, group=group)
     if loss.dim():
         loss = loss.mean()
     if not return_terms:
@@ -75,11 +81,13 @@ class VICRegLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
+        group: distributed.Group = None,
     ) -> None:
         super().__init__()
         self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
         self.gamma, self.eps, self.estimator = gamma, eps, estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
+        self.group = group
 
     def forward(self, a: Tensor, b: Tensor, return_terms: bool = False):
         return vicreg_loss(
@@ -95,11 +103,12 @@ class VICRegLoss(nn.Module):
             batch_dim=self.batch_dim,
             positions=self.positions,
             return_terms=return_terms,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
         return (
             f"sim_coeff={self.sim_coeff}, std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, "
             f"eps={self.eps}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
-            f"positions={self.positions!r}"
+            f"positions={self.positions!r}{distributed.shown(self.group)}"
         )

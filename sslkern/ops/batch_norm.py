@@ -263,8 +263,8 @@ def batch_norm(
         momentum: share of the batch in the running statistics, a number or a tensor of shape ().
         eps: added to the variance, in units of x^2.
         activation: None or "relu".
-        group: processes that share the statistics of the batch, by gloo or NCCL: a process group or "world"; None is this
-            one alone.
+        group: processes that share the statistics of the batch, by gloo or NCCL: a process group or "world", all
+            there are; None is this one alone.
 
     Returns:
         y, in shape, dtype and memory format of x; differentiable once in x, weight and bias.

@@ -9,7 +9,9 @@ from torch import Tensor
 
 from ..backend import declare, pick
 from ..reference import covariance as _reference
-from . import _checks
+from ..reference.columns import accumulation_dtype
+from ..train import distributed
+from . import _checks, _joint
 from ._autograd import first_order
 
 Estimator = Literal["plugin", "unbiased"]
@@ -79,7 +81,9 @@ def takes_dual(n: int, d: int, form: str, threshold: float) -> bool:
     return n < threshold * d if form == "auto" else form == "dual"
 
 
-def covariance(z: Tensor, estimator: Estimator = "plugin", form: Form = "auto") -> tuple[Tensor, Tensor]:
+def covariance(
+    z: Tensor, estimator: Estimator = "plugin", form: Form = "auto", group: distributed.Group = None
+) -> tuple[Tensor, Tensor]:
     r"""Column variances and the sum of squared off-diagonal covariances of every (N, D) slice of `z`.
 
     With Zc the centred slice and C = Zc'Zc / (N - 1):
@@ -95,10 +99,21 @@ def covariance(z: Tensor, estimator: Estimator = "plugin", form: Form = "auto") 
 
     whose expectation is exact at any batch size; it may be negative. The variance is unbiased either way.
 
+    With a group, z holds this rank's n of the N rows of all W ranks, and the result, the same on all of them, is that
+    of the N. Per rank and slice, forward and backward:
+
+        dual      4 n N D flops, and (N - n) D numbers received       n rows of the N x N matrix
+        primal    4 n D^2 flops, and 2 (W - 1)/W D^2 numbers          the D x D matrix, summed over ranks
+
+    and a few D numbers more. "auto" is the dual where N < D, which then is less of both; gathering all rows and
+    repeating the whole is 6 N D^2 on every rank.
+
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides. N >= 2; N >= 4 when unbiased.
         estimator: "plugin" or "unbiased".
         form: "auto", "primal" or "dual"; the value does not depend on it.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Ranks may have unequally many rows, or none.
 
     Returns:
         variance and offdiag, float32 (float64 for float64), in units of z^2 and z^4, both differentiable once. A slice
@@ -106,13 +121,18 @@ def covariance(z: Tensor, estimator: Estimator = "plugin", form: Form = "auto") 
 
     Raises:
         TypeError: z is not a dense floating tensor. ValueError: too few rows or columns, unknown estimator or form.
+        With a group, bad input on one rank raises on all of them.
 
     Source: Bardes et al., VICReg (2105.04906), eq. 3-4; Mialon et al., VCReg (2209.14905); the unbiased estimator of
     tr(Sigma^2) is Himeno and Yamada (2014).
     """
     _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
-    _checks.matrix_stack("z", z, min_rows=4 if unbiased else 2)
+    least, peers = 4 if unbiased else 2, distributed.peers_of(group)
+    if peers is not None:
+        counts = _joint.rows(peers, least, lambda: _checks.matrix_stack("z", z, min_rows=0), z)
+        return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
+    _checks.matrix_stack("z", z, min_rows=least)
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
     if torch.is_grad_enabled() and z.requires_grad:
         return _Covariance.apply(z, unbiased, dual)
@@ -129,14 +149,30 @@ def vicreg(
     eps: float,
     estimator: Estimator,
     form: Form = "auto",
+    group: distributed.Group = None,
 ) -> tuple[Tensor, Tensor]:
     """VICReg of every slice: loss (...) and its unweighted terms (..., 3), not differentiable. See `vicreg_loss`."""
     _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
-    for name, view in (("a", a), ("b", b)):
-        _checks.matrix_stack(name, view, min_rows=4 if unbiased else 2)
-    _checks.same("a", a, "b", b)
-    _checks.non_negative("eps", eps)
+    least, peers = 4 if unbiased else 2, distributed.peers_of(group)
+
+    def check() -> None:
+        for name, view in (("a", a), ("b", b)):
+            _checks.matrix_stack(name, view, min_rows=least if peers is None else 0)
+        _checks.same("a", a, "b", b)
+        _checks.non_negative("eps", eps)
+
+    if peers is not None:
+        counts = _joint.rows(peers, least, check, a, b)
+        n, d = sum(counts), a.shape[-1]
+        dual = takes_dual(n, d, form, 1.0)
+        dtype = accumulation_dtype(a)
+        variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
+        invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * (peers.size / (n * d))
+        hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2
+        terms = torch.stack([invariance, hinge, offdiag.sum(0) / d], -1)
+        return sim_coeff * terms[..., 0] + std_coeff * terms[..., 1] + cov_coeff * terms[..., 2], terms.detach()
+    check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
     settings = (float(sim_coeff), float(std_coeff), float(cov_coeff), float(gamma), float(eps), unbiased, dual)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):

@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor
 
 from ..backend import declare, pick
 from ..reference import cross_correlation as _reference
-from . import _checks
+from ..train import distributed
+from . import _checks, _joint
 from ._autograd import first_order
 from .covariance import Form, takes_dual
+
+Statistics = Literal["sync", "local"]
 
 declare(
     "cross_correlation_fwd(Tensor a, Tensor b, float eps, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -42,7 +47,14 @@ class _CrossCorrelation(torch.autograd.Function):
         return grad_a if need_a else None, grad_b if need_b else None, None, None
 
 
-def cross_correlation(a: Tensor, b: Tensor, eps: float = 1e-5, form: Form = "auto") -> tuple[Tensor, Tensor]:
+def cross_correlation(
+    a: Tensor,
+    b: Tensor,
+    eps: float = 1e-5,
+    form: Form = "auto",
+    group: distributed.Group = None,
+    stats: Statistics = "sync",
+) -> tuple[Tensor, Tensor]:
     r"""Diagonal, and sum of squared off-diagonals, of the cross-correlation of two views.
 
     Each column is standardised over its batch as batch norm does, x_hat = (x - mean) / sqrt(var + eps) with the biased
@@ -54,25 +66,46 @@ def cross_correlation(a: Tensor, b: Tensor, eps: float = 1e-5, form: Form = "aut
     "primal" forms the D x D matrix; "dual" uses ||A'B||_F^2 = <AA', BB'>_F and forms two N x N ones; "auto" takes the
     dual where N < .75 D.
 
+    With a group, a and b hold this rank's n of the N rows of all W ranks, and the result, the same on all of them, is
+    that of the N. Per rank and slice, forward and backward:
+
+        dual      8 n N D flops, and 2 (N - n) D numbers received     n rows of the two N x N matrices
+        primal    6 n D^2 flops, and 2 (W - 1)/W D^2 numbers          the D x D matrix, summed over ranks
+
+    and a few D numbers more. "auto" is the dual where N < .75 D, which then is less of both.
+
     Args:
         a, b: (..., N, D), N >= 2, the same shape, dtype (float32, bfloat16, float16 or float64) and device,
             any strides.
         eps: added to the variance, in units of a^2.
         form: "auto", "primal" or "dual"; the value does not depend on it.
+        group: as in `ops.covariance`.
+        stats: with a group, "sync" standardises columns over the joint batch, as SyncBatchNorm does, and "local" over
+            the rank's own rows; then the loss depends on how the batch is divided.
 
     Returns:
         diagonal and offdiag, float32 (float64 for float64), dimensionless, both differentiable once.
 
     Raises:
         TypeError: not dense floating tensors, or of different dtypes. ValueError: shapes or devices differ, too few
-        rows or columns, negative eps, unknown form.
+        rows or columns, negative eps, unknown form. With a group, bad input on one rank raises on all of them.
 
     Source: Zbontar et al., Barlow Twins (2103.03230), eq. 1-2.
     """
-    for name, view in (("a", a), ("b", b)):
-        _checks.matrix_stack(name, view)
-    _checks.same("a", a, "b", b)
-    _checks.non_negative("eps", eps)
+    peers = distributed.peers_of(group)
+
+    def check() -> None:
+        _checks.one_of("stats", stats, ("sync", "local"))
+        for name, view in (("a", a), ("b", b)):
+            _checks.matrix_stack(name, view, min_rows=2 if peers is None else 0)
+        _checks.same("a", a, "b", b)
+        _checks.non_negative("eps", eps)
+
+    if peers is not None:
+        counts = _joint.rows(peers, 2, check, a, b)
+        dual = takes_dual(sum(counts), a.shape[-1], form, 0.75)
+        return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)
+    check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.75)
     if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
         return _CrossCorrelation.apply(a, b, float(eps), dual)

@@ -1,9 +1,9 @@
 """Every collective of the package, and nothing else of it: ops and losses may import this file.
 
 Functional collectives, which `torch.compile(fullgraph=True)` traces, for gloo and NCCL. They are waited for where they
-are called, since their result is needed there. Those that are differentiable add up: what a rank's loss does to a number
-that came from another one is part of that rank's gradient. So with a loss whose mean over the ranks is the loss of the
-joint batch, gradients averaged over the ranks, as DistributedDataParallel and FSDP do, are those of the joint batch.
+are called, since their result is needed there. Those that are differentiable add up: what all losses owe to a number
+goes back to the rank that it came from. So where the mean over the ranks of a loss is the loss of the joint batch,
+gradients averaged over the ranks, as DistributedDataParallel and FSDP do it, are those of the joint batch.
 """
 
 from __future__ import annotations
@@ -240,3 +240,8 @@ def _device(tensors: tuple[Any, ...], peers: Peers) -> torch.device:
             return t.device
     group = dist.distributed_c10d._resolve_process_group(peers.name)
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+
+
+def shown(group: Group) -> str:
+    """What a module's `extra_repr` says of it after all else."""
+    return "" if group is None else f", group={group!r}"

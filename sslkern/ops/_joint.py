@@ -1,0 +1,119 @@
+"""The primitives of a joint batch whose rows lie on several ranks: each one does its rows' share of the products.
+
+No kernel of our own: what a rank multiplies is small or as large as what it holds, and torch's products are as good.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.columns import accumulation_dtype, without_autocast
+from ..train import distributed
+from ..train.distributed import Peers
+from ._autograd import first_order
+
+Counts = tuple[int, ...]
+
+
+def rows(peers: Peers, least: int, check: Callable[[], object], *named: Any) -> Counts:
+    """The rows of all ranks, after check() on each of them; together they must be `least` or more."""
+    counts = distributed.rows_of_all(peers, check, *named)
+    if sum(counts) < least:
+        raise ValueError(f"all ranks together must have at least {least} rows (N), got {sum(counts)}.")
+    return counts
+
+
+class _Products(torch.autograd.Function):
+    """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool):
+        ctx.settings = peers, dual, y is None
+        with without_autocast(x):
+            if not dual:
+                y = x if y is None else y
+                matrix = distributed.all_reduce(x.mT @ y, peers.name)
+                diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
+                matrix = matrix - torch.diag_embed(diagonal)
+                ctx.save_for_backward(x, y, diagonal, matrix)
+                return diagonal, matrix.square().sum((-2, -1))
+            first = sum(counts[: peers.rank])
+            every = [distributed.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
+            own = [z.narrow(-2, first, counts[peers.rank]) for z in every]
+            grams = [z @ e.mT for z, e in zip(own, every, strict=True)]
+            square = (grams[0] * grams[-1]).sum((-2, -1), dtype=torch.float64)
+            sums = torch.cat([(own[0] * own[-1]).sum(-2, dtype=torch.float64), square[..., None]], -1)
+            sums = distributed.all_reduce(sums, peers.name)
+            diagonal = sums[..., :-1].to(x.dtype)
+            ctx.save_for_backward(*own, *every, diagonal, *grams)
+            return diagonal, (sums[..., -1] - sums[..., :-1].square().sum(-1)).to(x.dtype)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad_diagonal: Tensor, grad_offdiag: Tensor):
+        peers, dual, alone = ctx.settings
+        sums = distributed.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
+        column, scale = sums[..., None, :-1], 2 * sums[..., -1, None, None]
+        if not dual:
+            x, y, _, matrix = ctx.saved_tensors
+            with without_autocast(x):
+                of_x = scale * (y @ matrix.mT) + column * y
+                of_y = None if alone else scale * (x @ matrix) + column * x
+        else:
+            saved = ctx.saved_tensors
+            k = 1 if alone else 2
+            own, every, diagonal, grams = saved[:k], saved[k : 2 * k], saved[2 * k], saved[2 * k + 1 :]
+            column = column - scale * diagonal[..., None, :]
+            with without_autocast(diagonal):
+                of_x = scale * (grams[-1] @ every[0]) + column * own[-1]
+                of_y = None if alone else scale * (grams[0] @ every[1]) + column * own[0]
+        return 2 * of_x if alone else of_x, of_y, None, None, None
+
+
+def _centred(x: Tensor, counts: Counts, peers: Peers, constant: bool) -> Tensor:
+    """x minus the joint mean, a constant to the gradient where that does not depend on it."""
+    total = x.sum(-2, keepdim=True, dtype=torch.float64)
+    total = distributed.all_reduce(total.detach(), peers.name) if constant else distributed.summed(total, peers)
+    mean = total / sum(counts)
+    high = mean.to(x.dtype)
+    return (x - high) - (mean - high).to(x.dtype)
+
+
+def covariance(z: Tensor, unbiased: bool, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, Tensor]:
+    """`ops.covariance` of the joint batch. The columns of its gradient by the centred rows add up to 0, unless
+    unbiased: then the mean is part of it."""
+    n = sum(counts)
+    zc = _centred(z.to(accumulation_dtype(z)), counts, peers, constant=not unbiased)
+    diagonal, squares = _Products.apply(zc, None, counts, peers, dual)
+    variance, offdiag = diagonal / (n - 1), squares / (n - 1) ** 2
+    if unbiased:
+        square = zc.square()
+        quartic = square.sum(-1).square().sum(-1, dtype=torch.float64) - square.square().sum(
+            (-2, -1), dtype=torch.float64
+        )
+        trace = variance.sum(-1).square() - variance.square().sum(-1)
+        mixed = (n - 1) * (n - 2) * offdiag + trace - n / (n - 1) * distributed.summed(quartic, peers)
+        offdiag = ((n - 1) / (n * (n - 2) * (n - 3)) * mixed).to(variance.dtype)
+    return variance, offdiag
+
+
+def cross_correlation(
+    a: Tensor, b: Tensor, eps: float, sync: bool, counts: Counts, peers: Peers, dual: bool
+) -> tuple[Tensor, Tensor]:
+    """`ops.cross_correlation` of the joint batch, its columns standardised over it, or over the rank's own rows."""
+    n = sum(counts) if sync else max(1, counts[peers.rank])
+    views = torch.stack([z.to(accumulation_dtype(z)) for z in (a, b)])
+    if sync:
+        views = _centred(views, counts, peers, constant=True)
+        squares = distributed.summed(views.square().sum(-2), peers)
+    else:
+        views = views - views.detach().sum(-2, keepdim=True) / n
+        squares = views.square().sum(-2)
+    views = views * (squares / n + eps).rsqrt()[..., None, :]
+    diagonal, offdiag = _Products.apply(*views.unbind(), counts, peers, dual)
+    n = sum(counts)
+    return diagonal / n, offdiag / n**2
