@@ -125,21 +125,13 @@ def modules_and_terms():
 
 def compiled():
     """Whole, without a graph break, with the numbers of eager."""
-    own = [mine(z, divisions(ROWS)[0]).requires_grad_() for z in views((ROWS, 40))]
-    for function in (
-        sslkern.vicreg_loss,
-        sslkern.barlow_twins_loss,
-        partial(sslkern.vicreg_loss, estimator="unbiased"),
-    ):
+    unbiased = partial(sslkern.vicreg_loss, estimator="unbiased")
+    for function, width in ((sslkern.vicreg_loss, 40), (unbiased, 7), (sslkern.barlow_twins_loss, 7)):
+        own = [mine(z, divisions(ROWS)[0]).requires_grad_() for z in views((ROWS, width))]
         torch._dynamo.reset()
         whole = torch.compile(partial(function, group="world"), fullgraph=True, backend="aot_eager")
-        for found, expected in zip(
-            *(
-                (loss, *torch.autograd.grad(loss, own))
-                for loss in (whole(*own), function(*own, group=distributed.over(even=True)))
-            ),
-            strict=True,
-        ):
+        losses = whole(*own), function(*own, group=distributed.over(even=True))
+        for found, expected in zip(*((x, *torch.autograd.grad(x, own)) for x in losses), strict=True):
             close(found, expected, 1e-12, "compiled")
 
 
