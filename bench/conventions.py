@@ -1,0 +1,290 @@
+"""`python -m bench.conventions`: the gradient that data-parallel training gets from each trainer's way of gathering.
+
+Two processes with half of a batch each, and one with all of it: the gradient of an encoder's weights, averaged over the
+processes as DistributedDataParallel does, over the gradient of the trainer's own loss of the joint batch. In fp64.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor
+
+import sslkern
+from sslkern.metrics import hsic
+
+from .baselines import offdiag_sum
+from .ranks import gathered_rows, into_document, processes, raw_sum_, reduced_sum, synced_standardised
+from .run import _commit, machine
+
+PATH = Path("bench/results/conventions.json")
+RANKS = 2
+SHAPE = (32, 12, 8)  # rows of the joint batch, columns of the input and of the embeddings
+Stats = Callable[[Tensor], Tensor]
+
+
+def _size() -> int:
+    """Ranks among which the batch is divided; 1 in the process that has all of it."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def _rows_of_all(z: Tensor) -> Tensor:
+    return gathered_rows(z) if dist.is_initialized() else z
+
+
+def _hinge(z: Tensor) -> Tensor:
+    return F.relu(1 - (z.var(0) + 1e-4).sqrt()).mean()
+
+
+def _offdiag(z: Tensor) -> Tensor:
+    z = z - z.mean(0)
+    return offdiag_sum(z.T @ z / (z.shape[0] - 1)) / z.shape[1]
+
+
+def _vicreg(share: float, gather: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
+    """With `share` of the two hinges; the invariance is of the rank's own rows."""
+
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        x, y = (_rows_of_all(z) if gather else z for z in (a, b))
+        return 25 * F.mse_loss(a, b) + 25 * share * (_hinge(x) + _hinge(y)) + _offdiag(x) + _offdiag(y)
+
+    return loss
+
+
+def _parts(z: Tensor) -> list[Tensor]:
+    """The rows over which local statistics are taken: what each rank has."""
+    return list(z.chunk(RANKS // _size()))
+
+
+def _batch_norm(z: Tensor) -> Tensor:
+    return F.batch_norm(z, None, None, training=True)
+
+
+def _std_plus_eps(z: Tensor) -> Tensor:
+    return (z - z.mean(0)) / (z.std(0) + 1e-5)
+
+
+def _synced(z: Tensor) -> Tensor:
+    return synced_standardised(z) if dist.is_initialized() else _batch_norm(z)
+
+
+def _locally(norm: Stats) -> Stats:
+    return lambda z: torch.cat([norm(part) for part in _parts(z)])
+
+
+def _barlow(norm: Stats, reduce: str, lambd: float = 0.005, scale: float = 1.0) -> Callable[[Tensor, Tensor], Tensor]:
+    def loss(a: Tensor, b: Tensor) -> Tensor:
+        c = norm(a).T @ norm(b) / (a.shape[0] * _size())
+        if dist.is_initialized():
+            c = reduced_sum(c) if reduce == "autograd" else raw_sum_(c)
+        return scale * ((c.diagonal() - 1).square().sum() + lambd * offdiag_sum(c))
+
+    return loss
+
+
+def _logits(z: Tensor, every: Tensor, first: int, temperature: float) -> Tensor:
+    """Of this rank's rows of both views against those of all, without those with themselves."""
+    logits = z @ every.T / temperature
+    n, joint = z.shape[0] // 2, every.shape[0] // 2
+    own = torch.cat([first + torch.arange(n), joint + first + torch.arange(n)])
+    return logits.scatter(1, own[:, None], -torch.inf)
+
+
+def _nt_xent_rows(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
+    """Every rank its own rows against all."""
+    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    every, n = torch.cat([_rows_of_all(a), _rows_of_all(b)]), a.shape[0]
+    first = dist.get_rank() * n if dist.is_initialized() else 0
+    positive = torch.cat([every.shape[0] // 2 + first + torch.arange(n), first + torch.arange(n)])
+    return F.cross_entropy(_logits(torch.cat([a, b]), every, first, temperature), positive)
+
+
+def _nt_xent_whole(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
+    """Every rank all rows against all."""
+    a, b = _rows_of_all(F.normalize(a, dim=-1)), _rows_of_all(F.normalize(b, dim=-1))
+    z, n = torch.cat([a, b]), a.shape[0]
+    return F.cross_entropy(_logits(z, z, 0, temperature), torch.arange(2 * n).roll(n))
+
+
+def _nt_xent_indices(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
+    """Every rank its own rows against all; positives are the other rows of the same index, inside the logarithm, and
+    exponentials are taken as they are."""
+    n = a.shape[0]
+    first = dist.get_rank() * n if dist.is_initialized() else 0
+    z = F.normalize(torch.cat([a, b]), dim=-1)
+    index = torch.arange(first, first + n).repeat(2)
+    every, indices = _rows_of_all(z), _rows_of_all(index.double()).long()
+    e = (z @ every.T / temperature).exp()
+    same = index[:, None] == indices
+    own = torch.zeros_like(same)
+    own[torch.arange(2 * n), 2 * first + torch.arange(2 * n)] = True
+    positives = (e * (same & ~own)).sum(1)
+    return -(positives / (positives + (e * ~same).sum(1))).log().mean()
+
+
+@dataclass(frozen=True)
+class Convention:
+    """A loss of two views, as one trainer divides it among ranks."""
+
+    loss: str
+    trainer: str
+    how: str
+    of_rank: Callable[[Tensor, Tensor], Tensor]
+    of_joint: Callable[[Tensor, Tensor], Tensor] | None = None  # where it is not the same function in one process
+    expected: float | None = 1.0  # ratio of the norms, if it is known in advance
+
+
+OFFICIAL, LIGHTLY, SOLO, STABLE = "official script", "lightly", "solo-learn", "stable-pretraining"
+LOCAL = "against the same local statistics"
+
+
+def _ours(title: str, loss: Callable[..., Tensor], how: str = '`group="world"`') -> Convention:
+    return Convention(title, "sslkern", how, lambda a, b: loss(a, b, group="world"), lambda a, b: loss(a, b))
+
+
+def _one_view(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    return lambda a, b, **settings: loss(a, **settings) + loss(b, **settings)
+
+
+def conventions() -> list[Convention]:
+    return [
+        Convention("VICReg", OFFICIAL, "gathers, then all statistics", _vicreg(0.5)),
+        Convention("VICReg", LIGHTLY, "gathers if asked", _vicreg(0.5)),
+        Convention("VICReg", LIGHTLY, "as it comes: no gathering", _vicreg(0.5, gather=False), _vicreg(0.5), None),
+        Convention("VICReg", SOLO, "gathers; the sum of the hinges", _vicreg(1.0)),
+        Convention("VICReg", STABLE, "gathers", _vicreg(0.5)),
+        _ours("VICReg", sslkern.vicreg_loss),
+        _ours("VCReg", _one_view(sslkern.vcreg_loss)),
+        Convention(
+            "Barlow Twins",
+            OFFICIAL,
+            "SyncBatchNorm, raw all-reduce",
+            _barlow(_synced, "raw", 0.0051),
+            expected=0.5,
+        ),
+        Convention(
+            "Barlow Twins",
+            SOLO,
+            f"local batch norm, raw all-reduce; {LOCAL}",
+            _barlow(_locally(_batch_norm), "raw", 0.005, 0.025),
+            expected=0.5,
+        ),
+        Convention(
+            "Barlow Twins",
+            LIGHTLY,
+            f"local batch norm, differentiable all-reduce if asked; {LOCAL}",
+            _barlow(_locally(_batch_norm), "autograd"),
+        ),
+        Convention(
+            "Barlow Twins",
+            STABLE,
+            f"local standard deviation + eps, differentiable all-reduce; {LOCAL}",
+            _barlow(_locally(_std_plus_eps), "autograd"),
+        ),
+        _ours("Barlow Twins", sslkern.barlow_twins_loss),
+        Convention("NT-Xent", LIGHTLY, "gathers if asked; its own rows against all", _nt_xent_rows),
+        Convention("NT-Xent", SOLO, "gathers; its own rows against all, positives by index", _nt_xent_indices),
+        Convention("NT-Xent", STABLE, "gathers; all rows on every rank", _nt_xent_whole),
+        _ours("NT-Xent", sslkern.nt_xent_loss),
+        _ours("InfoNCE", sslkern.info_nce_loss),
+        _ours("Spectral contrastive", sslkern.spectral_contrastive_loss),
+        _ours("HSIC", hsic),
+    ]
+
+
+def _batch() -> tuple[list[Tensor], Tensor]:
+    """Two views of the joint batch, and an encoder's weights."""
+    n, p, d = SHAPE
+    generator = torch.Generator().manual_seed(0)
+    shared, *noise = (torch.randn(n, p, generator=generator, dtype=torch.float64) for _ in range(3))
+    weights = torch.randn(p, d, generator=generator, dtype=torch.float64) / p**0.5
+    return [0.2 + shared + 0.7 * z for z in noise], weights
+
+
+def _gradient(loss: Callable[[Tensor, Tensor], Tensor], joint: list[Tensor]) -> Tensor:
+    """By the weights, from this rank's rows and averaged over ranks."""
+    weights = _batch()[1].requires_grad_()
+    rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    a, b = (view.chunk(size)[rank] @ weights for view in joint)
+    (grad,) = torch.autograd.grad(loss(a, b), weights)
+    if size > 1:
+        dist.all_reduce(grad)
+    return grad / size
+
+
+def averaged(chosen: list[int]) -> list[list[list[float]]]:
+    """In one of the processes: the averaged gradients of some conventions."""
+    every, joint = conventions(), _batch()[0]
+    return [_gradient(every[k].of_rank, joint).tolist() for k in chosen]
+
+
+def row(convention: Convention, found: list[list[float]]) -> dict[str, Any]:
+    """What the averaged gradient is of the joint batch's: the ratio of their norms, and their cosine."""
+    gradient = torch.tensor(found, dtype=torch.float64)
+    truth = _gradient(convention.of_joint or convention.of_rank, _batch()[0])
+    return {
+        "loss": convention.loss,
+        "trainer": convention.trainer,
+        "how": convention.how,
+        "ratio": float(gradient.norm() / truth.norm()),
+        "cosine": float(F.cosine_similarity(gradient.flatten(), truth.flatten(), dim=0)),
+        "error": float((gradient - truth).norm() / truth.norm()),
+        "expected": convention.expected,
+    }
+
+
+def compare(pattern: str = "") -> list[dict[str, Any]]:
+    """One row per convention whose loss and trainer match."""
+    every = conventions()
+    chosen = [k for k, c in enumerate(every) if re.search(pattern, f"{c.loss} {c.trainer}")]
+    found = processes(RANKS, averaged, chosen)[0]
+    return [row(every[k], gradient) for k, gradient in zip(chosen, found, strict=True)]
+
+
+def table(results: dict) -> str:
+    lines = [
+        f"Gradients of a linear encoder averaged over {RANKS} ranks, over that of the trainer's own loss of the joint "
+        f"batch of {SHAPE[0]} rows;",
+        f"fp64, torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Written from what the "
+        "trainers do, and not their code.",
+        "",
+        "| loss | trainer | how | ratio of the norms | cosine | relative error |",
+        "|" + " --- |" * 6,
+    ]
+    for r in results["rows"]:
+        ratio = f"{r['ratio']:.3f}" if abs(r["ratio"] - 1) < 5e-4 else f"**{r['ratio']:.3f}**"
+        cosine = f"{r['cosine']:.3f}" if abs(r["cosine"] - 1) < 5e-4 else f"**{r['cosine']:.3f}**"
+        lines.append(
+            f"| {r['loss']} | {r['trainer']} | {r['how']} | {ratio} | {cosine} | "
+            f"{'below 1e-12' if r['error'] < 1e-12 else format(r['error'], '.0e')} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.conventions", description=__doc__)
+    parser.add_argument("--docs", action="store_true", help="also write the table into the document")
+    parser.add_argument("--filter", default="", help="regular expression on loss and trainer; nothing is then written")
+    args = parser.parse_args()
+    results = {"machine": machine("cpu"), "commit": _commit(), "rows": compare(args.filter)}
+    text = table(results)
+    print(text)
+    if args.filter:
+        return
+    PATH.parent.mkdir(parents=True, exist_ok=True)
+    PATH.write_text(json.dumps(results, indent=1) + "\n")
+    if args.docs:
+        into_document("conventions", text)
+
+
+if __name__ == "__main__":
+    main()
