@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _checks
+from ..ops import _checks, _joint
 from ..ops._rows import unit_rows
 from ..ops.pairwise_reduce import pairwise_reduce
 from ..reference.columns import accumulation_dtype
+from ..train import distributed
+from ..train.distributed import Peers
 
 
 def info_nce_loss(
@@ -21,6 +26,7 @@ def info_nce_loss(
     positives: Tensor | None = None,
     symmetric: bool = False,
     normalize: bool = True,
+    group: distributed.Group = None,
 ) -> Tensor:
     r"""The cross-entropy of the key p(i) of query i among all M keys, without the N x M logits.
 
@@ -34,41 +40,70 @@ def info_nce_loss(
         k: (M, D) keys of q's dtype and device. Without `positives`, M >= N and p(i) = i: further keys are negatives.
         temperature: a number other than 0, or a 0-dim tensor, with a gradient; dimensionless.
         scale: where given, it replaces 1 / temperature, as CLIP's exp(logit_scale).
-        positives: int64 (N,), the p(i); with keys gathered from all ranks, arange(N) + rank * N.
+        positives: int64 (N,), the p(i); with a group, places among the rank's own keys.
         symmetric: CLIP's loss, the mean of this one and that of the keys against the queries, from one pass; M = N.
         normalize: False takes the rows as they are.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
+            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
+            DistributedDataParallel does, are those of the joint batch.
+            The keys travel, and the rank's queries meet those of all; M >= N then holds on each rank, and N and M may
+            differ between ranks. Of `symmetric`, sums over columns are joined, 2 M numbers: no query travels.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work. The range of `positives` is looked at on a CPU only.
+        TypeError, ValueError: one sentence, before any work. The range of `positives` is looked at on a CPU only. With
+        a group, bad input on one rank raises on all.
 
     Sources: van den Oord et al., CPC (1807.03748); Radford et al., CLIP (2103.00020).
     """
-    _check(q, k, positives, symmetric)
-    _checks.coefficient("temperature", temperature, q, zero=False)
-    c = inverse(temperature, q)
-    if scale is not None:
-        _checks.coefficient("scale", scale, q)
-        c = converted(scale, q)
+    peers = distributed.peers_of(group)
+
+    def check() -> None:
+        _check(q, k, positives, symmetric, least_rows(peers))
+        _checks.coefficient("temperature", temperature, q, zero=False)
+        if scale is not None:
+            _checks.coefficient("scale", scale, q)
+
+    counts = joint_rows(peers, 1, check, q, k)
+    c = inverse(temperature, q) if scale is None else converted(scale, q)
     x, y = (unit_rows(z) if normalize else z.to(accumulation_dtype(z)) for z in (q, k))
+    keys = y
+    if peers is not None:
+        keys = distributed.own_first(y, counts if symmetric else _joint.rows(peers, 1, lambda: None, k), peers)
     if positives is None:
         positive = c * row_products(x, y[: x.shape[0]])
-        negatives = pairwise_reduce(x, y, scale=c, mask="others", both_sides=symmetric)
+        negatives = against(x, keys, scale=c, mask="others", both_sides=symmetric)
     else:
         positive = c * row_products(x, F.embedding(positives, y))  # adds its gradient in a fixed order
-        keys = torch.arange(y.shape[0], device=y.device)
-        negatives = pairwise_reduce(x, y, scale=c, mask="different", labels=(positives, keys))
+        places = torch.arange(keys.shape[0], device=keys.device)
+        negatives = against(x, keys, scale=c, mask="different", labels=(positives, places))
     if symmetric:
-        rows, columns = (cross_entropy(positive, side).mean() for side in negatives)
-        return 0.5 * (rows + columns)
-    return cross_entropy(positive, negatives).mean()
+        rows, columns = negatives
+        if peers is not None:
+            columns = _own_columns(columns, counts, peers)
+        over_rows, over_columns = (mean(cross_entropy(positive, side), counts, peers) for side in (rows, columns))
+        return 0.5 * (over_rows + over_columns)
+    return mean(cross_entropy(positive, negatives), counts, peers)
 
 
-def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool) -> None:
-    _checks.matrix("q", q)
-    _checks.matrix("k", k)
+def _own_columns(columns: Tensor, counts: tuple[int, ...], peers: Peers) -> Tensor:
+    """The logsumexp over the ranks of what each has of the columns, own ones first: those of this rank."""
+    before = sum(counts[: peers.rank])
+    columns = columns.roll(before, 0)
+    top = distributed.all_reduce(columns.detach(), peers.name, "max")
+    top = top.masked_fill(top == -torch.inf, 0)
+    total = distributed.summed((columns - top).exp(), peers)
+    none = total == 0  # the one row of a joint batch of one
+    logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
+    return logs.narrow(0, before, counts[peers.rank])
+
+
+def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, least: int) -> None:
+    _checks.matrix("q", q, least)
+    _checks.matrix("k", k, least)
     _checks.alike("q", q, "k", k)
     shapes = f"got shapes {tuple(q.shape)} for q and {tuple(k.shape)} for k."
     if q.shape[1] != k.shape[1]:
@@ -77,9 +112,40 @@ def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool) -> N
         raise ValueError(f"symmetric=True pairs row i of q with row i of k: no positives, as many rows, {shapes}")
     if positives is not None:
         _checks.indices("positives", positives, q, (q.shape[0],))
-        _checks.below("positives", positives, k.shape[0])
+        if q.shape[0]:
+            _checks.below("positives", positives, k.shape[0])
     elif k.shape[0] < q.shape[0]:
         raise ValueError(f"k must have a row for every row of q unless positives says which, {shapes}")
+
+
+def least_rows(peers: Peers | None) -> int:
+    """Of a process: alone it needs a row, and as a rank of a group it may have none."""
+    return 1 if peers is None else 0
+
+
+def joint_rows(peers: Peers | None, least: int, check: Callable[[], object], *tensors: Any) -> tuple[int, ...]:
+    """After check(), on all ranks if there are any: the rows of each, together `least` or more; () for one alone."""
+    if peers is None:
+        check()
+        return ()
+    return _joint.rows(peers, least, check, *tensors)
+
+
+def against(x: Tensor, y: Tensor | None, **settings: Any) -> Any:
+    """`pairwise_reduce`, for which x may also have no rows, (0, D)."""
+    if y is None or x.shape[0]:
+        return pairwise_reduce(x, y, **settings)
+    # 0, in the graph of all that needs a gradient: every rank of a group must take part in the backward
+    nothing = y[:0].sum() + (settings.get("scale", 1) * x.sum(-1)).sum()
+    rows = x.sum(-1) + nothing
+    return (rows, nothing + y.new_full(y.shape[:1], -torch.inf)) if settings.get("both_sides") else rows
+
+
+def mean(rows: Tensor, counts: tuple[int, ...], peers: Peers | None) -> Tensor:
+    """Of (..., n): with peers, times W n/N, by which the mean over the ranks is that over all N rows."""
+    if peers is None:
+        return rows.mean()
+    return rows.sum() * (peers.size / (sum(counts) * rows.shape[:-1].numel()))
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
@@ -118,10 +184,11 @@ class InfoNCELoss(nn.Module):
         scale: float | Tensor | None = None,
         symmetric: bool = False,
         normalize: bool = True,
+        group: distributed.Group = None,
     ) -> None:
         super().__init__()
         self.temperature, self.scale = temperature, scale
-        self.symmetric, self.normalize = symmetric, normalize
+        self.symmetric, self.normalize, self.group = symmetric, normalize, group
 
     def forward(
         self, q: Tensor, k: Tensor, *, scale: float | Tensor | None = None, positives: Tensor | None = None
@@ -134,10 +201,11 @@ class InfoNCELoss(nn.Module):
             positives=positives,
             symmetric=self.symmetric,
             normalize=self.normalize,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, scale={shown(self.scale)}, symmetric={self.symmetric}, "
-            f"normalize={self.normalize}"
+            f"normalize={self.normalize}{distributed.shown(self.group)}"
         )

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from ..ops import _checks
 from ..ops._rows import unit_rows
-from ..ops.pairwise_reduce import pairwise_reduce
-from .info_nce import cross_entropy, inverse, row_products, shown
+from ..train import distributed
+from .info_nce import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown
 
 
 def nt_xent_loss(
@@ -22,6 +22,7 @@ def nt_xent_loss(
     inside: bool = False,
     negatives: Tensor | None = None,
     decoupled: bool = False,
+    group: distributed.Group = None,
 ) -> Tensor:
     r"""The cross-entropy of finding the other views of a sample, without the 2N x 2N matrix of similarities.
 
@@ -42,38 +43,54 @@ def nt_xent_loss(
         negatives: (K, D), a memory bank of any of the dtypes. Rows of a alone are then compared, with b's row as the
             positive and the bank as negatives, and averaged over N. The bank's gradient is computed if it requires one.
         decoupled: as above; needs negatives, N >= 2 or a bank.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
+            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
+            DistributedDataParallel does, are those of the joint batch.
+            All views of a sample are on one rank. A bank does not travel: rows meet that of their own rank.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
 
     Sources: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); He et al., MoCo (1911.05722) for the bank.
     """
-    views = _checked(a, b, others, negatives, decoupled)
-    _checks.coefficient("temperature", temperature, a, zero=False)
+    peers = distributed.peers_of(group)
+    views = (a, b, *others) if isinstance(others, list | tuple) else (a, b)
+
+    def check() -> None:
+        _check(a, b, others, negatives, decoupled and peers is None, least_rows(peers))
+        _checks.coefficient("temperature", temperature, a, zero=False)
+
+    counts = joint_rows(peers, 2 if decoupled and negatives is None else 1, check, *views)
     c = inverse(temperature, a)
     if negatives is not None:
         x, y = unit_rows(a), unit_rows(b)
         bank = unit_rows(negatives.to(x.dtype))
-        return _loss(c * row_products(x, y)[None], pairwise_reduce(x, bank, scale=c), inside, decoupled).mean()
+        rows = _loss(c * row_products(x, y)[None], against(x, bank, scale=c), inside, decoupled)
+        return mean(rows, counts, peers)
     z = unit_rows(torch.stack(views))
     count, n = z.shape[:2]
-    samples = torch.arange(n, device=z.device).repeat(count)
-    against = pairwise_reduce(z.flatten(0, 1), scale=c, mask="different", labels=samples)
-    return _loss(c * _positives(z), against.view(count, n), inside, decoupled).mean()
+    samples, keys = torch.arange(n, device=z.device).repeat(count), None
+    labels: Tensor | tuple[Tensor, Tensor] = samples
+    if peers is not None:
+        every = distributed.own_first(z, counts, peers)
+        keys = every.flatten(0, 1)
+        labels = samples, torch.arange(every.shape[1], device=z.device).repeat(count)
+    total = against(z.flatten(0, 1), keys, scale=c, mask="different", labels=labels)
+    return mean(_loss(c * _positives(z), total.view(count, n), inside, decoupled), counts, peers)
 
 
-def _checked(
-    a: Tensor, b: Tensor, others: Sequence[Tensor], negatives: Tensor | None, decoupled: bool
-) -> tuple[Tensor, ...]:
-    """All views, after the checks."""
+def _check(
+    a: Tensor, b: Tensor, others: Sequence[Tensor], negatives: Tensor | None, decoupled: bool, least: int
+) -> None:
     if not isinstance(others, list | tuple):
         raise TypeError(f"others must be a list or tuple of further views (N, D), got {type(others).__name__}.")
-    _checks.matrix("a", a)
+    _checks.matrix("a", a, least)
     for name, view in (("b", b), *((f"others[{i}]", view) for i, view in enumerate(others))):
-        _checks.matrix(name, view)
+        _checks.matrix(name, view, least)
         _checks.same("a", a, name, view)
     if negatives is not None:
         _checks.matrix("negatives", negatives)
@@ -86,7 +103,6 @@ def _checked(
             raise ValueError(f"negatives go with the two views a and b, got {len(others)} others.")
     elif decoupled and a.shape[0] < 2:
         raise ValueError(f"decoupled=True needs negatives: a bank or at least 2 rows (N), got shape {tuple(a.shape)}.")
-    return (a, b, *others)
 
 
 def _positives(z: Tensor) -> Tensor:
@@ -108,9 +124,16 @@ def _loss(positives: Tensor, against: Tensor, inside: bool, decoupled: bool) -> 
 class NTXentLoss(nn.Module):
     """`nt_xent_loss` as a module; it holds its settings, of which the temperature may be an `nn.Parameter`."""
 
-    def __init__(self, temperature: float | Tensor = 0.5, *, inside: bool = False, decoupled: bool = False) -> None:
+    def __init__(
+        self,
+        temperature: float | Tensor = 0.5,
+        *,
+        inside: bool = False,
+        decoupled: bool = False,
+        group: distributed.Group = None,
+    ) -> None:
         super().__init__()
-        self.temperature, self.inside, self.decoupled = temperature, inside, decoupled
+        self.temperature, self.inside, self.decoupled, self.group = temperature, inside, decoupled, group
 
     def forward(
         self, a: Tensor, b: Tensor, *, others: Sequence[Tensor] = (), negatives: Tensor | None = None
@@ -123,7 +146,9 @@ class NTXentLoss(nn.Module):
             inside=self.inside,
             negatives=negatives,
             decoupled=self.decoupled,
+            group=self.group,
         )
 
     def extra_repr(self) -> str:
-        return f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}"
+        settings = f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}"
+        return settings + distributed.shown(self.group)

@@ -8,11 +8,18 @@ from torch.nn import functional as F
 
 from ..ops import _checks
 from ..ops._rows import unit_rows
-from ..ops.pairwise_reduce import pairwise_reduce
-from .info_nce import converted, row_products, shown
+from ..train import distributed
+from .info_nce import against, converted, joint_rows, least_rows, mean, row_products, shown
 
 
-def sigmoid_loss(a: Tensor, b: Tensor, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0) -> Tensor:
+def sigmoid_loss(
+    a: Tensor,
+    b: Tensor,
+    scale: float | Tensor = 10.0,
+    bias: float | Tensor = -10.0,
+    *,
+    group: distributed.Group = None,
+) -> Tensor:
     r"""Every pair of rows of a and b as a decision, equal sample or not, without the N x N logits.
 
         t_ij = scale cos(a_i, b_j) + bias
@@ -23,28 +30,40 @@ def sigmoid_loss(a: Tensor, b: Tensor, scale: float | Tensor = 10.0, bias: float
         a, b: (N, D); same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
         scale, bias: numbers, or 0-dim tensors, with a gradient; dimensionless. The paper learns both, and scale by its
             logarithm: scale=log_scale.exp().
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
+            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
+            DistributedDataParallel does, are those of the joint batch.
+            Rows of b travel.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
 
     Source: Zhai et al., SigLIP (2303.15343).
     """
-    _checks.matrix("a", a)
-    _checks.matrix("b", b)
-    _checks.same("a", a, "b", b)
-    _checks.coefficient("scale", scale, a)
-    _checks.coefficient("bias", bias, a)
+    peers = distributed.peers_of(group)
+
+    def check() -> None:
+        _checks.matrix("a", a, least_rows(peers))
+        _checks.matrix("b", b, least_rows(peers))
+        _checks.same("a", a, "b", b)
+        _checks.coefficient("scale", scale, a)
+        _checks.coefficient("bias", bias, a)
+
+    counts = joint_rows(peers, 1, check, a, b)
     scale, bias = converted(scale, a), converted(bias, a)
     x, y = unit_rows(a), unit_rows(b)
     positive = scale * row_products(x, y) + bias
     # the bias is one more column: its gradient is then that of a product
-    ones = torch.ones_like(x[:, :1])
-    queries, keys = torch.cat([scale * x, bias * ones], 1), torch.cat([y, ones], 1)
-    negative = pairwise_reduce(queries, keys, kernel="softplus", reduction="sum", mask="others")
-    return (negative - F.logsigmoid(positive)).mean()
+    if peers is not None:
+        y = distributed.own_first(y, counts, peers)
+    queries = torch.cat([scale * x, bias * torch.ones_like(x[:, :1])], 1)
+    keys = torch.cat([y, torch.ones_like(y[:, :1])], 1)
+    negative = against(queries, keys, kernel="softplus", reduction="sum", mask="others")
+    return mean(negative - F.logsigmoid(positive), counts, peers)
 
 
 class SigmoidLoss(nn.Module):
@@ -53,12 +72,14 @@ class SigmoidLoss(nn.Module):
     A `scale` that is computed anew in every step, as exp(log_scale), goes into the call.
     """
 
-    def __init__(self, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0) -> None:
+    def __init__(
+        self, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0, *, group: distributed.Group = None
+    ) -> None:
         super().__init__()
-        self.scale, self.bias = scale, bias
+        self.scale, self.bias, self.group = scale, bias, group
 
     def forward(self, a: Tensor, b: Tensor, *, scale: float | Tensor | None = None) -> Tensor:
-        return sigmoid_loss(a, b, self.scale if scale is None else scale, self.bias)
+        return sigmoid_loss(a, b, self.scale if scale is None else scale, self.bias, group=self.group)
 
     def extra_repr(self) -> str:
-        return f"scale={shown(self.scale)}, bias={shown(self.bias)}"
+        return f"scale={shown(self.scale)}, bias={shown(self.bias)}{distributed.shown(self.group)}"

@@ -7,9 +7,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..ops import _checks
+from ..ops import _checks, _joint
 from ..ops.kernel_matmul import rbf_scale
 from ..ops.pairwise_reduce import pairwise_reduce
+from ..train import distributed
+from ..train.distributed import Peers
 
 Kernel = Literal["rbf", "linear"]
 Estimator = Literal["biased", "unbiased"]
@@ -50,6 +52,8 @@ def hsic(
     kernel: Kernel = "rbf",
     estimator: Estimator = "biased",
     bandwidth: float | Tensor | tuple[Any, Any] | None = None,
+    *,
+    group: distributed.Group = None,
 ) -> Tensor:
     r"""HSIC of the paired rows of x and y: 0 in expectation if they are independent, and, by "rbf", only then.
 
@@ -71,24 +75,34 @@ def hsic(
         estimator: "biased", which is >= 0, or "unbiased", which may be negative.
         bandwidth: for "rbf", in units of x and y: a number > 0, or a tensor of them that broadcasts to (...), with a
             gradient; or None for `median_bandwidth`; or a pair of these, for x and for y.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and
+            every rank returns the number of the joint batch, and so does their mean; so gradients averaged over the
+            ranks, as DistributedDataParallel does, are those of the joint batch.
+            N, and the bandwidth of None, are those of the joint batch. For "rbf" all rows travel, and each rank sums
+            the pairs of its own ones, in float64; for "linear" the N x N Grams likewise, and the cross-covariance is
+            added up.
 
     Returns:
         (...), float32 (float64 for float64); dimensionless for "rbf", in units of x^2 y^2 for "linear"; differentiable
         by x and y, once for "rbf". The bandwidth of None is a constant to the gradient.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
 
     Sources: Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms (2005), for the biased form;
     Song et al., Feature selection via dependence maximization (2012), for the unbiased one.
     """
+    peers = distributed.peers_of(group)
+    if peers is not None:
+        return _joint_hsic(x, y, kernel, estimator, bandwidth, peers)
     _check_settings(kernel, estimator, bandwidth)
     _check_paired([("x", x), ("y", y)], _least_rows(estimator))
     n = x.shape[-2]
     if kernel == "linear":
         xc, yc = _centred(x), _centred(y)
         # equal by ||X'Y||_F^2 = <XX', YY'>_F; of the two, the one with less work also fits in the inputs' memory
-        if x.shape[-1] * y.shape[-1] <= n * (x.shape[-1] + y.shape[-1]):
+        if _by_columns(x, y, n):
             product = (xc.mT @ yc).square().sum((-2, -1))
         else:
             product = ((xc @ xc.mT) * (yc @ yc.mT)).sum((-2, -1))
@@ -155,7 +169,11 @@ def pairwise_hsic(
     return out.to(_result_dtype(z))
 
 
-def dhsic(*variables: Tensor, bandwidth: float | Tensor | tuple[Any, ...] | None = None) -> Tensor:
+def dhsic(
+    *variables: Tensor,
+    bandwidth: float | Tensor | tuple[Any, ...] | None = None,
+    group: distributed.Group = None,
+) -> Tensor:
     r"""dHSIC: the joint dependence of d variables, by Gaussian kernels.
 
     With K^d the kernel matrix of the d-th variable, exp(-|u - v|^2 / (2 bandwidth_d^2)):
@@ -170,19 +188,26 @@ def dhsic(*variables: Tensor, bandwidth: float | Tensor | tuple[Any, ...] | None
             bfloat16, float16 or float64, any strides.
         bandwidth: in units of the variables: a number > 0, or a tensor of them that broadcasts to (...), with a
             gradient; or None for `median_bandwidth`; or a tuple with one of these for each variable.
+        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
+            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and
+            every rank returns the number of the joint batch, and so does their mean; so gradients averaged over the
+            ranks, as DistributedDataParallel does, are those of the joint batch.
+            N, and the bandwidth of None, are those of the joint batch; all rows travel, and each rank sums the pairs
+            of its own ones.
 
     Returns:
         (...), float32 (float64 for float64), dimensionless, >= 0, differentiable once by the variables.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
 
     Source: Pfister et al., Kernel-based tests for joint independence (1603.00285).
     """
     named = [(f"variables[{i}]", v) for i, v in enumerate(variables)]
-    if len(named) < 2:
-        raise ValueError(f"variables must be two or more tensors of shape (..., N, D), got {len(named)}.")
-    _check_paired(named, 2)
+    peers = distributed.peers_of(group)
+    if peers is not None:
+        return _joint_dhsic(named, bandwidth, peers)
+    _check_variables(named, 2)
     scales = _scales(bandwidth, named)
     dtype = _result_dtype(variables[0])
     # centred before they are rounded again: a common mean costs no digits
@@ -195,6 +220,107 @@ def dhsic(*variables: Tensor, bandwidth: float | Tensor | tuple[Any, ...] | None
     return out.to(dtype)
 
 
+def _joint_hsic(x: Tensor, y: Tensor, kernel: str, estimator: str, bandwidth: Any, peers: Peers) -> Tensor:
+    """`hsic` of the rows of all ranks, each of which adds up the pairs of its own."""
+    named = [("x", x), ("y", y)]
+
+    def check() -> None:
+        _check_settings(kernel, estimator, bandwidth)
+        _check_paired(named, 0)
+        if kernel == "rbf":
+            _given(bandwidth, named)
+
+    counts = _joint.rows(peers, _least_rows(estimator), check, x, y)
+    n, own = sum(counts), counts[peers.rank]
+    unbiased = estimator == "unbiased"
+    if kernel == "linear":
+        if _by_columns(x, y, n):
+            xc, yc = _jointly_centred([x, y], counts, peers)
+            product, ours = distributed.summed(xc.mT @ yc, peers).square().sum((-2, -1)), [xc, yc]
+        else:
+            every = [_centred(z) for z in _gathered([x, y], counts, peers)]
+            ours = [z.narrow(-2, sum(counts[: peers.rank]), own) for z in every]
+            grams = [z @ e.mT for z, e in zip(ours, every, strict=True)]
+            product = distributed.summed((grams[0] * grams[1]).sum((-2, -1)), peers)
+        if not unbiased:  # row sums of centred rows are 0
+            return (product / (n - 1) ** 2).to(_result_dtype(x))
+        squares = [z.square().sum(-1) for z in ours]
+        both = (squares[0] * squares[1]).sum(-1)
+        parts = torch.stack([both, *(q.sum(-1) for q in squares)], -1)
+        rows, *totals = distributed.summed(parts, peers).unbind(-1)
+        product = product - rows
+    else:
+        every = _gathered([x, y], counts, peers)
+        scales = _scales(bandwidth, [("x", every[0]), ("y", every[1])])
+        joint, *sums = _own_sums(every, scales, counts, peers)
+        if not unbiased:  # with the diagonals, which are 1
+            joint, sums = joint + 1, [r + 1 for r in sums]
+        parts = torch.stack([joint.sum(-1), (sums[0] * sums[1]).sum(-1), *(r.sum(-1) for r in sums)], -1)
+        product, rows, *totals = distributed.summed(parts, peers).unbind(-1)
+    return _formula(product, rows, totals[0] * totals[1], n, estimator).to(_result_dtype(x))
+
+
+def _joint_dhsic(named: list[tuple[str, Tensor]], bandwidth: Any, peers: Peers) -> Tensor:
+    """`dhsic` of the rows of all ranks, each of which adds up the pairs of its own."""
+
+    def check() -> None:
+        _check_variables(named, 0)
+        _given(bandwidth, named)
+
+    counts = _joint.rows(peers, 2, check, *(v for _, v in named))
+    n, every = sum(counts), _gathered([v for _, v in named], counts, peers)
+    scales = _scales(bandwidth, [(name, v) for (name, _), v in zip(named, every, strict=True)])
+    joint, *sums = (r + 1 for r in _own_sums(every, scales, counts, peers))
+    means = torch.stack(sums) / n
+    parts = torch.stack([joint.sum(-1), means.prod(0).sum(-1), *means.sum(-1).unbind()], -1)
+    total, mixed, *each = (distributed.summed(parts, peers) / n).unbind(-1)
+    out = total / n + torch.stack(each).prod(0) - 2 * mixed
+    return out.to(_result_dtype(every[0]))
+
+
+def _gathered(variables: list[Tensor], counts: tuple[int, ...], peers: Peers) -> list[Tensor]:
+    """The rows of all ranks, in rank order and in the dtype of the result, by one collective."""
+    x = variables[0]
+    if x.dtype in (torch.bfloat16, torch.float16):
+        peers = peers._replace(transport=x.dtype)  # without loss; their gradients come back in float32
+    side_by_side = torch.cat([v.to(_result_dtype(v)) for v in variables], -1)
+    return list(distributed.gathered(side_by_side, counts, peers).split([v.shape[-1] for v in variables], -1))
+
+
+def _own_sums(every: list[Tensor], scales: list[Tensor], counts: tuple[int, ...], peers: Peers) -> list[Tensor]:
+    """sum_{j != i} of the product of all kernels, then of each kernel, for the rank's own rows i: (..., n).
+
+    In float64: terms cancel, and of a thousand independent rows float32 sums would leave three digits.
+    """
+    n, before = counts[peers.rank], sum(counts[: peers.rank])
+    units = [_centred(v) * c.sqrt()[..., None, None] for v, c in zip(every, scales, strict=True)]
+    sums = []
+    for unit in (torch.cat(units, -1), *units):
+        own = unit.narrow(-2, before, n)
+        places = torch.arange(unit.shape[-2], device=unit.device).expand(unit.shape[:-1])
+        labels = places.narrow(-1, before, n), places
+        if n:
+            rows = pairwise_reduce(own, unit, kernel="rbf", reduction="sum", mask="different", labels=labels)
+        else:
+            rows = own.sum(-1)  # keeps the rank in the graph, for it must take part in the backward
+        sums.append(rows)
+    return sums
+
+
+def _jointly_centred(variables: list[Tensor], counts: tuple[int, ...], peers: Peers) -> list[Tensor]:
+    """`_centred` by the mean over all ranks: of the rank's own rows."""
+    z = torch.cat([v.double() for v in variables], -1)
+    heads = tuple(min(count, 1) for count in counts)
+    z = z - distributed.gather_rows(z.detach()[..., :1, :], heads, peers)[..., :1, :]
+    z = z - distributed.summed(z.sum(-2, keepdim=True), peers) / sum(counts)
+    return list(z.split([v.shape[-1] for v in variables], -1))
+
+
+def _by_columns(x: Tensor, y: Tensor, n: int) -> bool:
+    """Whether the cross-covariance is less work than the two Grams."""
+    return x.shape[-1] * y.shape[-1] <= n * (x.shape[-1] + y.shape[-1])
+
+
 def _combine(product: Tensor, sums: list[Tensor], diagonals: list[Tensor], estimator: str) -> Tensor:
     """HSIC (..., A, B) from sum_ij k^a_ij l^b_ij, and the row sums and diagonals, both (..., A, N) and (..., B, N)."""
     n = sums[0].shape[-1]
@@ -203,6 +329,11 @@ def _combine(product: Tensor, sums: list[Tensor], diagonals: list[Tensor], estim
         sums = [r - q for r, q in zip(sums, diagonals, strict=True)]
     rows = sums[0] @ sums[1].mT
     totals = sums[0].sum(-1)[..., :, None] * sums[1].sum(-1)[..., None, :]
+    return _formula(product, rows, totals, n, estimator)
+
+
+def _formula(product: Tensor, rows: Tensor, totals: Tensor, n: int, estimator: str) -> Tensor:
+    """From sum K o L, rK.rL and (sum K)(sum L); unbiased, without the diagonals."""
     if estimator == "unbiased":
         return (product + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))
     return (product - 2 / n * rows + totals / n**2) / (n - 1) ** 2
@@ -223,16 +354,20 @@ def _centred(z: Tensor) -> Tensor:
 
 def _scales(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor]:
     """1/(2 bandwidth^2) of each variable, (...)."""
+    return [
+        rbf_scale("bandwidth", median_bandwidth(z), z) if c is None else c
+        for c, (_, z) in zip(_given(bandwidth, named), named, strict=True)
+    ]
+
+
+def _given(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor | None]:
+    """Those of the bandwidths that are given, checked."""
     widths = bandwidth if isinstance(bandwidth, tuple) else (bandwidth,) * len(named)
     if len(widths) != len(named):
         raise ValueError(
             f"bandwidth must be one, or a tuple of {len(named)}, for {len(named)} variables, got {widths}."
         )
-    wanted = [w if w is None else rbf_scale("bandwidth", w, z) for w, (_, z) in zip(widths, named, strict=True)]
-    return [
-        rbf_scale("bandwidth", median_bandwidth(z), z) if c is None else c
-        for c, (_, z) in zip(wanted, named, strict=True)
-    ]
+    return [w if w is None else rbf_scale("bandwidth", w, z) for w, (_, z) in zip(widths, named, strict=True)]
 
 
 def _check_settings(kernel: str, estimator: str, bandwidth: object) -> None:
@@ -240,6 +375,12 @@ def _check_settings(kernel: str, estimator: str, bandwidth: object) -> None:
     _checks.one_of("estimator", estimator, get_args(Estimator))
     if kernel != "rbf" and bandwidth is not None:
         raise ValueError(f"bandwidth is for kernel='rbf', got one with kernel={kernel!r}.")
+
+
+def _check_variables(named: list[tuple[str, Tensor]], least: int) -> None:
+    if len(named) < 2:
+        raise ValueError(f"variables must be two or more tensors of shape (..., N, D), got {len(named)}.")
+    _check_paired(named, least)
 
 
 def _check_paired(named: list[tuple[str, Tensor]], least: int) -> None:

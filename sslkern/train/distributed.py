@@ -23,6 +23,7 @@ if TYPE_CHECKING:
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIMS = 8  # of a tensor, that ranks compare
+_TENSORS = 8  # that ranks compare, in a table of one size: they may be given different numbers of them
 
 
 class Over(NamedTuple):
@@ -106,17 +107,17 @@ def all_gather(values: Tensor, peers: Peers) -> Tensor:
     return ops.wait_tensor(ops.all_gather_into_tensor(values, peers.size, peers.name)).view(peers.size, -1)
 
 
-def all_reduce(values: Tensor, group_name: str) -> Tensor:
-    """The sum of values over every process. Not differentiable."""
+def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"] = "sum") -> Tensor:
+    """The sum or the largest of values over every process. Not differentiable."""
     ops = torch.ops._c10d_functional
-    return ops.wait_tensor(ops.all_reduce(values.contiguous(), "sum", group_name))
+    return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
-    """The rows of all ranks along `dim`, in rank order, of which rank r has counts[r]; as rounded by the transport, in
-    the dtype of x. Not differentiable."""
+    """The rows of all ranks along `dim`, in rank order, of which rank r has counts[r]; as rounded by the transport if
+    they are floating, in the dtype of x. Not differentiable."""
     most, ops = max(counts), torch.ops._c10d_functional
-    rows = x.movedim(dim, 0).to(peers.transport or x.dtype)
+    rows = x.movedim(dim, 0).to(peers.transport if peers.transport and x.is_floating_point() else x.dtype)
     if rows.shape[0] < most:
         rows = torch.cat([rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
     out = ops.wait_tensor(ops.all_gather_into_tensor(rows.contiguous(), peers.size, peers.name))
@@ -170,6 +171,13 @@ def gathered(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) ->
     return _Gathered.apply(x, counts, peers, dim)
 
 
+def own_first(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
+    """`gathered`, turned so that this rank's rows come first: its row i is row i of them all."""
+    before = sum(counts[: peers.rank])
+    rows = gathered(x, counts, peers, dim)
+    return rows.roll(-before, dim) if before else rows
+
+
 def share(counts: tuple[int, ...], peers: Peers) -> float:
     """W n_r/N: by this a mean over the rank's own rows becomes one whose mean over the ranks is that of all rows."""
     return peers.size * counts[peers.rank] / sum(counts)
@@ -196,7 +204,8 @@ def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: i
         check()
     except (TypeError, ValueError) as error:
         failure = error
-    told = [0] * (3 + len(tensors) * (3 + _DIMS)) if failure else _told(tensors, dim)
+    told = [] if failure else _told(tensors, dim)
+    told += [0] * (3 + _TENSORS * (3 + _DIMS) - len(told))
     table = all_gather(torch.tensor(told, device=_device(tensors, peers)), peers).tolist()
     if failure:
         raise failure
@@ -215,7 +224,7 @@ def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: i
 def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
     """That all is well, this rank's rows, and what must be the same on all ranks."""
     told = [1, tensors[0].shape[dim], len(tensors)]
-    for t in tensors:
+    for t in tensors[:_TENSORS]:
         row = dim % t.dim()
         sides = [side for k, side in enumerate(t.shape) if k != row][:_DIMS]
         needed = int(torch.is_grad_enabled() and t.requires_grad)
@@ -238,7 +247,7 @@ def _device(tensors: tuple[Any, ...], peers: Peers) -> torch.device:
     for t in tensors:
         if isinstance(t, Tensor):
             return t.device
-    group = dist.distributed_c10d._resolve_process_group(peers.name)
+    group = dist.distributed_c10d._resolve_process_group(peers.name)  # type: ignore[arg-type]
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
