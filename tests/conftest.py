@@ -1,8 +1,11 @@
 """The back-ends under test. On a GPU machine the Triton kernels run there, elsewhere in Triton's interpreter."""
 
 import os
+import subprocess
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 10x on tiny tensors where cores are shared
 
@@ -13,6 +16,44 @@ if not torch.cuda.is_available():
     os.environ["TRITON_INTERPRET"] = "1"
 
 import sslkern
+
+ROOT = Path(__file__).parents[1]
+AHEAD = ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1))  # the tests themselves are one process
+RUNNING: set[subprocess.Popen] = set()
+
+
+def ahead(command: list[str], environment: dict[str, str]) -> Future:
+    """The CompletedProcess of a command that runs beside the tests, whose turn comes in the order of the calls."""
+
+    def run() -> subprocess.CompletedProcess:
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
+        process = subprocess.Popen(["nice", "-n", "5", *command], cwd=ROOT, env=environment, **pipes)
+        RUNNING.add(process)
+        out, err = process.communicate()
+        RUNNING.discard(process)
+        return subprocess.CompletedProcess(command, process.returncode, out, err)
+
+    return AHEAD.submit(run)
+
+
+def pytest_configure(config):
+    config.addinivalue_line("markers", "ahead(start, name): waits for start(parameter of this name), a call of `ahead`")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
+    """What waits for processes comes last, and they start now."""
+    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
+    for item in () if config.option.collectonly else items:
+        for mark in item.iter_markers("ahead"):
+            start, name = mark.args
+            start(item.callspec.params[name])
+
+
+def pytest_sessionfinish():
+    AHEAD.shutdown(wait=False, cancel_futures=True)
+    for process in tuple(RUNNING):
+        process.kill()
 
 
 def available(name: str) -> str:

@@ -11,9 +11,12 @@ import os
 import re
 import subprocess
 import sys
+from concurrent.futures import Future
+from functools import cache
 from importlib import import_module
 from pathlib import Path
 from pkgutil import iter_modules
+from tempfile import TemporaryDirectory
 
 import pytest
 
@@ -85,29 +88,24 @@ def report(case, architecture: int, folder: Path) -> dict:
     }
 
 
-@pytest.fixture(scope="module")
-def compilers(tmp_path_factory) -> dict:
-    """A process per architecture, all at once, where TRITON_INTERPRET does not replace the compiler."""
+@cache
+def compiling(architecture: int) -> Future:
+    """All kernels of one architecture, in a process where TRITON_INTERPRET does not replace the compiler."""
+    from conftest import ahead
+
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
-    started = {}
-    for architecture in ARCHITECTURES:
-        folder = tmp_path_factory.mktemp("cubins")
-        command = [sys.executable, __file__, str(architecture), str(folder)]
-        with open(folder / "report", "w") as out, open(folder / "errors", "w") as errors:  # pipes could fill up
-            started[architecture] = subprocess.Popen(command, stdout=out, stderr=errors, env=environment), folder
-    yield started
-    for process, _ in started.values():
-        process.kill()
+    return ahead([sys.executable, __file__, str(architecture)], environment)
 
 
 @pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
-def reports(request, compilers) -> tuple[int, dict]:
-    """All kernels of one architecture."""
-    process, folder = compilers[request.param]
-    assert process.wait() == 0, (folder / "errors").read_text()[-4000:]
-    return request.param, json.loads((folder / "report").read_text())
+def reports(request) -> tuple[int, dict]:
+    """What that process has found."""
+    run = compiling(request.param).result()
+    assert run.returncode == 0, run.stderr[-4000:]
+    return request.param, json.loads(run.stdout)
 
 
+@pytest.mark.ahead(compiling, "reports")
 @pytest.mark.parametrize("name", [name for name in compile_cases() if name != SPILLING])
 def test_machine_code(reports, name):
     architecture, found = reports[0], reports[1][name]
@@ -116,10 +114,12 @@ def test_machine_code(reports, name):
     assert found["wide_loads"] > found["narrow_loads"], found
 
 
+@pytest.mark.ahead(compiling, "reports")
 def test_a_spilling_kernel_is_found(reports):
     found = reports[1][SPILLING]
     assert found["spills"] > 0 and max(found["stack"], found["local"]) > 0, found
 
 
 if __name__ == "__main__":
-    print(json.dumps({n: report(case, int(sys.argv[1]), Path(sys.argv[2])) for n, case in compile_cases().items()}))
+    with TemporaryDirectory() as cubins:
+        print(json.dumps({n: report(case, int(sys.argv[1]), Path(cubins)) for n, case in compile_cases().items()}))

@@ -1,13 +1,18 @@
 """The CUDA kernels, without a GPU: that they are in the binary, that it loads anywhere, and the machine code."""
 
 import importlib.util
+import os
 import re
 import subprocess
 import sys
+import tempfile
+from concurrent.futures import Future
+from functools import cache
 from pathlib import Path
 
 import pytest
 import torch
+from conftest import ahead
 from torch.utils.cpp_extension import include_paths
 
 from sslkern import backend as backends
@@ -47,11 +52,26 @@ def nvcc(setup):
     return path
 
 
-def machine_code(nvcc, setup, source, folder):
-    """kernel -> (registers, bytes of stack and spills, 16-byte loads, other loads), compiled for sm_90."""
+def command(nvcc, setup, source, folder):
+    """Compiles for sm_90, leaving the intermediate files."""
     flags = ["-gencode=arch=compute_90,code=sm_90", "-Xptxas=-v", "--keep", f"--keep-dir={folder}"]
-    command = [nvcc, "-c", str(source), "-o", str(folder / "out.o"), *setup.NVCC_FLAGS, *flags]
-    run = subprocess.run([*command, *(f"-I{path}" for path in include_paths())], capture_output=True, text=True)
+    line = [nvcc, "-c", str(source), "-o", f"{folder}/out.o", *setup.NVCC_FLAGS, *flags]
+    return [*line, *(f"-I{path}" for path in include_paths())]
+
+
+@cache
+def compiling(source: Path) -> tuple[Future, tempfile.TemporaryDirectory] | None:
+    """A process that does, and its files; None without an nvcc."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("SSLKERN_CUDA", "1")
+        setup = load_setup()
+        nvcc, _ = setup.nvcc()
+    folder = tempfile.TemporaryDirectory()
+    return (ahead(command(nvcc, setup, source, folder.name), dict(os.environ)), folder) if nvcc else None
+
+
+def machine_code(run, folder):
+    """kernel -> (registers, bytes of stack and spills, 16-byte loads, other loads)."""
     assert run.returncode == 0, run.stderr[-3000:]
     found = {}
     for name, report in re.findall(r"Compiling entry function '(\w+)'(.*?Used \d+ registers.*?)\n", run.stderr, re.S):
@@ -84,10 +104,12 @@ def test_a_cpu_tensor_is_refused():
         ops.rank_k_update_.default.redispatch(on_cuda, x, x, x, 0)
 
 
+@pytest.mark.ahead(compiling, "source")
 @pytest.mark.parametrize("source", SOURCES, ids=lambda path: path.stem)
-def test_machine_code(source, nvcc, setup, tmp_path):
+def test_machine_code(source, nvcc):
     """No stack, no local memory, no spills on sm_90; the wide kernels load 16 bytes at a time."""
-    found = machine_code(nvcc, setup, source, tmp_path)
+    process, folder = compiling(source)
+    found = machine_code(process.result(), Path(folder.name))
     assert len(found) > 10
     assert all(memory == 0 for _, memory, *_ in found.values()), found
     wide = {name: loads for name, (*_, loads, _) in found.items() if re.search(r"Li[248]ELb", name)}
@@ -98,7 +120,8 @@ def test_a_spilling_kernel_is_found(nvcc, setup, tmp_path):
     """The check above can fail."""
     source = tmp_path / "spilling.cu"
     source.write_text(SPILLING)
-    ((_, memory, *_),) = machine_code(nvcc, setup, source, tmp_path).values()
+    run = subprocess.run(command(nvcc, setup, source, tmp_path), capture_output=True, text=True)
+    ((_, memory, *_),) = machine_code(run, tmp_path).values()
     assert memory > 0
 
 

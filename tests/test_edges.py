@@ -48,7 +48,7 @@ def test_every_term_of_vicreg_shows_a_nan(value, backend, device):
 def test_fp16_does_not_overflow(op_name, form, backend, device):
     """Covariances over 256 and Grams over 65504, in fp16, stay finite: the sums are fp32."""
     op = cases.OPS[op_name]
-    for n, d in ((96, 24), (24, 256)):
+    for n, d in ((40, 24), (24, 40)) if cases.interpreted(backend) else ((96, 24), (24, 256)):
         views = [(60 * torch.randn(n, 1) + 10 * torch.randn(n, d)).half().to(device) for _ in range(op.inputs)]
         assert covariance(views[0].float())[0].min() > 256
         assert (views[0].float() @ views[0].float().T).max() > 65504

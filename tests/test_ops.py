@@ -33,6 +33,9 @@ def complaints(op_name, case_name, dtype, device, form="auto", forced=False):
 def test_values_and_gradients_follow_fp64(op_name, dtype, backend, device):
     """Over every shape and layout, with random gradients of every output."""
     names = cases.cases_for(cases.OPS[op_name], backend, 40_000 if dtype == torch.float32 else 1300)
+    if cases.interpreted(backend) and dtype != torch.float32:  # there, one of the two for what is only a layout
+        turn = cases.DTYPES.index(dtype) % 2
+        names = [name for k, name in enumerate(names) if k % 2 == turn or cases.CASES[name].values is not cases.same]
     found = [line for name in names for line in complaints(op_name, name, dtype, device)]
     assert not found, "\n".join(found)
 

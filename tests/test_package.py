@@ -3,15 +3,16 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
+from concurrent.futures import Future
+from functools import cache
 
 import pytest
 import torch
+from conftest import ROOT, ahead
 
 import sslkern
 from sslkern import backend as backends
 
-ROOT = Path(__file__).parent.parent
 HIDE_NATIVE = """
 import sys
 class Hide:
@@ -22,18 +23,24 @@ sys.meta_path.insert(0, Hide())
 """
 
 
-def python(*arguments, **environment):
-    """Run a fresh interpreter in the repository's root, free of the settings of this one."""
+def settings(**environment):
+    """The environment of a fresh interpreter, free of the settings of this one."""
     ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "TRITON_INTERPRET")
-    clean = {name: value for name, value in os.environ.items() if name not in ours}
-    return subprocess.run(
-        [sys.executable, *arguments],
-        cwd=ROOT,
-        env={**clean, **environment},
-        capture_output=True,
-        text=True,
-        timeout=120,
-    )
+    return {**{name: value for name, value in os.environ.items() if name not in ours}, **environment}
+
+
+def python(*arguments, **environment):
+    """Run a fresh interpreter in the repository's root."""
+    command = [sys.executable, *arguments]
+    return subprocess.run(command, cwd=ROOT, env=settings(**environment), capture_output=True, text=True, timeout=120)
+
+
+@cache
+def route_tests(route: str) -> Future:
+    """The tests of values, gradients and odd input by one route of products."""
+    files = ("tests/test_ops.py", "tests/test_edges.py")
+    command = [sys.executable, "-m", "pytest", "-q", "-k", "native", *files]
+    return ahead(command, settings(SSLKERN_CPU_GEMM=route))
 
 
 def table(output):
@@ -100,14 +107,14 @@ def test_the_folder_is_not_the_triton_projects_package():
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError: this folder is sslkern.triton_kernels")
 
 
+@pytest.mark.ahead(route_tests, "route")
 @pytest.mark.parametrize("route", backends.CPU_GEMMS[1:])
 def test_every_product_route_follows_fp64(route, native):
     """SSLKERN_CPU_GEMM=avx2, =mm and =onednn pass the tests of values, gradients and odd input, and say so."""
     told = python("-c", "from sslkern import backend; print(backend.products())", SSLKERN_CPU_GEMM=route).stdout
     expected = {"avx2": ("AVX2 tiles", "oneDNN", "torch.mm"), "mm": ("torch.mm",), "onednn": ("oneDNN", "torch.mm")}
     assert told.startswith(expected[route]), told
-    files = ("tests/test_ops.py", "tests/test_edges.py")
-    done = python("-m", "pytest", "-q", "-k", "native", "-p", "no:cacheprovider", *files, SSLKERN_CPU_GEMM=route)
+    done = route_tests(route).result(600)
     assert done.returncode == 0, done.stdout[-3000:]
 
 
