@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from ..ops import _checks
 from ..ops._rows import unit_rows
 from ..train import distributed
-from .info_nce import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown
+from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown
 
 
 def nt_xent_loss(

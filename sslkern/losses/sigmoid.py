@@ -9,7 +9,7 @@ from torch.nn import functional as F
 from ..ops import _checks
 from ..ops._rows import unit_rows
 from ..train import distributed
-from .info_nce import against, converted, joint_rows, least_rows, mean, row_products, shown
+from ._pairs import against, converted, joint_rows, least_rows, mean, row_products, shown
 
 
 def sigmoid_loss(

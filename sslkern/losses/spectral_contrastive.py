@@ -9,7 +9,7 @@ from torch import Tensor, linalg, nn
 from ..ops import _checks
 from ..reference.columns import accumulation_dtype, without_autocast
 from ..train import distributed
-from .info_nce import joint_rows, least_rows, mean, row_products
+from ._pairs import joint_rows, least_rows, mean, row_products
 
 
 def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float = 1.0, *, group: distributed.Group = None) -> Tensor:

@@ -10,7 +10,7 @@ from ..ops import _checks
 from ..ops._rows import unit_rows
 from ..train import distributed
 from ..train.distributed import Peers
-from .info_nce import against, cross_entropy, inverse, joint_rows, least_rows, row_products, shown
+from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, row_products, shown
 
 
 def supervised_contrastive_loss(
