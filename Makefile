@@ -16,6 +16,7 @@ OUT ?= out
 
 demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
+	$(PY) -m bench.large_batch --limit
 
 test: build lint
 	$(PY) -m pytest $(ARGS)

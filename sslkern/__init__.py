@@ -6,6 +6,7 @@ from . import metrics as metrics
 from . import nn as nn
 from . import ops as ops
 from . import optim as optim
+from . import train as train
 from .losses import (
     barlow_twins_loss,
     info_nce_loss,
@@ -14,6 +15,7 @@ from .losses import (
     vcreg_loss,
     vicreg_loss,
 )
+from .train import large_batch as large_batch
 
 backend.load()
 
@@ -22,6 +24,7 @@ __all__ = [
     "backend",
     "barlow_twins_loss",
     "info_nce_loss",
+    "large_batch",
     "losses",
     "metrics",
     "nn",
@@ -29,6 +32,7 @@ __all__ = [
     "ops",
     "optim",
     "spectral_contrastive_loss",
+    "train",
     "vcreg_loss",
     "vicreg_loss",
 ]

@@ -1,6 +1,7 @@
 """The self-supervised examples run to their verdict, draw their figure, and say what is wrong with a flag."""
 
 import runpy
+import subprocess
 import sys
 from pathlib import Path
 
@@ -59,3 +60,20 @@ def test_a_wrong_flag_gets_one_sentence(name, run, capsys):
 def test_simclr_wants_a_temperature_above_0(run, capsys):
     assert run("simclr_digits", "--temperature", "0") == 2
     assert "--temperature must be a number above 0" in capsys.readouterr().err
+
+
+def test_two_processes_stop_and_go_on(tmp_path):
+    """FSDP2 and the encoder in chunks: the gradient is that of one process, and a run that was stopped ends in the bits
+    of one that was not."""
+    flags = ["--hidden", "16", "--width", "8", "--batch", "31", "--steps", "3", "--fsdp", "--chunk", "5"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    command += [str(ROOT / "examples" / "ddp_vicreg.py"), *flags, "--checkpoint", str(tmp_path / "run.pt")]
+
+    def digest(*more):
+        ran = subprocess.run([*command, *more], capture_output=True, text=True, timeout=300)
+        assert ran.returncode == 0 and "PASS: gradient of 2" in ran.stdout, ran.stdout + ran.stderr
+        return next(line for line in ran.stdout.splitlines() if line.startswith("digest"))
+
+    whole = digest()
+    assert digest("--stop-after", "2") != whole
+    assert digest("--resume") == whole

@@ -1,0 +1,118 @@
+"""What it takes to run a module twice alike: its buffers, training flags, autocast and random numbers."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+_HALF = (torch.bfloat16, torch.float16)
+
+
+class Buffers:
+    """A module's buffers as they are now."""
+
+    def __init__(self, module: nn.Module) -> None:
+        named = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+        copies = {id(b): b.detach().clone() for _, _, b in named}  # one for a buffer that modules share
+        self.kept = [(m, name, b, copies[id(b)]) for m, name, b in named]
+
+    def drop_unchanged(self) -> None:
+        """Forget those that have not changed since; on a GPU none, since to look at them is to wait for them, and since
+        a batch norm moves its statistics without a new `_version`."""
+        self.kept = [
+            (m, name, b, copy)
+            for m, name, b, copy in self.kept
+            if m._buffers.get(name) is not b or b.device.type != "cpu" or not torch.equal(b, copy)
+        ]
+
+    @contextmanager
+    def as_before(self) -> Iterator[None]:
+        """The buffers as they were inside, and as they are now after it."""
+        now = [m._buffers.get(name) for m, name, _, _ in self.kept]
+        values = [None if b is None else b.detach().clone() for b in now]
+        try:
+            for m, name, b, copy in self.kept:
+                if m._buffers.get(name) is b:
+                    b.data.copy_(copy)  # not a new version: graphs that saved the buffer stay valid
+                else:
+                    m._buffers[name] = copy.clone()
+            yield
+        finally:
+            for (m, name, _, _), current, value in zip(self.kept, now, values, strict=True):
+                m._buffers[name] = current
+                if current is not None and value is not None:
+                    current.data.copy_(value)
+
+
+@contextmanager
+def training(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
+    """The training flags of modules as given inside, and as they are now after it."""
+    now = [m.training for m, _ in modes]
+    try:
+        for m, training in modes:
+            m.training = training
+        yield
+    finally:
+        for (m, _), training in zip(modes, now, strict=True):
+            m.training = training
+
+
+def autocast(tensors: Sequence[Tensor]) -> Callable[[], ExitStack]:
+    """The autocast that is on now, but for its cache: a weight cast without grad must not be found again."""
+    kinds = {"cpu", *(t.device.type for t in tensors)}
+    settings = [
+        (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
+        for kind in sorted(kinds)
+        if torch.amp.is_autocast_available(kind)
+    ]
+
+    def contexts() -> ExitStack:
+        stack = ExitStack()
+        for kind, enabled, dtype in settings:
+            stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+        return stack
+
+    return contexts
+
+
+def devices(tensors: Sequence[Tensor]) -> tuple[list[int], str]:
+    """The accelerators that tensors are on, and their type, "cuda" where there are none."""
+    places = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
+    return sorted({p.index for p in places}), next((p.type for p in places), "cuda")
+
+
+def random_state(devices: tuple[list[int], str]) -> Callable[[], None]:
+    """Sets the generators of the CPU and of the devices to what they are now."""
+    indices, kind = devices
+    cpu = torch.get_rng_state()
+    module = torch.get_device_module(kind)
+    states = [module.get_rng_state(index) for index in indices]
+
+    def restore() -> None:
+        torch.set_rng_state(cpu)
+        for index, state in zip(indices, states, strict=True):
+            module.set_rng_state(state, index)
+
+    return restore
+
+
+class Total:
+    """A sum of gradients: the first one as it is, in fp32 or better once there is more to add."""
+
+    value: Tensor | None = None
+    own = False
+
+    def add(self, grad: Tensor) -> None:
+        if self.value is None:
+            self.value = grad
+        elif self.own:
+            self.value.add_(grad)
+        else:  # the first one may be another parameter's gradient too
+            wide = self.value.float() if self.value.dtype in _HALF else self.value
+            self.value, self.own = wide + grad, True
+
+    def in_dtype(self, like: Tensor) -> Tensor | None:
+        return None if self.value is None else self.value.to(like.dtype)
