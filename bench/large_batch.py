@@ -226,10 +226,11 @@ def ended(row: dict) -> str:
 
 def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) -> str:
     first, limit = rows[0], little[0]
+    images = f"{first['batch']} digits of {first['side']} x {first['side']}"
     machine_and_file = f"{results['device']}, {results['threads']} threads, torch {results['torch']} ({path})"
     lines = [
         "ResNet-18 (GroupNorm, 11.2 M parameters), projector with batch norm, VICReg, two views of "
-        f"{first['batch']} digits of {first['side']} x {first['side']}, chunks of {first['chunk_size']}; {machine_and_file}.",
+        f"{images}, chunks of {first['chunk_size']}; {machine_and_file}.",
         "",
         "| a step of | s | over the full batch | peak MB allocated |",
         "| --- | --- | --- | --- |",
