@@ -23,7 +23,9 @@ import sslkern
 from sslkern.metrics import hsic
 
 from .baselines import offdiag_sum
-from .ranks import gathered_rows, into_document, processes, raw_sum_, reduced_sum, synced_standardised
+from .gathered import gathered_rows, raw_sum_, reduced_sum, synced_standardised
+from .ranks import processes
+from .report import DOCUMENT, into_document
 from .run import _commit, machine
 
 PATH = Path("bench/results/conventions.json")
@@ -283,7 +285,7 @@ def main() -> None:
     PATH.parent.mkdir(parents=True, exist_ok=True)
     PATH.write_text(json.dumps(results, indent=1) + "\n")
     if args.docs:
-        into_document("conventions", text)
+        into_document(DOCUMENT, "conventions", text)
 
 
 if __name__ == "__main__":

@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 import sslkern
 
-from .ranks import into_document
+from .report import DOCUMENT, into_document
 from .run import allocated, machine, save, wait_for_quiet
 
 ROWS = ("full batch", "large_batch", "one chunk")
@@ -206,7 +206,7 @@ def main() -> None:
     results = {**header, **ratios, "cached_bytes": cached, "quick": args.quick}
     save(path, results, rows + little)
     if args.docs:
-        into_document("large_batch", markdown(results, rows, little, path))
+        into_document(DOCUMENT, "large_batch", markdown(results, rows, little, path))
 
 
 def in_little_memory(batch: int, side: int, chunk_size: int, room: int) -> list[dict]:

@@ -20,116 +20,28 @@ from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
-from math import prod
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
-from torch.multiprocessing.reductions import StorageWeakRef
-from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_modes
-from torch.utils._pytree import tree_leaves, tree_map
-from torch.utils.flop_counter import flop_registry
 
 import sslkern
 from sslkern.train.distributed import over
 
-from .baselines import offdiag_sum, vicreg_dual
+from .baselines import vicreg_dual
+from .counter import Counter
+from .gathered import barlow_reduced, gathered_rows, nt_xent_gathered, vicreg_gathered
+from .report import DOCUMENT, into_document
 from .run import _commit, allocated, machine, wait_for_quiet
 
 PATH = Path("bench/results/ranks.json")
-DOCUMENT = Path("docs/from_one_machine_to_many.md")
 RANKS = (2, 4, 8, 32, 256)
 PROCESSES = (2, 4)  # that a machine of few cores has room for
 EPS = 2.0**-23
 STEP = (4, 64, 8192)  # ranks, rows of each, columns
-
-
-class _GatheredRows(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> tuple[Tensor, ...]:
-        parts = [torch.zeros_like(x) for _ in range(dist.get_world_size())]
-        dist.all_gather(parts, x.contiguous())
-        return tuple(parts)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        every = torch.stack(grads)
-        dist.all_reduce(every)
-        return every[dist.get_rank()]
-
-
-def gathered_rows(x: Tensor) -> Tensor:
-    """The rows of all ranks; backward adds up the gradients of all of them and takes its own, as the trainers do."""
-    return torch.cat(_GatheredRows.apply(x))
-
-
-class _ReducedSum(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        total = x.clone()
-        dist.all_reduce(total)
-        return total
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
-        return _ReducedSum.forward(ctx, grad)
-
-
-def reduced_sum(x: Tensor) -> Tensor:
-    """The sum over ranks, with the sum of gradients as its backward."""
-    return _ReducedSum.apply(x)
-
-
-def raw_sum_(x: Tensor) -> Tensor:
-    """The sum over ranks in place, which the gradient knows nothing of."""
-    dist.all_reduce(x.detach())
-    return x
-
-
-def synced_standardised(z: Tensor, eps: float = 1e-5) -> Tensor:
-    """Batch norm without affine over the rows of all ranks, as SyncBatchNorm: two numbers per column travel."""
-    n = z.shape[0] * dist.get_world_size()
-    mean, square = (reduced_sum(torch.stack([z.sum(0), z.square().sum(0)])) / n).unbind()
-    return (z - mean) * (square - mean.square() + eps).rsqrt()
-
-
-def variance_and_covariance(z: Tensor, n: int, eps: float = 1e-4) -> tuple[Tensor, Tensor]:
-    """Hinge and squared off-diagonals per column of VICReg, from the D x D covariance."""
-    z = z - z.mean(0)
-    hinge = F.relu(1 - (z.var(0) + eps).sqrt()).mean()
-    return hinge, offdiag_sum(z.T @ z / (n - 1)) / z.shape[1]
-
-
-def vicreg_gathered(a: Tensor, b: Tensor) -> Tensor:
-    """facebookresearch/vicreg: the views of all ranks on each one, and both D x D covariances there."""
-    invariance, n = F.mse_loss(a, b), a.shape[0] * dist.get_world_size()
-    (hinge_a, off_a), (hinge_b, off_b) = (variance_and_covariance(gathered_rows(z), n) for z in (a, b))
-    return 25 * invariance + 25 * (hinge_a + hinge_b) / 2 + off_a + off_b
-
-
-def barlow_reduced(a: Tensor, b: Tensor, lambd: float = 0.0051) -> Tensor:
-    """facebookresearch/barlowtwins under SyncBatchNorm: the D x D cross-correlation of the rank's rows, summed."""
-    c = synced_standardised(a).T @ synced_standardised(b)
-    c = raw_sum_(c.div_(a.shape[0] * dist.get_world_size()))
-    return (c.diagonal() - 1).square().sum() + lambd * offdiag_sum(c)
-
-
-def nt_xent_gathered(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
-    """lightly with gather_distributed: the rank's 2n rows against the 2N of all ranks, all logits at once."""
-    a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    every = torch.cat([gathered_rows(a), gathered_rows(b)])
-    n, joint = a.shape[0], every.shape[0] // 2
-    first = dist.get_rank() * n
-    logits = torch.cat([a, b]) @ every.T / temperature
-    for view in range(2):
-        own = slice(view * joint + first, view * joint + first + n)
-        logits[view * n : view * n + n, own].fill_diagonal_(-torch.inf)
-    own = torch.arange(first, first + n, device=a.device)
-    return F.cross_entropy(logits, torch.cat([joint + own, own]))
 
 
 @dataclass(frozen=True)
@@ -175,148 +87,6 @@ def loss_of(name: str, way: str) -> Callable[[Tensor, Tensor], Tensor]:
     if way == "published":
         return recipe.published
     return lambda a, b: recipe.ours(a, b, group=over("world", even=True))
-
-
-def _pairs(told: dict[str, Any]) -> tuple[int, int, float]:
-    """Numbers of rows times rows; columns; and 1, or 1/2 where y is x and each pair is computed once."""
-    x, y = told["x"], told.get("y")
-    z = x if y is None else y
-    return prod(x.shape[:-2]) * x.shape[-2] * z.shape[-2], x.shape[-1], 0.5 if y is None else 1.0
-
-
-def _pairwise(told: dict[str, Any], forward: bool) -> float:
-    """Products of a pass over pairs: similarities, in both passes, what they multiply, and gradients by each side."""
-    pairs, d, share = _pairs(told)
-    p = 0 if told.get("rhs") is None else told["rhs"].shape[-1]
-    if forward:
-        return 2 * pairs * (share * d + p)
-    own = told.get("y") is None
-    sides = told.get("need_x", True) + (told.get("need_y", False) and not own)
-    return 2 * pairs * (share * d + p + sides * d + told.get("need_rhs", False) * p)
-
-
-def _columns(told: dict[str, Any], products: int) -> float:
-    """Each 2 N D min(N, D), by whichever form was chosen."""
-    z = told["z"] if "z" in told else told["a"]
-    n, d = z.shape[-2:]
-    return 2.0 * products * z.numel() * (n if told["dual"] else d)
-
-
-KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
-    "pairwise_logsumexp_fwd": lambda told: _pairwise(told, True),
-    "pairwise_logsumexp_bwd": lambda told: _pairwise(told, False),
-    "pairwise_matmul_fwd": lambda told: _pairwise(told, True),
-    "pairwise_matmul_bwd": lambda told: _pairwise(told, False),
-    "pairwise_argmax": lambda told: _pairwise(told, True),
-    "pairwise_gram_fwd": lambda told: _pairwise(told, True),
-    "pairwise_gram_bwd": lambda told: _pairwise(told, False),
-    "covariance_fwd": lambda told: _columns(told, 1),
-    "covariance_bwd": lambda told: _columns(told, 1),
-    "vicreg_fwd": lambda told: _columns(told, 2),
-    "vicreg_bwd": lambda told: _columns(told, 2),
-    "cross_correlation_fwd": lambda told: _columns(told, 2 if told["dual"] else 1),
-    "cross_correlation_bwd": lambda told: _columns(told, 2),
-    "batch_moments_fwd": lambda told: 0.0,
-}
-
-
-def flops_of(function: Any, args: tuple, kwargs: dict, out: Any) -> float:
-    """Of matrix products, a multiplication and an addition being 2; those of our kernels by what they multiply."""
-    if function.namespace.startswith("sslkern_"):
-        told = dict(zip((a.name for a in function._schema.arguments), args, strict=False)) | kwargs
-        return KERNELS[function._schema.name.split("::")[1]](told)
-    name = function._schema.name
-    if name in ("aten::mv", "aten::dot"):
-        return 2.0 * args[0].numel()
-    if name == "aten::addmv":
-        return 2.0 * args[1].numel()
-    formula = flop_registry.get(function._overloadpacket)
-    return 0.0 if formula is None else float(formula(*args, **kwargs, out_val=out))
-
-
-def _size(tree: Any) -> int:
-    return sum(t.numel() * t.element_size() for t in tree_leaves(tree) if isinstance(t, Tensor))
-
-
-def received_of(function: Any, args: tuple, out: Any) -> float:
-    """Bytes that reach a rank of W, as rings pass them: (W - 1)/W of what a gather puts out, of what is scattered after
-    a sum, and of what all exchange; and twice that of what is summed for all."""
-    if function.namespace not in ("c10d", "_c10d_functional"):
-        return 0.0
-    name = function._schema.name.split("::")[1].rstrip("_").lstrip("_")
-    part = (dist.get_world_size() - 1) / dist.get_world_size()
-    if name in ("wait_tensor", "barrier"):
-        return 0.0
-    if name in ("allgather", "allgather_base"):
-        return part * _size(args[0])
-    if name == "all_gather_into_tensor":
-        return part * _size(out)
-    if name == "reduce_scatter":
-        return part * _size(args[1])
-    if name == "reduce_scatter_base":
-        return part * _size(args[1])
-    if name in ("reduce_scatter_tensor", "all_to_all_single"):
-        return part * _size(args[0])
-    if name in ("alltoall", "alltoall_base"):
-        return part * _size(args[0])
-    if name in ("allreduce", "all_reduce"):
-        return 2 * part * _size(args[0])
-    raise NotImplementedError(f"no size is known for the collective {function}")
-
-
-def taken(function: Any, args: tuple, kwargs: dict) -> int:
-    """Bytes that a kernel of ours takes at most, workspace and results: of a call with other numbers in its tensors,
-    since work is cut by their shapes alone."""
-
-    def other(t: Any) -> Any:
-        return torch.ones(t.shape, dtype=t.dtype) if isinstance(t, Tensor) else t
-
-    with _disable_current_modes():
-        args, kwargs = tree_map(other, (args, kwargs))
-        return allocated(lambda: function(*args, **kwargs))[0]
-
-
-class Counter(TorchDispatchMode):
-    """Flops, bytes received and the peak of live memory beside `known` tensors, of what runs inside.
-
-    What torch's own kernels take for themselves is not seen.
-    """
-
-    def __init__(self, *known: Tensor) -> None:
-        super().__init__()
-        self.flops = self.received = 0.0
-        self.peak = 0
-        self._known = {t.untyped_storage()._cdata for t in known}
-        self._live: dict[int, tuple[StorageWeakRef, int]] = {}
-
-    def __torch_dispatch__(self, function: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        out = function(*args, **(kwargs or {}))
-        if "wait_tensor" in function.name():
-            out = args[0]  # it is, but for a simulated one
-        if function.namespace.startswith("sslkern_"):
-            self._sweep()
-            self.peak = max(self.peak, self._now() + taken(function, args, kwargs or {}))
-        self.flops += flops_of(function, args, kwargs or {}, out)
-        self.received += received_of(function, args, out)
-        self._see(out)
-        return out
-
-    def _sweep(self) -> None:
-        self._live = {key: live for key, live in self._live.items() if not live[0].expired()}
-
-    def _now(self) -> int:
-        return sum(size for _, size in self._live.values())
-
-    def _see(self, out: Any) -> None:
-        self._sweep()
-        for t in tree_leaves(out):
-            if isinstance(t, Tensor) and t.untyped_storage()._cdata not in self._known:
-                storage = t.untyped_storage()
-                self._live[storage._cdata] = StorageWeakRef(storage), storage.nbytes()
-        self.peak = max(self.peak, self._now())
-
-    def counts(self) -> dict[str, float]:
-        return {"flops": self.flops, "bytes": self.received, "peak_bytes": self.peak}
 
 
 def views(n: int, d: int, dtype: torch.dtype = torch.float32) -> list[Tensor]:
@@ -578,16 +348,6 @@ def plot(results: dict, target: Path) -> None:
     plt.close(figure)
 
 
-def into_document(name: str, text: str, target: Path = DOCUMENT) -> None:
-    """Put a text between the lines <!-- name --> and <!-- /name -->."""
-    begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
-    content = target.read_text() if target.exists() else ""
-    if begin not in content or end not in content:
-        raise SystemExit(f"{target} has no lines {begin} and {end} to put the table between.")
-    head, tail = content.split(begin)[0], content.split(end)[1]
-    target.write_text(f"{head}{begin}\n{text}{end}{tail}")
-
-
 def write(results: dict, document: bool) -> None:
     """Save, print, draw; and into the document on request."""
     PATH.parent.mkdir(parents=True, exist_ok=True)
@@ -599,7 +359,7 @@ def write(results: dict, document: bool) -> None:
     plot(results, PATH.with_suffix(".png"))
     print(f"{PATH}, {PATH.with_suffix('.png')}")
     if document:
-        into_document("ranks", text)
+        into_document(DOCUMENT, "ranks", text)
 
 
 def main() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 EPS = 2.0**-23
-BEGIN, END = "<!-- bench: begin -->", "<!-- bench: end -->"
+DOCUMENT = Path("docs/from_one_machine_to_many.md")
 TITLES = {
     "step": "Whole training step: projector, loss, backward, SGD (ms)",
     "vicreg": "VICReg alone, forward + backward (ms)",
@@ -291,12 +291,14 @@ def write(path: Path, readme: bool = False) -> None:
     plot(path, path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}")
     if readme:
-        into_readme(Path("README.md"), f"![times faster]({path.with_suffix('.png')})\n\n{text}")
+        into_document(Path("README.md"), "bench", f"![times faster]({path.with_suffix('.png')})\n\n{text}")
 
 
-def into_readme(target: Path, text: str) -> None:
-    content = target.read_text()
-    if BEGIN not in content or END not in content:
-        raise SystemExit(f"{target} has no lines {BEGIN} and {END} to put the table between.")
-    head, tail = content.split(BEGIN)[0], content.split(END)[1]
-    target.write_text(f"{head}{BEGIN}\n{text}{END}{tail}")
+def into_document(target: Path, name: str, text: str) -> None:
+    """Put a text between the lines <!-- name: begin --> and <!-- name: end -->."""
+    begin, end = f"<!-- {name}: begin -->", f"<!-- {name}: end -->"
+    content = target.read_text() if target.exists() else ""
+    if begin not in content or end not in content:
+        raise SystemExit(f"{target} has no lines {begin} and {end} to put the table between.")
+    head, tail = content.split(begin)[0], content.split(end)[1]
+    target.write_text(f"{head}{begin}\n{text}{end}{tail}")

@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import sslkern
-from bench import conventions, ranks
+from bench import conventions, counter, gathered, ranks, report
 
 SHAPES = {
     "vicreg": (4, 32),
@@ -21,22 +21,22 @@ CHOSEN = ("Barlow Twins official script", "VICReg official script", "VICReg sslk
 def test_counts_of_products():
     """Forward and backward of x @ w are three products; what they leave alive is the output and two gradients."""
     x, w = torch.randn(5, 7, requires_grad=True), torch.randn(7, 11, requires_grad=True)
-    with ranks.Counter(x, w) as counter:
+    with counter.Counter(x, w) as counted:
         torch.autograd.grad((x @ w).sum(), (x, w))
-    assert counter.flops == 3 * 2 * 5 * 7 * 11
-    assert counter.received == 0
-    assert 4 * (35 + 77) <= counter.peak <= 4 * (35 + 77 + 55 + 4)
+    assert counted.flops == 3 * 2 * 5 * 7 * 11
+    assert counted.received == 0
+    assert 4 * (35 + 77) <= counted.peak <= 4 * (35 + 77 + 55 + 4)
 
 
 def test_counts_of_storages():
     """A view is no memory, and what is gone does not count."""
     x = torch.zeros(100)
-    with ranks.Counter(x) as counter:
+    with counter.Counter(x) as counted:
         y = x + 1
         y[10:].view(9, 10)
         del y
         z = x.double()
-    assert counter.peak == z.untyped_storage().nbytes() == 800
+    assert counted.peak == z.untyped_storage().nbytes() == 800
 
 
 @pytest.mark.parametrize("own", (True, False))
@@ -44,26 +44,26 @@ def test_counts_of_pairs(own):
     """Each pair once where both sides are the same: similarities, those again, and a product with them per side."""
     x, y = torch.randn(6, 3, requires_grad=True), torch.randn(4, 3, requires_grad=True)
     sides = (x,) if own else (x, y)
-    with ranks.Counter(x, y) as counter:
+    with counter.Counter(x, y) as counted:
         torch.autograd.grad(sslkern.ops.pairwise_reduce(*sides).sum(), sides)
-    assert counter.flops == (2 * 6 * 6 * 3 * (0.5 + 0.5 + 1) if own else 2 * 6 * 4 * 3 * (1 + 1 + 2))
+    assert counted.flops == (2 * 6 * 6 * 3 * (0.5 + 0.5 + 1) if own else 2 * 6 * 4 * 3 * (1 + 1 + 2))
 
 
 @pytest.mark.parametrize("kernel", [name for name in sslkern.backend.declared() if "vicreg" in name or "corr" in name])
 def test_kernels_have_a_count(kernel):
-    assert kernel in ranks.KERNELS
+    assert kernel in counter.KERNELS
 
 
 def test_counts_of_collectives():
     """A rank of 4 has a quarter of what it gathers already."""
     with ranks.simulated(4):
         x = torch.zeros(3, 5, requires_grad=True)
-        with ranks.Counter(x) as counter:
-            rows = ranks.gathered_rows(x)
-        assert rows.shape == (12, 5) and counter.received == 3 / 4 * 12 * 5 * 4
-        with ranks.Counter(x) as counter:
-            ranks.reduced_sum(x)
-        assert counter.received == 2 * 3 / 4 * 3 * 5 * 4
+        with counter.Counter(x) as counted:
+            rows = gathered.gathered_rows(x)
+        assert rows.shape == (12, 5) and counted.received == 3 / 4 * 12 * 5 * 4
+        with counter.Counter(x) as counted:
+            gathered.reduced_sum(x)
+        assert counted.received == 2 * 3 / 4 * 3 * 5 * 4
     assert not dist.is_initialized()
 
 
@@ -141,11 +141,11 @@ def test_tables():
 
 def test_into_document(tmp_path):
     document = tmp_path / "document.md"
-    document.write_text("before\n<!-- ranks -->\nold\n<!-- /ranks -->\nafter\n")
-    ranks.into_document("ranks", "new\n", document)
-    assert document.read_text() == "before\n<!-- ranks -->\nnew\n<!-- /ranks -->\nafter\n"
+    document.write_text("before\n<!-- ranks: begin -->\nold\n<!-- ranks: end -->\nafter\n")
+    report.into_document(document, "ranks", "new\n")
+    assert document.read_text() == "before\n<!-- ranks: begin -->\nnew\n<!-- ranks: end -->\nafter\n"
     with pytest.raises(SystemExit, match="no lines"):
-        ranks.into_document("conventions", "new\n", document)
+        report.into_document(document, "conventions", "new\n")
 
 
 def test_standardised_as_batch_norm():

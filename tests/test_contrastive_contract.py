@@ -4,6 +4,7 @@ import copy
 import math
 import pickle
 from functools import partial
+from unittest.mock import patch
 
 import pytest
 import torch
@@ -74,16 +75,22 @@ def test_parameters_learn():
         assert "tensor(" in repr(module) and "Parameter" not in repr(module)
 
 
+def as_compiled(form, leaves):
+    """Value and gradients, eager, by the formulas that a compiler is given: those of unit rows are for it to join."""
+    with patch("torch.compiler.is_compiling", return_value=True):
+        return value_and_grad(form, leaves)
+
+
 @pytest.mark.parametrize("name", FORMS)
 def test_compiled_whole(name):
-    """fullgraph=True, with gradients: no graph break, and the numbers of eager but for the rounding of unit rows."""
+    """fullgraph=True, with gradients: no graph break, and the numbers of eager."""
     form = FORMS[name]
     leaves = leaves_of(form, 9, 5, torch.float32)
     torch._dynamo.reset()
     compiled = torch.compile(form.ours, fullgraph=True, backend="aot_eager")
     with running_on("native"):
-        for ours, eager in zip(value_and_grad(compiled, leaves), value_and_grad(form.ours, leaves), strict=True):
-            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+        for ours, eager in zip(value_and_grad(compiled, leaves), as_compiled(form.ours, leaves), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("name", ("nt_xent", "clip", "supervised", "supervised, lists inside", "sigmoid", "spectral"))
@@ -94,8 +101,8 @@ def test_compiled_once_for_every_batch(name):
     compiled = torch.compile(form.ours, fullgraph=True, dynamic=True, backend="aot_eager")
     for n in (30, 44):
         leaves = leaves_of(form, n, 5, torch.float32)
-        for ours, eager in zip(value_and_grad(compiled, leaves), value_and_grad(form.ours, leaves), strict=True):
-            torch.testing.assert_close(ours, eager, rtol=1e-5, atol=1e-6)
+        for ours, eager in zip(value_and_grad(compiled, leaves), as_compiled(form.ours, leaves), strict=True):
+            torch.testing.assert_close(ours, eager, rtol=1e-6, atol=1e-7)
 
 
 A, INT = torch.zeros(4, 3), torch.zeros(4, dtype=torch.int64)

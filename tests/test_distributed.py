@@ -2,18 +2,17 @@
 
 import copy
 import itertools
-import traceback
-from datetime import timedelta
 
 import pytest
+import ranks
 import torch
 import torch.distributed as dist
 from conftest import available
+from ranks import mine, normal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import sslkern
 from sslkern import ops
 from sslkern.nn import BatchNorm1d, SyncBatchNorm
 
@@ -47,16 +46,6 @@ class Collectives(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def normal(*shape, seed=0):
-    """fp64, off zero, the same on both ranks."""
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape) + seed), dtype=torch.float64) + 0.5
-
-
-def mine(joint, sizes):
-    """This rank's samples of a joint batch."""
-    return joint.split(sizes)[dist.get_rank()]
-
-
 def summed(values):
     """Over both ranks."""
     values = values.clone()
@@ -66,9 +55,7 @@ def summed(values):
 
 def close(found, expected, tolerance, case, scale=1):
     """To the tolerance, in units of the largest number expected or of the scale."""
-    if expected.numel() > 0:
-        error, scale = (found.double() - expected).abs().max(), expected.abs().max().clamp(min=scale)
-        assert error <= tolerance * scale, f"{case}: error {error:.1e} of {scale:.1e}, limit {tolerance:.0e}"
+    ranks.close(found, expected, tolerance, case, scale)
 
 
 def pair(dims, settings, channels=3):
@@ -227,22 +214,7 @@ def trained():
 CHECKS = (values, large_means, collectives, edges, trained, compiled)
 
 
-def child(rank, store, backends):
-    """One of the two processes. What fails is printed here: the parent shows one of the two tracebacks."""
-    torch.set_num_threads(1)
-    dist.init_process_group(
-        "gloo", init_method=f"file://{store}", rank=rank, world_size=2, timeout=timedelta(seconds=60)
-    )
-    for backend, check in itertools.product(backends, CHECKS):
-        try:
-            with sslkern.backend.use(backend):
-                check()
-        except BaseException:
-            print(f"rank {rank}, {backend}, {check.__name__}:\n{traceback.format_exc()}", flush=True)
-            raise
-    dist.destroy_process_group()
-
-
-def test_two_processes_are_one(tmp_path):
+@pytest.mark.parametrize("backend", ("reference", "native"))
+def test_two_processes_are_one(backend, tmp_path):
     """All of CHECKS, in two processes over gloo, on the back-ends that have the kernels."""
-    torch.multiprocessing.spawn(child, (tmp_path / "store", ("reference", available("native"))), nprocs=2)
+    ranks.run(2, CHECKS, tmp_path, available(backend))

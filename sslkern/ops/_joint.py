@@ -39,7 +39,7 @@ class _Products(torch.autograd.Function):
                 matrix = distributed.all_reduce(x.mT @ y, peers.name)
                 diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
                 matrix.diagonal(dim1=-2, dim2=-1).zero_()
-                ctx.save_for_backward(x, y, diagonal, matrix)
+                ctx.save_for_backward(x, y, matrix)
                 return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square()  # no other D x D numbers
             first = sum(counts[: peers.rank])
             every = [distributed.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
@@ -59,7 +59,7 @@ class _Products(torch.autograd.Function):
         sums = distributed.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
         column, scale = sums[..., None, :-1], 2 * sums[..., -1, None, None]
         if not dual:
-            x, y, _, matrix = ctx.saved_tensors
+            x, y, matrix = ctx.saved_tensors
             with without_autocast(x):
                 of_x = scale * (y @ matrix.mT) + column * y
                 of_y = None if alone else scale * (x @ matrix) + column * x

@@ -169,9 +169,9 @@ def vicreg(
         dtype = accumulation_dtype(a)
         variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
         invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * (peers.size / (n * d))
-        hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2
-        terms = torch.stack([invariance, hinge, offdiag.sum(0) / d], -1)
-        return sim_coeff * terms[..., 0] + std_coeff * terms[..., 1] + cov_coeff * terms[..., 2], terms.detach()
+        coefficients = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
+        loss, terms = _reference.vicreg_of(invariance, variance, offdiag, *coefficients)
+        return loss, terms.detach()
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
     settings = (float(sim_coeff), float(std_coeff), float(cov_coeff), float(gamma), float(eps), unbiased, dual)

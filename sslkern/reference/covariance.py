@@ -87,6 +87,22 @@ def covariance_bwd(
     return grad.to(z.dtype, memory_format=torch.contiguous_format)
 
 
+def vicreg_of(
+    invariance: Tensor,
+    variance: Tensor,
+    offdiag: Tensor,
+    sim_coeff: float,
+    std_coeff: float,
+    cov_coeff: float,
+    gamma: float,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """The loss (...) and its terms (..., 3) from (...), and of both views (2, ..., D) and (2, ...)."""
+    hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2
+    terms = torch.stack([invariance, hinge, offdiag.sum(0) / variance.shape[-1]], -1)
+    return sim_coeff * terms[..., 0] + std_coeff * terms[..., 1] + cov_coeff * terms[..., 2], terms
+
+
 def vicreg_fwd(
     a: Tensor,
     b: Tensor,
@@ -100,13 +116,11 @@ def vicreg_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a, b (..., N, D) -> loss (...), terms (..., 3), and centre, variance, gram, row_sq of both views, stacked."""
     with without_autocast(a):
-        dtype, d = accumulation_dtype(a), a.shape[-1]
+        dtype = accumulation_dtype(a)
         invariance = (a.to(dtype) - b.to(dtype)).square().mean((-2, -1))
         views = [covariance_fwd(view, unbiased, dual) for view in (a, b)]
         variance, offdiag, centre, gram, row_sq = (torch.stack(parts) for parts in zip(*views, strict=True))
-        hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2
-        terms = torch.stack([invariance, hinge, offdiag.sum(0) / d], -1)
-        loss = sim_coeff * terms[..., 0] + std_coeff * terms[..., 1] + cov_coeff * terms[..., 2]
+        loss, terms = vicreg_of(invariance, variance, offdiag, sim_coeff, std_coeff, cov_coeff, gamma, eps)
     return loss, terms, centre, variance, gram, row_sq
 
 

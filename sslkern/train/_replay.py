@@ -1,9 +1,12 @@
-"""What it takes to run a module twice alike: its buffers, training flags, autocast and random numbers."""
+"""What it takes to run a module twice alike, by chunks: its buffers, training flags, autocast and random numbers; and
+the backward of a chunk."""
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -116,3 +119,92 @@ class Total:
 
     def in_dtype(self, like: Tensor) -> Tensor | None:
         return None if self.value is None else self.value.to(like.dtype)
+
+
+class Summed:
+    """The backward of a chunk, which sums the parameters' gradients over all chunks, of all views that are in the same
+    backward, as each of them comes: there is never a second set of them."""
+
+    final = False
+    task = -1
+
+    def __init__(self, params: Sequence[Tensor]) -> None:
+        self.params = params
+        self.sums: list[Total] = []
+        self.nodes: list[weakref.ref] = []
+        self.done: list[object] = []
+
+    def __enter__(self) -> Summed:
+        if self.task != (task := torch._C._current_graph_task_id()):
+            self.task, self.sums, self.done = task, [Total() for _ in self.params], []
+        # hooks of the user are for the gradient of the batch, and run when it is accumulated
+        self.theirs = [dict(p._backward_hooks or {}) for p in self.params]
+        for p, hooks in zip(self.params, self.theirs, strict=True):
+            if hooks:
+                p._backward_hooks.clear()  # type: ignore[union-attr]
+        self.ours = [p.register_hook(self._adding(k)) for k, p in enumerate(self.params)]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for handle in self.ours:
+            handle.remove()
+        for p, hooks in zip(self.params, self.theirs, strict=True):
+            if hooks:
+                p._backward_hooks.update(hooks)  # type: ignore[union-attr]
+
+    def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
+        """The leaves' gradients, of (output, its gradient)."""
+        outputs, grads = zip(*pairs, strict=True)
+        try:
+            return torch.autograd.grad(outputs, [*leaves, *self.params], grads, allow_unused=True)[: len(leaves)]
+        except RuntimeError as error:
+            if "use_reentrant" not in str(error):
+                raise
+            raise RuntimeError(
+                "backbone must not use reentrant activation checkpointing; give checkpoint use_reentrant=False."
+            ) from error
+
+    def gradients(self, node: object) -> Sequence[Tensor | None]:
+        """The parameters', from the last view in this backward; None from the others, so that no second sum waits."""
+        self.done.append(node)
+        waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
+        if any(torch._C._will_engine_execute_node(other) for other in waiting):
+            return [None] * len(self.params)
+        sums, self.sums, self.done, self.task = self.sums, [], [], -1
+        return [s.in_dtype(p) for s, p in zip(sums, self.params, strict=True)]
+
+    def _adding(self, k: int) -> Callable[[Tensor], Tensor | None]:
+        def hook(grad: Tensor) -> Tensor | None:
+            self.sums[k].add(grad)
+            return None if grad.layout != torch.strided else grad.new_zeros(()).expand(grad.shape)
+
+        return hook
+
+
+class Synced:
+    """The backward of a chunk, which lets sharded parameters accumulate, and reduces with the last chunk of all."""
+
+    final = False
+
+    def __init__(self, groups: Sequence[Any]) -> None:
+        self.groups = groups
+        self.nodes: list[weakref.ref] = []
+
+    def __enter__(self) -> Synced:
+        self.theirs = [(group.reduce_grads, group.all_reduce_grads) for group in self.groups]
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        for group, flags in zip(self.groups, self.theirs, strict=True):
+            group.reduce_grads, group.all_reduce_grads = flags
+
+    def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
+        """The leaves' gradients, of (output, its gradient)."""
+        for group, flags in zip(self.groups, self.theirs, strict=True):
+            group.reduce_grads, group.all_reduce_grads = flags if last and self.final else (False, False)
+        outputs, grads = zip(*pairs, strict=True)
+        torch.autograd.backward(outputs, grads)
+        return [leaf.grad for leaf in leaves]
+
+    def gradients(self, node: object) -> Sequence[None]:
+        return [None]

@@ -178,11 +178,6 @@ def own_first(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -
     return rows.roll(-before, dim) if before else rows
 
 
-def share(counts: tuple[int, ...], peers: Peers) -> float:
-    """W n_r/N: by this a mean over the rank's own rows becomes one whose mean over the ranks is that of all rows."""
-    return peers.size * counts[peers.rank] / sum(counts)
-
-
 def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: int = -2) -> tuple[int, ...]:
     """How many rows along `dim` each rank has, after check() has passed on every rank.
 

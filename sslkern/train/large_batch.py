@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils import _pytree as pytree
 
 from ..ops._autograd import first_order
-from ._replay import Buffers, Total, autocast, devices, random_state, training
+from ._replay import Buffers, Summed, Synced, Total, autocast, devices, random_state, training
 
 
 def large_batch(backbone: nn.Module, /, *views: Any, chunk_size: int, **kwargs: Any) -> Any:
@@ -96,8 +96,8 @@ def _outputs(backbone: nn.Module, views: tuple[Any, ...], chunk_size: int, kwarg
         for run in runs:
             run.keep = True
         dummy = torch.empty(0, requires_grad=True)  # sharded parameters get gradients by their own hooks
-        return _apply(runs, _Synced(groups), [dummy])
-    backward = _Summed(params)
+        return _apply(runs, Synced(groups), [dummy])
+    backward = Summed(params)
     return tuple(
         _apply([run], backward, params)[0] if run.keep else run.unflatten(run.first_pass(run.tensors)) for run in runs
     )
@@ -225,9 +225,7 @@ class _View:
             self.params = [(p, p._version) for p in params if p.requires_grad]
         return outputs
 
-    def replay(
-        self, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], backward: _Summed | _Synced
-    ) -> list[Any]:
+    def replay(self, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], backward: Summed | Synced) -> list[Any]:
         """Gradients of the tensors, by a `backward` that also takes care of the parameters'."""
         sums = [Total() for _ in tensors]
         reached: set[int] = set()
@@ -252,7 +250,7 @@ class _View:
         ]
 
     def _chunk(
-        self, leaves: list[Tensor], start: int, stop: int, grads: Sequence[Tensor | None], backward: _Summed | _Synced
+        self, leaves: list[Tensor], start: int, stop: int, grads: Sequence[Tensor | None], backward: Summed | Synced
     ) -> list[Tensor | None]:
         """The gradients of leaves; the chunk's graph ends with the call."""
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
@@ -300,7 +298,7 @@ def _check_parts(parts: list[Any], rows: int) -> None:
         raise TypeError("backbone must return a tensor or a pytree of tensors, got none.")
 
 
-def _apply(runs: list[_View], backward: _Summed | _Synced, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
+def _apply(runs: list[_View], backward: Summed | Synced, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
     """The outputs of views that share one node of the graph."""
     tensors = [t for run in runs for t in run.tensors]
     for run in runs:
@@ -314,7 +312,7 @@ class _Replayed(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, runs: list[_View], backward: _Summed | _Synced, count: int, *inputs: Tensor
+        ctx: Any, runs: list[_View], backward: Summed | Synced, count: int, *inputs: Tensor
     ) -> tuple[Tensor, ...]:
         ctx.runs, ctx.replayer = runs, backward
         ctx.set_materialize_grads(False)
@@ -342,92 +340,3 @@ class _Replayed(torch.autograd.Function):
                 backward.final = run in used[-1:]
                 found += run.replay(own, wanted, backward) if run in used else [None] * len(own)
         return None, None, None, *found, *backward.gradients(ctx)
-
-
-class _Summed:
-    """The backward of a chunk, which sums the parameters' gradients over all chunks, of all views that are in the same
-    backward, as each of them comes: there is never a second set of them."""
-
-    final = False
-    task = -1
-
-    def __init__(self, params: Sequence[Tensor]) -> None:
-        self.params = params
-        self.sums: list[Total] = []
-        self.nodes: list[weakref.ref] = []
-        self.done: list[object] = []
-
-    def __enter__(self) -> _Summed:
-        if self.task != (task := torch._C._current_graph_task_id()):
-            self.task, self.sums, self.done = task, [Total() for _ in self.params], []
-        # hooks of the user are for the gradient of the batch, and run when it is accumulated
-        self.theirs = [dict(p._backward_hooks or {}) for p in self.params]
-        for p, hooks in zip(self.params, self.theirs, strict=True):
-            if hooks:
-                p._backward_hooks.clear()  # type: ignore[union-attr]
-        self.ours = [p.register_hook(self._adding(k)) for k, p in enumerate(self.params)]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for handle in self.ours:
-            handle.remove()
-        for p, hooks in zip(self.params, self.theirs, strict=True):
-            if hooks:
-                p._backward_hooks.update(hooks)  # type: ignore[union-attr]
-
-    def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The leaves' gradients, of (output, its gradient)."""
-        outputs, grads = zip(*pairs, strict=True)
-        try:
-            return torch.autograd.grad(outputs, [*leaves, *self.params], grads, allow_unused=True)[: len(leaves)]
-        except RuntimeError as error:
-            if "use_reentrant" not in str(error):
-                raise
-            raise RuntimeError(
-                "backbone must not use reentrant activation checkpointing; give checkpoint use_reentrant=False."
-            ) from error
-
-    def gradients(self, node: object) -> Sequence[Tensor | None]:
-        """The parameters', from the last view in this backward; None from the others, so that no second sum waits."""
-        self.done.append(node)
-        waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
-        if any(torch._C._will_engine_execute_node(other) for other in waiting):
-            return [None] * len(self.params)
-        sums, self.sums, self.done, self.task = self.sums, [], [], -1
-        return [s.in_dtype(p) for s, p in zip(sums, self.params, strict=True)]
-
-    def _adding(self, k: int) -> Callable[[Tensor], Tensor | None]:
-        def hook(grad: Tensor) -> Tensor | None:
-            self.sums[k].add(grad)
-            return None if grad.layout != torch.strided else grad.new_zeros(()).expand(grad.shape)
-
-        return hook
-
-
-class _Synced:
-    """The backward of a chunk, which lets sharded parameters accumulate, and reduces with the last chunk of all."""
-
-    final = False
-
-    def __init__(self, groups: Sequence[Any]) -> None:
-        self.groups = groups
-        self.nodes: list[weakref.ref] = []
-
-    def __enter__(self) -> _Synced:
-        self.theirs = [(group.reduce_grads, group.all_reduce_grads) for group in self.groups]
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        for group, flags in zip(self.groups, self.theirs, strict=True):
-            group.reduce_grads, group.all_reduce_grads = flags
-
-    def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The leaves' gradients, of (output, its gradient)."""
-        for group, flags in zip(self.groups, self.theirs, strict=True):
-            group.reduce_grads, group.all_reduce_grads = flags if last and self.final else (False, False)
-        outputs, grads = zip(*pairs, strict=True)
-        torch.autograd.backward(outputs, grads)
-        return [leaf.grad for leaf in leaves]
-
-    def gradients(self, node: object) -> Sequence[None]:
-        return [None]
