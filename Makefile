@@ -12,7 +12,10 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 # Where `make gpu` leaves its log, results and table
 OUT ?= out
 
-.PHONY: demo test bench gpu build lint clean
+# The binary of `make gpu-bundle`, where there is one: on such a machine nothing is installed and nothing compiles
+BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
+
+.PHONY: demo test bench gpu gpu-bundle build lint clean
 
 demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
@@ -24,13 +27,15 @@ test: build lint
 bench: build
 	$(PY) -m bench $(ARGS)
 
-# On a machine with an NVIDIA GPU: every test on it, then the comparison, whatever the tests said
-gpu: build
-	mkdir -p $(OUT)
-	$(PY) -m sslkern | tee $(OUT)/machine.txt
-	$(PY) -m pytest $(ARGS) > $(OUT)/tests.log 2>&1; echo $$? > $(OUT)/tests.status; tail -n 25 $(OUT)/tests.log
-	$(PY) -m bench --device cuda --minutes 8 --rounds 9 --out $(OUT)/gpu.json
-	exit $$(cat $(OUT)/tests.status)
+# On a machine with an NVIDIA GPU, in minutes: ceilings, every op, the tests, times, a profile, a sanitizer; a table last
+gpu: $(if $(BUNDLE),,build)
+	$(if $(BUNDLE),$(or $(PYTHON),python3),$(PY)) -m bench.gpu --out $(OUT) $(ARGS)
+
+# What `make gpu` runs on a machine that is to compile nothing: carry the tracked files and build/gpu there
+gpu-bundle: $(VENV)/ready
+	SSLKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py build_ext --build-lib build/gpu --build-temp build/gpu-objects
+	strip --strip-unneeded build/gpu/sslkern/_C.abi3.so
+	git rev-parse --short HEAD > build/gpu/commit
 
 build: $(VENV)/built
 

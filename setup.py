@@ -107,7 +107,8 @@ class Build(BuildExtension):
         self.extensions[0].include_dirs.append(str(header.parent))
 
     def add_cuda(self, extension: CppExtension, compiler: str, generation: list[str]) -> None:
-        folder = ROOT / "build" / "cuda"  # kept: pip builds elsewhere each time
+        targets = "_".join(flag.rpartition("code=")[2] for flag in generation)
+        folder = ROOT / "build" / "cuda" / targets  # kept: pip builds elsewhere each time
         includes = [f"-I{path}" for path in include_paths()]
         jobs = []
         for source in files("cu"):

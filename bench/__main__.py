@@ -60,13 +60,16 @@ def main() -> None:
     header = machine(args.device)
     label = re.sub(r"[^a-z0-9]+", "-", f"{header['device']}-{header['threads']}t".lower()).strip("-")
     path = args.out or Path("bench/results") / f"{label}.json"
-    if not args.report:
-        measure(args, header, path)
+    failed = [] if args.report else measure(args, header, path)
     report.write(path, readme=args.readme)
+    if failed:
+        sys.exit(f"These cases failed: {', '.join(failed)}.")
 
 
-def measure(args: argparse.Namespace, header: dict, path: Path) -> None:
-    """Run the chosen cases; those of an earlier run of this machine that were not chosen stay in the file."""
+def measure(args: argparse.Namespace, header: dict, path: Path) -> list[str]:
+    """Run the chosen cases; those of an earlier run of this machine that were not chosen stay in the file. Returns the
+    cases that failed."""
+    failed: list[str] = []
     deadline = time.monotonic() + 60 * args.minutes
     chosen = [name for name, _ in all_cases(args.device) if re.search(args.filter, name)]
     rows: dict[tuple[str, str, str], dict] = {}
@@ -78,9 +81,12 @@ def measure(args: argparse.Namespace, header: dict, path: Path) -> None:
             tqdm.write(f"{args.minutes:g} minutes are over; not run: {', '.join(chosen[chosen.index(name) :])}")
             break
         for huge in (False, True) if args.device == "cpu" else (False,):
-            for row in _run(name, args, huge):
+            found = _run(name, args, huge)
+            failed += [] if found or name in failed else [name]
+            for row in found:
                 rows[row["case"], row["implementation"], row["pages"]] = row
         save(path, header, list(rows.values()))
+    return failed
 
 
 if __name__ == "__main__":

@@ -146,8 +146,8 @@ class _TriangularHSIC(torch.autograd.Function):
     def forward(ctx, scale, *variables):
         n, g = variables[0].shape[0], len(variables)
         step = max(16, BLOCK // g)
-        gram = torch.zeros(g, g, dtype=torch.float64)
-        sums = torch.zeros(g, n, dtype=torch.float64)
+        gram = torch.zeros(g, g, dtype=torch.float64, device=variables[0].device)
+        sums = torch.zeros(g, n, dtype=torch.float64, device=variables[0].device)
         for i, j, k in _TriangularHSIC.kernels(scale, step, variables):
             inner, outer = k[..., : j - i].flatten(1), k[..., j - i :].flatten(1)
             gram += inner @ inner.T + 2 * outer @ outer.T

@@ -7,6 +7,7 @@ import json
 import os
 import platform
 import random
+import shutil
 import statistics
 import subprocess
 import time
@@ -178,7 +179,13 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[d
 
 
 def _commit() -> str:
-    return subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+    """By git, or by the file that `make gpu-bundle` leaves for a machine without one."""
+    if shutil.which("git"):
+        told = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True).stdout.strip()
+        if told:
+            return told
+    noted = Path("build/gpu/commit")
+    return noted.read_text().strip() if noted.exists() else ""
 
 
 def machine(device: str) -> dict:

@@ -38,6 +38,14 @@ def ahead(command: list[str], environment: dict[str, str]) -> Future:
 
 def pytest_configure(config):
     config.addinivalue_line("markers", "ahead(start, name): waits for start(parameter of this name), a call of `ahead`")
+    config.addinivalue_line("markers", "gpu: runs kernels on a GPU, where there is one; `-m gpu` takes these alone")
+
+
+def pytest_itemcollected(item):
+    """What is parametrised with a back-end on a GPU is marked here; the rest has `pytest.mark.gpu` where it stands."""
+    params = [p for p in item.callspec.params.values() if isinstance(p, str)] if hasattr(item, "callspec") else []
+    if "cuda" in params or ("triton" in params and torch.cuda.is_available()):
+        item.add_marker(pytest.mark.gpu)
 
 
 @pytest.hookimpl(trylast=True)

@@ -18,6 +18,7 @@ RAGGED = {
 }
 LOGSUMEXP = [("logsumexp", kernel, mask) for kernel in ("dot", "sqeuclidean") for mask in (None, "same others")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
 
 @pytest.fixture(autouse=True)

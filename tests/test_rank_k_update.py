@@ -441,6 +441,7 @@ def test_plans(simulator):
                 assert plan(*shape, k=k, dtype=dtype, shared=163 << 10)["shared"] <= 163 << 10, (k, dtype, shape)
 
 
+@pytest.mark.gpu
 def test_in_a_cuda_graph():
     """Neither a synchronisation nor an allocation that a graph does not own: a replay has the bits of a call."""
     if not torch.cuda.is_available():
