@@ -158,33 +158,46 @@ def test_architectures(setup, monkeypatch, tmp_path):
         targets(80)
 
 
-STUB = """#!/bin/sh
-echo "$@" >> "{record}"
-case "$2" in pytest) exit {status};; esac
-"""
-
-
 @pytest.mark.parametrize("status", (0, 1))
 def test_make_gpu(status, tmp_path):
-    """With a python that only takes notes: what runs, in which order, into OUT; and failed tests fail it in the end."""
+    """With a python that only takes notes: one program, into OUT, whose status is that of make."""
     record, out, stub = tmp_path / "record", tmp_path / "out", tmp_path / "venv" / "bin" / "python"
     stub.parent.mkdir(parents=True)
-    stub.write_text(STUB.format(record=record, status=status))
+    stub.write_text(f'#!/bin/sh\necho "$@" >> "{record}"\nexit {status}\n')
     stub.chmod(0o755)
     for name in ("ready", "built"):
         (tmp_path / "venv" / name).touch()
-    command = ["make", "gpu", f"VENV={tmp_path / 'venv'}", f"OUT={out}"]
+    command = ["make", "gpu", "BUNDLE=", f"VENV={tmp_path / 'venv'}", f"OUT={out}", "ARGS=--phases smoke"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert (run.returncode == 0) == (status == 0), run.stderr
-    info, tests, bench = record.read_text().splitlines()
-    assert info == "-m sslkern" and tests == "-m pytest"
-    assert re.fullmatch(rf"-m bench --device cuda --minutes 8 --rounds \d+ --out {out}/gpu.json", bench)
-    assert {path.name for path in out.iterdir()} == {"machine.txt", "tests.log", "tests.status"}
+    assert record.read_text() == f"-m bench.gpu --out {out} --phases smoke\n"
+
+
+def test_make_gpu_builds_nothing_where_a_bundle_is(tmp_path):
+    """The python that is there, as it is."""
+    command = [
+        "make",
+        "-n",
+        "gpu",
+        "BUNDLE=build/gpu/sslkern/_C.abi3.so",
+        f"PYTHON={sys.executable}",
+        f"OUT={tmp_path}",
+    ]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert run.stdout.splitlines() == [f"{sys.executable} -m bench.gpu --out {tmp_path} "], run.stderr
+
+
+def test_the_bundle_is_for_one_architecture():
+    """Hopper's, in a folder that git ignores, with the symbols stripped."""
+    run = subprocess.run(["make", "-n", "gpu-bundle"], cwd=ROOT, capture_output=True, text=True)
+    lines = [line for line in run.stdout.splitlines() if "build/gpu" in line]
+    assert "TORCH_CUDA_ARCH_LIST=9.0" in lines[0] and "--build-lib build/gpu " in lines[0], run.stderr
+    assert lines[1].startswith("strip ")
 
 
 def test_make_gpu_installs_nothing(tmp_path):
     """Into the python it is given: an overlay beside it takes sslkern, without its dependencies, and from no index."""
-    command = ["make", "-n", "-W", "setup.py", "gpu", f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
+    command = ["make", "-n", "-W", "setup.py", "gpu", "BUNDLE=", f"PYTHON={sys.executable}", f"OUT={tmp_path}"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert run.returncode == 0, run.stderr
     installs = [line for line in run.stdout.splitlines() if "pip install" in line]

@@ -1,4 +1,4 @@
-"""`python -m bench.gpu` without a GPU: every line of it on tiny shapes, with stand-ins for the profiler and sanitizer."""
+"""`python -m bench.gpu` without a GPU: every phase on tiny shapes, with stand-ins for profiler and sanitizer."""
 
 import json
 import os
