@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..backend import forced
 from ..reference.columns import accumulation_dtype, without_autocast
 from ..train import distributed
 from ..train.distributed import Peers
@@ -27,9 +28,22 @@ def rows(peers: Peers, least: int, check: Callable[[], object], *named: Any) -> 
     return counts
 
 
-class _Products(Op):
+def products(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, Tensor]:
     """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
+    diagonal, squares, *_ = _Products.apply(x, y, counts, peers, dual)
+    return diagonal, squares
 
+
+def refuse_forced() -> None:
+    """A back-end that is forced holds or raises."""
+    if forced() not in (None, "reference"):
+        raise RuntimeError(
+            f"The back-end {forced()!r} was asked for and cannot be used: covariances and cross-correlations of a group "
+            "are plain torch products and collectives, which is the back-end 'reference'."
+        )
+
+
+class _Products(Op):
     @staticmethod
     def forward(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, ...]:
         with without_autocast(x):
@@ -97,7 +111,7 @@ def covariance(z: Tensor, unbiased: bool, counts: Counts, peers: Peers, dual: bo
     unbiased: then the mean is part of it."""
     n = sum(counts)
     zc = _centred(z.to(accumulation_dtype(z)), counts, peers, constant=not unbiased)
-    diagonal, squares = _Products.apply(zc, None, counts, peers, dual)[:2]
+    diagonal, squares = products(zc, None, counts, peers, dual)
     variance, offdiag = diagonal / (n - 1), squares / (n - 1) ** 2
     if unbiased:
         square = zc.square()
@@ -123,6 +137,6 @@ def cross_correlation(
         views = views - views.detach().sum(-2, keepdim=True) / n
         squares = views.square().sum(-2)
     views = views * (squares / n + eps).rsqrt()[..., None, :]
-    diagonal, offdiag = _Products.apply(*views.unbind(), counts, peers, dual)[:2]
+    diagonal, offdiag = products(*views.unbind(), counts, peers, dual)
     n = sum(counts)
     return diagonal / n, offdiag / n**2

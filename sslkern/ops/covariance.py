@@ -142,6 +142,7 @@ def covariance(
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
     if peers is not None:
+        _joint.refuse_forced()
         counts = _joint.rows(peers, least, lambda: _checks.matrix_stack("z", z, min_rows=0), z)
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
     _checks.matrix_stack("z", z, min_rows=least)
@@ -184,6 +185,7 @@ def vicreg(
         )
 
     if peers is not None:
+        _joint.refuse_forced()
         counts = _joint.rows(peers, least, check, a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)

@@ -109,6 +109,7 @@ def cross_correlation(
         _checks.non_negative("eps", eps)
 
     if peers is not None:
+        _joint.refuse_forced()
         counts = _joint.rows(peers, 2, check, a, b)
         dual = takes_dual(sum(counts), a.shape[-1], form, 0.75)
         return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)
