@@ -39,10 +39,10 @@ class Op(Function):
         if _transformed() or forward_ad._current_level >= 0:
             try:
                 return super().apply(*args)
-            except NotImplementedError as error:
-                if "jvp" not in str(error):
+            except (NotImplementedError, AssertionError) as error:  # the second by a jvp of a vmap
+                if forward_ad._current_level < 0:
                     raise
-                raise NotImplementedError(_FORWARD_MODE) from None
+                raise NotImplementedError(_FORWARD_MODE) from error
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return super(Function, cls).apply(*unwrap_dead_wrappers(args))
         return cls.forward(*args)
