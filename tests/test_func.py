@@ -154,7 +154,9 @@ def test_functional_call():
     x, y = stacks((8, 5))
 
     def loss(parameters, x, y):
-        return losses.vicreg_loss(functional_call(network, parameters, (x,)), functional_call(network, parameters, (y,)))
+        return losses.vicreg_loss(
+            functional_call(network, parameters, (x,)), functional_call(network, parameters, (y,))
+        )
 
     found = vmap(grad(loss), (None, 0, 0))(parameters, x, y)
     for k in range(len(x)):

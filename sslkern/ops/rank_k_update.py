@@ -21,7 +21,9 @@ _NUMBERS = {
 }
 
 
-def _in_place(kernel: Callable, info: Any, in_dims: tuple[Any, ...], u: Tensor, a: Tensor, b: Tensor, *rest: Any) -> Any:
+def _in_place(
+    kernel: Callable, info: Any, in_dims: tuple[Any, ...], u: Tensor, a: Tensor, b: Tensor, *rest: Any
+) -> Any:
     """`backend.stacked` for an argument that is written: moved and copied back where it does not lie as a stack."""
     if in_dims[0] is None:
         raise ValueError("u must be mapped by torch.vmap where a or b is: it has one value for each of theirs.")
