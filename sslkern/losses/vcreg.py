@@ -71,10 +71,8 @@ class VCRegLoss(nn.Module):
         group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.std_coeff, self.cov_coeff = (
-            _checks.setting("std_coeff", std_coeff),
-            _checks.setting("cov_coeff", cov_coeff),
-        )
+        self.std_coeff = _checks.setting("std_coeff", std_coeff)
+        self.cov_coeff = _checks.setting("cov_coeff", cov_coeff)
         self.gamma, self.eps = _checks.setting("gamma", gamma), _checks.setting("eps", eps, least=0)
         _checks.one_of("estimator", estimator, get_args(Estimator))
         check_positions(dim, batch_dim, positions)
@@ -101,6 +99,6 @@ class VCRegLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"std_coeff={shown(self.std_coeff)}, cov_coeff={shown(self.cov_coeff)}, gamma={shown(self.gamma)}, "
-            f"eps={shown(self.eps)}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, positions={self.positions!r}"
-            f"{distributed.shown(self.group)}"
+            f"eps={shown(self.eps)}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
+            f"positions={self.positions!r}{distributed.shown(self.group)}"
         )

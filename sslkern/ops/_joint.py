@@ -38,8 +38,8 @@ def refuse_forced() -> None:
     """A back-end that is forced holds or raises."""
     if forced() not in (None, "reference"):
         raise RuntimeError(
-            f"The back-end {forced()!r} was asked for and cannot be used: covariances and cross-correlations of a group "
-            "are plain torch products and collectives, which is the back-end 'reference'."
+            f"The back-end {forced()!r} was asked for and cannot be used: covariances and cross-correlations of a "
+            "group are plain torch products and collectives, which is the back-end 'reference'."
         )
 
 

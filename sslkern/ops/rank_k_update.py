@@ -68,8 +68,9 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
 
     Raises:
         TypeError: other dtypes; for a bfloat16 model, keep a float32 master of u. ValueError: wrong shapes, a wide u, a
-        tall one with "tangent", an expanded one. RuntimeError: u needs a gradient and gradients are enabled (use `torch.no_grad()`); a
-        GPU's shared memory has no room for this k, as it has for 64 on an A100 and its successors.
+        tall one with "tangent", an expanded one. RuntimeError: u, a or b needs a gradient and gradients are enabled
+        (use `torch.no_grad()`); a GPU's shared memory has no room for this k, as it has for 64 on an A100 and its
+        successors.
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """
