@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from sslkern import backend as backends
-from sslkern import losses, metrics
+from sslkern import losses, metrics, ops
 
 COMPILED = {
     "vicreg": (lambda a, b: losses.vicreg_loss(a, b), (12, 20)),
@@ -39,6 +39,34 @@ def test_compiled_losses_have_the_bits_of_eager(name, backend, device):
 def test_inductor(backend, device):
     """VICReg whole, forward and backward, through inductor."""
     check(losses.vicreg_loss, [torch.randn(12, 20, device=device) for _ in range(2)], "inductor")
+
+
+DYNAMIC = {
+    **{name: COMPILED[name][0] for name in ("vicreg", "vicreg, unbiased", "vcreg", "barlow")},
+    "vicreg of a tensor": lambda a, b: losses.vicreg_loss(a, b, a.new_tensor(3.0).requires_grad_()),
+    "covariance": lambda a, _: sum(x.sum() for x in ops.covariance(a)),
+    "cross_correlation": lambda a, b: sum(x.sum() for x in ops.cross_correlation(a, b)),
+    "skinny_products": lambda a, b: ops.skinny_products(a.detach(), b.detach().mT)[0].sum() + (a + b).sum(),
+}
+
+
+@pytest.mark.parametrize("first", (4, 64), ids=("dual", "primal"))
+@pytest.mark.parametrize("name", DYNAMIC)
+def test_one_graph_for_all_sizes(name, first, native):
+    """20 batch sizes, one compilation for each form: dual below N = .75 D or .8 D and primal above."""
+    graphs = []
+
+    def counting(module, _):
+        graphs.append(module)
+        return module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(DYNAMIC[name], fullgraph=True, dynamic=True, backend=counting)
+    for n in range(first, first + 20):
+        views = [torch.randn(n, 40) for _ in range(2)]
+        eager, ours = (cases.value_and_grad(lambda *x, f=f: (f(*x),), views) for f in (DYNAMIC[name], compiled))
+        assert all(map(torch.equal, ours[0] + ours[1], eager[0] + eager[1]))
+    assert len(graphs) == 1
 
 
 SHALLOW = ("test_schema", "test_faketensor")  # by each sample; what traces it, by one of each kind

@@ -9,7 +9,8 @@ from ranks import TOLERANCE, assert_joint, close, divisions, mean_over_ranks, mi
 
 import sslkern
 from sslkern import ops
-from sslkern.losses import BarlowTwinsLoss, VCRegLoss, VICRegLoss
+from sslkern.losses import BarlowTwinsLoss, VCRegLoss, VICRegLoss, spectral_contrastive_loss
+from sslkern.metrics import hsic
 from sslkern.train import distributed
 
 ROWS = 24
@@ -135,6 +136,65 @@ def compiled():
             close(found, expected, 1e-12, "compiled")
 
 
+UNEVEN = {
+    "vicreg": sslkern.vicreg_loss,
+    "barlow": sslkern.barlow_twins_loss,
+    "nt_xent": sslkern.nt_xent_loss,
+    "spectral": spectral_contrastive_loss,
+    "hsic": hsic,
+}
+
+
+def compiled_on_uneven_rows():
+    """No rank gets a number, and none waits: all raise, when the graph runs, whatever the loss does next."""
+    counts = [5] * (dist.get_world_size() - 1) + [7]
+    own = [mine(normal(sum(counts), 6, seed=k), counts) for k in range(2)]
+    for name, loss in UNEVEN.items():
+        torch._dynamo.reset()
+        with pytest.raises(RuntimeError, match=r"Under torch\.compile all ranks of a group must be given equally"):
+            torch.compile(partial(loss, group="world"), fullgraph=True, backend="aot_eager")(*own)
+        assert torch.isfinite(loss(*own, group="world")), name  # the ranks are still in step, and eager has the value
+
+
+def transformed():
+    """torch.func.grad of a joint loss is autograd's; a second derivative is refused on all ranks."""
+    own = [mine(z, divisions(ROWS)[1]).requires_grad_() for z in views((ROWS, 9))]
+    for loss in (sslkern.vicreg_loss, sslkern.barlow_twins_loss):
+        joint = partial(loss, group=distributed.over(even=False))
+        (expected,) = torch.autograd.grad(joint(*own), own[:1])
+        assert torch.equal(torch.func.grad(joint)(*(z.detach() for z in own)), expected)
+        with pytest.raises(RuntimeError, match="once, not twice"):
+            torch.func.grad(lambda x, f=joint: torch.func.grad(f)(x, own[1].detach()).sum())(own[0].detach())
+
+
+def settings_with_gradients():
+    """The mean over the ranks of a setting's gradients is that of the joint batch."""
+    values = {"sim_coeff": 25.0, "std_coeff": 5.0, "cov_coeff": 0.7, "gamma": 1.7, "eps": 1e-2}
+    joint, own = views((ROWS, 9)), [mine(z, divisions(ROWS)[1]) for z in views((ROWS, 9))]
+    found, expected = (
+        {name: torch.tensor(value, dtype=torch.float64, requires_grad=True) for name, value in values.items()}
+        for _ in range(2)
+    )
+    sslkern.vicreg_loss(*own, **found, group="world").backward()
+    sslkern.vicreg_loss(*joint, **expected).backward()
+    for name in values:
+        close(mean_over_ranks(found[name].grad), expected[name].grad, 1e-12, name)
+
+
+def forced_back_ends():
+    """The joint products are plain torch: "reference" holds, and another one that is forced raises on all ranks."""
+    own = [mine(z, divisions(ROWS)[0]) for z in views((ROWS, 9))]
+    for loss in (
+        sslkern.vicreg_loss,
+        sslkern.barlow_twins_loss,
+        lambda a, _, group: sslkern.vcreg_loss(a, group=group),
+    ):
+        with sslkern.backend.use("reference"):
+            assert torch.isfinite(loss(*own, group="world"))
+        with sslkern.backend.use("native"), pytest.raises(RuntimeError, match="'native' was asked for and cannot be"):
+            loss(*own, group="world")
+
+
 def refused():
     """On one rank: an error on all. Of all ranks together: too few rows."""
     x = normal(4, 3)
@@ -166,12 +226,16 @@ def dead_peer():
 
 
 CHECKS = (vicreg, vcreg, barlow_twins, both_forms, local_statistics, large_means, transport, half_precision)
-CHECKS += (modules_and_terms, compiled, refused)
+CHECKS += (modules_and_terms, compiled, transformed, settings_with_gradients, forced_back_ends, refused)
 
 
 @pytest.mark.parametrize("size", (2, 4))
 def test_ranks_are_one_process(size, tmp_path):
     run(size, CHECKS, tmp_path)
+
+
+def test_uneven_rows_under_compile(tmp_path):
+    run(2, (compiled_on_uneven_rows,), tmp_path)
 
 
 def test_who_waits_for_the_dead_gets_an_error(tmp_path):

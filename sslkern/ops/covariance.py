@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick
+from ..backend import declare, pick, stacked
 from ..reference import covariance as _reference
 from ..reference.columns import accumulation_dtype
 from ..train import distributed
 from . import _checks, _joint
-from ._autograd import first_order
+from ._autograd import Op, first_order, intermediate, or_zeros
 
 Estimator = Literal["plugin", "unbiased"]
 Form = Literal["auto", "primal", "dual"]
@@ -30,46 +30,58 @@ declare(
     "vicreg_fwd(Tensor a, Tensor b, float sim_coeff, float std_coeff, float cov_coeff, float gamma, float eps,"
     " bool unbiased, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference.vicreg_fwd,
+    stacked(outputs=(0, 0, 1, 1, 1, 1)),
 )
 declare(
     "vicreg_bwd(Tensor grad_loss, Tensor a, Tensor b, Tensor centre, Tensor variance, Tensor gram, Tensor row_sq,"
     " float sim_coeff, float std_coeff, float cov_coeff, float gamma, float eps, bool unbiased, bool dual,"
     " bool need_a, bool need_b) -> (Tensor, Tensor)",
     _reference.vicreg_bwd,
+    stacked(inputs=(0, 0, 0, 1, 1, 1, 1)),
 )
 
 
-class _Covariance(torch.autograd.Function):
+class _Covariance(Op):
     @staticmethod
-    def forward(ctx, z, unbiased, dual):
-        variance, offdiag, centre, gram, row_sq = pick("covariance_fwd", z)(z, unbiased, dual)
+    def forward(z, unbiased, dual):
+        return pick("covariance_fwd", z)(z, unbiased, dual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, ctx.unbiased, ctx.dual = inputs
+        variance, _, centre, gram, row_sq = output
         ctx.save_for_backward(z, centre, variance, gram, row_sq)
-        ctx.unbiased, ctx.dual = unbiased, dual
-        return variance, offdiag
+        intermediate(ctx, centre, gram, row_sq)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_variance, grad_offdiag):
+    def backward(ctx, grad_variance, grad_offdiag, *_):
         z, centre, variance, gram, row_sq = ctx.saved_tensors
+        grad_variance = or_zeros(grad_variance, variance)
+        grad_offdiag = or_zeros(grad_offdiag, variance[..., 0])
         kernel = pick("covariance_bwd", z)
         grad = kernel(grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, ctx.unbiased, ctx.dual)
         return grad, None, None
 
 
-class _VICReg(torch.autograd.Function):
+class _VICReg(Op):
     @staticmethod
-    def forward(ctx, a, b, *settings):
-        loss, terms, centre, variance, gram, row_sq = pick("vicreg_fwd", a)(a, b, *settings)
-        ctx.save_for_backward(a, b, centre, variance, gram, row_sq)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+    def forward(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, unbiased, dual):
+        return pick("vicreg_fwd", a)(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, unbiased, dual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, *ctx.settings = inputs
+        _, terms, *saved = output
+        ctx.save_for_backward(a, b, *saved)
+        intermediate(ctx, terms, *saved)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         a, b, centre, variance, gram, row_sq = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
+        grad_loss = or_zeros(grad_loss, variance[0, ..., 0])
         kernel = pick("vicreg_bwd", a)
         grad_a, grad_b = kernel(grad_loss, a, b, centre, variance, gram, row_sq, *ctx.settings, need_a, need_b)
         return (grad_a if need_a else None, grad_b if need_b else None, *(None,) * len(ctx.settings))
@@ -130,51 +142,68 @@ def covariance(
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
     if peers is not None:
+        _joint.refuse_forced()
         counts = _joint.rows(peers, least, lambda: _checks.matrix_stack("z", z, min_rows=0), z)
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
     _checks.matrix_stack("z", z, min_rows=least)
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Covariance.apply(z, unbiased, dual)
-    return pick("covariance_fwd", z)(z, unbiased, dual)[:2]
+    return _Covariance.apply(z, unbiased, dual)[:2]
 
 
 def vicreg(
     a: Tensor,
     b: Tensor,
-    sim_coeff: float,
-    std_coeff: float,
-    cov_coeff: float,
-    gamma: float,
-    eps: float,
+    sim_coeff: float | Tensor,
+    std_coeff: float | Tensor,
+    cov_coeff: float | Tensor,
+    gamma: float | Tensor,
+    eps: float | Tensor,
     estimator: Estimator,
     form: Form = "auto",
     group: distributed.Group = None,
 ) -> tuple[Tensor, Tensor]:
-    """VICReg of every slice: loss (...) and its unweighted terms (..., 3), not differentiable. See `vicreg_loss`."""
+    """VICReg of every slice: loss (...) and its unweighted terms (..., 3), not differentiable. See `vicreg_loss`.
+
+    The kernels take numbers: with a tensor among the settings, which may need a gradient, the terms are composed.
+    """
     _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
+    settings: tuple[float | Tensor, ...] = ()
 
     def check() -> None:
+        nonlocal settings
         for name, view in (("a", a), ("b", b)):
             _checks.matrix_stack(name, view, min_rows=least if peers is None else 0)
         _checks.same("a", a, "b", b)
-        _checks.non_negative("eps", eps)
+        settings = (
+            _checks.setting("sim_coeff", sim_coeff, a),
+            _checks.setting("std_coeff", std_coeff, a),
+            _checks.setting("cov_coeff", cov_coeff, a),
+            _checks.setting("gamma", gamma, a),
+            _checks.setting("eps", eps, a, least=0),
+        )
 
     if peers is not None:
+        _joint.refuse_forced()
         counts = _joint.rows(peers, least, check, a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)
-        dtype = accumulation_dtype(a)
         variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
-        invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * (peers.size / (n * d))
-        coefficients = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
-        loss, terms = _reference.vicreg_of(invariance, variance, offdiag, *coefficients)
-        return loss, terms.detach()
+        return _composed(a, b, peers.size / (n * d), variance, offdiag, settings)
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
-    settings = (float(sim_coeff), float(std_coeff), float(cov_coeff), float(gamma), float(eps), unbiased, dual)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _VICReg.apply(a, b, *settings)
-    return pick("vicreg_fwd", a)(a, b, *settings)[:2]
+    if any(isinstance(value, Tensor) for value in settings):
+        parts = zip(*(_Covariance.apply(view, unbiased, dual)[:2] for view in (a, b)), strict=True)
+        return _composed(a, b, 1 / a.shape[-2:].numel(), *map(torch.stack, parts), settings)
+    return _VICReg.apply(a, b, *settings, unbiased, dual)[:2]
+
+
+def _composed(
+    a: Tensor, b: Tensor, share: float, variance: Tensor, offdiag: Tensor, settings: tuple[float | Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """VICReg from the statistics of both views; share: of one squared difference in their mean."""
+    dtype = accumulation_dtype(a)
+    invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * share
+    loss, terms = _reference.vicreg_of(invariance, variance, offdiag, *settings)
+    return loss, terms.detach()

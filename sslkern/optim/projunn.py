@@ -248,7 +248,7 @@ def _check(group: dict[str, Any]) -> None:
         _ops_checks.non_negative("lr", lr)
     _ops_checks.non_negative("eps", group["eps"])
     for name in ("momentum", "beta2"):
-        if not isinstance(group[name], (int, float)) or not 0 <= group[name] < 1:
+        if isinstance(group[name], bool) or not isinstance(group[name], (int, float)) or not 0 <= group[name] < 1:
             raise ValueError(f"{name} must be a number in [0, 1), got {group[name]!r}.")
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs a momentum above zero to look ahead with.")
@@ -259,7 +259,7 @@ def _check(group: dict[str, Any]) -> None:
     _ops_checks.positive("rank", group["rank"])
     if group["reorthogonalize_every"] is not None:
         _ops_checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
-    if not isinstance(group["seed"], int):
+    if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
         raise TypeError(f"seed must be an integer, got {type(group['seed']).__name__}.")
     if group["weight_decay"] != 0:
         raise ValueError(
