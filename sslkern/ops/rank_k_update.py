@@ -18,7 +18,11 @@ _NUMBERS = {
     "cayley": _reference.CAYLEY,
 }
 
-declare("rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()", _reference.rank_k_update_)
+declare(
+    "rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()",
+    _reference.rank_k_update_,
+    dtypes=_checks.FULL,
+)
 
 
 def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "tangent") -> Tensor:
