@@ -15,18 +15,20 @@ from __future__ import annotations
 
 import importlib
 import os
-import re
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from itertools import zip_longest
+from typing import Any, NamedTuple
 
 import torch
+
+from . import _installed
 
 NAMES = ("triton", "native", "reference")  # the order in which they are preferred
 CPU_GEMMS = ("", "avx2", "mm", "onednn")  # what SSLKERN_CPU_GEMM may ask for; empty leaves the choice to us
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
-OLDEST_TRITON = (3, 6)
 ORDINARY = (2, 2, 2)  # a shape that no kernel refuses
 
 Refusal = Callable[[torch.Tensor], str | None]
@@ -57,15 +59,50 @@ _cuda_note = ""  # what the native back-end's CUDA kernels are compiled for, or 
 _forced: str | None = None
 
 
-def declare(schema: str, reference: Callable, dtypes: tuple[torch.dtype, ...] = FLOATS) -> None:
-    """Define a kernel in every back-end. `reference` implements it on any device and gives the output shapes.
+def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Callable:
+    """The rule for `torch.func.vmap` of a kernel that takes leading dimensions: a vmapped batch is one more of them.
 
-    `dtypes` are those of the key tensor, for which `pick` chooses.
+    Args:
+        inputs, outputs: how many dimensions of each argument and of each output stand before the leading ones, 0 where
+            nothing is said. A tensor that is not mapped is expanded.
+    """
+
+    def rule(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """in_dims, args and what is returned are as in `torch.library.register_vmap`."""
+        batch = list(args)
+        for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(x, torch.Tensor):
+                x, dim = (x.expand(info.batch_size, *x.shape), 0) if dim is None else (x, dim)
+                # what one kernel leaves for another is contiguous, and read as such
+                batch[k] = x.movedim(dim, inputs[k] if k < len(inputs) else 0).contiguous()
+        out = kernel(*batch)
+        if isinstance(out, torch.Tensor):
+            return out, sum(outputs)
+        places = zip_longest(out, outputs, fillvalue=0)
+        return out, tuple(None if x.shape == (0,) else place for x, place in places)  # (0,): was not asked for
+
+    return rule
+
+
+def declare(
+    schema: str,
+    reference: Callable,
+    vmap: Callable = stacked(),  # noqa: B008
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
+    """Define a kernel in every back-end.
+
+    Args:
+        reference: implements it on any device and gives the output shapes.
+        vmap: its rule for `torch.func.vmap`, as `stacked` makes one.
+        dtypes: those of the key tensor, for which `pick` chooses.
     """
     name = schema.split("(")[0]
     for backend, library in _libraries.items():
         library.define(schema)
         torch.library.register_fake(f"sslkern_{backend}::{name}", reference, lib=library)
+        kernel = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+        torch.library.register_vmap(f"sslkern_{backend}::{name}", partial(vmap, kernel), lib=library)
     _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     _declared[name] = dtypes
     for device in ("cpu", "cuda"):
@@ -116,83 +153,27 @@ def _unasked(backend: str, device: str) -> bool:
 
 def load() -> None:
     """Load the compiled back-ends. Called once, after every kernel is declared."""
-    _load_native()
-    _load_triton()
+    for backend, loader in (("native", _load_native), ("triton", _installed.load_triton)):
+        try:
+            loader()
+        except _installed.MissingError as error:
+            _missing[backend] = str(error)
+            for key in [key for key in _kernels if key[0] == backend]:  # of a half that did load
+                del _kernels[key]
+            if error.broken:
+                warnings.warn(f"sslkern runs without its back-end {backend!r}: {error}.", RuntimeWarning, stacklevel=2)
     _rank()
 
 
 def _load_native() -> None:
     global _cuda_note
-    try:
-        _cuda_note = importlib.import_module("sslkern._C").cuda()
-    except ImportError as error:
-        _missing["native"] = (
-            f"the C++ extension does not load ({error}); `make build`, or "
-            "`pip install --no-build-isolation .` with torch installed, compiles it"
-        )
-        _warn_if_broken("native", error, "sslkern._C")
-        return
+    _cuda_note = _installed.load_native()
     for name in _declared:
         for device in ("cpu", "cuda"):
             if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", device.upper()):
                 _add("native", name, device)
-    if torch.version.cuda and _targets(_cuda_note):
+    if torch.version.cuda and _installed.targets(_cuda_note):
         torch.cuda._lazy_call(_check_gpus)  # when CUDA is initialised: that is not for an import to do
-
-
-def _load_triton() -> None:
-    if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
-        _missing["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-        return
-    wanted = ".".join(map(str, OLDEST_TRITON))
-    try:
-        version = importlib.import_module("triton").__version__
-    except Exception as error:  # a broken Triton may raise anything
-        _missing["triton"] = f"Triton {wanted} or newer does not load ({_told(error)})"
-        _warn_if_broken("triton", error, "triton")
-        return
-    if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
-        _missing["triton"] = f"Triton {version} is too old: its kernels need {wanted} or newer"
-        _warn_if_broken("triton")
-        return
-    try:
-        importlib.import_module("sslkern.triton_kernels")
-    except Exception as error:
-        for key in [key for key in _kernels if key[0] == "triton"]:
-            del _kernels[key]
-        _missing["triton"] = f"Triton {version} loads, but sslkern's own kernels do not ({_told(error)})"
-        _warn_if_broken("triton", error)
-
-
-def _told(error: Exception) -> str:
-    return str(error) if isinstance(error, ImportError) else f"{type(error).__name__}: {error}"
-
-
-def _warn_if_broken(backend: str, error: Exception | None = None, absent: str = "") -> None:
-    """Warn unless the module `absent` is simply not installed."""
-    if not (isinstance(error, ModuleNotFoundError) and error.name == absent):
-        message = f"sslkern runs without its back-end {backend!r}: {_missing[backend]}."
-        warnings.warn(message, RuntimeWarning, stacklevel=2)
-
-
-def _targets(note: str) -> list[tuple[str, tuple[int, int], str]]:
-    """(sm or compute, compute capability, suffix) of what the CUDA kernels are compiled for, from the build's note."""
-    found = re.findall(r"\b(sm|compute)_(\d+)(\d)([af]?)\b", note)
-    return [(kind, (int(major), int(minor)), suffix) for kind, major, minor, suffix in found]
-
-
-def _runs_on(note: str, capability: tuple[int, int]) -> bool:
-    """Whether a binary of this note has code for a GPU: machine code of its major version, or older PTX."""
-    for kind, built, suffix in _targets(note):
-        if suffix == "a":
-            fits = capability == built
-        elif kind == "sm" or suffix == "f":
-            fits = capability[0] == built[0] and capability >= built
-        else:
-            fits = capability >= built
-        if fits:
-            return True
-    return False
 
 
 def _check_gpus() -> None:
@@ -200,10 +181,8 @@ def _check_gpus() -> None:
     reasons: dict[int | None, str | None] = {}
     for index in range(torch.cuda.device_count()):
         major, minor = torch.cuda.get_device_capability(index)
-        if not _runs_on(_cuda_note, (major, minor)):
-            reasons[index] = (
-                f"its binary has no code for the GPU cuda:{index}, which is sm_{major}{minor} ({_cuda_note})"
-            )
+        if not _installed.runs_on(_cuda_note, (major, minor)):
+            reasons[index] = f"its binary has no code for cuda:{index}, which is sm_{major}{minor} ({_cuda_note})"
     if reasons:
         reasons[None] = reasons.get(0)  # of a description, which has no index
         for (backend, name, device), kernel in list(_kernels.items()):
