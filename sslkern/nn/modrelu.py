@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
+from ..ops._autograd import Op
 
 
 def _inverse(radius: Tensor) -> Tensor:
@@ -15,10 +16,8 @@ def _inverse(radius: Tensor) -> Tensor:
     return radius.masked_fill(radius < torch.finfo(radius.dtype).tiny, torch.inf).reciprocal()
 
 
-class _ModReLU(torch.autograd.Function):
+class _ModReLU(Op):
     """Saves z and b alone: 0.4 of what autograd keeps for the formula, a third for a real z. Twice differentiable."""
-
-    generate_vmap_rule = True
 
     @staticmethod
     def forward(z: Tensor, bias: Tensor) -> Tensor:

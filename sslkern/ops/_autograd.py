@@ -13,6 +13,7 @@ from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
 _transformed = torch._C._are_functorch_transforms_active
+_VMAP = torch._C._functorch.TransformType.Vmap
 _FORWARD_MODE = (
     "sslkern's ops have no forward-mode derivatives (jvp, jacfwd, hessian): use reverse mode (backward, "
     "torch.func.grad, vjp, jacrev)."
@@ -38,10 +39,10 @@ class Op(Function):
         if _transformed() or forward_ad._current_level >= 0:
             try:
                 return super().apply(*args)
-            except NotImplementedError as error:
-                if "jvp" not in str(error):
+            except (NotImplementedError, AssertionError) as error:  # the second by a jvp of a vmap
+                if forward_ad._current_level < 0:
                     raise
-                raise NotImplementedError(_FORWARD_MODE) from None
+                raise NotImplementedError(_FORWARD_MODE) from error
         if torch.is_grad_enabled() and _any_requires_grad(args):
             return super(Function, cls).apply(*unwrap_dead_wrappers(args))
         return cls.forward(*args)
@@ -52,6 +53,14 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
+
+
+def differentiated(*tensors: Tensor) -> bool:
+    """Whether a derivative by one of the tensors may be asked for. Under torch.func's grad and jvp, of any: a vmapped
+    tensor does not tell."""
+    if _transformed():
+        return any(level.key() != _VMAP for level in torch._C._functorch.get_interpreter_stack())
+    return forward_ad._current_level >= 0 or torch.is_grad_enabled() and _any_requires_grad(tensors)
 
 
 def intermediate(ctx: Any, *outputs: Tensor) -> None:

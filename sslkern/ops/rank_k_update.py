@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
-from typing import Literal, get_args
+from collections.abc import Callable
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick
+from ..backend import declare, pick, stacked
 from ..reference import rank_k_update as _reference
 from . import _checks
+from ._autograd import differentiated
 
 Retraction = Literal["tangent", "direct", "cayley"]
 _NUMBERS = {
@@ -18,10 +20,26 @@ _NUMBERS = {
     "cayley": _reference.CAYLEY,
 }
 
+
+def _in_place(
+    kernel: Callable, info: Any, in_dims: tuple[Any, ...], u: Tensor, a: Tensor, b: Tensor, *rest: Any
+) -> Any:
+    """`backend.stacked` for an argument that is written: moved and copied back where it does not lie as a stack."""
+    if in_dims[0] is None:
+        raise ValueError("u must be mapped by torch.vmap where a or b is: it has one value for each of theirs.")
+    u = u.movedim(in_dims[0], 0)
+    target = u.contiguous()
+    stacked()(lambda *args: kernel(target, *args) or (), info, in_dims[1:], a, b, *rest)
+    if target is not u:
+        u.copy_(target)
+    return None, None
+
+
 declare(
     "rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()",
     _reference.rank_k_update_,
-    dtypes=_checks.FULL,
+    _in_place,
+    _checks.FULL,
 )
 
 
@@ -55,19 +73,24 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
 
     Raises:
         TypeError: other dtypes; for a bfloat16 model, keep a float32 master of u. ValueError: wrong shapes, a wide u, a
-        tall one with "tangent". RuntimeError: u needs a gradient and gradients are enabled (use `torch.no_grad()`); a
+        tall one with "tangent", an expanded one. RuntimeError: u needs a gradient and gradients are enabled (use `torch.no_grad()`); a
         GPU's shared memory has no room for this k, as it has for 64 on an A100 and its successors.
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """
     _checks.one_of("retraction", retraction, get_args(Retraction))
     _check(u, a, b, retraction)
-    if torch.is_grad_enabled() and (u.requires_grad or a.requires_grad or b.requires_grad):
+    if differentiated(u, a, b):
         raise RuntimeError("rank_k_update_ cannot be differentiated: call it under torch.no_grad().")
     if u.numel() == 0 or a.shape[-1] == 0:
         return u
     lazy = u.is_conj() or u.is_neg()  # bits that stand for an operation not yet done
-    target = u if u.is_contiguous() and not lazy else u.resolve_conj().resolve_neg().contiguous()
+    if u.is_contiguous() and not lazy:
+        target = u
+    elif any(step == 0 and size > 1 for step, size in zip(u.stride(), u.shape, strict=True)):
+        raise ValueError(f"u must have its own memory for each element, got an expanded tensor of {tuple(u.shape)}.")
+    else:
+        target = u.resolve_conj().resolve_neg().contiguous()
     pick("rank_k_update_", u)(target, a.contiguous(), b.contiguous(), _NUMBERS[retraction])
     if target is not u:
         u.copy_(target)

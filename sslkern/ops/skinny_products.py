@@ -7,6 +7,7 @@ from torch import Tensor
 from ..backend import declare, pick
 from ..reference import skinny_products as _reference
 from . import _checks
+from ._autograd import differentiated
 
 declare(
     "skinny_products(Tensor x, Tensor right, Tensor left) -> (Tensor, Tensor)",
@@ -19,7 +20,7 @@ def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None 
     r"""X right and X^H left, with X read once.
 
     For sketches and power iterations, where `right` and `left` have 1 to 64 columns. In the precision of x, never in
-    TF32 or bfloat16, and without a gradient.
+    TF32 or bfloat16. Where a gradient is asked for, they are torch's own two products.
 
     Args:
         x: (..., n, p), float32, float64, complex64 or complex128.
@@ -38,4 +39,6 @@ def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None 
     left = x.new_empty(*stack, n, 0) if left is None else left
     for name, value, rows in (("right", right, p), ("left", left, n)):
         _checks.columns(name, value, rows, None, "x", x)
-    return pick("skinny_products", x)(x.detach().contiguous(), right.detach().contiguous(), left.detach().contiguous())
+    if differentiated(x, right, left):
+        return _reference.skinny_products(x, right, left)
+    return pick("skinny_products", x)(x.contiguous(), right.contiguous(), left.contiguous())

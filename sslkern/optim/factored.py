@@ -6,9 +6,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..ops._autograd import Op, first_order
 from ..reference.columns import without_autocast
 from .factors import linear_factors, linear_products, sketch
 
@@ -29,29 +29,39 @@ class Factors(NamedTuple):
         return cls(dy, x, y, dx, tuple(t._version for t in (dy, x, y, dx)))
 
 
-class _Linear(torch.autograd.Function):
+class _Linear(Op):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, u: Tensor, wide: bool) -> Tensor:
-        y = x @ (u if wide else u.mT)
-        ctx.wide, ctx.u = wide, u
-        ctx.save_for_backward(x, u, y if u.shape[0] == u.shape[1] else y.new_empty(0))
-        return y
+    def forward(x: Tensor, u: Tensor, wide: bool) -> Tensor:
+        return x @ (u if wide else u.mT)
 
     @staticmethod
-    @once_differentiable
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        x, ctx.u, ctx.wide = inputs
+        ctx.save_for_backward(x, ctx.u, output if ctx.u.shape[0] == ctx.u.shape[1] else None)
+
+    @staticmethod
+    @first_order
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
         x, u, y = ctx.saved_tensors
         dx = dy @ (u.mH if ctx.wide else u.conj()).to(dy.dtype)
         into_u = ctx.next_functions[1][0]
         if into_u is not None and torch._C._will_engine_execute_node(into_u):  # not for the gradient of x alone
+            y = dx.new_empty(0) if y is None else y
             rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
             pending(ctx.u).append(Factors.of(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
         return dx.to(x.dtype), None, None
 
 
 def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
-    """y = x U^T, or x U where `wide`; backward leaves the gradient of U as `Factors` in `pending(u)`, not in u.grad."""
-    if u.requires_grad and not u.is_leaf:
+    """y = x U^T, or x U where `wide`; backward leaves the gradient of U as `Factors` in `pending(u)`, not in u.grad.
+
+    Differentiable once, unless U is frozen: then it is torch's own product.
+    """
+    if not (torch.is_grad_enabled() and u.requires_grad):
+        return x @ (u if wide else u.mT)
+    if torch._C._are_functorch_transforms_active():
+        raise RuntimeError("torch.func returns gradients, and a factored weight has none: use factored=False.")
+    if not u.is_leaf:
         raise RuntimeError("A factored weight must be a parameter itself, not made from one: use factored=False.")
     return _Linear.apply(x, u, wide)
 
