@@ -8,25 +8,23 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, MutableMapping, Sequence
-from operator import attrgetter
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # 2.0: there is no public pytree
 
 if dist.is_available():
     import torch.distributed._functional_collectives  # the fake kernels of `collectives`, without which compiling fails
 
-__all__ = ["pytree"]
+__all__ = ["pytree", "unwrap_dead_wrappers"]
 
 # 2.1. `torch.compiler.disable` for functions of a package: that one imports `torch._dynamo` where it decorates, 1 s on
 # an EPYC core; this one, torch's own for its optimizers, where the function is first called
 not_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
-
-# 1.0. How often a tensor was written in place, which autograd compares; also of parameters and buffers
-version: Callable[[Tensor], int] = attrgetter("_version")
 
 # 1.13. The number of the backward that is running in this thread, -1 outside of one
 running_backward: Callable[[], int] = torch._C._current_graph_task_id
@@ -34,12 +32,33 @@ running_backward: Callable[[], int] = torch._C._current_graph_task_id
 # 2.0. Whether the backward that is running will reach a node
 will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
+# 2.0. Whether the code that runs is inside of vmap, grad, jvp or another transform of torch.func; and their wrappers
+# taken off a tensor that has outlived its transform, as autograd.Function.apply does
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# 1.7. An assertion about a tensor of one element, of which a GPU need not be waited for
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
+
+# 0.1. What torch's own tools take for a batch norm; and the check that its SyncBatchNorm has
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+check_sync_input_dim = nn.SyncBatchNorm._check_input_dim
+
 # 2.0. The operators that `torch.compile(fullgraph=True)` traces; torch.distributed's own functions name no public form
 collectives = torch.ops._c10d_functional
 
 # 1.9, in beta since. One kernel for a list of tensors, or one loop in C++
 foreach_add, foreach_add_, foreach_mul_ = torch._foreach_add, torch._foreach_add_, torch._foreach_mul_
 foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
+
+
+def forward_mode() -> bool:
+    """Whether the code that runs is inside of `torch.autograd.forward_ad.dual_level`. (1.8)"""
+    return forward_ad._current_level >= 0
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, by which autograd sees that what it saved has changed. (1.0)"""
+    return tensor._version
 
 
 def raising(message: str, count: int) -> Callable[..., Any]:
@@ -62,8 +81,13 @@ def buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
     return module._buffers
 
 
+def parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """A module's own parameters by name. (0.1)"""
+    return module._parameters
+
+
 def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
-    """The hooks of `tensor.register_hook`, in the order in which they run; of a tensor without any, a new dict. (0.1)"""
+    """The hooks of `tensor.register_hook` in their order; of a tensor without any, a new dict. (0.1)"""
     hooks = tensor._backward_hooks
     return {} if hooks is None else hooks
 

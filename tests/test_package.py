@@ -157,3 +157,55 @@ def test_public_names():
     for module in (sslkern, sslkern.ops, sslkern.losses, sslkern.metrics):
         assert all(getattr(module, name, None) is not None for name in module.__all__)
     assert callable(sslkern.ops.covariance) and callable(sslkern.ops.cross_correlation)
+
+
+# What `import sslkern` must not load where `import torch` has not: each costs tenths of a second
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._higher_order_ops",
+    "torch.fx.experimental",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed._composable",
+    "torch.distributed.algorithms",
+    "torch.distributed.checkpoint",
+    "torch.onnx",
+    "torch.testing",
+    "triton",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+)
+LIGHT = ("torch.distributed._functional_collectives", "torch.distributed._functional_collectives_impl")
+IMPORTED = "import sys, torch; before = set(sys.modules); import sslkern; print(*set(sys.modules) - before)"
+
+
+def test_importing_it_loads_nothing_heavy():
+    """Beyond torch's own import: ourselves, the standard library, and torch's functional collectives."""
+    done = python("-c", IMPORTED)
+    assert done.returncode == 0, done.stderr
+    new = done.stdout.split()
+    heavy = [name for name in new if any(f"{name}.".startswith(f"{heavy}.") for heavy in HEAVY)]
+    assert not heavy, heavy
+    tops = {*sys.stdlib_module_names, "sslkern"}
+    other = [name for name in new if name.partition(".")[0] not in tops and name not in LIGHT]
+    assert not other, other
+
+
+def test_a_first_use_without_compilation_loads_no_compiler():
+    """Losses, metrics and layers run without torch._dynamo, which imports for a second."""
+    code = """
+import sys, torch, sslkern
+x = torch.randn(8, 6, requires_grad=True)
+for loss in (sslkern.vicreg_loss, sslkern.barlow_twins_loss, sslkern.nt_xent_loss):
+    loss(sslkern.nn.BatchNorm1d(6)(sslkern.nn.OrthogonalLinear(6, 6)(x)), torch.randn(8, 6)).backward()
+sslkern.metrics.hsic(x, x), sslkern.metrics.rankme(x)
+print(*(name for name in ("torch._dynamo", "sympy") if name in sys.modules))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0 and not done.stdout.split(), done.stdout + done.stderr
