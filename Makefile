@@ -6,7 +6,7 @@ VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-INSTALL := $(PY) -m pip install -q --no-build-isolation $(if $(PYTHON),--no-deps) -e .
+INSTALL := $(PY) -m pip install -q --no-build-isolation $(if $(PYTHON),--no-deps )-e .
 
 # Where `make gpu` leaves its log, results and table
 OUT ?= out

@@ -209,3 +209,29 @@ print(*(name for name in ("torch._dynamo", "sympy") if name in sys.modules))
 """
     done = python("-c", code)
     assert done.returncode == 0 and not done.stdout.split(), done.stdout + done.stderr
+
+
+def test_demo_and_test_do_not_undo_each_others_build(tmp_path):
+    """With a python that only takes notes: the demo is built for the torch that is there, the tests with the CUDA
+    kernels; after the tests nothing is left to build for either, in any order."""
+    record, stub = tmp_path / "record", tmp_path / "venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *" pip "*) echo "CUDA=$SSLKERN_CUDA $*" >> {record};; esac\n')
+    stub.chmod(0o755)
+    (tmp_path / "venv" / "ready").touch()
+
+    def built(target):
+        record.write_text("")
+        run = subprocess.run(["make", target, f"VENV={stub.parents[1]}"], cwd=ROOT, env=environment, text=True)
+        assert run.returncode == 0
+        return record.read_text().splitlines()
+
+    environment = settings()
+    environment.pop("SSLKERN_CUDA", None)
+    ((demo,), again, (test,)) = built("demo"), built("demo"), built("test")
+    assert demo.startswith("CUDA= ") and demo.endswith(" -e .[examples,bench]") and not again
+    assert test.startswith("CUDA=1 ") and test.endswith(" -e .[test]")
+    assert not built("demo") and not built("test") and not built("demo")
+    for name in ("built", "complete"):
+        (tmp_path / "venv" / name).unlink()
+    assert len(built("test")) == 1 and not built("demo") and not built("test")
