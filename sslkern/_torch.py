@@ -71,6 +71,11 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
+def when_cuda_starts(call: Callable[[], None]) -> None:
+    """Call once CUDA is initialised, now if it is: looking at a GPU initialises it, which no import should do. (0.4)"""
+    torch.cuda._lazy_call(call)
+
+
 def group_of(name: str) -> dist.ProcessGroup:
     """The process group that functional collectives know by this name. (2.1)"""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]

@@ -24,7 +24,7 @@ from typing import Any, NamedTuple
 
 import torch
 
-from . import _installed
+from . import _installed, _torch
 
 NAMES = ("triton", "native", "reference")  # the order in which they are preferred
 CPU_GEMMS = ("", "avx2", "mm", "onednn")  # what SSLKERN_CPU_GEMM may ask for; empty leaves the choice to us
@@ -170,10 +170,10 @@ def _load_native() -> None:
     _cuda_note = _installed.load_native()
     for name in _declared:
         for device in ("cpu", "cuda"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", device.upper()):
+            if _torch.has_kernel(f"sslkern_native::{name}", device.upper()):
                 _add("native", name, device)
     if torch.version.cuda and _installed.targets(_cuda_note):
-        torch.cuda._lazy_call(_check_gpus)  # when CUDA is initialised: that is not for an import to do
+        _torch.when_cuda_starts(_check_gpus)
 
 
 def _check_gpus() -> None:
