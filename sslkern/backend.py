@@ -78,7 +78,7 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
         out = kernel(*batch)
         if isinstance(out, torch.Tensor):
             return out, sum(outputs)
-        places = zip_longest(out, outputs, fillvalue=0)
+        places: Any = zip_longest(out, outputs, fillvalue=0)
         return out, tuple(None if x.shape == (0,) else place for x, place in places)  # (0,): was not asked for
 
     return rule

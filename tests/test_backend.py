@@ -86,7 +86,12 @@ BEYOND = {
     "wide gram": (lambda x: ops.pairwise_reduce(x, kernel="rbf", reduction="gram"), (2, 6, 257), torch.float32, WIDE),
     "wide hsic": (lambda x: sslkern.metrics.hsic(x, x), (6, 257), torch.float32, WIDE),
     "batch norm": (ops.batch_moments, (6, 4), torch.float32, "no such kernel"),
-    "skinny": (lambda x: ops.skinny_products(x, x.mT.contiguous()), (6, 4), torch.float32, "no such kernel"),
+    "skinny": (
+        lambda x: ops.skinny_products(x.detach(), x.detach().mT.contiguous()),
+        (6, 4),
+        torch.float32,
+        "no such kernel",
+    ),
 }
 
 
