@@ -2,12 +2,11 @@
 # with PYTHON=, to an overlay of that python and the torch >= 2.11 it has, into which nothing is installed but sslkern.
 TORCH ?= torch==2.13.0
 
-# The CUDA kernels too, wherever there is an nvcc
-export SSLKERN_CUDA ?= 1
-
 VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
+
+INSTALL := $(PY) -m pip install -q --no-build-isolation $(if $(PYTHON),--no-deps )-e .
 
 # Where `make gpu` leaves its log, results and table
 OUT ?= out
@@ -21,25 +20,24 @@ demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
 	$(PY) -m bench.large_batch --limit
 
-test: build lint
+test: $(VENV)/complete lint
 	$(PY) -m pytest $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)
 
 # On a machine with an NVIDIA GPU, in minutes: ceilings, every op, the tests, times, a profile, a sanitizer; a table last
-gpu: $(if $(BUNDLE),,build)
+gpu: $(if $(BUNDLE),,$(VENV)/complete)
 	$(if $(BUNDLE),$(or $(PYTHON),python3),$(PY)) -m bench.gpu --out $(OUT) $(ARGS)
 
 # What `make gpu` runs on a machine that is to compile nothing: carry the tracked files and build/gpu there
 gpu-bundle: $(VENV)/ready
-	SSLKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py build_ext --build-lib build/gpu --build-temp build/gpu-objects
-	strip --strip-unneeded build/gpu/sslkern/_C.abi3.so
+	SSLKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py build_ext --build-lib build/gpu
 	git rev-parse --short HEAD > build/gpu/commit
 
 build: $(VENV)/built
 
-lint: build
+lint: $(VENV)/complete
 	$(PY) -m ruff format --check .
 	$(PY) -m ruff check .
 	$(PY) -m mypy
@@ -48,7 +46,7 @@ lint: build
 
 .venv/ready: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=70.1" wheel ninja
+	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=70.1" ninja
 	touch $@
 
 build/overlay/ready: Makefile
@@ -57,9 +55,15 @@ build/overlay/ready: Makefile
 	  > $$(build/overlay/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/parent.pth
 	touch $@
 
+# For the torch that is there: without one for CUDA, no nvcc
 $(VENV)/built: $(VENV)/ready $(SOURCES)
-	$(PY) -m pip install -q --no-build-isolation -e $(if $(PYTHON),. --no-deps,".[test]")
+	$(INSTALL)$(if $(PYTHON),,"[examples,bench]")
 	touch $@
+
+# What the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc. It is a `built` as well
+$(VENV)/complete: $(VENV)/ready $(SOURCES)
+	SSLKERN_CUDA=$${SSLKERN_CUDA:-1} $(INSTALL)$(if $(PYTHON),,"[test]")
+	touch $(VENV)/built $@
 
 clean:
 	rm -rf build dist *.egg-info sslkern/*.so

@@ -10,21 +10,27 @@ import re
 import shlex
 import shutil
 import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
+TORCH_FIRST = (
+    "sslkern compiles against the torch that is installed: install torch >= 2.11 first, then run "
+    "`pip install --no-build-isolation .` in the same environment"
+)
 try:
     import torch
     from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
 except ImportError as error:
-    raise SystemExit(
-        "sslkern compiles against the torch that is installed: install torch >= 2.11 first, "
-        "then `pip install --no-build-isolation .`"
-    ) from error
+    raise SystemExit(f"{TORCH_FIRST}; `import torch` failed: {error}.") from error
+if torch.__version__ < (2, 11):
+    raise SystemExit(f"{TORCH_FIRST}; got torch {torch.__version__}.")
 
 ROOT = Path(__file__).parent
+BUILD = ROOT / "build"
 
 
 def files(suffix: str) -> list[str]:
@@ -40,7 +46,9 @@ FLAGS = [
     "-fno-math-errno",
     "-Wall",
     "-Wno-unknown-pragmas",
+    "-g0",  # after python's own -g: half of the binary would be debug information
 ]
+LINK_FLAGS = ["-Wl,--strip-all"] if sys.platform == "linux" else []
 NVCC_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # those of them that nvcc knows
 
@@ -83,8 +91,23 @@ def code_generation(compiler: str) -> list[str]:
     return flags
 
 
+class BuildPython(build_py):
+    """setuptools', without the modules that an earlier build left in build/lib: they would go into the wheel."""
+
+    def run(self) -> None:
+        if not self.editable_mode:
+            shutil.rmtree(Path(self.build_lib) / "sslkern", ignore_errors=True)
+        super().run()
+
+
 class Build(BuildExtension):
     """torch's, with the CUDA sources compiled by nvcc itself: torch's own way refuses on a torch without CUDA."""
+
+    def finalize_options(self) -> None:
+        # kept, one folder per torch and python: pip builds elsewhere each time, and ninja compiles what has changed
+        self.build_temp = self.build_temp or str(BUILD / f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+        self.force = True  # links anew: setuptools compares dates, and does not see with what it was linked
+        super().finalize_options()
 
     def build_extensions(self) -> None:
         compiler, reason = nvcc()
@@ -98,17 +121,16 @@ class Build(BuildExtension):
         super().build_extensions()
 
     def tell(self, note: str) -> None:
-        """Write the note where csrc/module.cpp includes it, and build anew where it is another one."""
+        """Write the note where csrc/module.cpp includes it, unless it is there."""
         header, text = Path(self.build_temp).absolute() / "cuda_note.h", f'#define SSLKERN_CUDA_NOTE "{note}"\n'
         if not header.exists() or header.read_text() != text:
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text)
-            self.force = True
         self.extensions[0].include_dirs.append(str(header.parent))
 
     def add_cuda(self, extension: CppExtension, compiler: str, generation: list[str]) -> None:
         targets = "_".join(flag.rpartition("code=")[2] for flag in generation)
-        folder = ROOT / "build" / "cuda" / targets  # kept: pip builds elsewhere each time
+        folder = BUILD / "cuda" / targets
         includes = [f"-I{path}" for path in include_paths()]
         jobs = []
         for source in files("cu"):
@@ -147,27 +169,24 @@ def cudart_folders(compiler: str) -> list[str]:
 
 if __name__ == "__main__":
     setup(
-        packages=[
-            "sslkern",
-            "sslkern.losses",
-            "sslkern.metrics",
-            "sslkern.nn",
-            "sslkern.ops",
-            "sslkern.reference",
-            "sslkern.train",
-            "sslkern.triton_kernels",
-        ],
+        packages=sorted({*find_packages(include=["sslkern", "sslkern.*"]), "sslkern.triton_kernels"}),
         # `triton_kernels` is also the import name of a package of the Triton project, so ours installs below sslkern
         package_dir={"sslkern.triton_kernels": "triton_kernels"},
+        package_data={"sslkern": ["py.typed"]},
+        include_package_data=False,
         ext_modules=[
             CppExtension(
                 "sslkern._C",
                 files("cpp"),
                 depends=[*files("h"), *files("cuh"), *files("cu")],
                 extra_compile_args={"cxx": FLAGS},
+                extra_link_args=LINK_FLAGS,
                 py_limited_api=True,
             )
         ],
-        cmdclass={"build_ext": Build.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0")},
+        cmdclass={
+            "build_py": BuildPython,
+            "build_ext": Build.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0"),
+        },
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import importlib.metadata
 import platform
+import textwrap
+from typing import Any
 
 import torch
 
 import sslkern
 from sslkern import backend
+
+CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (2, 2, 1 << 20)})  # plain, exact, wide
 
 
 def _version(package: str) -> str:
@@ -18,11 +22,31 @@ def _version(package: str) -> str:
         return "not installed"
 
 
-def _where(kernel: str, device: str) -> str:
+def _where(kernel: str, device: str, **call: Any) -> str:
     try:
-        return backend.choice(kernel, device)
+        return backend.choice(kernel, device, **call)
     except RuntimeError:
         return "none"
+
+
+def _left_to_the_reference() -> dict[str, list[str]]:
+    """The reason why nothing better runs a call -> the kernels. A kernel is told once for each device and reason."""
+    found: dict[str, list[str]] = {}
+    forced = backend.forced()
+    better = backend.NAMES[:-1] if forced is None else (forced,)
+    for device in ("cpu", "cuda"):
+        for kernel in backend.declared():
+            told: set[str] = set()
+            for call in CALLS:
+                if _where(kernel, device, **call) not in ("reference", "none"):
+                    continue
+                supports = backend.supports(kernel, device, **call)
+                reasons = [f"{name}: {supports[name].reason}" for name in better if not supports[name]]
+                reason = f"{device} tensors: {'; '.join(reasons)}"
+                if reasons and not told & {reason}:
+                    found.setdefault(reason, []).append(kernel)
+                told.add(reason)
+    return found
 
 
 def main() -> None:
@@ -46,9 +70,15 @@ def main() -> None:
             print(f"  {'':<10} CPU products: {backend.products()}\n  {'':<10} {backend.cuda_build()}")
     if backend.forced() is not None:
         print(f"  forced to {backend.forced()!r}")
+    if backend.strict():
+        print("  SSLKERN_STRICT=1: the reference is an error for CUDA tensors")
     print(f"\n{'kernel':<24} {'cpu tensor':<12} cuda tensor")
     for kernel in backend.declared():
         print(f"{kernel:<24} {_where(kernel, 'cpu'):<12} {_where(kernel, 'cuda')}")
+    left = _left_to_the_reference()
+    print("\nleft to the reference, or refused where a back-end is forced" if left else "")
+    for reason, kernels in left.items():
+        print(textwrap.fill(f"{reason} [{', '.join(kernels)}]", 120, initial_indent="  ", subsequent_indent="    "))
 
 
 if __name__ == "__main__":

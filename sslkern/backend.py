@@ -1,29 +1,61 @@
 """Back-ends: where a kernel runs, and why.
 
 A back-end is a `torch.library` namespace (`sslkern_reference`, `sslkern_native`, `sslkern_triton`). Every kernel is
-declared once, in all of them, with one schema; its plain-torch reference is the truth in tests, the fake (meta) kernel
-and the fall-back on a device for which nothing better is there.
+declared once, in all of them, with one schema. Its plain-torch reference is the truth in tests, the fake (meta) kernel,
+and the fall-back for calls that no other back-end supports.
+
+`pick` takes the first of "triton", "native" and "reference" that supports the call: each kernel of a back-end declares
+its devices, its dtypes and the shapes that it refuses. `supports` and `choice` tell the same of a tensor or of its
+description, and `python -m sslkern` prints it for every kernel. A back-end that is forced, by `use` or by the variable
+SSLKERN_BACKEND, runs the call or raises RuntimeError. With SSLKERN_STRICT=1 a CUDA tensor that only the reference
+supports raises RuntimeError too, unless the reference is what was forced.
 """
 
 from __future__ import annotations
 
 import importlib
 import os
+import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from itertools import zip_longest
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
+from . import _installed, _torch
+
 NAMES = ("triton", "native", "reference")  # the order in which they are preferred
 CPU_GEMMS = ("", "avx2", "mm", "onednn")  # what SSLKERN_CPU_GEMM may ask for; empty leaves the choice to us
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+ORDINARY = (2, 2, 2)  # a shape that no kernel refuses
+
+Refusal = Callable[[torch.Tensor], str | None]
+
+
+class Support(NamedTuple):
+    """Whether a back-end runs a call, and if not, the reason in words."""
+
+    yes: bool
+    reason: str = ""
+
+    def __bool__(self) -> bool:
+        return self.yes
+
+
+class _Kernel(NamedTuple):
+    operator: Callable
+    dtypes: tuple[torch.dtype, ...]
+    refuses: Refusal | None  # the reason why it does not take a tensor of these dtypes, or None
+
 
 _libraries = {name: torch.library.Library(f"sslkern_{name}", "DEF") for name in NAMES}
 _missing: dict[str, str] = {}  # back-end -> why it is not there
-_kernels: dict[tuple[str, str, str], Callable] = {}  # (back-end, kernel, device type) -> operator
-_declared: list[str] = []
+_declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that its op takes
+_kernels: dict[tuple[str, str, str], _Kernel] = {}  # (back-end, kernel, device type)
+_first: dict[tuple[str | None, str, str], _Kernel] = {}  # likewise by what is forced: None has the preferred kernel
+_cuda_note = ""  # what the native back-end's CUDA kernels are compiled for, or why there are none
 _forced: str | None = None
 
 
@@ -46,18 +78,24 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
         out = kernel(*batch)
         if isinstance(out, torch.Tensor):
             return out, sum(outputs)
-        places = zip_longest(out, outputs, fillvalue=0)
+        places: Any = zip_longest(out, outputs, fillvalue=0)
         return out, tuple(None if x.shape == (0,) else place for x, place in places)  # (0,): was not asked for
 
     return rule
 
 
-def declare(schema: str, reference: Callable, vmap: Callable = stacked()) -> None:  # noqa: B008
+def declare(
+    schema: str,
+    reference: Callable,
+    vmap: Callable = stacked(),  # noqa: B008
+    dtypes: tuple[torch.dtype, ...] = FLOATS,
+) -> None:
     """Define a kernel in every back-end.
 
     Args:
         reference: implements it on any device and gives the output shapes.
         vmap: its rule for `torch.func.vmap`, as `stacked` makes one.
+        dtypes: those of the key tensor, for which `pick` chooses.
     """
     name = schema.split("(")[0]
     for backend, library in _libraries.items():
@@ -66,37 +104,91 @@ def declare(schema: str, reference: Callable, vmap: Callable = stacked()) -> Non
         kernel = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
         torch.library.register_vmap(f"sslkern_{backend}::{name}", partial(vmap, kernel), lib=library)
     _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
-    _declared.append(name)
+    _declared[name] = dtypes
+    for device in ("cpu", "cuda"):
+        _add("reference", name, device)
 
 
-def implement(backend: str, name: str, function: Callable, *devices: str) -> None:
-    """Register a Python kernel (a Triton launcher) of a declared name for the given device types."""
+def implement(
+    backend: str,
+    name: str,
+    function: Callable,
+    *devices: str,
+    dtypes: tuple[torch.dtype, ...] | None = None,
+    refuses: Refusal | None = None,
+) -> None:
+    """Register a Python kernel (a Triton launcher) of a declared name for the given device types.
+
+    It supports key tensors of `dtypes`, by default all that the op takes, but for those to which `refuses` gives a
+    reason in words. A reason names no sizes: in a trace, that would make them constants.
+    """
     for device in devices:
         _libraries[backend].impl(name, function, device.upper())
-        _kernels[backend, name, device] = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+        _add(backend, name, device, dtypes, refuses)
+    _rank()
+
+
+def _add(
+    backend: str, name: str, device: str, dtypes: tuple[torch.dtype, ...] | None = None, refuses: Refusal | None = None
+) -> None:
+    operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+    _kernels[backend, name, device] = _Kernel(operator, _declared[name] if dtypes is None else dtypes, refuses)
+
+
+def _rank() -> None:
+    """Order the kernels as `pick` looks them up."""
+    _first.clear()
+    for backend in reversed(NAMES):
+        for key, kernel in _kernels.items():
+            if key[0] == backend:
+                _first[key] = kernel
+                if _unasked(backend, key[2]):
+                    _first[None, key[1], key[2]] = kernel
+
+
+def _unasked(backend: str, device: str) -> bool:
+    """Whether a back-end may serve a device without being forced. On a CPU, Triton is an interpreter for tests."""
+    return (backend, device) != ("triton", "cpu") and not (_strict and (backend, device) == ("reference", "cuda"))
 
 
 def load() -> None:
     """Load the compiled back-ends. Called once, after every kernel is declared."""
-    try:
-        importlib.import_module("sslkern._C")
-    except ImportError as error:
-        _missing["native"] = (
-            f"the C++ extension does not load ({error}); `make build`, or "
-            "`pip install --no-build-isolation .` with torch installed, compiles it"
-        )
+    for backend, loader in (("native", _load_native), ("triton", _installed.load_triton)):
+        try:
+            loader()
+        except _installed.MissingError as error:
+            _missing[backend] = str(error)
+            for key in [key for key in _kernels if key[0] == backend]:  # of a half that did load
+                del _kernels[key]
+            if error.broken:
+                warnings.warn(f"sslkern runs without its back-end {backend!r}: {error}.", RuntimeWarning, stacklevel=2)
+    _rank()
+
+
+def _load_native() -> None:
+    global _cuda_note
+    _cuda_note = _installed.load_native()
     for name in _declared:
         for device in ("cpu", "cuda"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", device.upper()):
-                _kernels["native", name, device] = getattr(torch.ops.sslkern_native, name).default
-    interpret = os.environ.get("TRITON_INTERPRET") == "1"
-    if not torch.cuda.is_available() and not interpret:
-        _missing["triton"] = "no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)"
-        return
-    try:
-        importlib.import_module("sslkern.triton_kernels")
-    except ImportError as error:
-        _missing["triton"] = f"Triton 3.6 or newer does not load ({error})"
+            if _torch.has_kernel(f"sslkern_native::{name}", device.upper()):
+                _add("native", name, device)
+    if torch.version.cuda and _installed.targets(_cuda_note):
+        _torch.when_cuda_starts(_check_gpus)
+
+
+def _check_gpus() -> None:
+    """Make the native CUDA kernels refuse tensors on GPUs for which the binary has no code."""
+    reasons: dict[int | None, str | None] = {}
+    for index in range(torch.cuda.device_count()):
+        major, minor = torch.cuda.get_device_capability(index)
+        if not _installed.runs_on(_cuda_note, (major, minor)):
+            reasons[index] = f"its binary has no code for cuda:{index}, which is sm_{major}{minor} ({_cuda_note})"
+    if reasons:
+        reasons[None] = reasons.get(0)  # of a description, which has no index
+        for (backend, name, device), kernel in list(_kernels.items()):
+            if (backend, device) == ("native", "cuda"):
+                _add(backend, name, device, kernel.dtypes, lambda x: reasons.get(x.device.index))
+        _rank()
 
 
 def products() -> str:
@@ -106,7 +198,7 @@ def products() -> str:
 
 def cuda_build() -> str:
     """What the native back-end's CUDA kernels are compiled for, or why there are none, in words."""
-    return "" if "native" in _missing else importlib.import_module("sslkern._C").cuda()
+    return _cuda_note
 
 
 def missing() -> dict[str, str]:
@@ -124,28 +216,108 @@ def forced() -> str | None:
     return _forced
 
 
-def choice(name: str, device: str) -> str:
-    """The back-end that kernel `name` takes for a tensor on `device` ("cpu", "cuda", ...)."""
-    if device == "meta":
-        return "reference"  # shapes alone, which are every back-end's
-    if _forced is not None:
-        if _forced != "reference" and (_forced, name, device) not in _kernels:
-            reason = _missing.get(_forced, f"it has no kernel {name} for {device} tensors")
-            raise RuntimeError(f"The back-end {_forced!r} was asked for and cannot be used: {reason}.")
-        return _forced
-    for backend in NAMES:
-        # on a CPU, Triton is an interpreter for tests: it has to be asked for
-        if (backend, name, device) in _kernels and (backend, device) != ("triton", "cpu"):
-            return backend
-    return "reference"
+def strict() -> bool:
+    """Whether SSLKERN_STRICT=1 makes the reference an error for CUDA tensors."""
+    return _strict
+
+
+def supports(
+    name: str, x: torch.Tensor | str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ORDINARY
+) -> dict[str, Support]:
+    """For every back-end, whether it runs kernel `name`, and the reason why it does not.
+
+    Args:
+        name: one of `declared()`.
+        x: the kernel's key tensor (the first input of the forward); or a device type, "cpu" or "cuda", for a tensor
+            there of this `dtype` and `shape`.
+
+    Returns:
+        back-end -> `Support`, which is true or false, and has a `reason` where it is false. What is forced plays no
+        part.
+    """
+    device, x = _described(name, x, dtype, shape)
+    reasons = {backend: _refusal(backend, name, device, x) for backend in NAMES}
+    return {backend: Support(reason is None, reason or "") for backend, reason in reasons.items()}
+
+
+def choice(
+    name: str, x: torch.Tensor | str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ORDINARY
+) -> str:
+    """The back-end that `pick` takes; arguments as for `supports`. Raises what `pick` raises."""
+    return _decide(name, *_described(name, x, dtype, shape))
 
 
 def pick(name: str, x: torch.Tensor) -> Callable:
-    """The operator that runs kernel `name` on the device of `x`."""
-    backend, device = choice(name, x.device.type), x.device.type
+    """The operator that runs kernel `name` for its key tensor.
+
+    Raises:
+        RuntimeError: the back-end that is forced does not support the call, or only the reference does, x is a CUDA
+        tensor and SSLKERN_STRICT=1. An empty x raises neither: there is nothing to compute.
+    """
+    device = x.device.type
+    kernel = _first.get((_forced, name, device))
+    if kernel is not None and x.dtype in kernel.dtypes and (kernel.refuses is None or kernel.refuses(x) is None):
+        return kernel.operator
+    backend = _decide(name, device, x)
+    return getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+
+
+def _described(
+    name: str, x: torch.Tensor | str, dtype: torch.dtype, shape: tuple[int, ...]
+) -> tuple[str, torch.Tensor]:
+    """The device type, and a tensor of the dtype and the shape."""
+    if name not in _declared:
+        raise ValueError(f"name must be one of {', '.join(map(repr, _declared))}, got {name!r}.")
+    if isinstance(x, torch.Tensor):
+        return x.device.type, x
+    return torch.device(x).type, torch.empty(shape, dtype=dtype, device="meta")
+
+
+def _decide(name: str, device: str, x: torch.Tensor) -> str:
+    """The back-end of a call."""
+    if device == "meta":
+        return "reference"  # shapes alone, which are every back-end's
+    for backend in NAMES if _forced is None else (_forced,):
+        if (_forced is not None or _unasked(backend, device)) and _runs(backend, name, device, x):
+            return backend
+    if x.numel() == 0:
+        return "reference"
+    if _forced is not None:
+        reason = _refusal(_forced, name, device, x)
+        raise RuntimeError(f"The back-end {_forced!r} was asked for and cannot be used for {name}: {reason}.")
+    reasons = "; ".join(f"{backend}: {_refusal(backend, name, device, x)}" for backend in NAMES[:-1])
+    raise RuntimeError(f"SSLKERN_STRICT=1 forbids the reference, and no other back-end can run {name} ({reasons}).")
+
+
+def _runs(backend: str, name: str, device: str, x: torch.Tensor) -> bool:
     if backend == "reference":
-        return getattr(torch.ops.sslkern_reference, name).default
-    return _kernels[backend, name, device]
+        return True
+    kernel = _kernels.get((backend, name, device))
+    return kernel is not None and x.dtype in kernel.dtypes and (kernel.refuses is None or kernel.refuses(x) is None)
+
+
+def _refusal(backend: str, name: str, device: str, x: torch.Tensor) -> str | None:
+    """Why a back-end does not run a call, or None."""
+    if _runs(backend, name, device, x):
+        return None
+    kernel = _kernels.get((backend, name, device))
+    if kernel is None:
+        if backend in _missing:
+            return _missing[backend]
+        note = f" ({_cuda_note})" if (backend, device) == ("native", "cuda") else ""
+        return f"it has no such kernel for {device} tensors{note}"
+    if x.dtype not in kernel.dtypes:
+        return f"{_short(x.dtype)} is not among its kernel's dtypes, {_listed(kernel.dtypes)}"
+    return None if kernel.refuses is None else kernel.refuses(x)
+
+
+def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
+    *most, last = map(_short, dtypes)
+    return f"{', '.join(most)} and {last}"
+
+
+def _short(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
 
 
 def _check(name: str) -> str:
@@ -158,9 +330,10 @@ def _check(name: str) -> str:
 def use(name: str) -> Iterator[None]:
     """Run everything inside on one back-end: `with sslkern.backend.use("reference"): ...`.
 
-    The environment variable SSLKERN_BACKEND does the same for a whole run. A back-end that cannot serve a call raises
-    RuntimeError: nothing falls back silently. It holds for the whole process, other threads included, and a backward
-    outside runs on the back-end that is chosen there.
+    The environment variable SSLKERN_BACKEND does the same for a whole run. A call that the back-end does not support
+    raises RuntimeError with the reason: nothing falls back silently. Only an empty tensor, of which there is nothing to
+    compute, and a meta tensor, which has shapes alone, take the reference. `use` holds for the whole process, other
+    threads included, and a backward outside runs on the back-end that is chosen there.
     """
     global _forced
     before, _forced = _forced, _check(name)
@@ -173,5 +346,8 @@ def use(name: str) -> Iterator[None]:
 if os.environ.get("SSLKERN_CPU_GEMM", "") not in CPU_GEMMS:
     asked = os.environ["SSLKERN_CPU_GEMM"]
     raise ValueError(f"SSLKERN_CPU_GEMM must be one of {', '.join(map(repr, CPU_GEMMS[1:]))}, got {asked!r}.")
+if os.environ.get("SSLKERN_STRICT", "") not in ("", "0", "1"):
+    raise ValueError(f"SSLKERN_STRICT must be 0 or 1, got {os.environ['SSLKERN_STRICT']!r}.")
+_strict = os.environ.get("SSLKERN_STRICT") == "1"
 if os.environ.get("SSLKERN_BACKEND"):
     _forced = _check(os.environ["SSLKERN_BACKEND"])

@@ -157,3 +157,81 @@ def test_public_names():
     for module in (sslkern, sslkern.ops, sslkern.losses, sslkern.metrics):
         assert all(getattr(module, name, None) is not None for name in module.__all__)
     assert callable(sslkern.ops.covariance) and callable(sslkern.ops.cross_correlation)
+
+
+# What `import sslkern` must not load where `import torch` has not: each costs tenths of a second
+HEAVY = (
+    "torch._dynamo",
+    "torch._inductor",
+    "torch._functorch",
+    "torch._higher_order_ops",
+    "torch.fx.experimental",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "torch.distributed._composable",
+    "torch.distributed.algorithms",
+    "torch.distributed.checkpoint",
+    "torch.onnx",
+    "torch.testing",
+    "triton",
+    "sympy",
+    "mpmath",
+    "networkx",
+    "scipy",
+    "sklearn",
+    "matplotlib",
+)
+LIGHT = ("torch.distributed._functional_collectives", "torch.distributed._functional_collectives_impl")
+IMPORTED = "import sys, torch; before = set(sys.modules); import sslkern; print(*set(sys.modules) - before)"
+
+
+def test_importing_it_loads_nothing_heavy():
+    """Beyond torch's own import: ourselves, the standard library, and torch's functional collectives."""
+    done = python("-c", IMPORTED)
+    assert done.returncode == 0, done.stderr
+    new = done.stdout.split()
+    heavy = [name for name in new if any(f"{name}.".startswith(f"{heavy}.") for heavy in HEAVY)]
+    assert not heavy, heavy
+    tops = {*sys.stdlib_module_names, "sslkern"}
+    other = [name for name in new if name.partition(".")[0] not in tops and name not in LIGHT]
+    assert not other, other
+
+
+def test_a_first_use_without_compilation_loads_no_compiler():
+    """Losses, metrics and layers run without torch._dynamo, which imports for a second."""
+    code = """
+import sys, torch, sslkern
+x = torch.randn(8, 6, requires_grad=True)
+for loss in (sslkern.vicreg_loss, sslkern.barlow_twins_loss, sslkern.nt_xent_loss):
+    loss(sslkern.nn.BatchNorm1d(6)(sslkern.nn.OrthogonalLinear(6, 6)(x)), torch.randn(8, 6)).backward()
+sslkern.metrics.hsic(x, x), sslkern.metrics.rankme(x)
+print(*(name for name in ("torch._dynamo", "sympy") if name in sys.modules))
+"""
+    done = python("-c", code)
+    assert done.returncode == 0 and not done.stdout.split(), done.stdout + done.stderr
+
+
+def test_demo_and_test_do_not_undo_each_others_build(tmp_path):
+    """With a python that only takes notes: the demo is built for the torch that is there, the tests with the CUDA
+    kernels; after the tests nothing is left to build for either, in any order."""
+    record, stub = tmp_path / "record", tmp_path / "venv" / "bin" / "python"
+    stub.parent.mkdir(parents=True)
+    stub.write_text(f'#!/bin/sh\ncase "$*" in *" pip "*) echo "CUDA=$SSLKERN_CUDA $*" >> {record};; esac\n')
+    stub.chmod(0o755)
+    (tmp_path / "venv" / "ready").touch()
+
+    def built(target):
+        record.write_text("")
+        run = subprocess.run(["make", target, f"VENV={stub.parents[1]}"], cwd=ROOT, env=environment, text=True)
+        assert run.returncode == 0
+        return record.read_text().splitlines()
+
+    environment = settings()
+    environment.pop("SSLKERN_CUDA", None)
+    ((demo,), again, (test,)) = built("demo"), built("demo"), built("test")
+    assert demo.startswith("CUDA= ") and demo.endswith(" -e .[examples,bench]") and not again
+    assert test.startswith("CUDA=1 ") and test.endswith(" -e .[test]")
+    assert not built("demo") and not built("test") and not built("demo")
+    for name in ("built", "complete"):
+        (tmp_path / "venv" / name).unlink()
+    assert len(built("test")) == 1 and not built("demo") and not built("test")

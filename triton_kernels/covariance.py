@@ -1,10 +1,8 @@
-"""Covariance and VICReg. `sslkern.reference.covariance` has the formulas, and runs fp64."""
+"""Covariance and VICReg. `sslkern.reference.covariance` has the formulas."""
 
 from __future__ import annotations
 
 from torch import Tensor
-
-from sslkern.reference import covariance as reference
 
 from . import launch
 from .covariance_backward import Coefficients, backward
@@ -12,8 +10,6 @@ from .covariance_forward import forward
 
 
 def covariance_fwd(z: Tensor, unbiased: bool, dual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if launch.falls_back(z):
-        return reference.covariance_fwd(z, unbiased, dual)
     lead = z.shape[:-2]
     offdiag, _, centre, variance, gram, row_sq = forward([launch.slices(z)], unbiased, dual, (0.0,) * 5)
     return (
@@ -37,8 +33,6 @@ def vicreg_fwd(
     dual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     settings = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
-    if launch.falls_back(a):
-        return reference.vicreg_fwd(a, b, *settings, unbiased, dual)
     lead = a.shape[:-2]
     views = [launch.slices(a), launch.slices(b)]
     loss, terms, centre, variance, gram, row_sq = forward(views, unbiased, dual, settings)
@@ -63,8 +57,6 @@ def covariance_bwd(
     unbiased: bool,
     dual: bool,
 ) -> Tensor:
-    if launch.falls_back(z):
-        return reference.covariance_bwd(grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, unbiased, dual)
     coefficients = Coefficients.of(z.shape[-2], unbiased, dual)
     saved = (centre, variance, gram, row_sq)
     grad_variance = grad_variance.reshape(-1, z.shape[-1])
@@ -90,9 +82,6 @@ def vicreg_bwd(
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
     saved = (centre, variance, gram, row_sq)
-    if launch.falls_back(a):
-        settings = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
-        return reference.vicreg_bwd(grad_loss, a, b, *saved, *settings, unbiased, dual, need_a, need_b)
     n, d = a.shape[-2:]
     coefficients = Coefficients.of(n, unbiased, dual, cov_coeff / d)._replace(
         pull=2 * sim_coeff / (n * d), hinge=-std_coeff / (2 * d * (n - 1)), gamma=gamma, eps=eps

@@ -1,4 +1,4 @@
-"""Cross-correlation of two standardised views. `sslkern.reference.cross_correlation` has the formulas and runs fp64."""
+"""Cross-correlation of two standardised views. `sslkern.reference.cross_correlation` has the formulas."""
 
 from __future__ import annotations
 
@@ -6,8 +6,6 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-
-from sslkern.reference import cross_correlation as reference
 
 from . import launch
 from .columns import moments, operands, sum_chunks
@@ -74,8 +72,6 @@ def _raw_gram(operand: Tensor, s: int, n: int, d: int, dual: bool) -> Tensor:
 def cross_correlation_fwd(
     a: Tensor, b: Tensor, eps: float, dual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    if launch.falls_back(a):
-        return reference.cross_correlation_fwd(a, b, eps, dual)
     lead, views = a.shape[:-2], [launch.slices(a), launch.slices(b)]
     s, n, d = views[0].shape
     m = n if dual else d
@@ -120,8 +116,6 @@ def cross_correlation_bwd(
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
     saved = (centre, inv_std, diagonal, gram)
-    if launch.falls_back(a):
-        return reference.cross_correlation_bwd(grad_diagonal, grad_offdiag, a, b, *saved, dual, need_a, need_b)
     return backward(grad_diagonal, grad_offdiag, a, b, saved, dual, need_a, need_b)
 
 

@@ -16,16 +16,22 @@ from sslkern import backend
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
-def register(name: str, function: Callable) -> None:
-    """Make `function` the Triton kernel `name`; on CPU tensors too, where the interpreter runs."""
-    backend.implement("triton", name, function, *DEVICES)
+def register(name: str, function: Callable, refuses: Callable[[Tensor], str | None] | None = None) -> None:
+    """Make `function` the Triton kernel `name`; on CPU tensors too, where the interpreter runs.
 
+    It takes float32 and below. `refuses` gives the reason, in words, for a key tensor that is more than the kernel
+    can do.
+    """
 
-def falls_back(z: Tensor) -> bool:
-    """fp64 is torch's own path, and an empty stack has nothing to launch: both run the reference."""
-    return z.dtype == torch.float64 or z.numel() == 0
+    def refusal(x: Tensor) -> str | None:
+        if x.numel() == 0:
+            return "the tensor is empty, so there is nothing to launch"
+        return None if refuses is None else refuses(x)
+
+    backend.implement("triton", name, function, *DEVICES, dtypes=DTYPES, refuses=refusal)
 
 
 def on_device(z: Tensor) -> AbstractContextManager:

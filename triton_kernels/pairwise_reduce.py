@@ -1,11 +1,11 @@
-"""Reductions over pairs of rows. `sslkern.reference.pairwise_reduce` has the formulas and runs fp64."""
+"""Reductions over pairs of rows. `sslkern.reference.pairwise_reduce` has the formulas."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from sslkern.reference import pairwise_reduce as reference
+from sslkern.reference.pairwise_reduce import OTHERS
 
 from . import launch, pairwise_chunks, pairwise_gram, pairwise_logsumexp
 from .pairwise_argmax import argmax
@@ -45,8 +45,6 @@ def pairwise_logsumexp_fwd(
     kernel: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    if launch.falls_back(x):
-        return reference.pairwise_logsumexp_fwd(x, y, scale, x_labels, y_labels, mask, kernel, columns)
     z = x if y is None else y
     n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
@@ -78,11 +76,6 @@ def pairwise_logsumexp_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    if launch.falls_back(x):
-        return reference.pairwise_logsumexp_bwd(
-            grad_rows, grad_columns, x, y, scale, x_labels, y_labels, over_rows, over_columns,
-            mask, kernel, columns, need_x, need_y,
-        )  # fmt: skip
     own = y is None
     z = x if own else y
     n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
@@ -115,7 +108,7 @@ def pairwise_logsumexp_bwd(
 
 def _without_own(mask: int, kernel: str, own: bool) -> int:
     """The mask of a gradient: a row's distance to itself has none, but rounding would leave some."""
-    return mask | reference.OTHERS if own and kernel in SQUARED else mask
+    return mask | OTHERS if own and kernel in SQUARED else mask
 
 
 def _gradients(sides, inputs, scale, mask, kernel, functions, own, needs, shifts=None) -> list[Tensor | None]:
@@ -145,8 +138,6 @@ def pairwise_argmax(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    if launch.falls_back(x):
-        return reference.pairwise_argmax(x, y, scale, x_labels, y_labels, mask, kernel)
     z = x if y is None else y
     n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
@@ -169,8 +160,6 @@ def pairwise_matmul_fwd(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    if launch.falls_back(x):
-        return reference.pairwise_matmul_fwd(x, y, scale, rhs, x_labels, y_labels, mask, kernel)
     own = y is None
     z = x if own else y
     n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
@@ -206,10 +195,6 @@ def pairwise_matmul_bwd(
     need_y: bool,
     need_rhs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    if launch.falls_back(x):
-        return reference.pairwise_matmul_bwd(
-            grad, x, y, scale, rhs, x_labels, y_labels, mask, kernel, need_x, need_y, need_rhs
-        )
     own = y is None
     z = x if own else y
     n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
@@ -253,8 +238,6 @@ def pairwise_matmul_bwd(
 
 
 def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    if launch.falls_back(x) or x.shape[-1] > WIDEST:
-        return reference.pairwise_gram_fwd(x, scale, kernel)
     groups, n = x.shape[-3:-1]
     with launch.on_device(x):
         rows = operand(_rows(x), plane_count(kernel))
@@ -263,8 +246,6 @@ def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Te
 
 
 def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    if launch.falls_back(x) or x.shape[-1] > WIDEST:
-        return reference.pairwise_gram_bwd(grad_gram, grad_sums, x, scale, kernel)
     groups, n = x.shape[-3:-1]
     with launch.on_device(x):
         z = _rows(x)
@@ -273,13 +254,18 @@ def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Te
     return grad.view(x.shape)
 
 
+def _too_many_columns(x: Tensor) -> str | None:
+    """The Gram has no kernel by chunks: its sums of products of kernels need every column of a tile at once."""
+    return f"D > {WIDEST}: the Gram's tiles keep at most {WIDEST} columns on chip" if x.shape[-1] > WIDEST else None
+
+
 for _function in (
     pairwise_logsumexp_fwd,
     pairwise_logsumexp_bwd,
     pairwise_argmax,
     pairwise_matmul_fwd,
     pairwise_matmul_bwd,
-    pairwise_gram_fwd,
-    pairwise_gram_bwd,
 ):
     launch.register(_function.__name__, _function)
+for _function in (pairwise_gram_fwd, pairwise_gram_bwd):
+    launch.register(_function.__name__, _function, _too_many_columns)

@@ -218,7 +218,7 @@ inline int64_t rows_in_fold(int64_t rows, int64_t cols, bool side_by_side) {
 // A vector of `cols` numbers repeated for every row of a fold.
 template <class T>
 struct Repeated {
-  T values[kFold];
+  T values[kFold] = {};
 
   Repeated(const T* x, int64_t cols, int64_t fold) {
     for (int64_t f = 0; f < fold; ++f) std::copy_n(x, cols, values + f * cols);

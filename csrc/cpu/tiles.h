@@ -21,36 +21,36 @@ inline bool asked(const char* name) {
 // time, in vectors of `Bytes`, keep their sums in registers; a pointer for every four of them, hidden from the
 // compiler, which otherwise runs out of registers for addresses. Two panels read each number of `a` half as often:
 // where a vector takes 64 bytes, loads are as dear as products.
-#define SSLKERN_TILE(name, arch, T, Bytes, R, P)                                                             \
-  __attribute__((target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
-                                                         int64_t b_panel, int64_t depth, T* out, int64_t ld, \
-                                                         bool add) {                                         \
-    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                          \
-    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4;                                     \
-    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                   \
-      V acc[R][P * C] = {};                                                                                  \
-      const T *x[Q], *y = b;                                                                                 \
-      for (int q = 0; q < Q; ++q) {                                                                          \
-        x[q] = a + 4 * q * a_row;                                                                            \
-        __asm__("" : "+r"(x[q]));                                                                            \
-      }                                                                                                      \
-      for (int64_t k = 0; k < depth; ++k, y += kTile) {                                                      \
-        V right[P * C];                                                                                      \
-        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                  \
-            *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                    \
-        _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                               \
-          const T s = x[r / 4][r % 4 * a_row];                                                               \
-          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                \
-        }                                                                                                    \
-        for (int q = 0; q < Q; ++q) x[q] += a_k;                                                             \
-      }                                                                                                      \
-      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                 \
-        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                           \
-          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                \
-          *to = add ? *to + acc[r][c] : acc[r][c];                                                           \
-        }                                                                                                    \
-      }                                                                                                      \
-    }                                                                                                        \
+#define SSLKERN_TILE(name, arch, T, Bytes, R, P)                                                                     \
+  __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
+                                                                 int64_t b_panel, int64_t depth, T* out, int64_t ld, \
+                                                                 bool add) {                                         \
+    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                                  \
+    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4;                                             \
+    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                           \
+      V acc[R][P * C] = {};                                                                                          \
+      const T *x[Q], *y = b;                                                                                         \
+      for (int q = 0; q < Q; ++q) {                                                                                  \
+        x[q] = a + 4 * q * a_row;                                                                                    \
+        __asm__("" : "+r"(x[q]));                                                                                    \
+      }                                                                                                              \
+      for (int64_t k = 0; k < depth; ++k, y += kTile) {                                                              \
+        V right[P * C];                                                                                              \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                          \
+            *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                            \
+        _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                       \
+          const T s = x[r / 4][r % 4 * a_row];                                                                       \
+          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                        \
+        }                                                                                                            \
+        for (int q = 0; q < Q; ++q) x[q] += a_k;                                                                     \
+      }                                                                                                              \
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                         \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                                   \
+          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                        \
+          *to = add ? *to + acc[r][c] : acc[r][c];                                                                   \
+        }                                                                                                            \
+      }                                                                                                              \
+    }                                                                                                                \
   }
 
 template <class T>

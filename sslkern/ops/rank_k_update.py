@@ -35,7 +35,12 @@ def _in_place(
     return None, None
 
 
-declare("rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()", _reference.rank_k_update_, _in_place)
+declare(
+    "rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()",
+    _reference.rank_k_update_,
+    _in_place,
+    _checks.FULL,
+)
 
 
 def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "tangent") -> Tensor:

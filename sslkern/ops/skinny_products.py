@@ -9,7 +9,11 @@ from ..reference import skinny_products as _reference
 from . import _checks
 from ._autograd import differentiated
 
-declare("skinny_products(Tensor x, Tensor right, Tensor left) -> (Tensor, Tensor)", _reference.skinny_products)
+declare(
+    "skinny_products(Tensor x, Tensor right, Tensor left) -> (Tensor, Tensor)",
+    _reference.skinny_products,
+    dtypes=_checks.FULL,
+)
 
 
 def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:

@@ -11,6 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .._torch import backward_hooks, buffers, running_backward, will_run
+
 _HALF = (torch.bfloat16, torch.float16)
 
 
@@ -18,34 +20,34 @@ class Buffers:
     """A module's buffers as they are now."""
 
     def __init__(self, module: nn.Module) -> None:
-        named = [(m, name, b) for m in module.modules() for name, b in m._buffers.items() if b is not None]
+        named = [(m, name, b) for m in module.modules() for name, b in buffers(m).items() if b is not None]
         copies = {id(b): b.detach().clone() for _, _, b in named}  # one for a buffer that modules share
         self.kept = [(m, name, b, copies[id(b)]) for m, name, b in named]
 
     def drop_unchanged(self) -> None:
         """Forget those that have not changed since; on a GPU none, since to look at them is to wait for them, and since
-        a batch norm moves its statistics without a new `_version`."""
+        a batch norm moves its statistics without a new version."""
         self.kept = [
             (m, name, b, copy)
             for m, name, b, copy in self.kept
-            if m._buffers.get(name) is not b or b.device.type != "cpu" or not torch.equal(b, copy)
+            if buffers(m).get(name) is not b or b.device.type != "cpu" or not torch.equal(b, copy)
         ]
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
         """The buffers as they were inside, and as they are now after it."""
-        now = [m._buffers.get(name) for m, name, _, _ in self.kept]
+        now = [buffers(m).get(name) for m, name, _, _ in self.kept]
         values = [None if b is None else b.detach().clone() for b in now]
         try:
             for m, name, b, copy in self.kept:
-                if m._buffers.get(name) is b:
+                if buffers(m).get(name) is b:
                     b.data.copy_(copy)  # not a new version: graphs that saved the buffer stay valid
                 else:
-                    m._buffers[name] = copy.clone()
+                    buffers(m)[name] = copy.clone()
             yield
         finally:
             for (m, name, _, _), current, value in zip(self.kept, now, values, strict=True):
-                m._buffers[name] = current
+                buffers(m)[name] = current
                 if current is not None and value is not None:
                     current.data.copy_(value)
 
@@ -135,13 +137,13 @@ class Summed:
         self.done: list[object] = []
 
     def __enter__(self) -> Summed:
-        if self.task != (task := torch._C._current_graph_task_id()):
+        if self.task != (task := running_backward()):
             self.task, self.sums, self.done = task, [Total() for _ in self.params], []
         # hooks of the user are for the gradient of the batch, and run when it is accumulated
-        self.theirs = [dict(p._backward_hooks or {}) for p in self.params]
+        self.theirs = [dict(backward_hooks(p)) for p in self.params]
         for p, hooks in zip(self.params, self.theirs, strict=True):
             if hooks:
-                p._backward_hooks.clear()  # type: ignore[union-attr]
+                backward_hooks(p).clear()
         self.ours = [p.register_hook(self._adding(k)) for k, p in enumerate(self.params)]
         return self
 
@@ -150,7 +152,7 @@ class Summed:
             handle.remove()
         for p, hooks in zip(self.params, self.theirs, strict=True):
             if hooks:
-                p._backward_hooks.update(hooks)  # type: ignore[union-attr]
+                backward_hooks(p).update(hooks)
 
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
         """The leaves' gradients, of (output, its gradient)."""
@@ -168,7 +170,7 @@ class Summed:
         """The parameters', from the last view in this backward; None from the others, so that no second sum waits."""
         self.done.append(node)
         waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
-        if any(torch._C._will_engine_execute_node(other) for other in waiting):
+        if any(will_run(other) for other in waiting):
             return [None] * len(self.params)
         sums, self.sums, self.done, self.task = self.sums, [], [], -1
         return [s.in_dtype(p) for s, p in zip(sums, self.params, strict=True)]

@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils import _pytree as pytree
 
+from .._torch import Sharded, not_compiled, pytree, version
 from ..ops._autograd import first_order
 from ._replay import Buffers, Summed, Synced, Total, autocast, devices, random_state, training
 
@@ -80,7 +80,7 @@ class LargeBatch(nn.Module):
         return f"chunk_size={self.chunk_size}"
 
 
-@torch.compiler.disable
+@not_compiled
 def _outputs(backbone: nn.Module, views: tuple[Any, ...], chunk_size: int, kwargs: dict[str, Any]) -> tuple[Any, ...]:
     """What the backbone makes of every view."""
     _check(backbone, chunk_size)
@@ -144,16 +144,16 @@ class _All(nn.Module):
 
 def _sharded(backbone: nn.Module) -> list[Any]:
     """The parameter groups of `fully_shard` in a backbone; without its module loaded there are none."""
-    kind: Any = getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
+    kind: Any = Sharded.kind()
     groups: list[Any] = []
     roots: set[str] = set()
     for name, module in backbone.named_modules():
         if isinstance(module, kind):
-            state = module._get_fsdp_state()
-            groups += [group for group in state._fsdp_param_groups if group not in groups]
+            sharded = Sharded(module)
+            groups += [group for group in sharded.groups if group not in groups]
             if not any(name.startswith(root) for root in roots):
                 roots.add(f"{name}." if name else "")
-                if state._is_root is False:
+                if sharded.inside_another:
                     raise ValueError(
                         "backbone must be sharded as a root of its own, got one that belongs to a larger sharded "
                         "module; call fully_shard on the backbone and on what follows it, and not on both together."
@@ -222,7 +222,7 @@ class _View:
             buffers.drop_unchanged()
             self.buffers = buffers
             params = () if _sharded(self.backbone) else self.backbone.parameters()
-            self.params = [(p, p._version) for p in params if p.requires_grad]
+            self.params = [(p, version(p)) for p in params if p.requires_grad]
         return outputs
 
     def replay(self, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], backward: Summed | Synced) -> list[Any]:
@@ -268,8 +268,8 @@ class _View:
 
     def check_parameters(self) -> None:
         """Those of the forward, unchanged."""
-        now = {id(p): p._version for p in self.backbone.parameters() if p.requires_grad}
-        if any(now.get(id(p)) != version for p, version in self.params):
+        now = {id(p): version(p) for p in self.backbone.parameters() if p.requires_grad}
+        if any(now.get(id(p)) != before for p, before in self.params):
             raise RuntimeError(
                 "backbone's parameters were changed, frozen or replaced since the forward of this backward."
             )

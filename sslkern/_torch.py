@@ -1,0 +1,113 @@
+"""Every part of torch that sslkern uses and torch does not promise: nothing else in the package reaches for one.
+
+Read against torch 2.11 to 2.14. Beside each stands the version since which it has been there in this form, and what to
+put in its place once torch has a public one. The file imports torch alone, and none of it imports `torch._dynamo`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree  # 2.0: there is no public pytree
+
+if dist.is_available():
+    import torch.distributed._functional_collectives  # the fake kernels of `collectives`, without which compiling fails
+
+__all__ = ["pytree", "unwrap_dead_wrappers"]
+
+# 2.1. `torch.compiler.disable` for functions of a package: that one imports `torch._dynamo` where it decorates, 1 s on
+# an EPYC core; this one, torch's own for its optimizers, where the function is first called
+not_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
+
+# 1.13. The number of the backward that is running in this thread, -1 outside of one
+running_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+# 2.0. Whether the backward that is running will reach a node
+will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
+
+# 2.0. Whether the code that runs is inside of vmap, grad, jvp or another transform of torch.func; and their wrappers
+# taken off a tensor that has outlived its transform, as autograd.Function.apply does
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# 1.7. An assertion about a tensor of one element, of which a GPU need not be waited for
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
+
+# 0.1. What torch's own tools take for a batch norm; and the check that its SyncBatchNorm has
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+check_sync_input_dim = nn.SyncBatchNorm._check_input_dim
+
+# 2.0. The operators that `torch.compile(fullgraph=True)` traces; torch.distributed's own functions name no public form
+collectives = torch.ops._c10d_functional
+
+# 1.9, in beta since. One kernel for a list of tensors, or one loop in C++
+foreach_add, foreach_add_, foreach_mul_ = torch._foreach_add, torch._foreach_add_, torch._foreach_mul_
+foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
+
+
+def forward_mode() -> bool:
+    """Whether the code that runs is inside of `torch.autograd.forward_ad.dual_level`. (1.8)"""
+    return forward_ad._current_level >= 0
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was written in place, by which autograd sees that what it saved has changed. (1.0)"""
+    return tensor._version
+
+
+def raising(message: str, count: int) -> Callable[..., Any]:
+    """A function of `count` tensors that returns them with a graph whose backward raises `message`. (0.4)"""
+    return torch._C._functions.DelayedError(message.encode(), count)
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether "namespace::name" has a kernel under this dispatch key, e.g. "CPU". (1.10)"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def when_cuda_starts(call: Callable[[], None]) -> None:
+    """Call once CUDA is initialised, now if it is: looking at a GPU initialises it, which no import should do. (0.4)"""
+    torch.cuda._lazy_call(call)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives know by this name. (2.1)"""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """A module's own buffers by name, replaced without `__setattr__`, which modules override. (0.1)"""
+    return module._buffers
+
+
+def parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """A module's own parameters by name. (0.1)"""
+    return module._parameters
+
+
+def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
+    """The hooks of `tensor.register_hook` in their order; of a tensor without any, a new dict. (0.1)"""
+    hooks = tensor._backward_hooks
+    return {} if hooks is None else hooks
+
+
+class Sharded:
+    """What `torch.distributed.fsdp.fully_shard` keeps in a module: its groups of parameters, each with the flags
+    `reduce_grads` and `all_reduce_grads`. FSDPModule's public setters write those and nothing public reads them."""
+
+    def __init__(self, module: Any) -> None:
+        state = module._get_fsdp_state()
+        one = getattr(state, "_fsdp_param_group", None)  # 2.11: at most one of them
+        self.groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", [] if one is None else [one])
+        self.inside_another: bool = state._is_root is False  # None until the first forward of any
+
+    @staticmethod
+    def kind() -> type | tuple[()]:
+        """The class of modules that are sharded; none is before its module is loaded, which is not done here."""
+        return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())
