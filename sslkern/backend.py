@@ -72,9 +72,9 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
         batch = list(args)
         for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
             if isinstance(x, torch.Tensor):
-                x, dim = (x.expand(info.batch_size, *x.shape), 0) if dim is None else (x, dim)
+                moved = x.expand(info.batch_size, *x.shape) if dim is None else x.movedim(dim, 0)
                 # what one kernel leaves for another is contiguous, and read as such
-                batch[k] = x.movedim(dim, inputs[k] if k < len(inputs) else 0).contiguous()
+                batch[k] = moved.movedim(0, inputs[k] if k < len(inputs) else 0).contiguous()
         out = kernel(*batch)
         if isinstance(out, torch.Tensor):
             return out, sum(outputs)

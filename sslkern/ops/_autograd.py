@@ -44,7 +44,7 @@ class Op(Function):
                     raise
                 raise NotImplementedError(_FORWARD_MODE) from error
         if torch.is_grad_enabled() and _any_requires_grad(args):
-            return super(Function, cls).apply(*unwrap_dead_wrappers(args))
+            return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
         return cls.forward(*args)
 
 

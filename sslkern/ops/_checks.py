@@ -75,7 +75,7 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 def non_negative(name: str, value: object) -> float:
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number >= 0, not a torch.Tensor: it has no gradient.")
-    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < inf:
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < inf:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
     return float(value)
 
@@ -101,9 +101,10 @@ def setting(name: str, value: object, x: Tensor | None = None, least: float = -i
         return value.to(accumulation_dtype(x)).reshape(())
     if isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {expected}, got {value!r}.")
-    if not -inf < value < inf or not value >= least:
+    number = float(value)
+    if not -inf < number < inf or number < least:
         raise ValueError(f"{name} must be {expected}, got {value!r}.")
-    return float(value)
+    return number
 
 
 def coefficient(name: str, value: object, x: Tensor, zero: bool = True) -> None:

@@ -137,6 +137,6 @@ def cross_correlation(
         views = views - views.detach().sum(-2, keepdim=True) / n
         squares = views.square().sum(-2)
     views = views * (squares / n + eps).rsqrt()[..., None, :]
-    diagonal, offdiag = products(*views.unbind(), counts, peers, dual)
+    diagonal, offdiag = products(views[0], views[1], counts, peers, dual)
     n = sum(counts)
     return diagonal / n, offdiag / n**2

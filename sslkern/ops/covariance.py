@@ -194,8 +194,9 @@ def vicreg(
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
     if any(isinstance(value, Tensor) for value in settings):
-        parts = zip(*(_Covariance.apply(view, unbiased, dual)[:2] for view in (a, b)), strict=True)
-        return _composed(a, b, 1 / a.shape[-2:].numel(), *map(torch.stack, parts), settings)
+        views = [_Covariance.apply(view, unbiased, dual) for view in (a, b)]
+        variance, offdiag = (torch.stack([view[k] for view in views]) for k in (0, 1))
+        return _composed(a, b, 1 / a.shape[-2:].numel(), variance, offdiag, settings)
     return _VICReg.apply(a, b, *settings, unbiased, dual)[:2]
 
 
