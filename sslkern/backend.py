@@ -14,6 +14,8 @@ from contextlib import contextmanager
 
 import torch
 
+from . import _torch
+
 NAMES = ("triton", "native", "reference")  # the order in which they are preferred
 CPU_GEMMS = ("", "avx2", "mm", "onednn")  # what SSLKERN_CPU_GEMM may ask for; empty leaves the choice to us
 
@@ -52,7 +54,7 @@ def load() -> None:
         )
     for name in _declared:
         for device in ("cpu", "cuda"):
-            if torch._C._dispatch_has_kernel_for_dispatch_key(f"sslkern_native::{name}", device.upper()):
+            if _torch.has_kernel(f"sslkern_native::{name}", device.upper()):
                 _kernels["native", name, device] = getattr(torch.ops.sslkern_native, name).default
     interpret = os.environ.get("TRITON_INTERPRET") == "1"
     if not torch.cuda.is_available() and not interpret:

@@ -8,6 +8,8 @@ from typing import Any
 
 import torch
 
+from .. import _torch
+
 
 def first_order(backward: Callable) -> Callable:
     """A backward whose result raises when it is differentiated again.
@@ -22,8 +24,8 @@ def first_order(backward: Callable) -> Callable:
         with torch.no_grad():
             outputs = backward(ctx, *grads)
         outputs = outputs if isinstance(outputs, tuple) else (outputs,)
-        message = b"sslkern's ops can be differentiated once, not twice"
-        raising = torch._C._functions.DelayedError(message, len(outputs))
+        message = "sslkern's ops can be differentiated once, not twice"
+        raising = _torch.raising(message, len(outputs))
         marked: list[Any] = [o if o is None else o.detach().requires_grad_() for o in outputs]
         return raising(*marked)
 

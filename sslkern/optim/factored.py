@@ -9,6 +9,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import _torch
 from ..reference.columns import without_autocast
 from .factors import linear_factors, linear_products, sketch
 
@@ -26,7 +27,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, dy: Tensor, x: Tensor, y: Tensor, dx: Tensor) -> Factors:
-        return cls(dy, x, y, dx, tuple(t._version for t in (dy, x, y, dx)))
+        return cls(dy, x, y, dx, tuple(_torch.version(t) for t in (dy, x, y, dx)))
 
 
 class _Linear(torch.autograd.Function):
@@ -43,7 +44,7 @@ class _Linear(torch.autograd.Function):
         x, u, y = ctx.saved_tensors
         dx = dy @ (u.mH if ctx.wide else u.conj()).to(dy.dtype)
         into_u = ctx.next_functions[1][0]
-        if into_u is not None and torch._C._will_engine_execute_node(into_u):  # not for the gradient of x alone
+        if into_u is not None and _torch.will_run(into_u):  # not for the gradient of x alone
             rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
             pending(ctx.u).append(Factors.of(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
         return dx.to(x.dtype), None, None
@@ -110,7 +111,7 @@ def take(
     """
     all_of = pending(u)
     forget(u)
-    if any(tuple(t._version for t in each[:4]) != each.versions for each in all_of):
+    if any(tuple(_torch.version(t) for t in each[:4]) != each.versions for each in all_of):
         raise RuntimeError(
             "The input or output of a factored layer was modified in place between backward and the optimizer's step, "
             "which reads them: give the layer tensors of their own."
