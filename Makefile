@@ -46,7 +46,7 @@ lint: $(VENV)/complete
 
 .venv/ready: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=70.1" ninja
+	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77.0.3" ninja
 	touch $@
 
 build/overlay/ready: Makefile
@@ -66,4 +66,4 @@ $(VENV)/complete: $(VENV)/ready $(SOURCES)
 	touch $(VENV)/built $@
 
 clean:
-	rm -rf build dist *.egg-info sslkern/*.so
+	rm -rf build dist *.egg-info sslkern/*.so .venv/built .venv/complete

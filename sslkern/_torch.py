@@ -56,14 +56,15 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def only_vmapped() -> bool:
+    """Whether, of the transforms of torch.func, the code that runs is inside of vmap alone. (2.0)"""
+    vmap = torch._C._functorch.TransformType.Vmap
+    return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was written in place, by which autograd sees that what it saved has changed. (1.0)"""
     return tensor._version
-
-
-def raising(message: str, count: int) -> Callable[..., Any]:
-    """A function of `count` tensors that returns them with a graph whose backward raises `message`. (0.4)"""
-    return torch._C._functions.DelayedError(message.encode(), count)
 
 
 def has_kernel(operator: str, key: str) -> bool:

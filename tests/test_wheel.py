@@ -43,7 +43,7 @@ def built(of: str) -> Path:
     process, folder = building(of)
     done = process.result(1800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
-    warnings = re.findall(r"^\S+:\d+:\d+: warning: .*", done.stdout + done.stderr, re.MULTILINE)
+    warnings = re.findall(r"^ *\S+:\d+:\d+: warning: .*", done.stdout + done.stderr, re.MULTILINE)
     assert not warnings, warnings
     return Path(folder.name)
 

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
+from .. import _torch
 from ..ops.batch_norm import Activation, batch_norm
 from ..train import distributed
 
@@ -13,7 +14,7 @@ if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
 
 
-class _BatchNorm(nn.modules.batchnorm._BatchNorm):
+class _BatchNorm(_torch.BatchNormBase):
     activation: Activation
 
     def __init__(self, *args: Any, activation: Activation = None, **kwargs: Any) -> None:
@@ -93,7 +94,7 @@ class SyncBatchNorm(_BatchNorm):
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype, **kwargs)
         self.process_group = process_group
 
-    _check_input_dim = nn.SyncBatchNorm._check_input_dim
+    _check_input_dim = _torch.check_sync_input_dim
 
     def _group(self) -> ProcessGroup | None:
         world = distributed.world() if self.training else None

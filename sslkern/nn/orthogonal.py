@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .. import _torch
 from ..ops import _checks
 from ..optim import factored as _factored
 from .init import BY_NAME, Init, haar_, one_of_dtypes, uniform_
@@ -80,10 +81,10 @@ def _orthogonal_ids(module: nn.Module) -> set[int]:
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     return {
-        id(layer._parameters[name])
+        id(_torch.parameters(layer)[name])
         for layer in module.modules()
         for name in getattr(layer, "orthogonal_names", ())
-        if layer._parameters.get(name) is not None
+        if _torch.parameters(layer).get(name) is not None
     }
 
 

@@ -8,12 +8,10 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._functorch.utils import unwrap_dead_wrappers
-from torch.autograd import forward_ad
 from torch.autograd.function import Function
 
-_transformed = torch._C._are_functorch_transforms_active
-_VMAP = torch._C._functorch.TransformType.Vmap
+from .. import _torch
+
 _FORWARD_MODE = (
     "sslkern's ops have no forward-mode derivatives (jvp, jacfwd, hessian): use reverse mode (backward, "
     "torch.func.grad, vjp, jacrev)."
@@ -36,15 +34,15 @@ class Op(Function):
 
         torch's own `apply` binds the signature of `forward` by `inspect` first, which takes longer than a small op.
         """
-        if _transformed() or forward_ad._current_level >= 0:
+        if _torch.transforms_active() or _torch.forward_mode():
             try:
                 return super().apply(*args)
             except (NotImplementedError, AssertionError) as error:  # the second by a jvp of a vmap
-                if forward_ad._current_level < 0:
+                if not _torch.forward_mode():
                     raise
                 raise NotImplementedError(_FORWARD_MODE) from error
         if torch.is_grad_enabled() and _any_requires_grad(args):
-            return super(Function, cls).apply(*unwrap_dead_wrappers(args))  # type: ignore[misc]
+            return super(Function, cls).apply(*_torch.unwrap_dead_wrappers(args))  # type: ignore[misc]
         return cls.forward(*args)
 
 
@@ -58,9 +56,9 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
 def differentiated(*tensors: Tensor) -> bool:
     """Whether a derivative by one of the tensors may be asked for. Under torch.func's grad and jvp, of any: a vmapped
     tensor does not tell."""
-    if _transformed():
-        return any(level.key() != _VMAP for level in torch._C._functorch.get_interpreter_stack())
-    return forward_ad._current_level >= 0 or (torch.is_grad_enabled() and _any_requires_grad(tensors))
+    if _torch.transforms_active():
+        return not _torch.only_vmapped()
+    return _torch.forward_mode() or (torch.is_grad_enabled() and _any_requires_grad(tensors))
 
 
 def intermediate(ctx: Any, *outputs: Tensor) -> None:
@@ -83,7 +81,7 @@ def first_order(backward: Callable) -> Callable:
 
     @wraps(backward)
     def wrapper(ctx: Any, *grads: Any) -> Any:
-        if not torch.is_grad_enabled() and not _transformed():
+        if not torch.is_grad_enabled() and not _torch.transforms_active():
             return backward(ctx, *grads)
         return _FirstOrder.apply(backward, ctx, len(grads), *grads, *ctx.saved_tensors)
 

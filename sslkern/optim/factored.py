@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from .. import _torch
 from ..ops._autograd import Op, first_order
 from ..reference.columns import without_autocast
 from .factors import linear_factors, linear_products, sketch
@@ -26,7 +27,7 @@ class Factors(NamedTuple):
 
     @classmethod
     def of(cls, dy: Tensor, x: Tensor, y: Tensor, dx: Tensor) -> Factors:
-        return cls(dy, x, y, dx, tuple(t._version for t in (dy, x, y, dx)))
+        return cls(dy, x, y, dx, tuple(_torch.version(t) for t in (dy, x, y, dx)))
 
 
 class _Linear(Op):
@@ -45,7 +46,7 @@ class _Linear(Op):
         x, u, y = ctx.saved_tensors
         dx = dy @ (u.mH if ctx.wide else u.conj()).to(dy.dtype)
         into_u = ctx.next_functions[1][0]
-        if into_u is not None and torch._C._will_engine_execute_node(into_u):  # not for the gradient of x alone
+        if into_u is not None and _torch.will_run(into_u):  # not for the gradient of x alone
             y = dx.new_empty(0) if y is None else y
             rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
             pending(ctx.u).append(Factors.of(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
@@ -59,7 +60,7 @@ def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
     """
     if not (torch.is_grad_enabled() and u.requires_grad):
         return x @ (u if wide else u.mT)
-    if torch._C._are_functorch_transforms_active():
+    if _torch.transforms_active():
         raise RuntimeError("torch.func returns gradients, and a factored weight has none: use factored=False.")
     if not u.is_leaf:
         raise RuntimeError("A factored weight must be a parameter itself, not made from one: use factored=False.")
@@ -120,7 +121,7 @@ def take(
     """
     all_of = pending(u)
     forget(u)
-    if any(tuple(t._version for t in each[:4]) != each.versions for each in all_of):
+    if any(tuple(_torch.version(t) for t in each[:4]) != each.versions for each in all_of):
         raise RuntimeError(
             "The input or output of a factored layer was modified in place between backward and the optimizer's step, "
             "which reads them: give the layer tensors of their own."

@@ -7,6 +7,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ._checks import accumulation_dtype
 
 SecondMoment = Literal["scalar", "elementwise"]
@@ -21,14 +22,14 @@ def directions_of(
     directions = grads
     if momentum:
         directions = [state["momentum_buffer"] for state in states]
-        torch._foreach_mul_(directions, momentum)
-        torch._foreach_add_(directions, grads)
+        _torch.foreach_mul_(directions, momentum)
+        _torch.foreach_add_(directions, grads)
         if group["nesterov"]:
-            directions = list(torch._foreach_add(grads, directions, alpha=momentum))
+            directions = list(_torch.foreach_add(grads, directions, alpha=momentum))
     if kind is None:
         return directions, []
     moments = [state["square_avg"] for state in states]
-    torch._foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
+    _torch.foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
     steps = states[0].get(AGES["momentum_buffer"], 0)
     mean = (1 - momentum) / (1 - momentum ** (steps + group["nesterov"])) if momentum else 1.0
     bias = 1 - group["beta2"] ** states[0][AGES["square_avg"]]

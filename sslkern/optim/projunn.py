@@ -9,6 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..ops import _checks as _ops_checks
 from ..ops.rank_k_update import Retraction, rank_k_update_
 from . import _checks, factored
@@ -290,6 +291,6 @@ def _unstack(tensors: list[Tensor], values: Tensor) -> None:
     """Copy a stack back to where `_stack` took it from."""
     if len(tensors) > 1:
         pieces = values.split([t.shape[:-2].numel() for t in tensors])
-        torch._foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
+        _torch.foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
     elif tensors[0] is not values:
         tensors[0].copy_(values)

@@ -15,10 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from .. import _torch
 from ..ops._autograd import Op
-
-if dist.is_available():
-    import torch.distributed._functional_collectives  # the ops' fake kernels
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup
@@ -111,20 +109,20 @@ def peers_of(group: Group) -> Peers | None:
 
 def all_gather(values: Tensor, peers: Peers) -> Tensor:
     """values (n,) of every process, in rank order: (W, n). Not differentiable."""
-    ops = torch.ops._c10d_functional
+    ops = _torch.collectives
     return ops.wait_tensor(ops.all_gather_into_tensor(values, peers.size, peers.name)).view(peers.size, -1)
 
 
 def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"] = "sum") -> Tensor:
     """The sum or the largest of values over every process. Not differentiable."""
-    ops = torch.ops._c10d_functional
+    ops = _torch.collectives
     return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
     """The rows of all ranks along `dim`, in rank order, of which rank r has counts[r]; as rounded by the transport if
     they are floating, in the dtype of x. Not differentiable."""
-    most, ops = max(counts), torch.ops._c10d_functional
+    most, ops = max(counts), _torch.collectives
     rows = x.movedim(dim, 0).to(peers.transport if peers.transport and x.is_floating_point() else x.dtype)
     if rows.shape[0] < most:
         rows = torch.cat([rows, rows.new_zeros((most - rows.shape[0], *rows.shape[1:]))])
@@ -136,7 +134,7 @@ def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2)
 
 def scatter_sums(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
     """This rank's rows of the sum of x over every process: the transpose of `gather_rows`. Not differentiable."""
-    most, ops = max(counts), torch.ops._c10d_functional
+    most, ops = max(counts), _torch.collectives
     rows = x.movedim(dim, 0)
     if min(counts) < most:
         parts = [part.new_zeros((most, *part.shape[1:])) for part in rows.split(counts)]
@@ -255,7 +253,7 @@ def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> tuple
     told = [torch.full((), n, dtype=torch.int64, device=tensors[0].device) for n in _told(tensors, dim)]
     told += [told[0].new_zeros(())] * (_TABLE - len(told))
     table = all_gather(torch.stack(told), peers)
-    torch._assert_async((table == table[:1]).all(), _UNEVEN)
+    _torch.assert_async((table == table[:1]).all(), _UNEVEN)
     return (tensors[0].shape[dim],) * peers.size
 
 
@@ -285,7 +283,7 @@ def _device(tensors: tuple[Any, ...], peers: Peers) -> torch.device:
     for t in tensors:
         if isinstance(t, Tensor):
             return t.device
-    group = dist.distributed_c10d._resolve_process_group(peers.name)  # type: ignore[arg-type]
+    group = _torch.group_of(peers.name)
     return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
 
 
