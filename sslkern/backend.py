@@ -11,6 +11,9 @@ import importlib
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from itertools import zip_longest
+from typing import Any
 
 import torch
 
@@ -24,12 +27,44 @@ _declared: list[str] = []
 _forced: str | None = None
 
 
-def declare(schema: str, reference: Callable) -> None:
-    """Define a kernel in every back-end. `reference` implements it on any device and gives the output shapes."""
+def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Callable:
+    """The rule for `torch.func.vmap` of a kernel that takes leading dimensions: a vmapped batch is one more of them.
+
+    Args:
+        inputs, outputs: how many dimensions of each argument and of each output stand before the leading ones, 0 where
+            nothing is said. A tensor that is not mapped is expanded.
+    """
+
+    def rule(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+        """in_dims, args and what is returned are as in `torch.library.register_vmap`."""
+        batch = list(args)
+        for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
+            if isinstance(x, torch.Tensor):
+                x, dim = (x.expand(info.batch_size, *x.shape), 0) if dim is None else (x, dim)
+                # what one kernel leaves for another is contiguous, and read as such
+                batch[k] = x.movedim(dim, inputs[k] if k < len(inputs) else 0).contiguous()
+        out = kernel(*batch)
+        if isinstance(out, torch.Tensor):
+            return out, sum(outputs)
+        places = zip_longest(out, outputs, fillvalue=0)
+        return out, tuple(None if x.shape == (0,) else place for x, place in places)  # (0,): was not asked for
+
+    return rule
+
+
+def declare(schema: str, reference: Callable, vmap: Callable = stacked()) -> None:  # noqa: B008
+    """Define a kernel in every back-end.
+
+    Args:
+        reference: implements it on any device and gives the output shapes.
+        vmap: its rule for `torch.func.vmap`, as `stacked` makes one.
+    """
     name = schema.split("(")[0]
     for backend, library in _libraries.items():
         library.define(schema)
         torch.library.register_fake(f"sslkern_{backend}::{name}", reference, lib=library)
+        kernel = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
+        torch.library.register_vmap(f"sslkern_{backend}::{name}", partial(vmap, kernel), lib=library)
     _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     _declared.append(name)
 

@@ -7,12 +7,12 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick
+from ..backend import declare, pick, stacked
 from ..reference import covariance as _reference
 from ..reference.columns import accumulation_dtype
 from ..train import distributed
 from . import _checks, _joint
-from ._autograd import first_order
+from ._autograd import Op, first_order, intermediate, or_zeros
 
 Estimator = Literal["plugin", "unbiased"]
 Form = Literal["auto", "primal", "dual"]
@@ -30,46 +30,58 @@ declare(
     "vicreg_fwd(Tensor a, Tensor b, float sim_coeff, float std_coeff, float cov_coeff, float gamma, float eps,"
     " bool unbiased, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference.vicreg_fwd,
+    stacked(outputs=(0, 0, 1, 1, 1, 1)),
 )
 declare(
     "vicreg_bwd(Tensor grad_loss, Tensor a, Tensor b, Tensor centre, Tensor variance, Tensor gram, Tensor row_sq,"
     " float sim_coeff, float std_coeff, float cov_coeff, float gamma, float eps, bool unbiased, bool dual,"
     " bool need_a, bool need_b) -> (Tensor, Tensor)",
     _reference.vicreg_bwd,
+    stacked(inputs=(0, 0, 0, 1, 1, 1, 1)),
 )
 
 
-class _Covariance(torch.autograd.Function):
+class _Covariance(Op):
     @staticmethod
-    def forward(ctx, z, unbiased, dual):
-        variance, offdiag, centre, gram, row_sq = pick("covariance_fwd", z)(z, unbiased, dual)
+    def forward(z, unbiased, dual):
+        return pick("covariance_fwd", z)(z, unbiased, dual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        z, ctx.unbiased, ctx.dual = inputs
+        variance, _, centre, gram, row_sq = output
         ctx.save_for_backward(z, centre, variance, gram, row_sq)
-        ctx.unbiased, ctx.dual = unbiased, dual
-        return variance, offdiag
+        intermediate(ctx, centre, gram, row_sq)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_variance, grad_offdiag):
+    def backward(ctx, grad_variance, grad_offdiag, *_):
         z, centre, variance, gram, row_sq = ctx.saved_tensors
+        grad_variance = or_zeros(grad_variance, variance)
+        grad_offdiag = or_zeros(grad_offdiag, variance[..., 0])
         kernel = pick("covariance_bwd", z)
         grad = kernel(grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, ctx.unbiased, ctx.dual)
         return grad, None, None
 
 
-class _VICReg(torch.autograd.Function):
+class _VICReg(Op):
     @staticmethod
-    def forward(ctx, a, b, *settings):
-        loss, terms, centre, variance, gram, row_sq = pick("vicreg_fwd", a)(a, b, *settings)
-        ctx.save_for_backward(a, b, centre, variance, gram, row_sq)
-        ctx.settings = settings
-        ctx.mark_non_differentiable(terms)
-        return loss, terms
+    def forward(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, unbiased, dual):
+        return pick("vicreg_fwd", a)(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, unbiased, dual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, *ctx.settings = inputs
+        _, terms, *saved = output
+        ctx.save_for_backward(a, b, *saved)
+        intermediate(ctx, terms, *saved)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_loss, _):
+    def backward(ctx, grad_loss, *_):
         a, b, centre, variance, gram, row_sq = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
+        grad_loss = or_zeros(grad_loss, variance[0, ..., 0])
         kernel = pick("vicreg_bwd", a)
         grad_a, grad_b = kernel(grad_loss, a, b, centre, variance, gram, row_sq, *ctx.settings, need_a, need_b)
         return (grad_a if need_a else None, grad_b if need_b else None, *(None,) * len(ctx.settings))
@@ -134,9 +146,7 @@ def covariance(
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
     _checks.matrix_stack("z", z, min_rows=least)
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _Covariance.apply(z, unbiased, dual)
-    return pick("covariance_fwd", z)(z, unbiased, dual)[:2]
+    return _Covariance.apply(z, unbiased, dual)[:2]
 
 
 def vicreg(
@@ -175,6 +185,4 @@ def vicreg(
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
     settings = (float(sim_coeff), float(std_coeff), float(cov_coeff), float(gamma), float(eps), unbiased, dual)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _VICReg.apply(a, b, *settings)
-    return pick("vicreg_fwd", a)(a, b, *settings)[:2]
+    return _VICReg.apply(a, b, *settings)[:2]

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from ..backend import declare, pick
+from ..backend import declare, pick, stacked
 from ..reference import cross_correlation as _reference
 from ..train import distributed
 from . import _checks, _joint
-from ._autograd import first_order
+from ._autograd import Op, first_order, intermediate, or_zeros
 from .covariance import Form, takes_dual
 
 Statistics = Literal["sync", "local"]
@@ -19,27 +18,35 @@ Statistics = Literal["sync", "local"]
 declare(
     "cross_correlation_fwd(Tensor a, Tensor b, float eps, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
     _reference.cross_correlation_fwd,
+    stacked(outputs=(0, 0, 1, 1, 1)),
 )
 declare(
     "cross_correlation_bwd(Tensor grad_diagonal, Tensor grad_offdiag, Tensor a, Tensor b, Tensor centre,"
     " Tensor inv_std, Tensor diagonal, Tensor gram, bool dual, bool need_a, bool need_b) -> (Tensor, Tensor)",
     _reference.cross_correlation_bwd,
+    stacked(inputs=(0, 0, 0, 0, 1, 1, 0, 1)),
 )
 
 
-class _CrossCorrelation(torch.autograd.Function):
+class _CrossCorrelation(Op):
     @staticmethod
-    def forward(ctx, a, b, eps, dual):
-        diagonal, offdiag, centre, inv_std, gram = pick("cross_correlation_fwd", a)(a, b, eps, dual)
+    def forward(a, b, eps, dual):
+        return pick("cross_correlation_fwd", a)(a, b, eps, dual)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        a, b, _, ctx.dual = inputs
+        diagonal, _, centre, inv_std, gram = output
         ctx.save_for_backward(a, b, centre, inv_std, diagonal, gram)
-        ctx.dual = dual
-        return diagonal, offdiag
+        intermediate(ctx, centre, inv_std, gram)
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_diagonal, grad_offdiag):
+    def backward(ctx, grad_diagonal, grad_offdiag, *_):
         a, b, centre, inv_std, diagonal, gram = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
+        grad_diagonal = or_zeros(grad_diagonal, diagonal)
+        grad_offdiag = or_zeros(grad_offdiag, diagonal[..., 0])
         kernel = pick("cross_correlation_bwd", a)
         grad_a, grad_b = kernel(
             grad_diagonal, grad_offdiag, a, b, centre, inv_std, diagonal, gram, ctx.dual, need_a, need_b
@@ -107,6 +114,4 @@ def cross_correlation(
         return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.75)
-    if torch.is_grad_enabled() and (a.requires_grad or b.requires_grad):
-        return _CrossCorrelation.apply(a, b, float(eps), dual)
-    return pick("cross_correlation_fwd", a)(a, b, float(eps), dual)[:2]
+    return _CrossCorrelation.apply(a, b, float(eps), dual)[:2]
