@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
+
+from ..ops import _checks
 
 Positions = Literal["separate", "pooled"]
 
@@ -15,6 +17,7 @@ def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> 
     "separate" makes every position a slice with statistics of its own; "pooled" counts positions as samples. Pooling
     copies only where the layout has no such view (contiguous (B, C, H, W); channels-last has one).
     """
+    check_positions(dim, batch_dim, positions)
     if not isinstance(z, Tensor) or z.dim() < 2:
         return z  # the op says what is wrong with it
     if not (-z.dim() <= dim < z.dim() and -z.dim() <= batch_dim < z.dim()):
@@ -25,6 +28,12 @@ def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> 
         raise ValueError(f"dim and batch_dim must differ, both are {dim % z.dim()} for {name} of {z.dim()} dimensions.")
     if positions == "separate":
         return z.movedim((batch_dim, dim), (-2, -1))
-    if positions == "pooled":
-        return z.movedim(dim, -1).flatten(0, -2)
-    raise ValueError(f"positions must be one of 'separate', 'pooled', got {positions!r}.")
+    return z.movedim(dim, -1).flatten(0, -2)
+
+
+def check_positions(dim: object, batch_dim: object, positions: object) -> None:
+    """What can be said of them before there is a tensor."""
+    for name, value in (("dim", dim), ("batch_dim", batch_dim)):
+        if not isinstance(value, int) or isinstance(value, bool):
+            raise TypeError(f"{name} must be an integer, got {value!r}.")
+    _checks.one_of("positions", positions, get_args(Positions))

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops.cross_correlation import Statistics, cross_correlation
 from ..train import distributed
-from ._positions import Positions, to_stack
+from ._pairs import shown
+from ._positions import Positions, check_positions, to_stack
 
 
 def barlow_twins_loss(
     a: Tensor,
     b: Tensor,
-    lambd: float = 0.0051,
-    eps: float = 1e-5,
+    lambd: float | Tensor = 0.0051,
     *,
+    eps: float = 1e-5,
     dim: int = -1,
     batch_dim: int = 0,
     positions: Positions = "separate",
@@ -35,7 +39,8 @@ def barlow_twins_loss(
     Args:
         a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
             bfloat16, float16 or float64; any strides; N >= 2.
-        eps: added to the variance, as in batch norm.
+        lambd: a finite number, or a floating tensor of one on the device of the views, with a gradient.
+        eps: a number >= 0, added to the variance as in batch norm, in units of a^2.
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the two unweighted terms, detached, for logging.
@@ -50,12 +55,15 @@ def barlow_twins_loss(
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.cross_correlation`.
+        TypeError, ValueError: as `sslkern.ops.cross_correlation`; a lambd that is no finite number, such as a bool, or
+            a tensor of several; an eps that is a tensor: it has no gradient.
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """
     a = to_stack("a", a, dim, batch_dim, positions)
     b = to_stack("b", b, dim, batch_dim, positions)
+    if isinstance(a, Tensor):  # or `cross_correlation` says so
+        lambd = _checks.setting("lambd", lambd, a)
     diagonal, offdiag = cross_correlation(a, b, eps, group=group, stats=stats)
     invariance = (1 - diagonal).square().sum(-1).mean()
     redundancy = offdiag.mean()
@@ -70,9 +78,9 @@ class BarlowTwinsLoss(nn.Module):
 
     def __init__(
         self,
-        lambd: float = 0.0051,
-        eps: float = 1e-5,
+        lambd: float | Tensor = 0.0051,
         *,
+        eps: float = 1e-5,
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
@@ -80,7 +88,10 @@ class BarlowTwinsLoss(nn.Module):
         stats: Statistics = "sync",
     ) -> None:
         super().__init__()
-        self.lambd, self.eps = lambd, eps
+        self.lambd, self.eps = _checks.setting("lambd", lambd), _checks.non_negative("eps", eps)
+        check_positions(dim, batch_dim, positions)
+        distributed.peers_of(group)
+        _checks.one_of("stats", stats, get_args(Statistics))
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group, self.stats = group, stats
 
@@ -89,7 +100,7 @@ class BarlowTwinsLoss(nn.Module):
             a,
             b,
             self.lambd,
-            self.eps,
+            eps=self.eps,
             dim=self.dim,
             batch_dim=self.batch_dim,
             positions=self.positions,
@@ -100,6 +111,6 @@ class BarlowTwinsLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"lambd={self.lambd}, eps={self.eps}, dim={self.dim}, batch_dim={self.batch_dim}, "
+            f"lambd={shown(self.lambd)}, eps={self.eps}, dim={self.dim}, batch_dim={self.batch_dim}, "
             f"positions={self.positions!r}{distributed.shown(self.group)}"
         )

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor, nn
 
 from ..ops import _checks
 from ..ops.covariance import Estimator, covariance
 from ..train import distributed
-from ._positions import Positions, to_stack
+from ._pairs import shown
+from ._positions import Positions, check_positions, to_stack
 
 
 def vcreg_loss(
     z: Tensor,
-    std_coeff: float = 25.0,
-    cov_coeff: float = 1.0,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    estimator: Estimator = "plugin",
+    std_coeff: float | Tensor = 25.0,
+    cov_coeff: float | Tensor = 1.0,
     *,
+    gamma: float | Tensor = 1.0,
+    eps: float | Tensor = 1e-4,
+    estimator: Estimator = "plugin",
     dim: int = -1,
     batch_dim: int = 0,
     positions: Positions = "separate",
@@ -38,9 +41,11 @@ def vcreg_loss(
 
     Source: Zhu et al., VCReg (2306.13292); Mialon et al. (2209.14905).
     """
-    if isinstance(z, Tensor):
-        _checks.non_negative("eps", eps)
-    variance, offdiag = covariance(to_stack("z", z, dim, batch_dim, positions), estimator, group=group)
+    z = to_stack("z", z, dim, batch_dim, positions)
+    if isinstance(z, Tensor):  # or `covariance` says so
+        std_coeff, cov_coeff = _checks.setting("std_coeff", std_coeff, z), _checks.setting("cov_coeff", cov_coeff, z)
+        gamma, eps = _checks.setting("gamma", gamma, z), _checks.setting("eps", eps, z, least=0)
+    variance, offdiag = covariance(z, estimator, group=group)
     hinge = (gamma - (variance + eps).sqrt()).relu().mean()
     off = offdiag.mean() / variance.shape[-1]
     loss = std_coeff * hinge + cov_coeff * off
@@ -54,20 +59,27 @@ class VCRegLoss(nn.Module):
 
     def __init__(
         self,
-        std_coeff: float = 25.0,
-        cov_coeff: float = 1.0,
-        gamma: float = 1.0,
-        eps: float = 1e-4,
-        estimator: Estimator = "plugin",
+        std_coeff: float | Tensor = 25.0,
+        cov_coeff: float | Tensor = 1.0,
         *,
+        gamma: float | Tensor = 1.0,
+        eps: float | Tensor = 1e-4,
+        estimator: Estimator = "plugin",
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
         group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.std_coeff, self.cov_coeff = std_coeff, cov_coeff
-        self.gamma, self.eps, self.estimator = gamma, eps, estimator
+        self.std_coeff, self.cov_coeff = (
+            _checks.setting("std_coeff", std_coeff),
+            _checks.setting("cov_coeff", cov_coeff),
+        )
+        self.gamma, self.eps = _checks.setting("gamma", gamma), _checks.setting("eps", eps, least=0)
+        _checks.one_of("estimator", estimator, get_args(Estimator))
+        check_positions(dim, batch_dim, positions)
+        distributed.peers_of(group)
+        self.estimator = estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group = group
 
@@ -76,9 +88,9 @@ class VCRegLoss(nn.Module):
             z,
             self.std_coeff,
             self.cov_coeff,
-            self.gamma,
-            self.eps,
-            self.estimator,
+            gamma=self.gamma,
+            eps=self.eps,
+            estimator=self.estimator,
             dim=self.dim,
             batch_dim=self.batch_dim,
             positions=self.positions,
@@ -88,7 +100,7 @@ class VCRegLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, eps={self.eps}, "
-            f"estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, positions={self.positions!r}"
+            f"std_coeff={shown(self.std_coeff)}, cov_coeff={shown(self.cov_coeff)}, gamma={shown(self.gamma)}, "
+            f"eps={shown(self.eps)}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, positions={self.positions!r}"
             f"{distributed.shown(self.group)}"
         )

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+from typing import get_args
+
 from torch import Tensor, nn
 
+from ..ops import _checks
 from ..ops.covariance import Estimator, vicreg
 from ..train import distributed
-from ._positions import Positions, to_stack
+from ._pairs import shown
+from ._positions import Positions, check_positions, to_stack
 
 
 def vicreg_loss(
     a: Tensor,
     b: Tensor,
-    sim_coeff: float = 25.0,
-    std_coeff: float = 25.0,
-    cov_coeff: float = 1.0,
-    gamma: float = 1.0,
-    eps: float = 1e-4,
-    estimator: Estimator = "plugin",
+    sim_coeff: float | Tensor = 25.0,
+    std_coeff: float | Tensor = 25.0,
+    cov_coeff: float | Tensor = 1.0,
     *,
+    gamma: float | Tensor = 1.0,
+    eps: float | Tensor = 1e-4,
+    estimator: Estimator = "plugin",
     dim: int = -1,
     batch_dim: int = 0,
     positions: Positions = "separate",
@@ -37,6 +41,8 @@ def vicreg_loss(
     Args:
         a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
             bfloat16, float16 or float64; any strides.
+        sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, eps >= 0, or floating tensors of one number on the
+            device of the views, with a gradient. gamma is in the units of a, eps in their square.
         estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any
             batch size, so that micro-batches of 16 accumulate to the large-batch gradient. Needs N >= 4.
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
@@ -51,7 +57,8 @@ def vicreg_loss(
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.covariance`; shapes, dtypes or devices that differ.
+        TypeError, ValueError: as `sslkern.ops.covariance`; shapes, dtypes or devices that differ; a setting that is no
+            finite number, such as a bool, or a tensor of several.
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """
@@ -71,21 +78,27 @@ class VICRegLoss(nn.Module):
 
     def __init__(
         self,
-        sim_coeff: float = 25.0,
-        std_coeff: float = 25.0,
-        cov_coeff: float = 1.0,
-        gamma: float = 1.0,
-        eps: float = 1e-4,
-        estimator: Estimator = "plugin",
+        sim_coeff: float | Tensor = 25.0,
+        std_coeff: float | Tensor = 25.0,
+        cov_coeff: float | Tensor = 1.0,
         *,
+        gamma: float | Tensor = 1.0,
+        eps: float | Tensor = 1e-4,
+        estimator: Estimator = "plugin",
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
         group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.sim_coeff, self.std_coeff, self.cov_coeff = sim_coeff, std_coeff, cov_coeff
-        self.gamma, self.eps, self.estimator = gamma, eps, estimator
+        self.sim_coeff = _checks.setting("sim_coeff", sim_coeff)
+        self.std_coeff = _checks.setting("std_coeff", std_coeff)
+        self.cov_coeff = _checks.setting("cov_coeff", cov_coeff)
+        self.gamma, self.eps = _checks.setting("gamma", gamma), _checks.setting("eps", eps, least=0)
+        _checks.one_of("estimator", estimator, get_args(Estimator))
+        check_positions(dim, batch_dim, positions)
+        distributed.peers_of(group)
+        self.estimator = estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group = group
 
@@ -96,9 +109,9 @@ class VICRegLoss(nn.Module):
             self.sim_coeff,
             self.std_coeff,
             self.cov_coeff,
-            self.gamma,
-            self.eps,
-            self.estimator,
+            gamma=self.gamma,
+            eps=self.eps,
+            estimator=self.estimator,
             dim=self.dim,
             batch_dim=self.batch_dim,
             positions=self.positions,
@@ -108,7 +121,8 @@ class VICRegLoss(nn.Module):
 
     def extra_repr(self) -> str:
         return (
-            f"sim_coeff={self.sim_coeff}, std_coeff={self.std_coeff}, cov_coeff={self.cov_coeff}, gamma={self.gamma}, "
-            f"eps={self.eps}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
+            f"sim_coeff={shown(self.sim_coeff)}, std_coeff={shown(self.std_coeff)}, "
+            f"cov_coeff={shown(self.cov_coeff)}, gamma={shown(self.gamma)}, eps={shown(self.eps)}, "
+            f"estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
             f"positions={self.positions!r}{distributed.shown(self.group)}"
         )

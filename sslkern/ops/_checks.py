@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from ..reference.columns import accumulation_dtype
+
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of matrices that are to stay orthogonal
 
@@ -80,14 +82,43 @@ def beside(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
 
 
-def one_of(name: str, value: str, choices: tuple[str, ...]) -> None:
+def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
         raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
 
 
-def non_negative(name: str, value: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, Real) or not value >= 0:
+def non_negative(name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number >= 0, not a torch.Tensor: it has no gradient.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= value < inf:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
+    return float(value)
+
+
+def setting(name: str, value: object, x: Tensor | None = None, least: float = -inf) -> float | Tensor:
+    """value must be a finite number >= least, or a floating tensor of one number, on the device of x if there is one.
+
+    Returns:
+        The number; or the tensor as (), in the precision of the loss of x, with its gradient.
+    """
+    if type(value) is float and least <= value < inf and value > -inf:
+        return value
+    expected = f"a finite number{f' >= {least:g}' if least > -inf else ''} or a floating torch.Tensor of one number"
+    if isinstance(value, Tensor):
+        if not value.is_floating_point():
+            raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
+        if x is None:
+            return value
+        if value.device != x.device:
+            raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
+        return value.to(accumulation_dtype(x)).reshape(())
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+    if not -inf < value < inf or not value >= least:
+        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    return float(value)
 
 
 def flag(name: str, value: object) -> None:

@@ -14,7 +14,7 @@ from torch import Tensor
 from ..reference.columns import accumulation_dtype, without_autocast
 from ..train import distributed
 from ..train.distributed import Peers
-from ._autograd import first_order
+from ._autograd import Op, first_order, intermediate, or_zeros
 
 Counts = tuple[int, ...]
 
@@ -27,51 +27,60 @@ def rows(peers: Peers, least: int, check: Callable[[], object], *named: Any) -> 
     return counts
 
 
-class _Products(torch.autograd.Function):
+class _Products(Op):
     """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
 
     @staticmethod
-    def forward(ctx: Any, x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool):
-        ctx.settings = peers, dual, y is None
+    def forward(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, ...]:
         with without_autocast(x):
             if not dual:
-                y = x if y is None else y
-                matrix = distributed.all_reduce(x.mT @ y, peers.name)
+                matrix = distributed.all_reduce(x.mT @ (x if y is None else y), peers.name)
                 diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
                 matrix.diagonal(dim1=-2, dim2=-1).zero_()
-                ctx.save_for_backward(x, y, matrix)
-                return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square()  # no other D x D numbers
-            first = sum(counts[: peers.rank])
+                # no other D x D numbers
+                return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
             every = [distributed.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
-            own = [z.narrow(-2, first, counts[peers.rank]) for z in every]
+            own = [_own(z, counts, peers) for z in every]
             grams = [z @ e.mT for z, e in zip(own, every, strict=True)]
             square = (grams[0] * grams[-1]).sum((-2, -1), dtype=torch.float64)
             sums = torch.cat([(own[0] * own[-1]).sum(-2, dtype=torch.float64), square[..., None]], -1)
             sums = distributed.all_reduce(sums, peers.name)
-            diagonal = sums[..., :-1].to(x.dtype)
-            ctx.save_for_backward(*own, *every, diagonal, *grams)
-            return diagonal, (sums[..., -1] - sums[..., :-1].square().sum(-1)).to(x.dtype)
+            offdiag = sums[..., -1] - sums[..., :-1].square().sum(-1)
+            return sums[..., :-1].to(x.dtype), offdiag.to(x.dtype), *every, *grams
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        x, y, *ctx.settings = inputs
+        diagonal, _, *saved = output
+        ctx.alone = y is None
+        ctx.save_for_backward(x, y, diagonal, *saved)
+        intermediate(ctx, *saved)
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad_diagonal: Tensor, grad_offdiag: Tensor):
-        peers, dual, alone = ctx.settings
+    def backward(ctx: Any, grad_diagonal: Tensor | None, grad_offdiag: Tensor | None, *_: None):
+        counts, peers, dual = ctx.settings
+        x, y, diagonal, *saved = ctx.saved_tensors
+        grad_diagonal, grad_offdiag = or_zeros(grad_diagonal, diagonal), or_zeros(grad_offdiag, diagonal[..., 0])
         sums = distributed.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
         column, scale = sums[..., None, :-1], 2 * sums[..., -1, None, None]
-        if not dual:
-            x, y, matrix = ctx.saved_tensors
-            with without_autocast(x):
-                of_x = scale * (y @ matrix.mT) + column * y
-                of_y = None if alone else scale * (x @ matrix) + column * x
-        else:
-            saved = ctx.saved_tensors
-            k = 1 if alone else 2
-            own, every, diagonal, grams = saved[:k], saved[k : 2 * k], saved[2 * k], saved[2 * k + 1 :]
-            column = column - scale * diagonal[..., None, :]
-            with without_autocast(diagonal):
+        with without_autocast(x):
+            if not dual:
+                (matrix,), other = saved, x if ctx.alone else y
+                of_x = scale * (other @ matrix.mT) + column * other
+                of_y = None if ctx.alone else scale * (x @ matrix) + column * x
+            else:
+                every, grams = saved[: len(saved) // 2], saved[len(saved) // 2 :]
+                own = [_own(z, counts, peers) for z in every]
+                column = column - scale * diagonal[..., None, :]
                 of_x = scale * (grams[-1] @ every[0]) + column * own[-1]
-                of_y = None if alone else scale * (grams[0] @ every[1]) + column * own[0]
-        return 2 * of_x if alone else of_x, of_y, None, None, None
+                of_y = None if ctx.alone else scale * (grams[0] @ every[1]) + column * own[0]
+        return 2 * of_x if ctx.alone else of_x, of_y, None, None, None
+
+
+def _own(every: Tensor, counts: Counts, peers: Peers) -> Tensor:
+    """This rank's rows among those of all; as the transport has rounded them."""
+    return every.narrow(-2, sum(counts[: peers.rank]), counts[peers.rank])
 
 
 def _centred(x: Tensor, counts: Counts, peers: Peers, constant: bool) -> Tensor:
@@ -88,7 +97,7 @@ def covariance(z: Tensor, unbiased: bool, counts: Counts, peers: Peers, dual: bo
     unbiased: then the mean is part of it."""
     n = sum(counts)
     zc = _centred(z.to(accumulation_dtype(z)), counts, peers, constant=not unbiased)
-    diagonal, squares = _Products.apply(zc, None, counts, peers, dual)
+    diagonal, squares = _Products.apply(zc, None, counts, peers, dual)[:2]
     variance, offdiag = diagonal / (n - 1), squares / (n - 1) ** 2
     if unbiased:
         square = zc.square()
@@ -114,6 +123,6 @@ def cross_correlation(
         views = views - views.detach().sum(-2, keepdim=True) / n
         squares = views.square().sum(-2)
     views = views * (squares / n + eps).rsqrt()[..., None, :]
-    diagonal, offdiag = _Products.apply(*views.unbind(), counts, peers, dual)
+    diagonal, offdiag = _Products.apply(*views.unbind(), counts, peers, dual)[:2]
     n = sum(counts)
     return diagonal / n, offdiag / n**2

@@ -152,37 +152,56 @@ def covariance(
 def vicreg(
     a: Tensor,
     b: Tensor,
-    sim_coeff: float,
-    std_coeff: float,
-    cov_coeff: float,
-    gamma: float,
-    eps: float,
+    sim_coeff: float | Tensor,
+    std_coeff: float | Tensor,
+    cov_coeff: float | Tensor,
+    gamma: float | Tensor,
+    eps: float | Tensor,
     estimator: Estimator,
     form: Form = "auto",
     group: distributed.Group = None,
 ) -> tuple[Tensor, Tensor]:
-    """VICReg of every slice: loss (...) and its unweighted terms (..., 3), not differentiable. See `vicreg_loss`."""
+    """VICReg of every slice: loss (...) and its unweighted terms (..., 3), not differentiable. See `vicreg_loss`.
+
+    The kernels take numbers: with a tensor among the settings, which may need a gradient, the terms are composed.
+    """
     _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
+    settings: tuple[float | Tensor, ...] = ()
 
     def check() -> None:
+        nonlocal settings
         for name, view in (("a", a), ("b", b)):
             _checks.matrix_stack(name, view, min_rows=least if peers is None else 0)
         _checks.same("a", a, "b", b)
-        _checks.non_negative("eps", eps)
+        settings = (
+            _checks.setting("sim_coeff", sim_coeff, a),
+            _checks.setting("std_coeff", std_coeff, a),
+            _checks.setting("cov_coeff", cov_coeff, a),
+            _checks.setting("gamma", gamma, a),
+            _checks.setting("eps", eps, a, least=0),
+        )
 
     if peers is not None:
         counts = _joint.rows(peers, least, check, a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)
-        dtype = accumulation_dtype(a)
         variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
-        invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * (peers.size / (n * d))
-        coefficients = (sim_coeff, std_coeff, cov_coeff, gamma, eps)
-        loss, terms = _reference.vicreg_of(invariance, variance, offdiag, *coefficients)
-        return loss, terms.detach()
+        return _composed(a, b, peers.size / (n * d), variance, offdiag, settings)
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
-    settings = (float(sim_coeff), float(std_coeff), float(cov_coeff), float(gamma), float(eps), unbiased, dual)
-    return _VICReg.apply(a, b, *settings)[:2]
+    if any(isinstance(value, Tensor) for value in settings):
+        parts = zip(*(_Covariance.apply(view, unbiased, dual)[:2] for view in (a, b)), strict=True)
+        return _composed(a, b, 1 / a.shape[-2:].numel(), *map(torch.stack, parts), settings)
+    return _VICReg.apply(a, b, *settings, unbiased, dual)[:2]
+
+
+def _composed(
+    a: Tensor, b: Tensor, share: float, variance: Tensor, offdiag: Tensor, settings: tuple[float | Tensor, ...]
+) -> tuple[Tensor, Tensor]:
+    """VICReg from the statistics of both views; share: of one squared difference in their mean."""
+    dtype = accumulation_dtype(a)
+    invariance = (a.to(dtype) - b.to(dtype)).square().sum((-2, -1)) * share
+    loss, terms = _reference.vicreg_of(invariance, variance, offdiag, *settings)
+    return loss, terms.detach()

@@ -84,7 +84,7 @@ def cross_correlation(
     Args:
         a, b: (..., N, D), N >= 2, the same shape, dtype (float32, bfloat16, float16 or float64) and device,
             any strides.
-        eps: added to the variance, in units of a^2.
+        eps: a number >= 0, added to the variance, in units of a^2.
         form: "auto", "primal" or "dual"; the value does not depend on it.
         group: as in `ops.covariance`.
         stats: with a group, "sync" standardises columns over the joint batch, as SyncBatchNorm does, and "local" over

@@ -91,11 +91,11 @@ def vicreg_of(
     invariance: Tensor,
     variance: Tensor,
     offdiag: Tensor,
-    sim_coeff: float,
-    std_coeff: float,
-    cov_coeff: float,
-    gamma: float,
-    eps: float,
+    sim_coeff: float | Tensor,
+    std_coeff: float | Tensor,
+    cov_coeff: float | Tensor,
+    gamma: float | Tensor,
+    eps: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
     """The loss (...) and its terms (..., 3) from (...), and of both views (2, ..., D) and (2, ...)."""
     hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2

@@ -15,6 +15,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..ops._autograd import Op
+
 if dist.is_available():
     import torch.distributed._functional_collectives  # the ops' fake kernels
 
@@ -24,6 +26,11 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIMS = 8  # of a tensor, that ranks compare
 _TENSORS = 8  # that ranks compare, in a table of one size: they may be given different numbers of them
+_TABLE = 3 + _TENSORS * (3 + _DIMS)
+_UNEVEN = (
+    "Under torch.compile all ranks of a group must be given equally many rows (N), and tensors of one dtype and shape "
+    "that all need gradients or none: take the loss outside of the compiled function where the rows are uneven."
+)
 
 
 class Over(NamedTuple):
@@ -57,8 +64,9 @@ def over(
         transport: bfloat16 or float16, in which embeddings travel and by which they are then rounded, at half of the
             bytes; None is their own precision. Sums and gradients stay in float32 or better.
         even: a promise that all ranks have equally many rows and good input. It saves a small exchange, and on a GPU
-            the wait for it, per loss. Without it uneven batches are right, and bad input on one rank is an error on
-            all. Under `torch.compile` it is always taken for given.
+            the wait for it, per loss. It is yours to keep: uneven rows then give wrong numbers or never return.
+            Without it uneven batches are right, and bad input on one rank is an error on all. Under `torch.compile`
+            a batch must be even; without the promise an uneven one is an error on all ranks, at no wait.
 
     Raises:
         TypeError, ValueError: one sentence.
@@ -139,26 +147,48 @@ def scatter_sums(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2
     return out[: counts[peers.rank]].movedim(0, dim)
 
 
-class _Summed(torch.autograd.Function):
+class _Summed(Op):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, group_name: str) -> Tensor:
-        ctx.group_name = group_name
+    def forward(x: Tensor, group_name: str) -> Tensor:
         return all_reduce(x, group_name)
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
-        return all_reduce(grad, ctx.group_name), None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, ctx.group_name = inputs
 
-
-class _Gathered(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
-        ctx.settings = counts, peers, dim
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return _Summed.apply(grad, ctx.group_name), None
+
+
+class _Gathered(Op):
+    @staticmethod
+    def forward(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
         return gather_rows(x, counts, peers, dim)
 
     @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.settings = inputs
+
+    @staticmethod
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
-        return scatter_sums(grad, *ctx.settings), None, None, None
+        return _Scattered.apply(grad, *ctx.settings), None, None, None
+
+
+class _Scattered(Op):
+    """The transpose of `_Gathered`."""
+
+    @staticmethod
+    def forward(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
+        return scatter_sums(x, counts, peers, dim)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, *ctx.settings = inputs
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None, None]:
+        return _Gathered.apply(grad, *ctx.settings), None, None, None
 
 
 def summed(x: Tensor, peers: Peers) -> Tensor:
@@ -191,16 +221,19 @@ def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: i
     Raises:
         Whatever check raises; RuntimeError: on the other ranks. ValueError: the ranks differ.
     """
-    if peers.even or torch.compiler.is_compiling():
+    if peers.even:
         check()
         return (tensors[0].shape[dim],) * peers.size
+    if torch.compiler.is_compiling():
+        check()
+        return _even_or_raise(tensors, dim, peers)
     failure: Exception | None = None
     try:
         check()
     except (TypeError, ValueError) as error:
         failure = error
     told = [] if failure else _told(tensors, dim)
-    told += [0] * (3 + _TENSORS * (3 + _DIMS) - len(told))
+    told += [0] * (_TABLE - len(told))
     table = all_gather(torch.tensor(told, device=_device(tensors, peers)), peers).tolist()
     if failure:
         raise failure
@@ -214,6 +247,16 @@ def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: i
             f"gradients or none, got {kinds} on ranks 0 and {other[0]}."
         )
     return tuple(row[1] for row in table)
+
+
+def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> tuple[int, ...]:
+    """The rows of all ranks inside a compiled graph, which cannot wait for numbers: as many as here, or all ranks raise
+    when it runs, from the same table and without a host sync."""
+    told = [torch.full((), n, dtype=torch.int64, device=tensors[0].device) for n in _told(tensors, dim)]
+    told += [told[0].new_zeros(())] * (_TABLE - len(told))
+    table = all_gather(torch.stack(told), peers)
+    torch._assert_async((table == table[:1]).all(), _UNEVEN)
+    return (tensors[0].shape[dim],) * peers.size
 
 
 def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
