@@ -83,8 +83,9 @@ CALLS = {
         lambda n: two(n, one(), randn(n + 3, 2), labels(n), labels(n + 3)),
     ),
     "matmul, dot": Call(reduce("matmul", "dot"), lambda n: two(n, one(), randn(n + 3, 2))),
-    "gram": Call(lambda x, c: pairwise_reduce(x, kernel="rbf", reduction="gram", scale=c),
-                 lambda n: [randn(3, n, 2), one(3)]),
+    "gram": Call(
+        lambda x, c: pairwise_reduce(x, kernel="rbf", reduction="gram", scale=c), lambda n: [randn(3, n, 2), one(3)]
+    ),
     "kernel_matmul": Call(
         lambda x, s, b, w: kernel_matmul(x, s, b, bandwidth=w), lambda n: two(n, randn(n + 3, 2), one(of=1.5))
     ),
@@ -104,9 +105,7 @@ CALLS = {
         lambda z, w: metrics.pairwise_hsic(z, bandwidth=w, normalized=True), lambda n: [randn(n, 3), one(3)]
     ),
     "pairwise_hsic, medians": Call(metrics.pairwise_hsic, lambda n: [randn(n, 3)]),
-    "pairwise_hsic, linear": Call(
-        partial(metrics.pairwise_hsic, kernel="linear"), lambda n: [randn(n, 3)], once=False
-    ),
+    "pairwise_hsic, linear": Call(partial(metrics.pairwise_hsic, kernel="linear"), lambda n: [randn(n, 3)], once=False),
     "dhsic": Call(
         lambda x, y, z, w: metrics.dhsic(x, y, z, bandwidth=w),
         lambda n: [randn(n, 3), randn(n, 2), randn(n, 1), one()],

@@ -96,8 +96,11 @@ def test_positives_out_of_range_are_seen_through_vmap():
 def test_functional_call():
     """Modules with given parameters, of which the gradients come."""
     a, b = torch.randn(2, 6, 4)
-    for module in (losses.NTXentLoss(nn.Parameter(torch.tensor(0.5))), losses.SpectralContrastiveLoss(nn.Parameter(torch.ones(1)))):
-        (name, p), = module.named_parameters()
+    for module in (
+        losses.NTXentLoss(nn.Parameter(torch.tensor(0.5))),
+        losses.SpectralContrastiveLoss(nn.Parameter(torch.ones(1))),
+    ):
+        ((name, p),) = module.named_parameters()
         ours = grad(lambda p, module=module, name=name: functional_call(module, {name: p}, (a, b)))(p.detach() * 0.6)
         with torch.no_grad():
             p.mul_(0.6)

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._rows import check_eps, precision, unit_rows
+from ..ops._rows import check_eps, least_length, precision, unit_rows
 from ..train import distributed
 from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown, shown_last
 
@@ -54,7 +54,7 @@ def nt_xent_loss(
             All views of a sample are on one rank. A bank does not travel: rows meet that of their own rank.
 
     Returns:
-        The loss, a scalar in float32, or in float64 if a view is float64; so is all arithmetic.
+        The loss, a scalar in float32, or in float64 if a view or the bank is float64; so is all arithmetic.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -69,16 +69,13 @@ def nt_xent_loss(
         _check_settings(temperature, inside, decoupled, eps, a)
 
     counts = joint_rows(peers, 2 if decoupled and negatives is None else 1, check, *views)
-    dtype = precision(*views)
+    dtype = precision(*views) if negatives is None else precision(a, b, negatives)
     c = inverse(temperature, dtype)
     if negatives is not None:
         x, y, bank = (unit_rows(z, dtype, eps) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], against(x, bank, scale=c), inside, decoupled)
         return mean(rows, counts, peers)
-    if all(view.dtype == a.dtype for view in views):
-        z = unit_rows(torch.stack(views), dtype, eps)
-    else:
-        z = torch.stack([unit_rows(view, dtype, eps) for view in views])
+    z = _unit_views(views, dtype, eps)
     count, n = z.shape[:2]
     samples, keys = torch.arange(n, device=z.device).repeat(count), None
     labels: Tensor | tuple[Tensor, Tensor] = samples
@@ -117,6 +114,14 @@ def _check_settings(temperature: object, inside: object, decoupled: object, eps:
     _checks.flag("inside", inside)
     _checks.flag("decoupled", decoupled)
     check_eps(eps)
+
+
+def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
+    """(V, N, D), by one pass where eps is that of all views. In `dtype` first: autocast stacks no dtype but its own."""
+    kinds = {least_length(view, eps) for view in views}
+    if len(kinds) == 1:
+        return unit_rows(torch.stack([view.to(dtype) for view in views]), dtype, kinds.pop())
+    return torch.stack([unit_rows(view, dtype, eps) for view in views])
 
 
 def _positives(z: Tensor) -> Tensor:

@@ -117,6 +117,7 @@ def hsic(
     _check_settings(kernel, estimator, bandwidth)
     _check_paired([("x", x), ("y", y)], _least_rows(estimator))
     n, dtype = x.shape[-2], precision(x, y)
+    x, y = _of_one_dtype((x, y))
     if kernel == "linear":
         xc, yc = _centred(x), _centred(y)
         # equal by ||X'Y||_F^2 = <XX', YY'>_F; of the two, the one with less work also fits in the inputs' memory
@@ -130,6 +131,7 @@ def hsic(
         return found[..., 0, 0].to(dtype)
     scales = _scales(bandwidth, [("x", x), ("y", y)])
     width = max(x.shape[-1], y.shape[-1])
+    # autocast does not let float16 be stacked where its own dtype is bfloat16, nor the other way around
     stack = torch.stack([torch.nn.functional.pad(z.to(dtype), (0, width - z.shape[-1])) for z in (x, y)], -3)
     gram, rows = _rbf_sums(stack, torch.stack(scales, -1))
     sums = [rows[..., :1, :], rows[..., 1:, :]]
@@ -228,8 +230,9 @@ def dhsic(
     if peers is not None:
         return _joint_dhsic(named, bandwidth, peers)
     _check_variables(named, 2)
-    scales = _scales(bandwidth, named)
     dtype = precision(*variables)
+    variables = _of_one_dtype(variables)
+    scales = _scales(bandwidth, [(name, v) for (name, _), v in zip(named, variables, strict=True)])
     # centred before they are rounded again: a common mean costs no digits
     units = [_centred(v) * c.sqrt()[..., None, None] for v, c in zip(variables, scales, strict=True)]
     joint = pairwise_reduce(torch.cat(units, -1).to(dtype), kernel="rbf", reduction="sum").double()
@@ -238,6 +241,13 @@ def dhsic(
     means = torch.stack(sums) / n
     out = joint.mean(-1) / n + means.mean(-1).prod(0) - 2 * means.prod(0).mean(-1)
     return out.to(dtype)
+
+
+def _of_one_dtype(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As they are if they agree, or in the precision of the result, in which their medians are then taken, too."""
+    if len({v.dtype for v in variables}) == 1:
+        return variables
+    return tuple(v.to(precision(*variables)) for v in variables)
 
 
 def _joint_hsic(x: Tensor, y: Tensor, kernel: str, estimator: str, bandwidth: Any, peers: Peers) -> Tensor:

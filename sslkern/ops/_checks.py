@@ -84,7 +84,7 @@ def beside(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got(value)}.")
 
 
 def non_negative(name: str, value: object) -> float:
@@ -123,7 +123,7 @@ def setting(name: str, value: object, x: Tensor | None = None, least: float = -i
 
 def flag(name: str, value: object) -> None:
     if value is not True and value is not False:
-        raise TypeError(f"{name} must be True or False, got {value!r}.")
+        raise TypeError(f"{name} must be True or False, got {got(value)}.")
 
 
 def coefficient(name: str, value: object, x: Tensor | None = None, above: float = -inf, zero: bool = True) -> None:
@@ -220,6 +220,11 @@ def columns(name: str, value: Tensor, rows: int, k: int | None, of: str, x: Tens
         raise TypeError(f"{name} must have the dtype of {of}, {short(x.dtype)}, got {short(value.dtype)}.")
     if value.device != x.device:
         raise ValueError(f"{name} and {of} must be on the same device, got {value.device} and {x.device}.")
+
+
+def got(value: object) -> str:
+    """What a sentence says of a value: of a tensor no numbers, which take many lines."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def short(dtype: torch.dtype) -> str:

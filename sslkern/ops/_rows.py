@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..reference.columns import accumulation_dtype
+from . import _checks
 from ._autograd import Op, first_order
 
 EPS = 1e-12  # shorter rows are divided by this, as torch.nn.functional.normalize does
@@ -25,7 +26,14 @@ def precision(*rows: Tensor) -> torch.dtype:
 def check_eps(eps: object) -> None:
     """eps must be None or a number that a row can be divided by."""
     if eps is not None and (isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= eps < inf):
-        raise ValueError(f"eps must be None or a finite number >= {LEAST_EPS}, got {eps!r}.")
+        raise ValueError(f"eps must be None or a finite number >= {LEAST_EPS}, got {_checks.got(eps)}.")
+
+
+def least_length(z: Tensor, eps: float | None) -> float:
+    """eps, or where none is given, that of the dtype."""
+    if eps is not None:
+        return eps
+    return HALF_EPS if z.dtype == torch.float16 else EPS
 
 
 def unit_rows(z: Tensor, dtype: torch.dtype | None = None, eps: float | None = None) -> Tensor:
@@ -35,8 +43,7 @@ def unit_rows(z: Tensor, dtype: torch.dtype | None = None, eps: float | None = N
     than eps. It takes three passes, where that of `torch.nn.functional.normalize` takes ten unless a compiler joins
     them.
     """
-    if eps is None:
-        eps = HALF_EPS if z.dtype == torch.float16 else EPS
+    eps = least_length(z, eps)
     z = z.to(accumulation_dtype(z) if dtype is None else dtype)
     if torch.compiler.is_compiling():
         return torch.nn.functional.normalize(z, dim=-1, eps=eps)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from math import inf
 from numbers import Real
 from typing import Literal, get_args
 
@@ -272,6 +273,8 @@ def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
         return _checks.per_slice("scale", scale, x, dtype).contiguous()
     if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
+    if not -inf < scale < inf:
+        raise ValueError(f"scale must be a finite number or a torch.Tensor, got {scale!r}.")
     return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
 
 
