@@ -144,7 +144,8 @@ def total(function: Callable[..., Any]) -> Callable[..., Tensor]:
     def scalar(*tensors: Tensor) -> Tensor:
         out = function(*tensors)
         parts = [o.reshape(-1) for o in (out if isinstance(out, tuple) else (out,))]
-        return sum((p * torch.linspace(1, 2, p.numel(), dtype=p.dtype)).masked_fill(p.isinf(), 0).sum() for p in parts)
+        weighed = [p * (1 + torch.arange(p.numel()).to(p.dtype).sin() / 2) for p in parts]
+        return sum(p.masked_fill(p.isinf(), 0).sum() for p in weighed)
 
     return scalar
 
