@@ -1,4 +1,4 @@
-"""Every public function over pairs of rows in its settings, of tensors that a test may lay out, stack, map or compile."""
+"""Every public function over pairs of rows, in its settings: of tensors that a test lays out, maps or compiles."""
 
 from __future__ import annotations
 

@@ -47,7 +47,7 @@ def info_nce_loss(
         q: (N, D) queries; float32, bfloat16, float16 or float64; any strides; N >= 1.
         k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are negatives.
         temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
-        scale: a number or a floating tensor of one element, with a gradient; where given, it replaces 1 / temperature,
+        scale: a number, or a floating tensor of one element, with a gradient; where given, it replaces 1 / temperature,
             as CLIP's exp(logit_scale).
         positives: int64 (N,), the p(i); with a group, places among the rank's own keys.
         symmetric: CLIP's loss, the mean of this one and that of the keys against the queries, from one pass; M = N.
