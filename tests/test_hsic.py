@@ -234,7 +234,7 @@ def test_gradcheck(estimator):
     check = torch.autograd.gradcheck
     assert check(lambda x, y, *w: hsic(x, y, estimator=estimator, bandwidth=w), (x, y, *widths))
     assert check(lambda x, y: hsic(x, y, "linear", estimator), (x, y))
-    assert check(lambda x, w: pairwise_hsic(x, "rbf", estimator, w[:, None], True), (x, widths[0]))
+    assert check(lambda x, w: pairwise_hsic(x, "rbf", estimator, w[:, None], normalized=True), (x, widths[0]))
     assert check(lambda x, y, *w: dhsic(x, y, x, bandwidth=(*w, 1.0)), (x, y, *widths))
     assert check(lambda x, s, b, w: kernel_matmul(x, s, b, bandwidth=w), (x, b, y, widths[0]))
 
@@ -262,7 +262,8 @@ BAD = {
     "one row": (ValueError, "x must have at least 2 rows (N), got shape (1, 3)", lambda: hsic(X[:1], X[:1], "linear")),
     "three": (ValueError, "x must have at least 4 rows (N)", lambda: hsic(X[:3], X[:3], estimator="unbiased")),
     "rows": (ValueError, "the rows of x, got shapes (6, 3) for x and (4, 3) for y", lambda: hsic(X, X[:4])),
-    "dtype": (TypeError, "x and y must have the same dtype", lambda: hsic(X, X.double())),
+    "kind": (TypeError, "y must be float32, float64", lambda: hsic(X, X.long())),
+    "normalized": (TypeError, "normalized must be True or False", lambda: pairwise_hsic(X, normalized=1)),
     "device": (ValueError, "x and y must be on the same device", lambda: hsic(X, X.to("meta"))),
     "bandwidth 0": (ValueError, "bandwidth must be a finite number > 0", lambda: hsic(X, X, bandwidth=0)),
     "bandwidth NaN": (ValueError, "bandwidth must be a finite number > 0", lambda: hsic(X, X, bandwidth=(NAN, 1.0))),
@@ -281,7 +282,7 @@ BAD = {
     "matmul kernel": (ValueError, "kernel must be one of", lambda: kernel_matmul(X, X, X, "linear")),
     "matmul s": (ValueError, "s must have the leading dimensions and the columns", lambda: kernel_matmul(X, X.T, X)),
     "matmul b": (ValueError, "b must have shape (6, P) for s", lambda: kernel_matmul(X, X, X[:4])),
-    "matmul dtype": (TypeError, "x and s must have the same dtype", lambda: kernel_matmul(X, X.double(), X)),
+    "matmul bool": (ValueError, "bandwidth is for kernel='rbf'", lambda: kernel_matmul(X, X, X, "dot", True)),
     "matmul device": (ValueError, "b and x must be on the same", lambda: kernel_matmul(X, X, X.to("meta"))),
     "matmul bandwidth": (ValueError, "bandwidth is for kernel='rbf'", lambda: kernel_matmul(X, X, X, "dot", 2.0)),
 }

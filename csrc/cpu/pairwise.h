@@ -12,6 +12,15 @@
 
 namespace sslkern {
 
+// Kernels index contiguous memory; any other layout is copied first.
+inline Tensor dense(const Tensor& t) {
+  return t.is_contiguous() ? t : stable::contiguous(t);
+}
+
+inline std::optional<Tensor> dense(const std::optional<Tensor>& t) {
+  return t.has_value() ? std::make_optional(dense(*t)) : std::nullopt;
+}
+
 constexpr int64_t kPairRows = 256;                         // of a side, at most
 constexpr int64_t kOthers = 1, kSame = 2, kDifferent = 4;  // bits of a mask
 

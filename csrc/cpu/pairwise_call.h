@@ -17,14 +17,14 @@ struct Call {
 
   Call(const Tensor& x, const std::optional<Tensor>& y, const Tensor& scale, const Labels& x_labels,
        const Labels& y_labels, int64_t mask, const std::string& kernel)
-      : x(x),
-        y(y.has_value() ? *y : x),
-        scale(scale),
+      : x(dense(x)),
+        y(y.has_value() ? dense(*y) : this->x),
+        scale(dense(scale)),
         own(!y.has_value()),
         squared(kernel == "sqeuclidean" || kernel == "rbf"),
         kernel(kernel),
-        x_labels(x_labels),
-        y_labels(own ? x_labels : y_labels),
+        x_labels(dense(x_labels)),
+        y_labels(own ? this->x_labels : dense(y_labels)),
         mask(mask) {}
 
   int64_t n() const {

@@ -126,7 +126,8 @@ void for_group_slices(const Tensor& x, const F& f) {
              [&](int64_t s) { is_double(x) ? f.template operator()<double>(s) : f.template operator()<float>(s); });
 }
 
-std::tuple<Tensor, Tensor> pairwise_gram_fwd(const Tensor x, const Tensor scale, const std::string kernel) {
+std::tuple<Tensor, Tensor> pairwise_gram_fwd(const Tensor x_any, const Tensor scale_any, const std::string kernel) {
+  const Tensor x = dense(x_any), scale = dense(scale_any);
   const int64_t count = x.size(-3), n = x.size(-2);
   Shape lead = stacked(x, {});
   lead.push_back(count);
@@ -170,11 +171,12 @@ void gram_gradients(const Tensor& x, const Tensor& scale, const std::string& ker
   for (int64_t g = 0; g < count; ++g) gradients[g].write(grad + g * n * d, nullptr);
 }
 
-Tensor pairwise_gram_bwd(const Tensor grad_gram, const Tensor grad_sums, const Tensor x, const Tensor scale,
+Tensor pairwise_gram_bwd(const Tensor grad_gram, const Tensor grad_sums, const Tensor x_any, const Tensor scale_any,
                          const std::string kernel) {
+  const Tensor x = dense(x_any), scale = dense(scale_any);
   const int64_t count = x.size(-3), n = x.size(-2), d = x.size(-1);
   Tensor grad = fresh(x, stacked(x, {n, d}), x.scalar_type());
-  const Tensor of_gram = stable::contiguous(grad_gram), of_sums = stable::contiguous(grad_sums);
+  const Tensor of_gram = dense(grad_gram), of_sums = dense(grad_sums);
   for_group_slices(x, [&]<class T>(int64_t s) {
     gram_gradients<T>(x, scale, kernel, s, data<double>(of_gram) + s * count * count,
                       data<double>(of_sums) + s * count * n, data<T>(grad) + s * count * n * d);

@@ -163,11 +163,10 @@ std::tuple<Tensor, Tensor> pairwise_logsumexp_bwd(const Tensor grad_rows, const 
   const Call c(x, y, scale, x_labels, y_labels, mask, kernel);
   const int64_t n = c.n(), m = c.m();
   const auto [grad_x, grad_y] = room_for_gradients(c, need_x, need_y);
-  const Tensor g = stable::contiguous(grad_rows), h = stable::contiguous(grad_columns);
+  const Tensor g = dense(grad_rows), h = dense(grad_columns), rows = dense(over_rows), cols = dense(over_columns);
   c.for_each_slice([&]<class T>(int64_t s) {
-    logsumexp_gradients<T>(c, s, columns, at<T>(g, s, n), at<T>(h, s, m), at<T>(over_rows, s, n),
-                           at<T>(over_columns, s, m), need_x, need_y, at<T>(grad_x, s, n * c.d()),
-                           at<T>(grad_y, s, m * c.d()));
+    logsumexp_gradients<T>(c, s, columns, at<T>(g, s, n), at<T>(h, s, m), at<T>(rows, s, n), at<T>(cols, s, m), need_x,
+                           need_y, at<T>(grad_x, s, n * c.d()), at<T>(grad_y, s, m * c.d()));
   });
   return {grad_x, grad_y};
 }

@@ -58,8 +58,9 @@ Tensor pairwise_matmul_fwd(const Tensor x, const std::optional<Tensor> y, const 
   const Call c(x, y, scale, x_labels, y_labels, mask, kernel);
   const int64_t p = rhs.has_value() ? rhs->size(-1) : 1;
   Tensor out = fresh(x, stacked(x, {c.n(), p}), x.scalar_type());
+  const std::optional<Tensor> right = dense(rhs);
   c.for_each_slice([&]<class T>(int64_t s) {
-    matmul<T>(c, s, rhs.has_value() ? data<T>(*rhs) + s * c.m() * p : nullptr, p, data<T>(out) + s * c.n() * p);
+    matmul<T>(c, s, right.has_value() ? data<T>(*right) + s * c.m() * p : nullptr, p, data<T>(out) + s * c.n() * p);
   });
   return out;
 }
@@ -131,12 +132,13 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_matmul_bwd(const Tensor grad, const 
   const Call c(x, y, scale, x_labels, y_labels, mask, kernel);
   const auto [grad_x, grad_y] = room_for_gradients(c, need_x, need_y);
   const int64_t n = c.n(), m = c.m(), d = c.d(), p = grad.size(-1);
-  const bool given = rhs.has_value();
+  const std::optional<Tensor> right = dense(rhs);
+  const bool given = right.has_value();
   const Tensor grad_rhs = fresh(x, given && need_rhs ? stacked(x, {m, p}) : Shape{0}, x.scalar_type());
-  const Tensor g = stable::contiguous(grad);
+  const Tensor g = dense(grad);
   c.for_each_slice([&]<class T>(int64_t s) {
-    matmul_gradients<T>(c, s, at<T>(g, s, n * p), given ? at<T>(*rhs, s, m * p) : nullptr, p, need_x, need_y && !c.own,
-                        at<T>(grad_x, s, n * d), at<T>(grad_y, s, m * d), at<T>(grad_rhs, s, m * p));
+    matmul_gradients<T>(c, s, at<T>(g, s, n * p), given ? at<T>(*right, s, m * p) : nullptr, p, need_x,
+                        need_y && !c.own, at<T>(grad_x, s, n * d), at<T>(grad_y, s, m * d), at<T>(grad_rhs, s, m * p));
   });
   return {grad_x, grad_y, grad_rhs};
 }

@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from ..ops import _joint
 from ..ops.pairwise_reduce import pairwise_reduce
-from ..reference.columns import accumulation_dtype
+from ..train import distributed
 from ..train.distributed import Peers
 
 
@@ -50,13 +50,13 @@ def row_products(x: Tensor, y: Tensor) -> Tensor:
     return (x * y).sum(-1)
 
 
-def converted(value: float | Tensor, x: Tensor) -> float | Tensor:
-    """A coefficient in the precision of the loss of x."""
-    return value.to(accumulation_dtype(x)) if isinstance(value, Tensor) else value
+def converted(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    """A coefficient in the precision of the loss, without dimensions."""
+    return value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
 
 
-def inverse(temperature: float | Tensor, x: Tensor) -> float | Tensor:
-    return 1 / converted(temperature, x)
+def inverse(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
+    return 1 / converted(temperature, dtype)
 
 
 def cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
@@ -66,3 +66,8 @@ def cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
 
 def shown(value: float | Tensor | None) -> str:
     return repr(value.detach() if isinstance(value, Tensor) else value)
+
+
+def shown_last(eps: float | None, group: distributed.Group) -> str:
+    """What a module's `extra_repr` says of the settings that are seldom given."""
+    return ("" if eps is None else f", eps={eps!r}") + distributed.shown(group)

@@ -7,11 +7,21 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks, _joint
-from ..ops._rows import unit_rows
-from ..reference.columns import accumulation_dtype
+from ..ops._rows import check_eps, precision, unit_rows
 from ..train import distributed
 from ..train.distributed import Peers
-from ._pairs import against, converted, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown
+from ._pairs import (
+    against,
+    converted,
+    cross_entropy,
+    inverse,
+    joint_rows,
+    least_rows,
+    mean,
+    row_products,
+    shown,
+    shown_last,
+)
 
 
 def info_nce_loss(
@@ -23,6 +33,7 @@ def info_nce_loss(
     positives: Tensor | None = None,
     symmetric: bool = False,
     normalize: bool = True,
+    eps: float | None = None,
     group: distributed.Group = None,
 ) -> Tensor:
     r"""The cross-entropy of the key p(i) of query i among all M keys, without the N x M logits.
@@ -34,12 +45,16 @@ def info_nce_loss(
 
     Args:
         q: (N, D) queries; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        k: (M, D) keys of q's dtype and device. Without `positives`, M >= N and p(i) = i: further keys are negatives.
-        temperature: a number other than 0, or a 0-dim tensor, with a gradient; dimensionless.
-        scale: where given, it replaces 1 / temperature, as CLIP's exp(logit_scale).
+        k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are negatives.
+        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
+        scale: a number, or a floating tensor of one element, with a gradient; where given, it replaces 1 / temperature,
+            as CLIP's exp(logit_scale).
         positives: int64 (N,), the p(i); with a group, places among the rank's own keys.
         symmetric: CLIP's loss, the mean of this one and that of the keys against the queries, from one pass; M = N.
         normalize: False takes the rows as they are.
+        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
+            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
+            of a row of zeros stays in float16's range.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
             mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
@@ -48,7 +63,7 @@ def info_nce_loss(
             differ between ranks. Of `symmetric`, sums over columns are joined, 2 M numbers: no query travels.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+        The loss, a scalar in float32, or in float64 if q or k is float64; so is all arithmetic.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. The range of `positives` is looked at on a CPU only. With
@@ -60,13 +75,12 @@ def info_nce_loss(
 
     def check() -> None:
         _check(q, k, positives, symmetric, least_rows(peers))
-        _checks.coefficient("temperature", temperature, q, zero=False)
-        if scale is not None:
-            _checks.coefficient("scale", scale, q)
+        _check_settings(temperature, scale, symmetric, normalize, eps, q)
 
     counts = joint_rows(peers, 1, check, q, k)
-    c = inverse(temperature, q) if scale is None else converted(scale, q)
-    x, y = (unit_rows(z) if normalize else z.to(accumulation_dtype(z)) for z in (q, k))
+    dtype = precision(q, k)
+    c = inverse(temperature, dtype) if scale is None else converted(scale, dtype)
+    x, y = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (q, k))
     keys = y
     if peers is not None:
         keys = distributed.own_first(y, counts if symmetric else _joint.rows(peers, 1, lambda: None, k), peers)
@@ -101,7 +115,7 @@ def _own_columns(columns: Tensor, counts: tuple[int, ...], peers: Peers) -> Tens
 def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, least: int) -> None:
     _checks.matrix("q", q, least)
     _checks.matrix("k", k, least)
-    _checks.alike("q", q, "k", k)
+    _checks.beside("q", q, "k", k)
     shapes = f"got shapes {tuple(q.shape)} for q and {tuple(k.shape)} for k."
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q and k must have the same columns (D), {shapes}")
@@ -113,6 +127,19 @@ def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, leas
             _checks.below("positives", positives, k.shape[0])
     elif k.shape[0] < q.shape[0]:
         raise ValueError(f"k must have a row for every row of q unless positives says which, {shapes}")
+
+
+def _check_settings(
+    temperature: object, scale: object, symmetric: object, normalize: object, eps: object, x: Tensor | None
+) -> None:
+    _checks.coefficient("temperature", temperature, x, zero=False)
+    if scale is not None:
+        _checks.coefficient("scale", scale, x)
+    _checks.flag("symmetric", symmetric)
+    _checks.flag("normalize", normalize)
+    check_eps(eps)
+    if eps is not None and not normalize:
+        raise ValueError(f"eps is for normalize=True, which divides rows by their length, got eps={eps!r}.")
 
 
 class InfoNCELoss(nn.Module):
@@ -128,11 +155,14 @@ class InfoNCELoss(nn.Module):
         scale: float | Tensor | None = None,
         symmetric: bool = False,
         normalize: bool = True,
+        eps: float | None = None,
         group: distributed.Group = None,
     ) -> None:
         super().__init__()
+        _check_settings(temperature, scale, symmetric, normalize, eps, None)
+        distributed.peers_of(group)
         self.temperature, self.scale = temperature, scale
-        self.symmetric, self.normalize, self.group = symmetric, normalize, group
+        self.symmetric, self.normalize, self.eps, self.group = symmetric, normalize, eps, group
 
     def forward(
         self, q: Tensor, k: Tensor, *, scale: float | Tensor | None = None, positives: Tensor | None = None
@@ -145,11 +175,12 @@ class InfoNCELoss(nn.Module):
             positives=positives,
             symmetric=self.symmetric,
             normalize=self.normalize,
+            eps=self.eps,
             group=self.group,
         )
 
     def extra_repr(self) -> str:
         return (
             f"temperature={shown(self.temperature)}, scale={shown(self.scale)}, symmetric={self.symmetric}, "
-            f"normalize={self.normalize}{distributed.shown(self.group)}"
+            f"normalize={self.normalize}{shown_last(self.eps, self.group)}"
         )

@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 
 from ..ops import _checks
-from ..ops._rows import unit_rows
+from ..ops._rows import check_eps, least_length, precision, unit_rows
 from ..train import distributed
-from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown
+from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown, shown_last
 
 
 def nt_xent_loss(
@@ -22,6 +22,7 @@ def nt_xent_loss(
     inside: bool = False,
     negatives: Tensor | None = None,
     decoupled: bool = False,
+    eps: float | None = None,
     group: distributed.Group = None,
 ) -> Tensor:
     r"""The cross-entropy of finding the other views of a sample, without the 2N x 2N matrix of similarities.
@@ -36,13 +37,16 @@ def nt_xent_loss(
     losses keep their digits.
 
     Args:
-        a, b: (N, D) views; same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        temperature: a number other than 0, or a 0-dim tensor, with a gradient; dimensionless.
+        a, b: (N, D) views; same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
+        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
         others: further views, as a and b.
         inside: sum over a sample's positives inside the logarithm.
         negatives: (K, D), a memory bank of any of the dtypes. Rows of a alone are then compared, with b's row as the
             positive and the bank as negatives, and averaged over N. The bank's gradient is computed if it requires one.
         decoupled: as above; needs negatives, N >= 2 or a bank.
+        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
+            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
+            of a row of zeros stays in float16's range.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
             mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
@@ -50,7 +54,7 @@ def nt_xent_loss(
             All views of a sample are on one rank. A bank does not travel: rows meet that of their own rank.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+        The loss, a scalar in float32, or in float64 if a view or the bank is float64; so is all arithmetic.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -62,16 +66,16 @@ def nt_xent_loss(
 
     def check() -> None:
         _check(a, b, others, negatives, decoupled and peers is None, least_rows(peers))
-        _checks.coefficient("temperature", temperature, a, zero=False)
+        _check_settings(temperature, inside, decoupled, eps, a)
 
     counts = joint_rows(peers, 2 if decoupled and negatives is None else 1, check, *views)
-    c = inverse(temperature, a)
+    dtype = precision(*views) if negatives is None else precision(a, b, negatives)
+    c = inverse(temperature, dtype)
     if negatives is not None:
-        x, y = unit_rows(a), unit_rows(b)
-        bank = unit_rows(negatives.to(x.dtype))
+        x, y, bank = (unit_rows(z, dtype, eps) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], against(x, bank, scale=c), inside, decoupled)
         return mean(rows, counts, peers)
-    z = unit_rows(torch.stack(views))
+    z = _unit_views(views, dtype, eps)
     count, n = z.shape[:2]
     samples, keys = torch.arange(n, device=z.device).repeat(count), None
     labels: Tensor | tuple[Tensor, Tensor] = samples
@@ -91,7 +95,7 @@ def _check(
     _checks.matrix("a", a, least)
     for name, view in (("b", b), *((f"others[{i}]", view) for i, view in enumerate(others))):
         _checks.matrix(name, view, least)
-        _checks.same("a", a, name, view)
+        _checks.same_shape("a", a, name, view)
     if negatives is not None:
         _checks.matrix("negatives", negatives)
         if negatives.shape[1] != a.shape[1] or negatives.device != a.device:
@@ -103,6 +107,21 @@ def _check(
             raise ValueError(f"negatives go with the two views a and b, got {len(others)} others.")
     elif decoupled and a.shape[0] < 2:
         raise ValueError(f"decoupled=True needs negatives: a bank or at least 2 rows (N), got shape {tuple(a.shape)}.")
+
+
+def _check_settings(temperature: object, inside: object, decoupled: object, eps: object, x: Tensor | None) -> None:
+    _checks.coefficient("temperature", temperature, x, zero=False)
+    _checks.flag("inside", inside)
+    _checks.flag("decoupled", decoupled)
+    check_eps(eps)
+
+
+def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
+    """(V, N, D), by one pass where eps is that of all views. In `dtype` first: autocast stacks no dtype but its own."""
+    kinds = {least_length(view, eps) for view in views}
+    if len(kinds) == 1:
+        return unit_rows(torch.stack([view.to(dtype) for view in views]), dtype, kinds.pop())
+    return torch.stack([unit_rows(view, dtype, eps) for view in views])
 
 
 def _positives(z: Tensor) -> Tensor:
@@ -130,10 +149,14 @@ class NTXentLoss(nn.Module):
         *,
         inside: bool = False,
         decoupled: bool = False,
+        eps: float | None = None,
         group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.temperature, self.inside, self.decoupled, self.group = temperature, inside, decoupled, group
+        _check_settings(temperature, inside, decoupled, eps, None)
+        distributed.peers_of(group)
+        self.temperature, self.inside, self.decoupled, self.eps = temperature, inside, decoupled, eps
+        self.group = group
 
     def forward(
         self, a: Tensor, b: Tensor, *, others: Sequence[Tensor] = (), negatives: Tensor | None = None
@@ -146,9 +169,10 @@ class NTXentLoss(nn.Module):
             inside=self.inside,
             negatives=negatives,
             decoupled=self.decoupled,
+            eps=self.eps,
             group=self.group,
         )
 
     def extra_repr(self) -> str:
         settings = f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}"
-        return settings + distributed.shown(self.group)
+        return settings + shown_last(self.eps, self.group)

@@ -7,9 +7,9 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
-from ..ops._rows import unit_rows
+from ..ops._rows import check_eps, precision, unit_rows
 from ..train import distributed
-from ._pairs import against, converted, joint_rows, least_rows, mean, row_products, shown
+from ._pairs import against, converted, joint_rows, least_rows, mean, row_products, shown, shown_last
 
 
 def sigmoid_loss(
@@ -18,6 +18,7 @@ def sigmoid_loss(
     scale: float | Tensor = 10.0,
     bias: float | Tensor = -10.0,
     *,
+    eps: float | None = None,
     group: distributed.Group = None,
 ) -> Tensor:
     r"""Every pair of rows of a and b as a decision, equal sample or not, without the N x N logits.
@@ -27,9 +28,12 @@ def sigmoid_loss(
              = 1/N [sum_{i != j} softplus(t_ij) + sum_i softplus(-t_ii)]
 
     Args:
-        a, b: (N, D); same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        scale, bias: numbers, or 0-dim tensors, with a gradient; dimensionless. The paper learns both, and scale by its
-            logarithm: scale=log_scale.exp().
+        a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
+        scale, bias: numbers, or floating tensors of one element, with a gradient; dimensionless. The paper learns both,
+            and scale by its logarithm: scale=log_scale.exp().
+        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
+            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
+            of a row of zeros stays in float16's range.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
             mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
@@ -37,7 +41,7 @@ def sigmoid_loss(
             Rows of b travel.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+        The loss, a scalar in float32, or in float64 if a or b is float64; so is all arithmetic.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -49,13 +53,13 @@ def sigmoid_loss(
     def check() -> None:
         _checks.matrix("a", a, least_rows(peers))
         _checks.matrix("b", b, least_rows(peers))
-        _checks.same("a", a, "b", b)
-        _checks.coefficient("scale", scale, a)
-        _checks.coefficient("bias", bias, a)
+        _checks.same_shape("a", a, "b", b)
+        _check_settings(scale, bias, eps, a)
 
     counts = joint_rows(peers, 1, check, a, b)
-    scale, bias = converted(scale, a), converted(bias, a)
-    x, y = unit_rows(a), unit_rows(b)
+    dtype = precision(a, b)
+    scale, bias = converted(scale, dtype), converted(bias, dtype)
+    x, y = unit_rows(a, dtype, eps), unit_rows(b, dtype, eps)
     positive = scale * row_products(x, y) + bias
     # the bias is one more column: its gradient is then that of a product
     if peers is not None:
@@ -66,6 +70,12 @@ def sigmoid_loss(
     return mean(negative - F.logsigmoid(positive), counts, peers)
 
 
+def _check_settings(scale: object, bias: object, eps: object, x: Tensor | None) -> None:
+    _checks.coefficient("scale", scale, x)
+    _checks.coefficient("bias", bias, x)
+    check_eps(eps)
+
+
 class SigmoidLoss(nn.Module):
     """`sigmoid_loss` as a module; it holds its settings, each of which may be an `nn.Parameter`.
 
@@ -73,13 +83,20 @@ class SigmoidLoss(nn.Module):
     """
 
     def __init__(
-        self, scale: float | Tensor = 10.0, bias: float | Tensor = -10.0, *, group: distributed.Group = None
+        self,
+        scale: float | Tensor = 10.0,
+        bias: float | Tensor = -10.0,
+        *,
+        eps: float | None = None,
+        group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.scale, self.bias, self.group = scale, bias, group
+        _check_settings(scale, bias, eps, None)
+        distributed.peers_of(group)
+        self.scale, self.bias, self.eps, self.group = scale, bias, eps, group
 
     def forward(self, a: Tensor, b: Tensor, *, scale: float | Tensor | None = None) -> Tensor:
-        return sigmoid_loss(a, b, self.scale if scale is None else scale, self.bias, group=self.group)
+        return sigmoid_loss(a, b, self.scale if scale is None else scale, self.bias, eps=self.eps, group=self.group)
 
     def extra_repr(self) -> str:
-        return f"scale={shown(self.scale)}, bias={shown(self.bias)}{distributed.shown(self.group)}"
+        return f"scale={shown(self.scale)}, bias={shown(self.bias)}{shown_last(self.eps, self.group)}"

@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
-from math import inf
-
+import torch
 from torch import Tensor, linalg, nn
 
 from ..ops import _checks
-from ..reference.columns import accumulation_dtype, without_autocast
+from ..ops._rows import precision
+from ..reference.columns import without_autocast
 from ..train import distributed
-from ._pairs import joint_rows, least_rows, mean, row_products
+from ._pairs import converted, joint_rows, least_rows, mean, row_products, shown
 
 
-def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float = 1.0, *, group: distributed.Group = None) -> Tensor:
+def spectral_contrastive_loss(
+    a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *, group: distributed.Group = None
+) -> Tensor:
     r"""The spectral contrastive loss of two views, from the smaller of the N x N and the D x D products.
 
         loss = [-2 mean_i <a_i, b_i> + sum_{i != j} <a_i, b_j>^2 / (N (N - 1))] / mu
@@ -27,15 +29,16 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float = 1.0, *, group: d
     the rows the transport's.
 
     Args:
-        a, b: (N, D); same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        mu: the largest squared length of a row, > 0, in units of a^2.
+        a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
+        mu: the largest squared length of a row, in units of a^2: a number > 0, or a floating tensor of one element,
+            with a gradient.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
             mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
             DistributedDataParallel does, are those of the joint batch.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+        The loss, a scalar in float32, or in float64 if a or b is float64; so is all arithmetic.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -47,13 +50,14 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float = 1.0, *, group: d
     def check() -> None:
         _checks.matrix("a", a, least_rows(peers))
         _checks.matrix("b", b, least_rows(peers))
-        _checks.same("a", a, "b", b)
-        if isinstance(mu, bool) or not isinstance(mu, int | float) or not 0 < mu < inf:
-            raise ValueError(f"mu must be a finite number > 0, got {mu!r}.")
+        _checks.same_shape("a", a, "b", b)
+        _checks.coefficient("mu", mu, a, above=0)
 
     counts = joint_rows(peers, 1, check, a, b)
     n, d = a.shape if peers is None else (sum(counts), a.shape[1])
-    x, y = _clipped(a, mu**0.5), _clipped(b, mu**0.5)
+    dtype = precision(a, b)
+    mu = converted(mu, dtype)
+    x, y = (_clipped(z.to(dtype), mu**0.5) for z in (a, b))
     diagonal = row_products(x, y)
     loss = -2 * mean(diagonal, counts, peers)
     if peers is not None and n > 1:
@@ -73,20 +77,22 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float = 1.0, *, group: d
     return loss / mu
 
 
-def _clipped(z: Tensor, length: float) -> Tensor:
-    z = z.to(accumulation_dtype(z))
-    return z * (length / linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(length))
+def _clipped(z: Tensor, length: float | Tensor) -> Tensor:
+    norm = linalg.vector_norm(z, dim=-1, keepdim=True)
+    return z * (length / (torch.maximum(norm, length) if isinstance(length, Tensor) else norm.clamp_min(length)))
 
 
 class SpectralContrastiveLoss(nn.Module):
-    """`spectral_contrastive_loss` as a module; it holds its setting and no state."""
+    """`spectral_contrastive_loss` as a module; it holds its settings, of which mu may be an `nn.Parameter`."""
 
-    def __init__(self, mu: float = 1.0, *, group: distributed.Group = None) -> None:
+    def __init__(self, mu: float | Tensor = 1.0, *, group: distributed.Group = None) -> None:
         super().__init__()
+        _checks.coefficient("mu", mu, above=0)
+        distributed.peers_of(group)
         self.mu, self.group = mu, group
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return spectral_contrastive_loss(a, b, self.mu, group=self.group)
 
     def extra_repr(self) -> str:
-        return f"mu={self.mu}{distributed.shown(self.group)}"
+        return f"mu={shown(self.mu)}{distributed.shown(self.group)}"

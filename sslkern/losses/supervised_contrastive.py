@@ -7,10 +7,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ..ops import _checks
-from ..ops._rows import unit_rows
+from ..ops._rows import check_eps, precision, unit_rows
 from ..train import distributed
 from ..train.distributed import Peers
-from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, row_products, shown
+from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, row_products, shown, shown_last
 
 
 def supervised_contrastive_loss(
@@ -20,6 +20,7 @@ def supervised_contrastive_loss(
     temperature: float | Tensor = 0.1,
     *,
     inside: bool = False,
+    eps: float | None = None,
     group: distributed.Group = None,
 ) -> Tensor:
     r"""The cross-entropy of finding a row's positives among all other rows, without the N x N matrix.
@@ -36,8 +37,11 @@ def supervised_contrastive_loss(
         labels: int64 (N,); P(i) are the other rows of i's label. Any numbers: they need not be small or contiguous.
         positives: int64 (N, P) instead, with the row indices of P(i), all different and not i; -1 fills up. With a
             group, they are places among the rank's own rows; labels find positives on all ranks.
-        temperature: a number other than 0, or a 0-dim tensor, with a gradient; dimensionless.
+        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
         inside: sum over the positives inside the logarithm.
+        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
+            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
+            of a row of zeros stays in float16's range.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
             mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
@@ -56,10 +60,10 @@ def supervised_contrastive_loss(
 
     def check() -> None:
         _check(z, labels, positives, least_rows(peers))
-        _checks.coefficient("temperature", temperature, z, zero=False)
+        _check_settings(temperature, inside, eps, z)
 
     counts = joint_rows(peers, 1, check, z)
-    c, u = inverse(temperature, z), unit_rows(z)
+    c, u = inverse(temperature, precision(z)), unit_rows(z, eps=eps)
     keys = None if peers is None else distributed.own_first(u, counts, peers)
     if positives is not None:
         return _of_indices(u, positives, c, inside, keys, peers)
@@ -78,6 +82,12 @@ def _check(z: Tensor, labels: Tensor | None, positives: Tensor | None, least: in
         _checks.indices("positives", positives, z, (z.shape[0], "P"))
         if z.shape[0]:
             _checks.below("positives", positives, z.shape[0], low=-1)
+
+
+def _check_settings(temperature: object, inside: object, eps: object, x: Tensor | None) -> None:
+    _checks.coefficient("temperature", temperature, x, zero=False)
+    _checks.flag("inside", inside)
+    check_eps(eps)
 
 
 def _inside_labels(
@@ -149,13 +159,22 @@ class SupervisedContrastiveLoss(nn.Module):
     """`supervised_contrastive_loss` as a module; it holds its settings; the temperature may be an `nn.Parameter`."""
 
     def __init__(
-        self, temperature: float | Tensor = 0.1, *, inside: bool = False, group: distributed.Group = None
+        self,
+        temperature: float | Tensor = 0.1,
+        *,
+        inside: bool = False,
+        eps: float | None = None,
+        group: distributed.Group = None,
     ) -> None:
         super().__init__()
-        self.temperature, self.inside, self.group = temperature, inside, group
+        _check_settings(temperature, inside, eps, None)
+        distributed.peers_of(group)
+        self.temperature, self.inside, self.eps, self.group = temperature, inside, eps, group
 
     def forward(self, z: Tensor, labels: Tensor | None = None, positives: Tensor | None = None) -> Tensor:
-        return supervised_contrastive_loss(z, labels, positives, self.temperature, inside=self.inside, group=self.group)
+        return supervised_contrastive_loss(
+            z, labels, positives, self.temperature, inside=self.inside, eps=self.eps, group=self.group
+        )
 
     def extra_repr(self) -> str:
-        return f"temperature={shown(self.temperature)}, inside={self.inside}{distributed.shown(self.group)}"
+        return f"temperature={shown(self.temperature)}, inside={self.inside}{shown_last(self.eps, self.group)}"

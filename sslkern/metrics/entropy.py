@@ -13,6 +13,7 @@ from ..ops.kernel_matmul import rbf_scale
 from ..ops.pairwise_reduce import pairwise_reduce
 
 Estimator = Literal["logdet", "moment", "diagonal", "pairwise-kl", "pairwise-bhattacharyya"]
+_ESTIMATORS = get_args(Estimator)
 
 
 def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 1.0) -> Tensor:
@@ -34,8 +35,8 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 1.
         estimator: as above.
-        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a tensor of them that broadcasts
-            to the leading dimensions, with a gradient.
+        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a floating tensor of one, or of
+            several that broadcasts to the leading dimensions, with a gradient.
 
     Returns:
         (...), in nats, float32 (float64 for float64); differentiable, once for the pairwise ones; NaN where z has NaN
@@ -48,7 +49,7 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     Estimating mixture entropy with pairwise distances (1706.02419); Ma et al., Segmentation of multivariate mixed data
     via lossy data coding and compression (2007), for the coding rate.
     """
-    _checks.one_of("estimator", estimator, get_args(Estimator))
+    _checks.one_of("estimator", estimator, _ESTIMATORS)
     _checks.matrix_stack("z", z, min_rows=1)
     precision = 2 * rbf_scale("noise", noise, z)  # 1/noise^2
     n, d = z.shape[-2:]
@@ -63,7 +64,8 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     else:
         scale = -precision / (2 if estimator == "pairwise-kl" else 8)
         near = pairwise_reduce(z, kernel="sqeuclidean", reduction="logsumexp", scale=scale)
-        out = of_noise + math.log(n) - near.double().mean(-1)
+        # by a tensor: the logarithm of a symbolic N would make it a constant
+        out = of_noise + near.new_full((), n, dtype=torch.float64).log() - near.double().mean(-1)
     return out.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ..ops import _checks, _joint
+from ..ops._rows import precision
 from ..ops.kernel_matmul import rbf_scale
 from ..ops.pairwise_reduce import pairwise_reduce
 from ..train import distributed
@@ -15,6 +16,8 @@ from ..train.distributed import Peers
 
 Kernel = Literal["rbf", "linear"]
 Estimator = Literal["biased", "unbiased"]
+_LIBRARY, _OPS = torch.library.Library("sslkern", "FRAGMENT"), torch.ops.sslkern
+_KERNELS, _ESTIMATORS = get_args(Kernel), get_args(Estimator)
 _MOST_ROWS = 1000  # of the median heuristic: half a million distances
 
 
@@ -36,14 +39,29 @@ def median_bandwidth(x: Tensor) -> Tensor:
     Source: Gretton et al., A kernel two-sample test (2012), section 8.
     """
     _checks.matrix_stack("x", x, min_rows=2)
-    n, d = x.shape[-2:]
-    rows = x.detach().to(_result_dtype(x))
+    n = x.shape[-2]
+    rows = x.detach().to(precision(x))
     if n > _MOST_ROWS:
         rows = rows[..., torch.arange(_MOST_ROWS, device=x.device) * n // _MOST_ROWS, :]
-    # slice by slice: the distances of a stack of features together would outgrow everything else
-    medians = [torch.pdist(part).median() for part in rows.reshape(-1, rows.shape[-2], d)]
-    median = torch.stack(medians).view(x.shape[:-2]) if medians else rows.new_empty(x.shape[:-2])
+    median = _OPS.median_distance(rows)
     return torch.where(median == 0, 1, median)
+
+
+def _median_distance(rows: Tensor) -> Tensor:
+    """Slice by slice: the distances of a stack of features together would outgrow everything else."""
+    medians = [torch.pdist(part).median() for part in rows.reshape(-1, *rows.shape[-2:])]
+    return torch.stack(medians).view(rows.shape[:-2]) if medians else rows.new_empty(rows.shape[:-2])
+
+
+# An op, for the loop over the slices is not to be unrolled by a compiler, and pdist knows neither stacks nor vmap.
+_LIBRARY.define("median_distance(Tensor rows) -> Tensor")
+_LIBRARY.impl("median_distance", _median_distance, "CompositeExplicitAutograd")
+torch.library.register_fake("sslkern::median_distance", lambda rows: rows.new_empty(rows.shape[:-2]), lib=_LIBRARY)
+torch.library.register_vmap(
+    "sslkern::median_distance",
+    lambda info, dims, rows: (_OPS.median_distance(rows.movedim(dims[0], 0)), 0),
+    lib=_LIBRARY,
+)
 
 
 def hsic(
@@ -70,11 +88,11 @@ def hsic(
 
     Args:
         x: (..., N, D1), float32, bfloat16, float16 or float64, any strides; N >= 2, and N >= 4 when unbiased.
-        y: (..., N, D2), of x's leading dimensions, N, dtype and device.
+        y: (..., N, D2), of x's leading dimensions, N and device, in any of these dtypes.
         kernel: "rbf" or "linear".
         estimator: "biased", which is >= 0, or "unbiased", which may be negative.
-        bandwidth: for "rbf", in units of x and y: a number > 0, or a tensor of them that broadcasts to (...), with a
-            gradient; or None for `median_bandwidth`; or a pair of these, for x and for y.
+        bandwidth: for "rbf", in units of x and y: a number > 0, or a floating tensor of one, or of several that
+            broadcasts to (...), with a gradient; or None for `median_bandwidth`; or a pair of these, for x and for y.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and
             every rank returns the number of the joint batch, and so does their mean; so gradients averaged over the
@@ -84,8 +102,8 @@ def hsic(
             added up.
 
     Returns:
-        (...), float32 (float64 for float64); dimensionless for "rbf", in units of x^2 y^2 for "linear"; differentiable
-        by x and y, once for "rbf". The bandwidth of None is a constant to the gradient.
+        (...), float32, or float64 if x or y is float64; dimensionless for "rbf", in units of x^2 y^2 for "linear";
+        differentiable by x and y, once for "rbf". The bandwidth of None is a constant to the gradient.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -98,7 +116,8 @@ def hsic(
         return _joint_hsic(x, y, kernel, estimator, bandwidth, peers)
     _check_settings(kernel, estimator, bandwidth)
     _check_paired([("x", x), ("y", y)], _least_rows(estimator))
-    n = x.shape[-2]
+    n, dtype = x.shape[-2], precision(x, y)
+    x, y = _of_one_dtype((x, y))
     if kernel == "linear":
         xc, yc = _centred(x), _centred(y)
         # equal by ||X'Y||_F^2 = <XX', YY'>_F; of the two, the one with less work also fits in the inputs' memory
@@ -109,14 +128,15 @@ def hsic(
         diagonals = [z.square().sum(-1)[..., None, :] for z in (xc, yc)]
         sums = [torch.zeros_like(q) for q in diagonals]  # of centred rows
         found = _combine(product[..., None, None], sums, diagonals, estimator)
-        return found[..., 0, 0].to(_result_dtype(x))
+        return found[..., 0, 0].to(dtype)
     scales = _scales(bandwidth, [("x", x), ("y", y)])
     width = max(x.shape[-1], y.shape[-1])
-    stack = torch.stack([torch.nn.functional.pad(z, (0, width - z.shape[-1])) for z in (x, y)], -3)
+    # autocast does not let float16 be stacked where its own dtype is bfloat16, nor the other way around
+    stack = torch.stack([torch.nn.functional.pad(z.to(dtype), (0, width - z.shape[-1])) for z in (x, y)], -3)
     gram, rows = _rbf_sums(stack, torch.stack(scales, -1))
     sums = [rows[..., :1, :], rows[..., 1:, :]]
     found = _combine(gram[..., :1, 1:], sums, [torch.ones_like(r) for r in sums], estimator)
-    return found[..., 0, 0].to(_result_dtype(x))
+    return found[..., 0, 0].to(dtype)
 
 
 def pairwise_hsic(
@@ -124,6 +144,7 @@ def pairwise_hsic(
     kernel: Kernel = "rbf",
     estimator: Estimator = "biased",
     bandwidth: float | Tensor | None = None,
+    *,
     normalized: bool = False,
 ) -> Tensor:
     r"""HSIC of every pair of single features: entry (i, j) is `hsic(z[:, i:i+1], z[:, j:j+1])`.
@@ -135,8 +156,8 @@ def pairwise_hsic(
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides; N >= 2, and N >= 4 when unbiased.
         kernel, estimator: as in `hsic`.
-        bandwidth: for "rbf", in units of z: a number > 0, or a tensor of them that broadcasts to (..., D), with a
-            gradient; or None for the `median_bandwidth` of each feature.
+        bandwidth: for "rbf", in units of z: a number > 0, or a floating tensor of one, or of several that broadcasts to
+            (..., D), with a gradient; or None for the `median_bandwidth` of each feature.
         normalized: as above.
 
     Returns:
@@ -148,6 +169,7 @@ def pairwise_hsic(
     Source: Mialon et al., Variance-covariance regularization enforces pairwise independence (2209.14905).
     """
     _check_settings(kernel, estimator, bandwidth)
+    _checks.flag("normalized", normalized)
     _checks.matrix_stack("z", z, min_rows=_least_rows(estimator))
     if isinstance(bandwidth, tuple):
         raise TypeError("bandwidth must be a number, a torch.Tensor or None for all features, got a tuple.")
@@ -166,7 +188,7 @@ def pairwise_hsic(
         norm = own.masked_fill(none, 1).sqrt()
         out = out / (norm[..., :, None] * norm[..., None, :])
         out = out.masked_fill(none[..., :, None] | none[..., None, :], 0)
-    return out.to(_result_dtype(z))
+    return out.to(precision(z))
 
 
 def dhsic(
@@ -184,10 +206,10 @@ def dhsic(
     variables side by side, so each term is a streamed sum, in O(N sum D) memory; products are taken in float64.
 
     Args:
-        variables: two or more (..., N, D_d) of the same leading dimensions, N >= 2, dtype and device; float32,
-            bfloat16, float16 or float64, any strides.
-        bandwidth: in units of the variables: a number > 0, or a tensor of them that broadcasts to (...), with a
-            gradient; or None for `median_bandwidth`; or a tuple with one of these for each variable.
+        variables: two or more (..., N, D_d) of the same leading dimensions, N >= 2, and device; each float32, bfloat16,
+            float16 or float64, any strides.
+        bandwidth: in units of the variables: a number > 0, or a floating tensor of one, or of several that broadcasts
+            to (...), with a gradient; or None for `median_bandwidth`; or a tuple with one of these for each variable.
         group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
             `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and
             every rank returns the number of the joint batch, and so does their mean; so gradients averaged over the
@@ -196,7 +218,7 @@ def dhsic(
             of its own ones.
 
     Returns:
-        (...), float32 (float64 for float64), dimensionless, >= 0, differentiable once by the variables.
+        (...), float32, or float64 if a variable is float64; dimensionless, >= 0, differentiable once by the variables.
 
     Raises:
         TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
@@ -208,8 +230,9 @@ def dhsic(
     if peers is not None:
         return _joint_dhsic(named, bandwidth, peers)
     _check_variables(named, 2)
-    scales = _scales(bandwidth, named)
-    dtype = _result_dtype(variables[0])
+    dtype = precision(*variables)
+    variables = _of_one_dtype(variables)
+    scales = _scales(bandwidth, [(name, v) for (name, _), v in zip(named, variables, strict=True)])
     # centred before they are rounded again: a common mean costs no digits
     units = [_centred(v) * c.sqrt()[..., None, None] for v, c in zip(variables, scales, strict=True)]
     joint = pairwise_reduce(torch.cat(units, -1).to(dtype), kernel="rbf", reduction="sum").double()
@@ -218,6 +241,13 @@ def dhsic(
     means = torch.stack(sums) / n
     out = joint.mean(-1) / n + means.mean(-1).prod(0) - 2 * means.prod(0).mean(-1)
     return out.to(dtype)
+
+
+def _of_one_dtype(variables: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    """As they are if they agree, or in the precision of the result, in which their medians are then taken, too."""
+    if len({v.dtype for v in variables}) == 1:
+        return variables
+    return tuple(v.to(precision(*variables)) for v in variables)
 
 
 def _joint_hsic(x: Tensor, y: Tensor, kernel: str, estimator: str, bandwidth: Any, peers: Peers) -> Tensor:
@@ -243,7 +273,7 @@ def _joint_hsic(x: Tensor, y: Tensor, kernel: str, estimator: str, bandwidth: An
             grams = [z @ e.mT for z, e in zip(ours, every, strict=True)]
             product = distributed.summed((grams[0] * grams[1]).sum((-2, -1)), peers)
         if not unbiased:  # row sums of centred rows are 0
-            return (product / (n - 1) ** 2).to(_result_dtype(x))
+            return (product / (n - 1) ** 2).to(precision(x, y))
         squares = [z.square().sum(-1) for z in ours]
         both = (squares[0] * squares[1]).sum(-1)
         parts = torch.stack([both, *(q.sum(-1) for q in squares)], -1)
@@ -257,7 +287,7 @@ def _joint_hsic(x: Tensor, y: Tensor, kernel: str, estimator: str, bandwidth: An
             joint, sums = joint + 1, [r + 1 for r in sums]
         parts = torch.stack([joint.sum(-1), (sums[0] * sums[1]).sum(-1), *(r.sum(-1) for r in sums)], -1)
         product, rows, *totals = distributed.summed(parts, peers).unbind(-1)
-    return _formula(product, rows, totals[0] * totals[1], n, estimator).to(_result_dtype(x))
+    return _formula(product, rows, totals[0] * totals[1], n, estimator).to(precision(x, y))
 
 
 def _joint_dhsic(named: list[tuple[str, Tensor]], bandwidth: Any, peers: Peers) -> Tensor:
@@ -275,15 +305,15 @@ def _joint_dhsic(named: list[tuple[str, Tensor]], bandwidth: Any, peers: Peers) 
     parts = torch.stack([joint.sum(-1), means.prod(0).sum(-1), *means.sum(-1).unbind()], -1)
     total, mixed, *each = (distributed.summed(parts, peers) / n).unbind(-1)
     out = total / n + torch.stack(each).prod(0) - 2 * mixed
-    return out.to(_result_dtype(every[0]))
+    return out.to(every[0].dtype)
 
 
 def _gathered(variables: list[Tensor], counts: tuple[int, ...], peers: Peers) -> list[Tensor]:
     """The rows of all ranks, in rank order and in the dtype of the result, by one collective."""
-    x = variables[0]
-    if x.dtype in (torch.bfloat16, torch.float16):
-        peers = peers._replace(transport=x.dtype)  # without loss; their gradients come back in float32
-    side_by_side = torch.cat([v.to(_result_dtype(v)) for v in variables], -1)
+    kinds, dtype = {v.dtype for v in variables}, precision(*variables)
+    if kinds in ({torch.bfloat16}, {torch.float16}):
+        peers = peers._replace(transport=variables[0].dtype)  # without loss; their gradients come back in float32
+    side_by_side = torch.cat([v.to(dtype) for v in variables], -1)
     return list(distributed.gathered(side_by_side, counts, peers).split([v.shape[-1] for v in variables], -1))
 
 
@@ -371,8 +401,8 @@ def _given(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor | Non
 
 
 def _check_settings(kernel: str, estimator: str, bandwidth: object) -> None:
-    _checks.one_of("kernel", kernel, get_args(Kernel))
-    _checks.one_of("estimator", estimator, get_args(Estimator))
+    _checks.one_of("kernel", kernel, _KERNELS)
+    _checks.one_of("estimator", estimator, _ESTIMATORS)
     if kernel != "rbf" and bandwidth is not None:
         raise ValueError(f"bandwidth is for kernel='rbf', got one with kernel={kernel!r}.")
 
@@ -384,7 +414,7 @@ def _check_variables(named: list[tuple[str, Tensor]], least: int) -> None:
 
 
 def _check_paired(named: list[tuple[str, Tensor]], least: int) -> None:
-    """All must be (..., N, D) with the leading dimensions, the N, the dtype and the device of the first."""
+    """All must be (..., N, D) with the leading dimensions, the N and the device of the first."""
     first, x = named[0]
     for name, z in named:
         _checks.matrix_stack(name, z, min_rows=least)
@@ -393,12 +423,8 @@ def _check_paired(named: list[tuple[str, Tensor]], least: int) -> None:
                 f"{name} must have the leading dimensions and the rows of {first}, "
                 f"got shapes {tuple(x.shape)} for {first} and {tuple(z.shape)} for {name}."
             )
-        _checks.alike(first, x, name, z)
+        _checks.beside(first, x, name, z)
 
 
 def _least_rows(estimator: str) -> int:
     return 4 if estimator == "unbiased" else 2
-
-
-def _result_dtype(z: Tensor) -> torch.dtype:
-    return torch.float64 if z.dtype == torch.float64 else torch.float32

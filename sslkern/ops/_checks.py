@@ -54,22 +54,37 @@ def matrix(name: str, z: object, min_rows: int = 1) -> None:
 
 def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Both views must agree in shape, dtype and device."""
+    same_shape(name_a, a, name_b, b)
+    _same_dtype(name_a, a, name_b, b)
+
+
+def same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Both views must agree in shape and device; their dtypes may differ."""
     if a.shape != b.shape:
         raise ValueError(f"{name_a} and {name_b} must have the same shape, got {tuple(a.shape)} and {tuple(b.shape)}.")
-    alike(name_a, a, name_b, b)
+    beside(name_a, a, name_b, b)
 
 
 def alike(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     """Both must agree in dtype and device."""
-    if a.device != b.device:
-        raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
+    beside(name_a, a, name_b, b)
+    _same_dtype(name_a, a, name_b, b)
+
+
+def _same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
     if a.dtype != b.dtype:
         raise TypeError(f"{name_a} and {name_b} must have the same dtype, got {short(a.dtype)} and {short(b.dtype)}.")
 
 
+def beside(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
+    """Both must be on one device; their dtypes may differ."""
+    if a.device != b.device:
+        raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
+
+
 def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
     if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {value!r}.")
+        raise ValueError(f"{name} must be one of {', '.join(map(repr, choices))}, got {got(value)}.")
 
 
 def non_negative(name: str, value: object) -> float:
@@ -107,20 +122,33 @@ def setting(name: str, value: object, x: Tensor | None = None, least: float = -i
     return number
 
 
-def coefficient(name: str, value: object, x: Tensor, zero: bool = True) -> None:
-    """value must be a finite number, or a tensor of one on the device of x; not the number 0 unless `zero`."""
-    expected = f"a finite number{'' if zero else ' other than 0'} or a floating 0-dim torch.Tensor"
+def flag(name: str, value: object) -> None:
+    if value is not True and value is not False:
+        raise TypeError(f"{name} must be True or False, got {got(value)}.")
+
+
+def coefficient(name: str, value: object, x: Tensor | None = None, above: float = -inf, zero: bool = True) -> None:
+    """value must be a finite number > `above`, not 0 unless `zero`; or a floating tensor of one, on the device of x.
+
+    What a tensor holds is not looked at: on a GPU that would be a host sync.
+    """
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
-        if value.dim():
-            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
-        if value.device != x.device:
+            raise TypeError(f"{name} must be {_number(above, zero)}, got a tensor of {short(value.dtype)}.")
+        if value.numel() != 1:
+            raise ValueError(f"{name} must be {_number(above, zero)}, got shape {tuple(value.shape)}.")
+        if x is not None and value.device != x.device:
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
-    elif isinstance(value, bool) or not isinstance(value, int | float):
-        raise TypeError(f"{name} must be {expected}, got {type(value).__name__}.")
-    elif not -inf < value < inf or not (zero or value):
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    elif isinstance(value, bool) or not isinstance(value, Real):
+        raise TypeError(f"{name} must be {_number(above, zero)}, got {type(value).__name__}.")
+    elif not above < value < inf or not (zero or value):
+        raise ValueError(f"{name} must be {_number(above, zero)}, got {value!r}.")
+
+
+def _number(above: float, zero: bool) -> str:
+    """What `coefficient` takes, in words."""
+    least = "" if above == -inf else f" > {above}"
+    return f"a finite number{least}{'' if zero else ' other than 0'} or a floating torch.Tensor of one element"
 
 
 def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -> None:
@@ -144,8 +172,13 @@ def per_slice(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor
         raise TypeError(f"{name} must be a number or a floating tensor, got {short(value.dtype)}.")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of its rows, {x.device}, got {value.device}.")
-    pairs = zip(value.shape[::-1], lead[::-1], strict=False)
-    if value.dim() > len(lead) or any(size not in (1, n) for size, n in pairs):
+    if value.numel() == 1:  # of any number of dimensions
+        return value.to(dtype).reshape(()).expand(lead)
+    # sizes are compared one by one: `in` and `any` over symbolic ones are not what they are over numbers
+    fits = value.dim() <= len(lead)
+    for size, n in zip(value.shape[::-1], lead[::-1], strict=False):
+        fits = fits and (size == 1 or size == n)
+    if not fits:
         raise ValueError(f"{name} must broadcast to shape {tuple(lead)}, got shape {tuple(value.shape)}.")
     return value.to(dtype).expand(lead)
 
@@ -157,6 +190,8 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
     """Indices must be in [low, limit), where looking costs no host sync and breaks no graph: on a CPU, in eager."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
+        while torch._C._functorch.is_functorch_wrapped_tensor(value):
+            value = torch._C._functorch.get_unwrapped(value)  # all of a vmapped batch
         smallest, largest = (int(v) for v in value.aminmax())
         if smallest < low or largest >= limit:
             raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
@@ -186,6 +221,11 @@ def columns(name: str, value: Tensor, rows: int, k: int | None, of: str, x: Tens
         raise TypeError(f"{name} must have the dtype of {of}, {short(x.dtype)}, got {short(value.dtype)}.")
     if value.device != x.device:
         raise ValueError(f"{name} and {of} must be on the same device, got {value.device} and {x.device}.")
+
+
+def got(value: object) -> str:
+    """What a sentence says of a value: of a tensor no numbers, which take many lines."""
+    return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def short(dtype: torch.dtype) -> str:

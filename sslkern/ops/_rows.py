@@ -2,47 +2,70 @@
 
 from __future__ import annotations
 
+from math import inf
+from numbers import Real
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..reference.columns import accumulation_dtype
-from ._autograd import first_order
+from . import _checks
+from ._autograd import Op, first_order
 
-EPS = 1e-12  # a shorter row is divided by this
+EPS = 1e-12  # shorter rows are divided by this, as torch.nn.functional.normalize does
+HALF_EPS = 1e-3  # for float16, in which a gradient beyond 65504 is inf: that of a row of zeros is divided by eps
+LEAST_EPS = 1e-30  # anything smaller might be 0 in float32
 
 
-def unit_rows(z: Tensor) -> Tensor:
-    """x = z/|z| along the last dimension, in float32 or float64; a row of zeros stays one.
+def precision(*rows: Tensor) -> torch.dtype:
+    """The dtype of what is computed from rows of several tensors: float64 if one of them is, and float32 otherwise."""
+    return torch.float64 if torch.float64 in [z.dtype for z in rows] else torch.float32
 
-    Its gradient, (g - x <x, g>)/|z|, takes three passes, where that of `torch.nn.functional.normalize` takes ten unless
-    a compiler joins them.
+
+def check_eps(eps: object) -> None:
+    """eps must be None or a number that a row can be divided by."""
+    if eps is not None and (isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= eps < inf):
+        raise ValueError(f"eps must be None or a finite number >= {LEAST_EPS}, got {_checks.got(eps)}.")
+
+
+def least_length(z: Tensor, eps: float | None) -> float:
+    """eps, or where none is given, that of the dtype."""
+    if eps is not None:
+        return eps
+    return HALF_EPS if z.dtype == torch.float16 else EPS
+
+
+def unit_rows(z: Tensor, dtype: torch.dtype | None = None, eps: float | None = None) -> Tensor:
+    """x = z / max(|z|, eps) along the last dimension, in `dtype`, by default float32 or float64; zeros stay zeros.
+
+    eps is 1e-12 by default, or 1e-3 where z is float16. The gradient is (g - x <x, g>)/|z|, and g/eps for rows shorter
+    than eps. It takes three passes, where that of `torch.nn.functional.normalize` takes ten unless a compiler joins
+    them.
     """
-    z = z.to(accumulation_dtype(z))
+    eps = least_length(z, eps)
+    z = z.to(accumulation_dtype(z) if dtype is None else dtype)
     if torch.compiler.is_compiling():
-        return torch.nn.functional.normalize(z, dim=-1, eps=EPS)
-    if torch.is_grad_enabled() and z.requires_grad:
-        return _UnitRows.apply(z)
-    return z / _lengths(z)
+        return torch.nn.functional.normalize(z, dim=-1, eps=eps)
+    return _UnitRows.apply(z, eps)[0]
 
 
-def _lengths(z: Tensor) -> Tensor:
-    return torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min(EPS)
-
-
-class _UnitRows(torch.autograd.Function):
+class _UnitRows(Op):
     @staticmethod
-    def forward(ctx: Any, z: Tensor) -> Tensor:
-        lengths = _lengths(z)
-        x = z / lengths
-        ctx.save_for_backward(x, lengths)
-        return x
+    def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor]:
+        lengths = torch.linalg.vector_norm(z, dim=-1, keepdim=True).clamp_min_(eps)
+        return z / lengths, lengths
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:
+        ctx.save_for_backward(*output)
+        ctx.eps = inputs[1]
+        ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @first_order
-    def backward(ctx: Any, grad: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, lengths = ctx.saved_tensors
         along = (x * grad).sum(-1, keepdim=True)
-        along.masked_fill_(lengths <= EPS, 0.0)  # the length is not the row's
-        return torch.addcmul(grad, x, along, value=-1).div_(lengths)
+        along.masked_fill_(lengths <= ctx.eps, 0.0)  # the length is not the row's
+        return torch.addcmul(grad, x, along, value=-1).div_(lengths), None

@@ -13,6 +13,7 @@ from . import _checks
 from .pairwise_reduce import pairwise_reduce
 
 Kernel = Literal["rbf", "dot", "cosine", "sqeuclidean"]
+_KERNELS = get_args(Kernel)
 
 
 def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
@@ -38,21 +39,21 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandw
 
     Args:
         x: (..., N, D), the new points; float32, bfloat16, float16 or float64, any strides, N >= 1.
-        s: (..., M, D), the support points, of x's leading dimensions, dtype and device; M >= 1.
+        s: (..., M, D), the support points, of x's leading dimensions and device, in any of these dtypes; M >= 1.
         b: (..., M, P), their coefficients, in any of these dtypes.
         kernel: as above.
-        bandwidth: for "rbf" alone, in units of x: a number > 0, or a tensor of them that broadcasts to the leading
-            dimensions, with a gradient.
+        bandwidth: for "rbf" alone, in units of x: a number > 0, or a floating tensor of one, or of several that
+            broadcasts to the leading dimensions, with a gradient.
 
     Returns:
-        (..., N, P), float32 (float64 for float64), differentiable once by x, s, b and a tensor bandwidth.
+        (..., N, P), float32, or float64 if x or s is float64; differentiable once by x, s, b and a tensor bandwidth.
 
     Raises:
         TypeError, ValueError: one sentence, before any work.
 
     Source: Kiani et al., Joint-embedding self-supervised learning in the kernel regime (2209.14884).
     """
-    _checks.one_of("kernel", kernel, get_args(Kernel))
+    _checks.one_of("kernel", kernel, _KERNELS)
     for name, z in (("x", x), ("s", s), ("b", b)):
         _checks.matrix_stack(name, z, min_rows=1)
     if s.shape[:-2] != x.shape[:-2] or s.shape[-1] != x.shape[-1]:
@@ -60,13 +61,13 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandw
             "s must have the leading dimensions and the columns of x, "
             f"got shapes {tuple(x.shape)} for x and {tuple(s.shape)} for s."
         )
-    _checks.alike("x", x, "s", s)
+    _checks.beside("x", x, "s", s)
     if b.shape[:-1] != s.shape[:-1]:
         expected = ", ".join(map(str, (*s.shape[:-1], "P")))
         raise ValueError(f"b must have shape ({expected}) for s of {tuple(s.shape)}, got {tuple(b.shape)}.")
     if b.device != x.device:
         raise ValueError(f"b and x must be on the same device, got {b.device} and {x.device}.")
-    if kernel != "rbf" and (isinstance(bandwidth, Tensor) or bandwidth != 1.0):
+    if kernel != "rbf" and (isinstance(bandwidth, Tensor | bool) or bandwidth != 1.0):
         raise ValueError(f"bandwidth is for kernel='rbf', got bandwidth={bandwidth!r} with kernel={kernel!r}.")
     scale = rbf_scale("bandwidth", bandwidth, x) if kernel == "rbf" else 1.0
     return pairwise_reduce(x, s, kernel=kernel, reduction="matmul", scale=scale, rhs=b)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from math import inf
+from numbers import Real
 from typing import Literal, get_args
 
 import torch
@@ -10,13 +12,19 @@ from torch import Tensor
 from ..backend import declare, pick
 from ..reference import pairwise_reduce as _reference
 from . import _checks
-from ._autograd import first_order
-from ._rows import unit_rows
+from ._autograd import Op, first_order
+from ._rows import precision, unit_rows
 
 Kernel = Literal["dot", "cosine", "sqeuclidean", "rbf", "softplus"]
 Reduction = Literal["logsumexp", "max", "sum", "matmul", "gram"]
 Mask = Literal["others", "same", "same others", "different"]
-_BITS = {"others": _reference.OTHERS, "same": _reference.SAME, "different": _reference.DIFFERENT}
+_MASKS: dict[str | None, int] = {
+    None: 0,
+    "others": _reference.OTHERS,
+    "same": _reference.SAME,
+    "same others": _reference.SAME | _reference.OTHERS,
+    "different": _reference.DIFFERENT,
+}
 _KERNELS: dict[str, tuple[str, ...]] = {
     "logsumexp": ("dot", "cosine", "sqeuclidean"),
     "max": ("dot", "cosine", "sqeuclidean"),
@@ -24,6 +32,7 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "matmul": get_args(Kernel),
     "gram": ("dot", "cosine", "sqeuclidean", "rbf"),
 }
+_ALL_KERNELS, _REDUCTIONS, _MASK_NAMES = get_args(Kernel), get_args(Reduction), get_args(Mask)
 _PAIRS = "Tensor x, Tensor? y, Tensor scale"
 _MASKED = "Tensor? x_labels, Tensor? y_labels"
 
@@ -65,16 +74,18 @@ def _scaled(ctx, scale: Tensor, inputs: list[tuple[Tensor | None, Tensor]]) -> t
     return grad_scale, [grad.mul_(scale[..., None, None]) if x is not None else grad for x, grad in inputs]
 
 
-class _LogSumExp(torch.autograd.Function):
+class _LogSumExp(Op):
     @staticmethod
-    def forward(ctx, x, y, scale, x_labels, y_labels, mask, kernel, columns):
-        settings = (mask, kernel, columns)
-        over_rows, over_columns = pick("pairwise_logsumexp_fwd", x)(x, y, scale, x_labels, y_labels, *settings)
-        ctx.save_for_backward(x, y, scale, x_labels, y_labels, over_rows, over_columns)
-        ctx.settings = settings
+    def forward(x, y, scale, x_labels, y_labels, mask, kernel, columns):
+        return pick("pairwise_logsumexp_fwd", x)(x, y, scale, x_labels, y_labels, mask, kernel, columns)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, mask, kernel, columns = inputs
+        ctx.save_for_backward(*tensors, *output)
+        ctx.settings = mask, kernel, columns
         if not columns:
-            ctx.mark_non_differentiable(over_columns)
-        return over_rows, over_columns
+            ctx.mark_non_differentiable(output[1])
 
     @staticmethod
     @first_order
@@ -89,12 +100,16 @@ class _LogSumExp(torch.autograd.Function):
         return (*(g if want else None for g, want in zip(grads, wanted[:2], strict=True)), grad_scale, *(None,) * 5)
 
 
-class _Matmul(torch.autograd.Function):
+class _Matmul(Op):
     @staticmethod
-    def forward(ctx, x, y, scale, rhs, x_labels, y_labels, mask, kernel):
-        ctx.save_for_backward(x, y, scale, rhs, x_labels, y_labels)
-        ctx.settings = (mask, kernel)
+    def forward(x, y, scale, rhs, x_labels, y_labels, mask, kernel):
         return pick("pairwise_matmul_fwd", x)(x, y, scale, rhs, x_labels, y_labels, mask, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *tensors, mask, kernel = inputs
+        ctx.save_for_backward(*tensors)
+        ctx.settings = mask, kernel
 
     @staticmethod
     @first_order
@@ -110,12 +125,15 @@ class _Matmul(torch.autograd.Function):
         return (*first, grad_scale, grad_rhs if wanted[3] else None, *(None,) * 4)
 
 
-class _Gram(torch.autograd.Function):
+class _Gram(Op):
     @staticmethod
-    def forward(ctx, x, _, scale, kernel):
-        ctx.save_for_backward(x, scale)
-        ctx.kernel = kernel
+    def forward(x, _, scale, kernel):
         return pick("pairwise_gram_fwd", x)(x, scale, kernel)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, _, scale, ctx.kernel = inputs
+        ctx.save_for_backward(x, scale)
 
     @staticmethod
     @first_order
@@ -163,11 +181,11 @@ def pairwise_reduce(
     Args:
         x: (..., N, D), for "gram" (..., G, N, D), where groups of fewer columns are filled up with zeros; float32,
             bfloat16, float16 or float64, any strides, N >= 1.
-        y: (..., M, D) of x's leading dimensions, dtype and device, or None.
+        y: (..., M, D) of x's leading dimensions and device, in any of these dtypes, or None.
         kernel: as above; "logsumexp" and "max" take "dot", "cosine" or "sqeuclidean", "gram" all but "softplus".
         reduction: as above.
-        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a tensor that broadcasts to
-            x's leading dimensions, with a gradient.
+        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a floating tensor of one
+            element, or one that broadcasts to x's leading dimensions, with a gradient.
         mask: None, or the pairs to keep: "others" has j != i, "same" equal labels, "same others" both, "different"
             unequal labels.
         labels: int64 (..., N), for x and y alike where y is None or as long as x; or a pair (..., N), (..., M).
@@ -175,9 +193,10 @@ def pairwise_reduce(
         both_sides: for "logsumexp" with a y: also over i, (..., M), from the same similarities.
 
     Returns:
-        As above, in float32 (float64 for float64), those of "gram" in float64, for they are about to cancel;
-        differentiable once by x, y, scale and rhs. Similarities of bfloat16 and float16 are those of the rounded
-        numbers, in float32.
+        As above, in float32, or float64 if x or y is float64; those of "gram" in float64, for they are about to
+        cancel; differentiable once by x, y, scale and rhs, and a second time only for "max". Similarities of bfloat16
+        and float16 are those of the rounded numbers, in float32. The rows of "cosine" are divided by their length or
+        by 1e-12, 1e-3 for float16, whichever is larger.
 
     Raises:
         TypeError, ValueError: one sentence, before any work.
@@ -185,8 +204,9 @@ def pairwise_reduce(
     Sources: Gao et al., gradient caching (2101.06983) and Cheng et al., Inf-CL (2410.17243) for losses by tiles;
     Gretton et al., HSIC (2005), and Mialon et al. (2209.14905) for the sums of kernels.
     """
-    _checks.one_of("kernel", kernel, get_args(Kernel))
-    _checks.one_of("reduction", reduction, get_args(Reduction))
+    _checks.one_of("kernel", kernel, _ALL_KERNELS)
+    _checks.one_of("reduction", reduction, _REDUCTIONS)
+    _checks.flag("both_sides", both_sides)
     if kernel not in _KERNELS[reduction]:
         allowed = ", ".join(map(repr, _KERNELS[reduction]))
         raise ValueError(f"reduction={reduction!r} takes one of the kernels {allowed}, got {kernel!r}.")
@@ -200,22 +220,19 @@ def pairwise_reduce(
         raise ValueError(f"rhs is for reduction='matmul', which needs it; got reduction={reduction!r}.")
     if reduction == "gram" and (x.dim() < 3 or y is not None or mask is not None):
         raise ValueError(f"reduction='gram' takes x (..., G, N, D) with no y and no mask, got shape {tuple(x.shape)}.")
-    c = _scale_of(x, scale)
-    x, y = _prepared(x, x, kernel), None if y is None else _prepared(y, x, kernel)
+    dtype = precision(x) if y is None else precision(x, y)
+    c = _scale_of(x, scale, dtype)
+    x, y = _prepared(x, x, kernel, dtype), None if y is None else _prepared(y, x, kernel, dtype)
     kernel = "dot" if kernel == "cosine" else kernel
     right = None if rhs is None else _rhs(rhs, x, x if y is None else y)
-    inputs = [z for z in (x, y, c, right) if z is not None]
-    grad = torch.is_grad_enabled() and any(z.requires_grad for z in inputs)
     if reduction == "max":
         return _max(x, y, c, x_labels, y_labels, bits, kernel)
     if reduction == "gram":
-        return _Gram.apply(x, None, c, kernel) if grad else pick("pairwise_gram_fwd", x)(x, c, kernel)
+        return _Gram.apply(x, None, c, kernel)
     if reduction == "logsumexp":
-        run = _LogSumExp.apply if grad else pick("pairwise_logsumexp_fwd", x)
-        both = run(x, y, c, x_labels, y_labels, bits, kernel, both_sides)
+        both = _LogSumExp.apply(x, y, c, x_labels, y_labels, bits, kernel, both_sides)
         return both if both_sides else both[0]
-    run = _Matmul.apply if grad else pick("pairwise_matmul_fwd", x)
-    out = run(x, y, c, right, x_labels, y_labels, bits, kernel)
+    out = _Matmul.apply(x, y, c, right, x_labels, y_labels, bits, kernel)
     return out if reduction == "matmul" else out.squeeze(-1)
 
 
@@ -226,7 +243,7 @@ def _check_y(x: Tensor, y: Tensor) -> None:
             "y must have the leading dimensions and the columns of x, "
             f"got shapes {tuple(x.shape)} for x and {tuple(y.shape)} for y."
         )
-    _checks.alike("x", x, "y", y)
+    _checks.beside("x", x, "y", y)
 
 
 def _mask(
@@ -234,11 +251,11 @@ def _mask(
 ) -> tuple[int, Tensor | None, Tensor | None]:
     """The bits of a mask, and the labels of both sides."""
     if mask is not None:
-        _checks.one_of("mask", mask, get_args(Mask))
+        _checks.one_of("mask", mask, _MASK_NAMES)
     by_label = mask is not None and mask != "others"
     if by_label != (labels is not None):
         raise ValueError(f"labels go with a mask of 'same', 'same others' or 'different', got mask={mask!r}.")
-    bits = sum(_BITS[word] for word in (mask or "").split())
+    bits = _MASKS[mask]
     if labels is None:
         return bits, None, None
     pair = labels if isinstance(labels, tuple) else (labels, labels)
@@ -250,23 +267,23 @@ def _mask(
     return bits, first, None if y is None else pair[1].contiguous()
 
 
-def _scale_of(x: Tensor, scale: float | Tensor) -> Tensor:
+def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """One number per slice of x, in the precision of the result."""
-    dtype = _reference.accumulation_dtype(x)
     if isinstance(scale, Tensor):
         return _checks.per_slice("scale", scale, x, dtype).contiguous()
-    if isinstance(scale, bool) or not isinstance(scale, int | float):
+    if isinstance(scale, bool) or not isinstance(scale, Real):
         raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
+    if not -inf < scale < inf:
+        raise ValueError(f"scale must be a finite number or a torch.Tensor, got {scale!r}.")
     return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
 
 
-def _prepared(z: Tensor, x: Tensor, kernel: str) -> Tensor:
+def _prepared(z: Tensor, x: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
     """What the kernels take: contiguous, in the precision of the result; normalised for the cosine, and centred for
     distances, which do not change by it and lose no digits to a common mean."""
-    dtype = _reference.accumulation_dtype(x)
-    z = z.to(dtype).contiguous()
     if kernel == "cosine":
-        z = unit_rows(z)
+        return unit_rows(z.contiguous(), dtype)
+    z = z.to(dtype).contiguous()
     if kernel in _reference.SQUARED:
         finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # or one bad row would spoil all others
         z = z - finite.mean(-2, keepdim=True)

@@ -16,8 +16,11 @@ _NUMBERS = 1 << 20  # of a slice of similarities, together
 
 
 def _share(x: Tensor, y: Tensor) -> Iterator[slice]:
+    n = x.shape[-2]
+    if not isinstance(n, int):  # symbolic: a loop would turn it into a constant, and a trace needs no memory
+        return iter([slice(0, n)])
     step = max(1, _NUMBERS // max(1, y.shape[:-1].numel()))
-    return (slice(i, min(x.shape[-2], i + step)) for i in range(0, x.shape[-2], step))
+    return (slice(i, min(n, i + step)) for i in range(0, n, step))
 
 
 def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str, own: bool) -> Tensor:

@@ -1,0 +1,164 @@
+"""Functions over pairs of rows through torch.func, differentiated twice, and compiled with symbolic sizes."""
+
+import pytest
+import torch
+from conftest import running_on
+from pairs import CALLS, detached, floating, total, value_and_gradients
+from torch import nn
+from torch.func import functional_call, grad, hessian, jacrev, vmap
+
+from sslkern import losses
+from sslkern.ops import pairwise_reduce
+
+CLOSE = {"rtol": 1e-9, "atol": 1e-11}
+
+
+@pytest.fixture(params=("reference", "native"), autouse=True)
+def on_each(request):
+    with running_on(request.param):
+        yield
+
+
+def slices_of(tensors, count=3):
+    """Stacks of like tensors: slice k is a little larger than the last one; whole numbers stay."""
+    return [torch.stack([t * (1 + 0.1 * k) if t.is_floating_point() else t for k in range(count)]) for t in tensors]
+
+
+def by_loop(function, stacks):
+    """The function of every slice, stacked."""
+    each = [function(*(s[k] for s in stacks)) for k in range(len(stacks[0]))]
+    return tuple(map(torch.stack, zip(*each, strict=True))) if isinstance(each[0], tuple) else torch.stack(each)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_grad_is_that_of_backward(name):
+    call = CALLS[name]
+    tensors = detached(call.tensors(9))
+    wanted = value_and_gradients(call.function, tensors)[1:]
+    for ours, exact in zip(grad(total(call.function), floating(tensors))(*tensors), wanted, strict=True):
+        torch.testing.assert_close(ours, exact, **CLOSE)
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_vmap_is_the_loop(name):
+    """Over all tensors, and over some at a dimension of its own; values, and gradients per sample."""
+    call = CALLS[name]
+    stacks = slices_of(detached(call.tensors(9)))
+    torch.testing.assert_close(vmap(call.function)(*stacks), by_loop(call.function, stacks), **CLOSE)
+    gradients = grad(total(call.function), floating(stacks))
+    wanted = by_loop(gradients, stacks)
+    torch.testing.assert_close(vmap(gradients)(*stacks), wanted, **CLOSE)
+    for mapped in range(len(stacks)):
+        some = [s if k == mapped else s[:1].expand_as(s) for k, s in enumerate(stacks)]
+        given = [s.movedim(0, -1) if k == mapped else s[0] for k, s in enumerate(stacks)]
+        dims = tuple(-1 if k == mapped else None for k in range(len(stacks)))
+        torch.testing.assert_close(vmap(gradients, dims)(*given), by_loop(gradients, some), **CLOSE)
+
+
+@pytest.mark.parametrize("name", ("logsumexp, cosine", "max", "matmul, rbf", "gram", "hsic", "nt_xent", "supervised"))
+def test_jacobians(name):
+    """Rows of the Jacobian are gradients: vmap of the backward alone."""
+    call = CALLS[name]
+    tensors = detached(call.tensors(5))
+
+    def flat(*given):
+        out = call.function(*given)
+        return torch.cat([o.reshape(-1) for o in out]) if isinstance(out, tuple) else out.reshape(-1)
+
+    places = floating(tensors)
+    leaves = [t.clone().requires_grad_() if k in places else t for k, t in enumerate(tensors)]
+    rows = [torch.autograd.grad(o, [leaves[k] for k in places], retain_graph=True) for o in flat(*leaves)]
+    for ours, wanted in zip(jacrev(flat, places)(*tensors), zip(*rows, strict=True), strict=True):
+        torch.testing.assert_close(ours, torch.stack(wanted), **CLOSE)
+
+
+def test_vmap_of_vmap_and_of_labels():
+    """Two mapped dimensions; labels that are mapped where the rows are not, and the other way around."""
+    x, ids = torch.randn(2, 3, 6, 4), torch.randint(3, (2, 3, 6))
+
+    def same(z, labels):
+        return pairwise_reduce(z, mask="same others", labels=labels)
+
+    twice = vmap(vmap(same))(x, ids)
+    assert torch.equal(twice, pairwise_reduce(x, mask="same others", labels=ids))
+    assert torch.equal(vmap(same, (None, 0))(x[0, 0], ids[0]), vmap(same)(x[0, :1].expand(3, 6, 4), ids[0]))
+    assert torch.equal(vmap(same, (0, None))(x[0], ids[0, 0]), vmap(same)(x[0], ids[0, :1].expand(3, 6)))
+
+
+def test_positives_out_of_range_are_seen_through_vmap():
+    q, k = torch.randn(2, 4, 3), torch.randn(2, 5, 3)
+    loss = vmap(lambda q, k, p: losses.info_nce_loss(q, k, positives=p))
+    assert loss(q, k, torch.full((2, 4), 4)).shape == (2,)
+    with pytest.raises(ValueError, match=r"positives must be in \[0, 5\)"):
+        loss(q, k, torch.full((2, 4), 5))
+
+
+def test_functional_call():
+    """Modules with given parameters, of which the gradients come."""
+    a, b = torch.randn(2, 6, 4)
+    for module in (
+        losses.NTXentLoss(nn.Parameter(torch.tensor(0.5))),
+        losses.SpectralContrastiveLoss(nn.Parameter(torch.ones(1))),
+    ):
+        ((name, p),) = module.named_parameters()
+        ours = grad(lambda p, module=module, name=name: functional_call(module, {name: p}, (a, b)))(p.detach() * 0.6)
+        with torch.no_grad():
+            p.mul_(0.6)
+        torch.testing.assert_close(ours, torch.autograd.grad(module(a, b), p)[0])
+
+
+@pytest.mark.parametrize("name", CALLS)
+def test_second_derivatives_are_right_or_refused(name):
+    """By the inputs and by the coefficients, alone and beside a term that has some; never silently 0."""
+    call = CALLS[name]
+    tensors = detached(call.tensors(5))
+    leaves = [t.requires_grad_() if t.is_floating_point() else t for t in tensors]
+    asked = [t for t in leaves if t.requires_grad]
+    if not call.once:
+        assert torch.autograd.gradgradcheck(total(call.function), leaves)
+        return
+    for beside in (False, True):
+        value = total(call.function)(*leaves)
+        if beside:
+            value = value + sum(t.pow(3).sum() for t in asked)
+        for place, leaf in enumerate(asked):
+            (first,) = torch.autograd.grad(value, leaf, create_graph=True)
+            with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+                torch.autograd.grad(first.sum(), asked[place])
+
+
+def test_second_derivatives_through_torch_func():
+    """One sentence: hessian goes by forward mode, and grad of grad by a second backward."""
+    x = torch.randn(5, 3, dtype=torch.float64)
+    loss = lambda z: pairwise_reduce(z, mask="others").sum()  # noqa: E731
+    with pytest.raises(RuntimeError, match="differentiated once, not twice"):
+        grad(lambda z: grad(loss)(z).square().sum())(x)
+    with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):
+        hessian(loss)(x)
+
+
+GROUPS = 6  # of calls that are traced together
+LIKE_ANOTHER = ("nt_xent, cold", "nt_xent, negative", "sigmoid, warm", "spectral, long")  # but for a number
+
+
+@pytest.mark.parametrize("group", range(GROUPS))
+@pytest.mark.parametrize("on_each", ("native",), indirect=True)
+def test_one_graph_serves_every_size(group):
+    """dynamic=True, fullgraph=True: 20 sizes, values and gradients, of which none may lead to another trace."""
+    names = [name for name in CALLS if name not in LIKE_ANOTHER][group::GROUPS]
+
+    def together(given):
+        return [total(CALLS[name].function)(*tensors) for name, tensors in given.items()]
+
+    torch._dynamo.reset()
+    compiled = torch.compile(together, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in range(31, 51):
+        given = {name: detached(CALLS[name].tensors(n)) for name in names}
+        asked = [t.requires_grad_() for tensors in given.values() for t in tensors if t.is_floating_point()]
+        with torch._dynamo.config.patch(error_on_recompile=n > 31):
+            ours = compiled(given)
+        gradients = torch.autograd.grad(sum(ours), asked)
+        if n in (31, 50):
+            wanted = together(given)
+            torch.testing.assert_close(ours, wanted, rtol=1e-6, atol=1e-8)
+            torch.testing.assert_close(gradients, torch.autograd.grad(sum(wanted), asked), rtol=1e-6, atol=1e-8)
