@@ -4,15 +4,18 @@ import itertools
 from functools import partial
 
 import pytest
+import test_batch_norm
 import torch
 import torch.nn.functional as F
-from test_batch_norm import backend, call, data, ours, skip_simulator, torchs  # noqa: F401
+from test_batch_norm import call, data, ours, skip_simulator, torchs
 from torch import nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.func import functional_call, grad, hessian, jacfwd, jacrev, stack_module_state, vjp, vmap
 
 from sslkern import ops
 from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm
+
+backend = test_batch_norm.backend
 
 
 def repeated(t):
@@ -100,7 +103,7 @@ SETTINGS = ({}, {"momentum": None}, {"affine": False}, {"track_running_stats": F
 @pytest.mark.parametrize("activation", (None, "relu"))
 @pytest.mark.parametrize("ours, theirs, shapes", EMPTY, ids=lambda v: getattr(v, "__name__", ""))
 def test_an_empty_batch(ours, theirs, shapes, activation, backend):
-    """As torch: an empty output, zero gradients, running statistics left alone, and the batch is counted in training."""
+    """As torch: an empty output, zero gradients, running statistics left alone, the batch counted in training."""
     for shape, settings, training in itertools.product(shapes, SETTINGS, (True, False)):
         states = []
         for layer in (ours(4, activation=activation, **settings), theirs(4, **settings)):

@@ -93,7 +93,7 @@ def test_signatures_are_torchs(ours, theirs, shape):
 
 @LAYERS
 def test_with_relu_it_is_two_layers_in_one_pass(ours, theirs, shape):
-    """Values and gradients have the bits of the one kernel and are those of both; children that are hooked are called."""
+    """Values and gradients are those of both, by one node of the graph; children that have hooks are called."""
     layer = used(ours(6, activation="relu"), shape)
     assert type(layer) is BatchNormReLU and type(layer[0]) is ours and type(layer[1]) is nn.ReLU
     x = torch.randn(shape)
@@ -195,7 +195,7 @@ def test_back_is_torchs_sequential():
 
 @LAYERS
 def test_state_dicts(ours, theirs, shape):
-    """A layer with a relu has the keys of nn.Sequential, and loads those of a bare batch norm as well, nested or not."""
+    """A layer with a relu has the keys of nn.Sequential, and loads those of a bare batch norm as well."""
     for wrap in (lambda m: m, lambda m: nn.ModuleDict({"bn1": m})):
         bare, target = (
             wrap(used(theirs(6).eval().train(theirs is not nn.SyncBatchNorm), shape, 1)),
@@ -366,7 +366,7 @@ def test_fx(activation):
     if activation is None:
         with pytest.raises(ValueError, match="in eval only"):
             torch.fx.symbolic_trace(BatchNorm1d(6))
-    with pytest.raises(TypeError, match="input must be a torch.Tensor"):
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor"):
         BatchNorm1d(6)([1.0])
 
 

@@ -45,8 +45,9 @@ def track(
     """Move the running statistics towards those of a batch of `count` numbers per channel, if it has any."""
     for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
         if running is not None:
-            share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            moved = (1 - share) * running + share * batch.to(running.dtype)
+            wide = torch.promote_types(running.dtype, batch.dtype)
+            share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+            moved = (1 - share) * running.to(wide) + share * batch.to(wide)
             running.copy_(torch.where(count > 0, moved, running) if isinstance(count, Tensor) else moved)
 
 
