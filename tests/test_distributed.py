@@ -14,7 +14,7 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern import ops
-from sslkern.nn import BatchNorm1d, SyncBatchNorm
+from sslkern.nn import BatchNorm1d, BatchNormReLU, SyncBatchNorm
 
 SIZES = ((4, 4), (5, 3), (8, 0), (0, 8))  # samples of the two ranks
 LAYOUTS = (
@@ -66,7 +66,7 @@ def pair(dims, settings, channels=3):
     settings = dict(settings)
     relu = nn.ReLU() if settings.pop("activation", None) else nn.Identity()
     theirs = (nn.BatchNorm2d if dims == 4 else nn.BatchNorm1d)(channels, dtype=torch.float64, **settings)
-    theirs.load_state_dict(ours.state_dict())
+    theirs.load_state_dict((ours[0] if isinstance(ours, BatchNormReLU) else ours).state_dict())
     return ours, nn.Sequential(theirs, relu)
 
 
@@ -85,7 +85,7 @@ def values():
         for turn in range(4):
             if turn == 3:
                 ours.eval(), theirs.eval()
-                if ours.running_mean is None:
+                if not list(ours.buffers()):
                     continue  # then eval is by the batch of one process
             case = (sizes, shape, layout, settings, dtype, turn)
             x, dy = (normal(*shape, seed=seed).mul(turn + 1).to(dtype) for seed in (turn, 7 + turn))
@@ -165,13 +165,25 @@ def edges():
     with Collectives() as called:
         with pytest.raises(ValueError, match=r"weight must have shape \(4,\)"):
             ours(torch.randn(2, 4, dtype=torch.float64))
-        with pytest.raises(ValueError, match="at least one channel"):
-            ours(torch.randn(2, 0, dtype=torch.float64))
         assert not called.names
     x[0, 1] = float("nan")
     y, dx = step(ours, mine(x, (1, 1)), mine(dy, (1, 1)))[:2]
     for t in (y, dx):
         assert t.isnan().tolist() == [[False, True, False]]
+
+
+def nothing():
+    """Without a sample on any rank: empty outputs and gradients, zero gradients of parameters, the same statistics."""
+    for settings, shape in itertools.product(SETTINGS, ((0, 3), (0, 3, 4, 2))):
+        ours, theirs = pair(len(shape), settings)
+        x, dy = torch.zeros(shape, dtype=torch.float64), torch.zeros(shape, dtype=torch.float64)
+        for found, expected in zip(step(ours, x, dy), step(theirs, x, dy), strict=True):
+            assert found.shape == expected.shape and torch.equal(found, expected), (settings, shape)
+        assert all(map(torch.equal, ours.buffers(), theirs.buffers())), (settings, shape)
+    mean, var = torch.tensor([float("nan"), 1.0]), torch.tensor([[float("inf"), 0], [2.0, 0]])[:, 0]
+    for share in (0.3, torch.tensor(0.3)):
+        ops.batch_norm(torch.randn(0, 2), None, None, mean, var, True, share, group=dist.group.WORLD)
+        assert mean.isnan().tolist() == [True, False] and mean[1] == 1 and var.tolist() == [float("inf"), 2]
 
 
 def compiled():
@@ -211,7 +223,7 @@ def trained():
             close(found, expected.double(), 1e-11, (sizes, name))
 
 
-CHECKS = (values, large_means, collectives, edges, trained, compiled)
+CHECKS = (values, large_means, collectives, edges, nothing, trained, compiled)
 
 
 @pytest.mark.parametrize("backend", ("reference", "native"))

@@ -1,7 +1,7 @@
 """Layers with torch.nn's names and conventions."""
 
 from . import init
-from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
+from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm
 from .modrelu import modReLU, modrelu
 from .orthogonal import OrthogonalConv2d, OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
 from .recurrent import OrthogonalRNN, UnitaryRNN
@@ -10,6 +10,7 @@ __all__ = [
     "BatchNorm1d",
     "BatchNorm2d",
     "BatchNorm3d",
+    "BatchNormReLU",
     "OrthogonalConv2d",
     "OrthogonalLinear",
     "OrthogonalModule",

@@ -25,11 +25,11 @@ def _dense(name: str, z: object, shape: str) -> Tensor:
 
 
 def channels(name: str, x: object, empty: bool = False) -> Tensor:
-    """x must be a floating (N, C, ...) with at least one channel, and, unless it may be empty, one number in each."""
+    """x must be a floating (N, C, ...), and, unless it may be empty, have a channel and a number in it."""
     x = _dense(name, x, "(N, C, ...)")
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (N, C, ...), got {tuple(x.shape)}.")
-    if x.numel() == 0 and not (empty and x.shape[1]):
+    if not empty and x.numel() == 0:
         raise ValueError(f"{name} must have at least one channel and one number in it, got shape {tuple(x.shape)}.")
     return x
 

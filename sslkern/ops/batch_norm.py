@@ -12,91 +12,91 @@ from ..backend import declare, pick
 from ..reference import batch_norm as _reference
 from ..reference.columns import accumulation_dtype
 from ..train import distributed
-from . import _checks
-from ._autograd import first_order
+from . import _channels, _checks
+from ._autograd import Op, first_order, intermediate, or_zeros
+from ._channels import dense, kernel_tracks, laid_out_as, parameter, per_slice, track
 
 Activation = Literal["relu"] | None
 
-declare("batch_moments_fwd(Tensor x) -> (Tensor, Tensor)", _reference.batch_moments_fwd)
+declare("batch_moments_fwd(Tensor x) -> (Tensor, Tensor)", _reference.batch_moments_fwd, per_slice)
 _STATISTICS = "Tensor weight, Tensor bias, Tensor centre, Tensor variance"
 declare(
     "batch_norm_fwd(Tensor x, Tensor weight, Tensor bias, Tensor(a!)? running_mean, Tensor(b!)? running_var, "
     "float momentum, float eps, bool relu) -> (Tensor, Tensor, Tensor)",
     _reference.batch_norm_fwd,
+    per_slice,
 )
 declare(
     f"batch_norm_bwd(Tensor dy, Tensor x, {_STATISTICS}, float eps, bool relu) -> (Tensor, Tensor)",
     _reference.batch_norm_bwd,
+    per_slice,
 )
 declare(
     f"batch_norm_apply(Tensor x, {_STATISTICS}, float eps, bool relu) -> Tensor",
     _reference.batch_norm_apply,
+    per_slice,
 )
 declare(
     f"batch_norm_sums(Tensor dy, Tensor x, {_STATISTICS}, float eps, bool relu) -> Tensor",
     _reference.batch_norm_sums,
+    per_slice,
 )
 declare(
     f"batch_norm_input_grad(Tensor dy, Tensor x, {_STATISTICS}, Tensor means, float eps, bool relu) -> Tensor",
     _reference.batch_norm_input_grad,
+    per_slice,
 )
 
 
-def _dense(x: Tensor) -> Tensor:
-    """x as the kernels take it, contiguous or channels-last; a copy where it is neither."""
-    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
-
-
-def _laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
-    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
-
-
-class _BatchMoments(torch.autograd.Function):
+class _BatchMoments(Op):
     @staticmethod
-    def forward(ctx, x):
+    def forward(x):
         centre, variance = pick("batch_moments_fwd", x)(x)
-        ctx.save_for_backward(x, centre)
-        return centre[0].clone(), variance
+        return centre[0].clone(), variance, centre
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        ctx.save_for_backward(*inputs, output[2])
+        intermediate(ctx, output[2])
 
     @staticmethod
     @first_order
-    def backward(ctx, grad_mean, grad_variance):
+    def backward(ctx, grad_mean, grad_variance, _):
         x, centre = ctx.saved_tensors
         count = x.numel() // x.shape[1]
+        grad_mean, grad_variance = or_zeros(grad_mean, centre[0]), or_zeros(grad_variance, centre[0])
         # grad_mean / M + 2 / M grad_variance (x - mean): the affine map of a batch norm of unit variance
         weight, one = 2 / count * grad_variance, torch.ones_like(grad_variance)
         return pick("batch_norm_apply", x)(x, weight, grad_mean / count, centre, one, 0.0, False)
 
 
-def _parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
-    """A channel tensor in the dtype of the statistics."""
-    if values is None:
-        return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
-    dtype = accumulation_dtype(like)
-    return values if values.dtype == dtype else values.to(dtype)
-
-
-class _BatchNorm(torch.autograd.Function):
+class _BatchNorm(Op):
     """By the statistics of x itself, which go into the running ones."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, running_mean, running_var, momentum, eps, relu):
-        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
+    def forward(x, weight, bias, running_mean, running_var, momentum, eps, relu):
+        w, b = parameter(weight, x, 1), parameter(bias, x, 0)
         kernel = pick("batch_norm_fwd", x)
-        if _kernel_tracks(running_mean, w) and _kernel_tracks(running_var, w) and not isinstance(momentum, Tensor):
-            y, centre, variance = kernel(x, w, b, running_mean, running_var, momentum, eps, relu)
-        else:
-            y, centre, variance = kernel(x, w, b, None, None, 0.0, eps, relu)
-            _track(running_mean, running_var, centre, variance, x.numel() // x.shape[1], momentum)
+        if kernel_tracks(running_mean, w) and kernel_tracks(running_var, w) and not isinstance(momentum, Tensor):
+            return kernel(x, w, b, running_mean, running_var, momentum, eps, relu)
+        y, centre, variance = kernel(x, w, b, None, None, 0.0, eps, relu)
+        track(running_mean, running_var, centre, variance, x.numel() // x.shape[1], momentum)
+        return y, centre, variance
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        x, weight, bias, *_, eps, relu = inputs
+        _, centre, variance = output
         ctx.save_for_backward(x, weight, bias, centre, variance)
         ctx.settings = (eps, relu)
-        return y
+        intermediate(ctx, centre, variance)
 
     @staticmethod
     @first_order
-    def backward(ctx, dy):
+    def backward(ctx, dy, *_):
         x, weight, bias, centre, variance = ctx.saved_tensors
-        arguments = (_laid_out_as(x, dy), x, _parameter(weight, x, 1), _parameter(bias, x, 0), centre, variance)
+        dy = laid_out_as(x, or_zeros(dy, x))
+        arguments = (dy, x, parameter(weight, x, 1), parameter(bias, x, 0), centre, variance)
         if ctx.needs_input_grad[0]:
             dx, sums = pick("batch_norm_bwd", x)(*arguments, *ctx.settings)
         else:
@@ -104,23 +104,26 @@ class _BatchNorm(torch.autograd.Function):
         return dx, *_parameter_gradients(sums, weight, bias), *[None] * 5
 
 
-class _BatchNormByGiven(torch.autograd.Function):
+class _BatchNormByGiven(Op):
     """By statistics that are constants; or, with a group, those of its joint batch of `count` numbers per channel."""
 
     @staticmethod
-    def forward(ctx, x, weight, bias, centre, variance, eps, relu, count, group_name):
-        w, b = _parameter(weight, x, 1), _parameter(bias, x, 0)
-        y = _pick_or_empty("batch_norm_apply", x)(x, w, b, centre, variance, eps, relu)
-        ctx.save_for_backward(x, weight, bias, centre, variance, count)
+    def forward(x, weight, bias, centre, variance, eps, relu, count, group_name):
+        w, b = parameter(weight, x, 1), parameter(bias, x, 0)
+        return _pick_or_empty("batch_norm_apply", x)(x, w, b, centre, variance, eps, relu)
+
+    @staticmethod
+    def setup_context(ctx, inputs, output):
+        *saved, eps, relu, count, group_name = inputs
+        ctx.save_for_backward(*saved, count)
         ctx.settings = (eps, relu, group_name)
-        return y
 
     @staticmethod
     @first_order
     def backward(ctx, dy):
         x, weight, bias, centre, variance, count = ctx.saved_tensors
         eps, relu, group_name = ctx.settings
-        arguments = (_laid_out_as(x, dy), x, _parameter(weight, x, 1), _parameter(bias, x, 0), centre, variance)
+        arguments = (laid_out_as(x, dy), x, parameter(weight, x, 1), parameter(bias, x, 0), centre, variance)
         by_input, by_parameters = ctx.needs_input_grad[0], any(ctx.needs_input_grad[1:3])
         joint = by_input and group_name is not None
         dx, sums, means = None, None, torch.zeros_like(centre)
@@ -168,35 +171,6 @@ def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tenso
     ]
 
 
-def _kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
-    """Whether a kernel takes these running statistics; `_track` takes all of them."""
-    return running is None or (running.dtype == like.dtype and running.is_contiguous())
-
-
-def _track(
-    running_mean: Tensor | None,
-    running_var: Tensor | None,
-    centre: Tensor,
-    variance: Tensor,
-    count: int | Tensor,
-    momentum: float | Tensor,
-) -> None:
-    """Move the running statistics towards those of a batch of `count` numbers per channel."""
-    for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
-        if running is not None:
-            share = momentum.to(running.dtype) if isinstance(momentum, Tensor) else momentum
-            running.lerp_(batch.to(running.dtype), share)
-
-
-def _check_channel_tensor(name: str, value: object, x: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating torch.Tensor of shape (C,) or None, got {type(value).__name__}.")
-    if value.shape != (x.shape[1],):
-        raise ValueError(f"{name} must have shape ({x.shape[1]},), as x has channels, got {tuple(value.shape)}.")
-    if value.device != x.device:
-        raise ValueError(f"{name} and x must be on the same device, got {value.device} and {x.device}.")
-
-
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and biased variance of every channel.
 
@@ -220,11 +194,8 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     Source: Ioffe and Szegedy, Batch normalization (1502.03167), algorithm 1.
     """
     _checks.channels("x", x)
-    x = _dense(x)
-    if torch.is_grad_enabled() and x.requires_grad:
-        return _BatchMoments.apply(x)
-    centre, variance = pick("batch_moments_fwd", x)(x)
-    return centre[0], variance
+    x = dense(x)
+    return _BatchMoments.apply(x)[:2]
 
 
 def batch_norm(
@@ -252,7 +223,8 @@ def batch_norm(
         mean = sum_r n_r mean_r / n,    var = sum_r n_r (var_r + (mean_r - mean)^2) / n
 
     merged in fp64 from one all-gather of 2C + 1 numbers; backward is one all-reduce of 2C, where x needs a gradient.
-    Every rank must call both, one without samples too. The gradients of weight and bias are sums over the rank's own
+    Every rank must call both, one without samples too. A batch without numbers is returned as it is, and leaves the
+    running statistics. The gradients of weight and bias are sums over the rank's own
     batch, as in torch.nn.SyncBatchNorm: DistributedDataParallel averages them.
 
     Args:
@@ -271,30 +243,37 @@ def batch_norm(
 
     Raises:
         TypeError: not dense floating tensors, not a process group. ValueError: wrong shapes, one number per channel in
-        training (in a joint batch it makes running_var NaN instead, as in torch), negative eps, unknown activation.
+        training (in a joint batch it makes running_var NaN instead, as in torch), running statistics that need a
+        gradient or, in training, are expanded, negative eps, unknown activation.
 
     Source: Ioffe and Szegedy, Batch normalization (1502.03167); the merge of variances: Chan, Golub and LeVeque (1983).
     """
     named = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
     given = None if training or running_mean is None or running_var is None else (running_mean, running_var)
     peers = distributed.peers_of(group) if given is None else None
-    _checks.channels("x", x, empty=given is not None or peers is not None)
+    _checks.channels("x", x, empty=True)
     for name, value in named:
         if value is not None:
-            _check_channel_tensor(name, value, x)
+            _channels.check(name, value, x)
+    _channels.check_running(running_mean, running_var, training, momentum)
     _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
-    x, relu, eps = _dense(x), activation == "relu", float(eps)
+    x, relu, eps = dense(x), activation == "relu", float(eps)
     if given is not None:
-        centre, variance = (t.detach().to(accumulation_dtype(x)) for t in given)
-        centre = torch.stack([centre, torch.zeros_like(centre)])
+        mean, variance = parameter(given[0], x, 0), parameter(given[1], x, 1)
+        centre = torch.stack([mean, torch.zeros_like(mean)])
         return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, None, None)
     if peers is not None:
         with torch.no_grad():
             centre, variance, count = _joint_moments(x, peers)
-            _track(running_mean, running_var, centre, variance, count, momentum)
+            track(running_mean, running_var, centre, variance, count, momentum)
         return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, peers.name)
+    if x.numel() == 0:  # no statistics to take or to move
+        variance = parameter(None, x, 1)
+        return _BatchNormByGiven.apply(
+            x, weight, bias, variance.new_zeros(2, x.shape[1]), variance, eps, relu, None, None
+        )
     if x.numel() == x.shape[1]:
-        raise ValueError(f"Expected more than 1 value per channel when training, got input size {tuple(x.shape)}.")
-    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)
+        raise ValueError(f"Expected more than 1 value per channel when training, got input size {x.shape}")
+    return _BatchNorm.apply(x, weight, bias, running_mean, running_var, momentum, eps, relu)[0]

@@ -14,7 +14,7 @@ def _over(x: Tensor) -> tuple[int, ...]:
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
     """(C,) against x."""
-    return values.view(-1, *[1] * (x.dim() - 2))
+    return values.view(*values.shape, *[1] * (x.dim() - 2))
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:

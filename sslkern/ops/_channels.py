@@ -1,0 +1,120 @@
+"""What the kernels of batch norm take: layouts of (N, C, ...), tensors of channels; and their rule for vmap."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..reference.columns import accumulation_dtype
+from . import _checks
+
+
+def dense(x: Tensor) -> Tensor:
+    """x as the kernels take it, contiguous or channels-last; a copy where it is neither."""
+    return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
+
+
+def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
+    return dy if dy.stride() == x.stride() else torch.empty_like(x).copy_(dy)
+
+
+def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
+    """A channel tensor as the kernels read it, in the dtype of the statistics and without gaps."""
+    if values is None:
+        return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
+    dtype = accumulation_dtype(like)
+    return values if values.dtype == dtype and values.is_contiguous() else values.to(dtype).contiguous()
+
+
+def kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
+    """Whether a kernel takes these running statistics; `track` takes all of them."""
+    return running is None or (running.dtype == like.dtype and running.is_contiguous() and not running.is_neg())
+
+
+def track(
+    running_mean: Tensor | None,
+    running_var: Tensor | None,
+    centre: Tensor,
+    variance: Tensor,
+    count: int | Tensor,
+    momentum: float | Tensor,
+) -> None:
+    """Move the running statistics towards those of a batch of `count` numbers per channel, if it has any."""
+    for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
+        if running is not None:
+            wide = torch.promote_types(running.dtype, batch.dtype)
+            share = momentum.to(wide) if isinstance(momentum, Tensor) else momentum
+            moved = (1 - share) * running.to(wide) + share * batch.to(wide)
+            running.copy_(torch.where(count > 0, moved, running) if isinstance(count, Tensor) else moved)
+
+
+def check(name: str, value: object, x: Tensor) -> None:
+    if not isinstance(value, Tensor) or not value.is_floating_point():
+        raise TypeError(f"{name} must be a floating torch.Tensor of shape (C,) or None, got {type(value).__name__}.")
+    if value.shape != (x.shape[1],):
+        raise ValueError(f"{name} must have shape ({x.shape[1]},), as x has channels, got {tuple(value.shape)}.")
+    if value.device != x.device:
+        raise ValueError(f"{name} and x must be on the same device, got {value.device} and {x.device}.")
+
+
+def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float | Tensor) -> None:
+    """The running statistics must be there together in eval, must not need a gradient, and training must find memory
+    for every channel and a share."""
+    if not training and (mean is None) != (var is None):
+        raise ValueError("running_mean and running_var must be given together outside of training, got one of them.")
+    for name, value in (("running_mean", mean), ("running_var", var)):
+        if value is None:
+            continue
+        if value.requires_grad and torch.is_grad_enabled():
+            raise ValueError(f"{name} is a statistic and has no gradient, got a tensor with requires_grad=True.")
+        if training and value.stride(0) == 0 and value.shape[0] > 1:
+            raise ValueError(
+                f"{name} must have memory for each channel, as training updates it, got an expanded tensor."
+            )
+    if type(momentum) is float:
+        return
+    if isinstance(momentum, Tensor):
+        if momentum.dim() or not momentum.is_floating_point() or momentum.requires_grad:
+            raise ValueError(
+                "momentum must be a number or a floating tensor of shape () without a gradient, got shape "
+                f"{tuple(momentum.shape)}, {_checks.short(momentum.dtype)}, requires_grad={momentum.requires_grad}."
+            )
+    elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
+        raise TypeError(f"momentum must be a number or a torch.Tensor of shape (), got {type(momentum).__name__}.")
+
+
+def per_slice(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
+    """A vmapped batch, as in `torch.library.register_vmap`: a call for each slice, with the bits of the slice alone.
+
+    One call over a batch that is folded into the channels would cut the sums at other places.
+    """
+    if info.batch_size == 0:
+        raise ValueError("A batch norm cannot be mapped over 0 slices, whose shape nothing tells.")
+    names = [argument.name for argument in kernel._schema.arguments]  # type: ignore[attr-defined]
+    for name, value, dim in zip(names, args, in_dims, strict=True):
+        if name.startswith("running_") and value is not None and dim is None:
+            raise RuntimeError(
+                f"{name} is one tensor for all slices of a vmapped batch, which cannot update it in place: stack it "
+                "and map over it too, or use eval mode or track_running_stats=False."
+            )
+
+    def of_slice(index: int) -> Any:
+        given = {
+            name: value if dim is None else value.select(dim, index)
+            for name, value, dim in zip(names, args, in_dims, strict=True)
+        }
+        given["x"] = dense(given["x"])
+        for name, value in given.items():
+            if name == "dy":
+                given[name] = laid_out_as(given["x"], value)
+            elif isinstance(value, Tensor) and name != "x" and not name.startswith("running_"):
+                given[name] = value.contiguous()
+        return kernel(*given.values())
+
+    slices = [of_slice(index) for index in range(info.batch_size)]
+    if isinstance(slices[0], Tensor):
+        return torch.stack(slices), 0
+    return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])

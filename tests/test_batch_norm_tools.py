@@ -1,0 +1,395 @@
+"""Batch norms in the hands of torch's own tools: conversion, fusion, pruning, copies, tracing, export, quantization."""
+
+import copy
+import inspect
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from conftest import running_on
+from torch import nn
+from torch.nn.utils import parametrizations, prune, skip_init
+from torch.nn.utils.fusion import fuse_conv_bn_eval
+from torch.optim.swa_utils import update_bn
+
+from sslkern.nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm
+
+PAIRS = ((BatchNorm1d, nn.BatchNorm1d, (8, 6)), (BatchNorm2d, nn.BatchNorm2d, (4, 6, 5, 3)),
+         (BatchNorm3d, nn.BatchNorm3d, (2, 6, 3, 2, 4)), (SyncBatchNorm, nn.SyncBatchNorm, (8, 6)))  # fmt: skip
+LAYERS = pytest.mark.parametrize("ours, theirs, shape", PAIRS, ids=[p[1].__name__ for p in PAIRS])
+ACTIVATIONS = pytest.mark.parametrize("activation", (None, "relu"))
+BATCH_NORM = nn.modules.batchnorm._BatchNorm
+
+
+@pytest.fixture(autouse=True)
+def native():
+    with running_on("native"):
+        yield
+
+
+def used(layer, shape, steps=3):
+    """After some training, with parameters and statistics of no particular value."""
+    with torch.no_grad():
+        for p in layer.parameters():
+            p.normal_()
+    for _ in range(steps):
+        layer(torch.randn(shape) + 1)
+    return layer
+
+
+def own(layer):
+    """The batch norm itself."""
+    return layer[0] if isinstance(layer, nn.Sequential) else layer
+
+
+def torchs(layer):
+    """The same in torch's layers."""
+    return convert_batchnorm(copy.deepcopy(layer), back=True)
+
+
+def agree(one, other, x, exactly=False):
+    close = {"rtol": 0, "atol": 0} if exactly else {}
+    torch.testing.assert_close(one(x), other(x), **close)
+
+
+class Net(nn.Module):
+    """A convolution, a batch norm, and a head that is a batch norm too."""
+
+    def __init__(self, activation=None):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 6, 3)
+        self.bn = BatchNorm2d(6, activation=activation)
+        self.head = nn.Sequential(nn.Flatten(), nn.Linear(6 * 36, 5), BatchNorm1d(5, activation=activation))
+
+    def forward(self, x):
+        return self.head(self.bn(self.conv(x)))
+
+
+IMAGES = (4, 3, 8, 8)
+
+
+@LAYERS
+def test_signatures_are_torchs(ours, theirs, shape):
+    """Names, order and defaults, and then the activation, by keyword alone; `skip_init` finds `device`."""
+    expected = list(inspect.signature(theirs).parameters.values())
+    found = list(inspect.signature(ours).parameters.values())
+    *found, last = found
+    positional = [p for p in expected if p.kind is not p.KEYWORD_ONLY]
+    assert [(p.name, p.default) for p in found[: len(positional)]] == [(p.name, p.default) for p in positional]
+    assert {p.name for p in expected} <= {p.name for p in found}
+    assert (last.name, last.kind, last.default) == ("activation", last.KEYWORD_ONLY, None)
+    for activation in (None, "relu"):
+        layer = skip_init(ours, 6, eps=1e-3, dtype=torch.float64, activation=activation)
+        assert type(own(layer)) is ours and own(layer).eps == 1e-3 and own(layer).weight.dtype == torch.float64
+    assert ours(6, bias=False).bias is None
+    used(ours(6, bias=False, activation="relu"), shape)
+    with pytest.raises(TypeError):
+        ours(6, activaton="relu")
+    with pytest.raises(TypeError):
+        ours(6, 1e-5, 0.1, True, True, None, None, None, "relu")
+
+
+@LAYERS
+def test_with_relu_it_is_two_layers_in_one_pass(ours, theirs, shape):
+    """Values and gradients are those of both, by one node of the graph; children that have hooks are called."""
+    layer = used(ours(6, activation="relu"), shape)
+    assert type(layer) is BatchNormReLU and type(layer[0]) is ours and type(layer[1]) is nn.ReLU
+    x = torch.randn(shape)
+    for training in (True, False):
+        layer.train(training)
+        split = nn.Sequential(*copy.deepcopy(layer))
+        results = []
+        for module in (layer, split):
+            given = x.clone().requires_grad_()
+            y = module(given)
+            results.append([y, *torch.autograd.grad(y.sin().sum(), [given, *module.parameters()]), *module.buffers()])
+        for a, b in zip(*results, strict=True):
+            torch.testing.assert_close(a, b)
+        saved = layer(x.requires_grad_()).grad_fn
+        assert "Relu" not in type(saved).__name__ and "relu" in type(split(x).grad_fn).__name__.lower()
+        x = x.detach()
+    seen = []
+    hooks = [layer[k].register_forward_hook(lambda m, i, o: seen.append((type(m), float(o.min())))) for k in (0, 1)]
+    y = layer(x)
+    assert [kind for kind, _ in seen] == [ours, nn.ReLU] and seen[0][1] < 0 <= seen[1][1]
+    for hook in hooks:
+        hook.remove()
+    torch.testing.assert_close(layer(x), y)
+
+
+def test_a_subclass_takes_no_activation():
+    """A sentence, since what it overrides would be lost."""
+
+    class Own(BatchNorm2d):
+        pass
+
+    assert type(Own(3)) is Own
+    with pytest.raises(TypeError, match=r"Own is a subclass .*BatchNormReLU"):
+        Own(3, activation="relu")
+    x = torch.randn(4, 3, 2, 2)
+    assert float(BatchNormReLU(Own(3), nn.ReLU())(x).min()) == 0
+    for layer in (BatchNormReLU(), BatchNormReLU(nn.Identity()), BatchNorm2d(3, activation="relu")[1:]):
+        assert isinstance(layer(x), torch.Tensor)
+
+
+@ACTIVATIONS
+@LAYERS
+def test_torchs_convert_sync_batchnorm(ours, theirs, shape, activation):
+    """At the root and within: torch's SyncBatchNorm, the relu behind it, the same parameters, values and modes."""
+    for wrap in (lambda m: m, lambda m: nn.Sequential(nn.Identity(), nn.Sequential(m))):
+        for training in (False, True):
+            model = wrap(used(ours(6, activation=activation), shape)).train(training)
+            expected, parameters, x = torchs(model).eval(), list(model.parameters()), torch.randn(shape)
+            converted = nn.SyncBatchNorm.convert_sync_batchnorm(model)
+            assert [type(m) for m in converted.modules() if isinstance(m, BATCH_NORM)] == [nn.SyncBatchNorm]
+            assert all(a is b for a, b in zip(parameters, converted.parameters(), strict=True))
+            assert all(m.training == training for m in converted.modules())
+            assert activation is None or float(converted.eval()(x).min()) == 0
+            agree(converted.eval(), expected, x)
+            converted = SyncBatchNorm.convert_sync_batchnorm(torchs(converted))
+            agree(converted, expected, x)
+
+
+@ACTIVATIONS
+@LAYERS
+def test_they_are_seen_as_batch_norms(ours, theirs, shape, activation):
+    """By `isinstance`, so by `update_bn` and by filters of weight decay; `update_bn` does as for torch's layers."""
+    one = nn.Sequential(nn.Identity(), used(ours(6, activation=activation), shape))
+    assert [isinstance(m, BATCH_NORM) for m in one.modules()].count(True) == 1
+    decayed = {p for m in one.modules() if not isinstance(m, BATCH_NORM) for p in m.parameters(recurse=False)}
+    assert not decayed
+    other = torchs(one)
+    batches = [torch.randn(shape) for _ in range(3)]
+    for model in (one, other):
+        update_bn(batches, model)
+    for a, b in zip(one.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    assert own(one[1]).momentum == 0.1
+
+
+def test_back_is_torchs_sequential():
+    """In place, the root itself too: types, names, hooks, modes and shared layers; and over again."""
+    x = torch.randn(8, 6)
+    shared = used(BatchNorm1d(6, activation="relu"), (8, 6))
+    model = nn.ModuleDict({"a": shared, "b": nn.Sequential(shared, BatchNorm1d(6)), "c": SyncBatchNorm(6)}).eval()
+    shared[0].train()
+    calls = []
+    shared.register_forward_hook(lambda m, i, o: calls.append("whole"))
+    shared[0].register_forward_hook(lambda m, i, o: calls.append("norm"))
+    before, keys, tensors = shared(x), list(model.state_dict()), [*model.parameters(), *model.buffers()]
+    assert convert_batchnorm(model, back=True) is model and model["a"] is model["b"][0]
+    assert [type(m) for m in model.modules()][1:] == [
+        nn.Sequential, nn.BatchNorm1d, nn.ReLU, nn.Sequential, nn.BatchNorm1d, nn.SyncBatchNorm]  # fmt: skip
+    assert list(model.state_dict()) == keys
+    assert all(a is b for a, b in zip(tensors, [*model.parameters(), *model.buffers()], strict=True))
+    assert [m.training for m in model["a"].modules()] == [False, True, False]
+    torch.testing.assert_close(model["a"](x), before)
+    assert calls == ["norm", "whole"] * 2
+    root = convert_batchnorm(used(BatchNorm2d(6, activation="relu"), (4, 6, 3, 3)), back=True)
+    assert type(root) is nn.Sequential and [type(m) for m in root] == [nn.BatchNorm2d, nn.ReLU]
+    assert vars(root).keys() == vars(nn.Sequential(nn.Identity())).keys()
+    assert [type(m) for m in convert_batchnorm(root)] == [BatchNorm2d, nn.ReLU]
+
+
+@LAYERS
+def test_state_dicts(ours, theirs, shape):
+    """A layer with a relu has the keys of nn.Sequential, and loads those of a bare batch norm as well."""
+    for wrap in (lambda m: m, lambda m: nn.ModuleDict({"bn1": m})):
+        bare, target = (
+            wrap(used(theirs(6).eval().train(theirs is not nn.SyncBatchNorm), shape, 1)),
+            wrap(ours(6, activation="relu")),
+        )
+        state = bare.state_dict()
+        keys = list(state)
+        assert not any(target.load_state_dict(state))
+        assert list(state) == keys
+        assert all(map(torch.equal, bare.state_dict().values(), target.state_dict().values()))
+        pair = nn.Sequential(theirs(6), nn.ReLU())
+        again = wrap(pair)
+        assert not any(again.load_state_dict(target.state_dict()))
+        assert not any(wrap(ours(6, activation="relu")).load_state_dict(again.state_dict()))
+        broken = {key: value for key, value in state.items() if "running_var" not in key}
+        with pytest.raises(RuntimeError, match=r"Missing key.*0.running_var"):
+            target.load_state_dict(broken | {"other": torch.ones(1)})
+
+
+@ACTIVATIONS
+@LAYERS
+def test_copies(ours, theirs, shape, activation):
+    """deepcopy, pickle and torch.save give a layer of its own with the same bits."""
+    layer, x = used(ours(6, activation=activation), shape), torch.randn(shape)
+    file, state = io.BytesIO(), copy.deepcopy(layer.state_dict())
+    torch.save(layer, file)
+    file.seek(0)
+    for other in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer)), torch.load(file, weights_only=False)):
+        assert type(other) is type(layer) and repr(other) == repr(layer)
+        assert not {p.data_ptr() for p in layer.parameters()} & {p.data_ptr() for p in other.parameters()}
+        for training in (False, True):
+            agree(other.train(training), layer.train(training), x, exactly=True)
+        layer.load_state_dict(state)
+    assert own(layer.to(torch.float64)).weight.dtype == torch.float64
+
+
+@ACTIVATIONS
+def test_pruned_and_parametrized(activation):
+    """Masks and parametrizations of the batch norm act, with the relu behind it."""
+    for change in (
+        lambda bn: prune.random_unstructured(bn, "weight", 0.5),
+        lambda bn: parametrizations.weight_norm(bn, "bias"),
+        lambda bn: torch.nn.utils.parametrize.register_parametrization(bn, "weight", nn.Softplus()),
+    ):
+        torch.manual_seed(0)
+        layer = used(BatchNorm2d(6, activation=activation), (4, 6, 5, 3))
+        change(own(layer))
+        x = torch.randn(4, 6, 5, 3)
+        y = nn.functional.batch_norm(x, None, None, own(layer).weight, own(layer).bias, True)
+        torch.testing.assert_close(layer(x), y.relu() if activation else y)
+        layer(x).sum().backward()
+        assert all(p.grad is not None for p in layer.parameters())
+
+
+def test_fused_with_a_convolution():
+    """`fuse_conv_bn_eval` takes the batch norm; a pair of it and a relu it does not take for one."""
+    conv, x = nn.Conv2d(3, 6, 3).eval(), torch.randn(IMAGES)
+    layer = used(BatchNorm2d(6, activation="relu"), (4, 6, 5, 3)).eval()
+    torch.testing.assert_close(fuse_conv_bn_eval(conv, layer[0])(x).relu(), layer(conv(x)))
+    with pytest.raises(AttributeError):
+        fuse_conv_bn_eval(conv, layer)
+    model = torchs(nn.Sequential(conv, layer)).eval()
+    fused = torch.ao.quantization.fuse_modules(model, [["0", "1.0", "1.1"]])
+    torch.testing.assert_close(fused(x), layer(conv(x)))
+
+
+# deployment
+
+
+def net(activation):
+    torch.manual_seed(0)
+    return used(Net(activation), IMAGES).eval(), torch.randn(IMAGES)
+
+
+def all_layers(activation):
+    """(layer, input) for every layer by itself, without affine parameters and without statistics too."""
+    for ours, _, shape in PAIRS:
+        for settings in ({}, {"affine": False}, {"track_running_stats": False}, {"bias": False}):
+            yield used(ours(6, activation=activation, **settings), shape).eval(), torch.randn(shape)
+    yield net(activation)
+
+
+@ACTIVATIONS
+def test_jit_trace(activation):
+    """Of eval layers: torch's batch norm, no kernel of this package, the same values in a file that is loaded again."""
+    for module, x in all_layers(activation):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            traced, file = torch.jit.trace(module, x), io.BytesIO()
+            torch.jit.save(traced, file)
+            file.seek(0)
+            loaded = torch.jit.load(file)
+        kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+        assert "aten::batch_norm" in kinds and not any("sslkern" in k or "Python" in k for k in kinds)
+        for other in (traced, loaded):
+            agree(other, module, x)
+            agree(other, module, x[:3] * 2)
+    layer = BatchNorm1d(6, activation=activation)
+    traced = torch.jit.trace(copy.deepcopy(layer), torch.randn(8, 6), check_trace=False)
+    kinds = {node.kind() for node in traced.inlined_graph.nodes()}
+    assert "aten::batch_norm" in kinds and not any("Python" in k for k in kinds)
+
+
+@ACTIVATIONS
+def test_jit_script(activation):
+    """torch's layers, in training and in eval, on the same parameters; SyncBatchNorm, as torch's, is not compiled."""
+    for module, x in all_layers(activation):
+        if isinstance(own(module), SyncBatchNorm):
+            continue
+        scripted = torch.jit.script(copy.deepcopy(module))
+        agree(scripted, module, x)
+        scripted.train(), module.train()
+        agree(scripted, module, x)
+        for a, b in zip(scripted.buffers(), module.buffers(), strict=True):
+            torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("strict", (True, False))
+@ACTIVATIONS
+def test_export(activation, strict):
+    """torch.export in eval: aten's batch norm alone, for any batch size; a training graph as torch's own layer's."""
+    module, x = net(activation)
+    size = {0: torch.export.Dim("batch", min=2, max=64)}
+    program = torch.export.export(module, (x,), dynamic_shapes=(size,), strict=strict)
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    assert sum("batch_norm" in t for t in targets) == 2 and not any("sslkern" in t for t in targets)
+    for batch in (x, torch.randn(7, *IMAGES[1:])):
+        agree(program.module(), module, batch)
+    trained = [
+        torch.export.export(m, (x,), strict=strict).run_decompositions()
+        for m in (Net(activation), torchs(Net(activation)))
+    ]
+    targets = [[str(n.target) for n in p.graph.nodes if n.op == "call_function"] for p in trained]
+    assert targets[0] == targets[1]
+
+
+@pytest.mark.parametrize("dynamo", (False, True))
+@ACTIVATIONS
+def test_onnx(activation, dynamo, tmp_path):
+    """Both exporters: BatchNormalization nodes, and the same values in onnxruntime."""
+    onnx, runtime = pytest.importorskip("onnx"), pytest.importorskip("onnxruntime")
+    pytest.importorskip("onnxscript")
+    module, x = net(activation)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        file = tmp_path / "net.onnx"
+        torch.onnx.export(module, (x,), str(file), dynamo=dynamo)
+    kinds = {node.op_type for node in onnx.load(str(file)).graph.node}
+    assert kinds <= {"Conv", "BatchNormalization", "Relu", "Flatten", "Reshape", "Gemm", "Identity"}
+    session = runtime.InferenceSession(str(file))
+    (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
+    torch.testing.assert_close(torch.from_numpy(y), module(x), rtol=1e-4, atol=1e-5)
+
+
+@ACTIVATIONS
+def test_fx(activation):
+    """A call of the layer in the graph of a model, so its mode stays switchable; the formula where it is the root."""
+    for module, x in all_layers(activation):
+        agree(torch.fx.symbolic_trace(module), module, x)
+    model, x = net(activation)
+    traced = torch.fx.symbolic_trace(model)
+    assert sum(isinstance(m, BATCH_NORM) for m in traced.modules()) == 2
+    other = torchs(model)
+    for training in (True, False):
+        agree(traced.train(training), other.train(training), x)
+    for a, b in zip(traced.buffers(), other.buffers(), strict=True):
+        torch.testing.assert_close(a, b)
+    if activation is None:
+        with pytest.raises(ValueError, match="in eval only"):
+            torch.fx.symbolic_trace(BatchNorm1d(6))
+    with pytest.raises(TypeError, match=r"input must be a torch\.Tensor"):
+        BatchNorm1d(6)([1.0])
+
+
+@ACTIVATIONS
+@pytest.mark.filterwarnings("ignore")
+def test_quantization(activation):
+    """`prepare_qat_fx` trains and converts; `prepare_fx` calibrates and converts: near the model in float."""
+    quantization = pytest.importorskip("torch.ao.quantization.quantize_fx")
+    from torch.ao.quantization import get_default_qat_qconfig_mapping, get_default_qconfig_mapping
+
+    engine = torch.backends.quantized.supported_engines[-1]
+    model, x = net(activation)
+    floats = model(x)
+    prepared = quantization.prepare_fx(copy.deepcopy(model), get_default_qconfig_mapping(engine), (x,))
+    prepared(x)
+    assert float((quantization.convert_fx(prepared)(x) - floats).abs().mean()) < 0.2 * float(floats.abs().mean())
+    qat = quantization.prepare_qat_fx(copy.deepcopy(model).train(), get_default_qat_qconfig_mapping(engine), (x,))
+    for _ in range(3):
+        qat(x).sum().backward()
+    steps = [int(b) for name, b in qat.named_buffers() if "num_batches_tracked" in name]
+    assert steps == [6, 6]
+    converted = quantization.convert_fx(copy.deepcopy(qat).eval())(x)
+    assert converted.isfinite().all() and (activation is None or float(converted.min()) == 0)
+    trained = {name: t for name, t in qat.state_dict().items() if name in model.state_dict()}
+    assert not any(model.load_state_dict(trained))
+    agree(qat.eval().apply(torch.ao.quantization.disable_fake_quant), model, x)
