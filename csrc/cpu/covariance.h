@@ -148,7 +148,7 @@ void input_gradient(const Tensor& grams, int64_t index, const Slice<T>& s, const
                     double grad_offdiag, const Pull* pull, const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
   const Gemm gemm = gemm_for<T>(m);
-  const Operand<T> gram{stable::select(stable::view(const_cast<Tensor&>(grams), {-1, m * m}), 0, index), s.gram, m, m};
+  const Operand<T> gram = square_of<T>(grams, index, m, gemm);
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {
     const Cut cut = cut_columns(n, d, gemm);
