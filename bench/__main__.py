@@ -2,6 +2,8 @@
 
 Every case runs in a process of its own, once as it is and once with THP_MEM_ALLOC_ENABLE=1, the setting that makes the
 plain-torch versions faster (whole-process, so it cannot be mixed).
+
+`python -m bench --compare BEFORE AFTER` tells whether a figure got worse between two trees (`bench/compare.py`).
 """
 
 from __future__ import annotations
@@ -18,7 +20,7 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from . import report
+from . import compare, report
 from .cases import all_cases
 from .run import machine, run_case, save
 
@@ -48,6 +50,13 @@ def main() -> None:
     parser.add_argument("--out", type=Path, help="result file; default bench/results/<machine>.json")
     parser.add_argument("--report", action="store_true", help="only make table and plot from the result file")
     parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument(
+        "--compare",
+        nargs=2,
+        type=Path,
+        metavar=("BEFORE", "AFTER"),
+        help="two trees with built extensions, or two result files; exits with 1 if a row got worse beyond noise",
+    )
     parser.add_argument("--worker", help=argparse.SUPPRESS)
     parser.add_argument("--huge", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -57,6 +66,8 @@ def main() -> None:
         parser.error("--rounds must be at least 5, for a median")
     if args.worker:
         return _worker(args.worker, args.device, args.rounds, args.huge)
+    if args.compare:
+        sys.exit(compare.main(*args.compare, args.filter, args.device, args.rounds, args.minutes))
     header = machine(args.device)
     label = re.sub(r"[^a-z0-9]+", "-", f"{header['device']}-{header['threads']}t".lower()).strip("-")
     path = args.out or Path("bench/results") / f"{label}.json"

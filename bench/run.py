@@ -79,6 +79,16 @@ def _seconds(case: Case, call: Callable[[], object], inputs: list[Tensor], devic
     return time.perf_counter() - start
 
 
+def seconds_of(name: str, device: str) -> Callable[[], float]:
+    """Makes one call of ours in a case, and tells how long it took."""
+    from .cases import all_cases
+
+    case = dict(all_cases(device))[name]()
+    inputs = case.inputs()
+    call = _call(case, "sslkern", inputs)
+    return lambda: _seconds(case, call, inputs, device)
+
+
 def _truth(case: Case, inputs: list[Tensor]) -> tuple[Tensor, list[Tensor]]:
     doubles = [x.detach().double().requires_grad_(case.backward) for x in inputs]
     value = case.truth(*doubles)

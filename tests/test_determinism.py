@@ -1,12 +1,14 @@
 """The same bits: for a slice and its stack, again and again, for any number of threads, and under autocast."""
 
+import warnings
+
 import cases
 import pytest
 import torch
 
 from sslkern import backend as backends
 
-OWN_REDUCTIONS = {  # kernel -> outputs of no GEMM, or of its diagonal alone, which no library cuts by threads
+OWN_REDUCTIONS = {  # kernel -> outputs that are sums of our own, in which no library has a part
     "covariance_fwd": ("variance", "centre", "row_sq"),
     "vicreg_fwd": ("centre", "variance", "row_sq"),
     "cross_correlation_fwd": ("centre", "inv_std"),
@@ -24,9 +26,20 @@ def test_a_slice_of_a_stack_equals_the_slice_alone(op_name, dtype, backend, devi
     """Bit for bit, values and gradients; odd sizes, so that slices start anywhere in memory."""
     if backend == "reference":
         pytest.skip("batched torch.matmul and torch's reductions do not promise it")
-    op = cases.OPS[op_name]
     shapes = ((3, 13, 7), (2, 2, 7, 13), (2, 37, 131), (2, 2, 33, 65), (2, 65, 33), (3, 301, 19))
-    for shape in shapes[:2] if cases.interpreted(backend) else shapes:
+    slices_equal_themselves(op_name, dtype, shapes[:2] if cases.interpreted(backend) else shapes, device)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, torch.float64), ids=str)
+@pytest.mark.parametrize("op_name", cases.OPS)
+def test_a_slice_equals_itself_where_a_library_multiplies(op_name, dtype, native):
+    """The same above a side of 256, at odd sizes: a library's sums may follow the address of its operands."""
+    slices_equal_themselves(op_name, dtype, ((3, 261, 349), (3, 349, 261)), "cpu")
+
+
+def slices_equal_themselves(op_name, dtype, shapes, device):
+    op = cases.OPS[op_name]
+    for shape in shapes:
         stack = [torch.randn(shape, device=device).to(dtype) for _ in range(op.inputs)]
         outputs, grads = cases.value_and_grad(op.call, stack)
         flat = [x.flatten(0, -3) for x in stack]
@@ -67,6 +80,32 @@ def test_again_and_again(op_name, backend, device):
 @pytest.mark.parametrize("dtype", (*cases.DTYPES, torch.float64), ids=str)
 def test_own_reductions_ignore_the_number_of_threads(kernel, dtype, native):
     """Variances, centres and row norms have the same bits on 1 and on 2 threads, in both forms."""
+    own_reductions_ignore_threads(kernel, dtype)
+
+
+@pytest.mark.parametrize("kernel", OWN_REDUCTIONS)
+def test_own_reductions_ignore_the_library(kernel, native):
+    """The same, with a library whose order of summation follows the number of threads, as some do on some machines."""
+    sums, multiply = set(), torch.mm
+
+    def by_threads(x, y, *, out):
+        cuts = torch.get_num_threads()
+        sums.add(cuts)
+        parts = [multiply(p, q) for p, q in zip(x.chunk(cuts, 1), y.chunk(cuts, 0), strict=True)]
+        return out.copy_(sum(parts[1:], parts[0]))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # torch says that a kernel is overridden
+        library = torch.library.Library("aten", "IMPL")
+        library.impl("mm.out", by_threads, "CPU")
+    try:
+        own_reductions_ignore_threads(kernel, torch.float64)  # fp64 above a side of 256 is always torch.mm's
+    finally:
+        library._destroy()
+    assert sums == {1, 2}
+
+
+def own_reductions_ignore_threads(kernel, dtype):
     threads = torch.get_num_threads()
     operator = getattr(torch.ops.sslkern_native, kernel)
     for shape in ((1000, 300), (300, 1000), (3, 70, 129)):

@@ -125,19 +125,59 @@ void for_row_parts(int64_t begin, int64_t end, int64_t cols, const F& f) {
   });
 }
 
-// Means and variances of columns [j0, j1), and their centred values into `block` (N, j1 - j0). Returns the sum of
-// fourth powers if it is wanted.
+// Sums over the rows of a matrix whose columns are walked in pieces, in any order, by any number of threads: a sum per
+// row and piece, and these added up in the order of the columns. No thread's share and no library's order is in them.
 template <class T>
-double centre_block(const Matrix& z, int64_t j0, int64_t j1, T* high, T* low, T* variance, T* block, bool quartic) {
-  const int64_t n = z.rows, ld = j1 - j0;
-  std::vector<double> fourth(ceil_div(ld, kBlockCols));
-  for_column_parts(j0, j1, n, [&](int64_t part, int64_t k0, int64_t k1) {
+class RowPowers {
+ public:
+  RowPowers(int64_t n, const Cut& cut)
+      : n_(n),
+        width_(std::min(cut.block, kBlockCols)),
+        pieces_(ceil_div(cut.total, width_)),
+        square_(room_for<T>(n * pieces_)),
+        fourth_(pieces_) {}
+
+  // Columns [j0, j0 + cols) of the centred matrix, one piece of the cut.
+  void add(int64_t j0, const T* x, int64_t ld, int64_t cols) {
+    const int64_t piece = j0 / width_;
+    double fourth = 0;
+    for (int64_t i = 0; i < n_; ++i) {
+      const Powers<T> sums = powers(x + i * ld, cols);
+      square_[piece * n_ + i] = sums.second;
+      fourth += sums.fourth;
+    }
+    fourth_[piece] = fourth;
+  }
+
+  void squares(T* row_sq) const {
+    for (int64_t i = 0; i < n_; ++i) {
+      double total = 0;
+      for (int64_t piece = 0; piece < pieces_; ++piece) total += square_[piece * n_ + i];
+      row_sq[i] = static_cast<T>(total);
+    }
+  }
+
+  double fourth_powers() const {
+    return sum_of(fourth_);
+  }
+
+ private:
+  const int64_t n_, width_, pieces_;
+  const std::unique_ptr<T[]> square_;
+  std::vector<double> fourth_;
+};
+
+// Means and variances of columns [j0, j1), their centred values into `block` (N, j1 - j0), and the sums of its rows'
+// powers where they are wanted.
+template <class T>
+void centre_block(const Matrix& z, int64_t j0, int64_t j1, T* high, T* low, T* variance, T* block,
+                  RowPowers<T>* powers) {
+  const int64_t ld = j1 - j0;
+  for_column_parts(j0, j1, z.rows, [&](int64_t, int64_t k0, int64_t k1) {
     T* out = block + (k0 - j0);
     centre_columns(z, k0, k1, high + k0, low + k0, variance + k0, out, ld);
-    if (!quartic) return;
-    for (int64_t i = 0; i < n; ++i) fourth[part] += fourth_power(out + i * ld, k1 - k0);
+    if (powers != nullptr) powers->add(k0, out, ld, k1 - k0);
   });
-  return sum_of(fourth);
 }
 
 // Columns [j0, j1), centred, and scaled where a scale is given, into `block`.
@@ -221,8 +261,9 @@ class RowPass {
       const int64_t out_ld = transpose ? cols : d;
       sslkern::centre(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
       for (int64_t r = 0; row_sq != nullptr && r < rows; ++r) {
-        row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + square_sum(out + r * out_ld, cols);
-        fourth_[i / kBlockRows] += fourth_power(out + r * out_ld, cols);
+        const Powers<T> sums = powers(out + r * out_ld, cols);
+        row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + sums.second;
+        fourth_[i / kBlockRows] += sums.fourth;
       }
       if (scale != nullptr) scale_rows(out, out_ld, rows, cols, scale + j0);
       if (!transpose) return;

@@ -99,12 +99,22 @@ SSLKERN_INLINE T square_sum_body(const T* x, int64_t n) {
   return sum;
 }
 
+// The sums of squares and of fourth powers of a row.
 template <class T>
-SSLKERN_INLINE T fourth_power_body(const T* x, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += (x[j] * x[j]) * (x[j] * x[j]);
-  return sum;
+struct Powers {
+  T second, fourth;
+};
+
+template <class T>
+SSLKERN_INLINE Powers<T> powers_body(const T* x, int64_t n) {
+  T second = 0, fourth = 0;
+#pragma omp simd reduction(+ : second, fourth)
+  for (int64_t j = 0; j < n; ++j) {
+    const T square = x[j] * x[j];
+    second += square;
+    fourth += square * square;
+  }
+  return {second, fourth};
 }
 
 template <class T>
@@ -194,8 +204,8 @@ SSLKERN_INLINE void gradient_rows_body(const GradientTile<T>& g) {
   SSLKERN_CLONES static T square_sum(const T* x, int64_t n) {                                                          \
     return square_sum_body(x, n);                                                                                      \
   }                                                                                                                    \
-  SSLKERN_CLONES static T fourth_power(const T* x, int64_t n) {                                                        \
-    return fourth_power_body(x, n);                                                                                    \
+  SSLKERN_CLONES static Powers<T> powers(const T* x, int64_t n) {                                                      \
+    return powers_body(x, n);                                                                                          \
   }                                                                                                                    \
   SSLKERN_CLONES static T distance_row(const T* x, const T* y, int64_t n) {                                            \
     return distance_row_body(x, y, n);                                                                                 \

@@ -47,19 +47,22 @@ double dual_moments(const Tensor& like, const Slice<T>& s) {
   const Gemm gemm = gemm_for<T>(n);
   const Cut cut = cut_columns(n, d, gemm);
   PartialGrams<T> grams(like, s.gram, n, cut.parts());
-  std::vector<double> fourth(cut.parts());
+  std::optional<RowPowers<T>> powers;
+  if (s.unbiased) powers.emplace(n, cut);
   for_column_blocks<T>(like, n, cut, 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
-    fourth[span.part] += centre_block(s.z, span.begin, span.end, s.high, s.low, s.variance, block[0].data, s.unbiased);
+    centre_block(s.z, span.begin, span.end, s.high, s.low, s.variance, block[0].data, powers ? &*powers : nullptr);
     products.add(block[0], block[0], grams.at(span.part), span.first);
   });
   grams.add_up(true);
+  if (powers) {  // the Gram's own diagonal too: the estimator's difference of the two must not be one of roundings
+    powers->squares(s.row_sq);
+    for (int64_t i = 0; i < n; ++i) s.gram[i * n + i] = s.row_sq[i];
+  }
   const double total = finish_gram(s.gram, s.gram, n, T(1), false);
   double square = 0;
   for (int64_t j = 0; j < d; ++j) square += static_cast<double>(s.variance[j]) * s.variance[j];
   const double plugin = total / ((n - 1.) * (n - 1.)) - square;
-  if (!s.unbiased) return plugin;
-  for (int64_t i = 0; i < n; ++i) s.row_sq[i] = s.gram[i * n + i];
-  return unbiased_offdiag(s, plugin, sum_of(fourth));
+  return s.unbiased ? unbiased_offdiag(s, plugin, powers->fourth_powers()) : plugin;
 }
 
 template <class T>
@@ -145,7 +148,7 @@ void input_gradient(const Tensor& grams, int64_t index, const Slice<T>& s, const
                     double grad_offdiag, const Pull* pull, const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
   const Gemm gemm = gemm_for<T>(m);
-  const Operand<T> gram{stable::select(stable::view(const_cast<Tensor&>(grams), {-1, m * m}), 0, index), s.gram, m, m};
+  const Operand<T> gram = square_of<T>(grams, index, m, gemm);
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {
     const Cut cut = cut_columns(n, d, gemm);

@@ -216,7 +216,7 @@ template <class T>
 void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_offdiag, const bool* needed,
               const Tensor* grads) {
   const int64_t m = v.dual ? v.n : v.d;
-  const Tensor grams = stable::view(const_cast<Tensor&>(v.gram), {-1, m * m});
+  const Gemm gemm = gemm_for<T>(m);
   for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     const double n = v.n, g = data<T>(grad_offdiag)[s];
@@ -226,9 +226,9 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
           static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
     for (int k = 0; k < 2; ++k)
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
-    const Operand<T> first{stable::select(grams, 0, s), p.gram[0], m, m};
+    const Operand<T> first = square_of<T>(v.gram, s, m, gemm);
     if (!v.dual) return primal_backward(first, p, gradient);
-    const Operand<T> both[2] = {first, {stable::select(grams, 0, v.stack + s), p.gram[1], m, m}};
+    const Operand<T> both[2] = {first, square_of<T>(v.gram, v.stack + s, m, gemm)};
     dual_backward(both, p, gradient);
   });
 }

@@ -99,6 +99,19 @@ struct Operand {
   }
 };
 
+// The square matrix `index` of a stack (..., m, m) as an operand. A vendor library's order of summation may follow the
+// address, and every new tensor starts at a multiple of 64 bytes: a slice that does not is copied for it, so that it
+// has the bits of the slice alone.
+template <class T>
+Operand<T> square_of(const Tensor& stack, int64_t index, int64_t m, Gemm gemm) {
+  const Tensor square = stable::select(stable::view(const_cast<Tensor&>(stack), {-1, m * m}), 0, index);
+  T* from = data<T>(square);
+  if (gemm == Gemm::tiles || reinterpret_cast<uintptr_t>(from) % 64 == 0) return {square, from, m, m};
+  const Tensor copy = fresh(square, {m * m}, dtype_of<T>());
+  std::copy_n(from, m * m, data<T>(copy));
+  return {copy, data<T>(copy), m, m};
+}
+
 inline Tensor row_range(const Tensor& t, int64_t begin, int64_t end) {
   if (begin == 0 && end == t.size(0)) return t;  // a call into the dispatcher costs 2 us
   return stable::narrow(const_cast<Tensor&>(t), 0, begin, end - begin);
