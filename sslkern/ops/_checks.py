@@ -8,6 +8,8 @@ from numbers import Real
 import torch
 from torch import Tensor
 
+from .. import _torch
+
 from ..reference.columns import accumulation_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
@@ -190,8 +192,8 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
     """Indices must be in [low, limit), where looking costs no host sync and breaks no graph: on a CPU, in eager."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        while torch._C._functorch.is_functorch_wrapped_tensor(value):
-            value = torch._C._functorch.get_unwrapped(value)  # all of a vmapped batch
+        while _torch.is_wrapped(value):
+            value = _torch.unwrapped(value)  # all of a vmapped batch
         smallest, largest = (int(v) for v in value.aminmax())
         if smallest < low or largest >= limit:
             raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
