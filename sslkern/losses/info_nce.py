@@ -45,7 +45,8 @@ def info_nce_loss(
 
     Args:
         q: (N, D) queries; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are negatives.
+        k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are
+            negatives.
         temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
         scale: a number, or a floating tensor of one element, with a gradient; where given, it replaces 1 / temperature,
             as CLIP's exp(logit_scale).
