@@ -271,7 +271,7 @@ def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """One number per slice of x, in the precision of the result."""
     if isinstance(scale, Tensor):
         return _checks.per_slice("scale", scale, x, dtype).contiguous()
-    if isinstance(scale, bool) or not isinstance(scale, Real):
+    if type(scale) is not float and (isinstance(scale, bool) or not isinstance(scale, Real)):
         raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
     if not -inf < scale < inf:
         raise ValueError(f"scale must be a finite number or a torch.Tensor, got {scale!r}.")
