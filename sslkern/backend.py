@@ -52,6 +52,16 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
     return rule
 
 
+def _vmapped(rule: Callable, namespace: str, name: str, _: Any, *args: Any) -> Any:
+    """What `torch.library.register_vmap` registers, but for its imports, which take longer than all of ours."""
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    kernel = getattr(getattr(torch.ops, namespace), name).default
+    level = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(level, partial(rule, kernel), kernel, *args)  # type: ignore[arg-type]
+
+
 def declare(schema: str, reference: Callable, vmap: Callable = stacked()) -> None:  # noqa: B008
     """Define a kernel in every back-end.
 
@@ -63,8 +73,7 @@ def declare(schema: str, reference: Callable, vmap: Callable = stacked()) -> Non
     for backend, library in _libraries.items():
         library.define(schema)
         torch.library.register_fake(f"sslkern_{backend}::{name}", reference, lib=library)
-        kernel = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
-        torch.library.register_vmap(f"sslkern_{backend}::{name}", partial(vmap, kernel), lib=library)
+        library.impl(name, partial(_vmapped, vmap, f"sslkern_{backend}", name), "FuncTorchBatched", with_keyset=True)
     _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     _declared.append(name)
 
