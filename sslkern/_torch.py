@@ -60,6 +60,15 @@ def forward_mode() -> bool:
     return forward_ad._current_level >= 0
 
 
+def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
+    """The outputs of a kernel by its vmap rule, inside of vmap. (2.0)"""
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    level = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(level, rule, kernel, *args)  # type: ignore[arg-type]
+
+
 def only_vmapped() -> bool:
     """Whether, of the transforms of torch.func, the code that runs is inside of vmap alone. (2.0)"""
     vmap = torch._C._functorch.TransformType.Vmap

@@ -84,6 +84,12 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
     return rule
 
 
+def _vmapped(rule: Callable, namespace: str, name: str, _: Any, *args: Any) -> Any:
+    """What `torch.library.register_vmap` registers, but for its imports, which take longer than all of ours."""
+    kernel = getattr(getattr(torch.ops, namespace), name).default
+    return _torch.call_vmapped(kernel, partial(rule, kernel), *args)
+
+
 def declare(
     schema: str,
     reference: Callable,
@@ -101,8 +107,7 @@ def declare(
     for backend, library in _libraries.items():
         library.define(schema)
         torch.library.register_fake(f"sslkern_{backend}::{name}", reference, lib=library)
-        kernel = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
-        torch.library.register_vmap(f"sslkern_{backend}::{name}", partial(vmap, kernel), lib=library)
+        library.impl(name, partial(_vmapped, vmap, f"sslkern_{backend}", name), "FuncTorchBatched", with_keyset=True)
     _libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     _declared[name] = dtypes
     for device in ("cpu", "cuda"):

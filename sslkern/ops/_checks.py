@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from .. import _torch
-
 from ..reference.columns import accumulation_dtype
 
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)

@@ -193,7 +193,7 @@ def vicreg(
         return _composed(a, b, peers.size / (n * d), variance, offdiag, settings)
     check()
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
-    if any(isinstance(value, Tensor) for value in settings):
+    if [value for value in settings if isinstance(value, Tensor)]:
         views = [_Covariance.apply(view, unbiased, dual) for view in (a, b)]
         variance, offdiag = (torch.stack([view[k] for view in views]) for k in (0, 1))
         return _composed(a, b, 1 / a.shape[-2:].numel(), variance, offdiag, settings)
