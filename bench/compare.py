@@ -3,36 +3,31 @@
 Trees are folders with a built extension, such as git worktrees. The cases are those of the tree that runs the command,
 for both. A case has a process in each tree, and the two take turns within one minute, --rounds times: the pairs of
 medians so measured give the ratio, and their spread its noise. What is worse by more than that counts once two fresh
-processes have said so again. The overhead of a call (`overhead.py`) is counted in instructions where there is a
-valgrind, and timed like the rest where there is none; --filter '^overhead' is that part alone. The exit status is 1 if
-a row got worse or fails, else 0.
+processes have said so again. What a call costs on (8, 16) inputs (`overhead.py`) is timed in the same way, on one
+thread, and counted: "overhead" rows are microseconds, "bytecodes" rows Python's own instructions, which no neighbour
+disturbs. --filter chooses rows of all three kinds. The exit status is 1 if a row got worse or fails, else 0.
 
 Of result files each row is compared once: the noise is that of the p20-p80 they hold.
 """
 
 from __future__ import annotations
 
-import gc
+import contextlib
 import json
 import math
 import os
 import re
-import shutil
 import statistics
 import subprocess
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 OURS = Path(__file__).parents[1]
-BLOCK = 0.2  # seconds of calls behind one median
-LEAST_TIME = 0.02  # two processes of one tree differ by as much, by where their memory happens to lie
-LEAST_COUNT = 0.005  # and in instructions by this, by the addresses that their tables hash
-COUNTED = 10  # calls between two readings of the counter, three times
-OVERHEAD = "overhead "
+LEAST = 0.02  # two processes of one tree differ by as much in time, by where their memory happens to lie
+OVERHEAD, BYTECODES = "overhead ", "bytecodes "
 
 
 @dataclass(frozen=True)
@@ -45,7 +40,7 @@ class Row:
     after: float
     change: float
     noise: float
-    least: float
+    least: float = LEAST
 
     @property
     def verdict(self) -> str:
@@ -54,7 +49,7 @@ class Row:
         return "worse" if self.change > 0 else "better"
 
 
-def judged(name: str, before: list[float], after: list[float], unit: str = "ms", least: float = LEAST_TIME) -> Row:
+def judged(name: str, before: list[float], after: list[float], unit: str = "ms", least: float = LEAST) -> Row:
     """A row of pairs that were measured next to each other: what a busy minute does to both is not in their ratio."""
     ratios = [math.log(b / a) for a, b in zip(before, after, strict=True)]
     low, _, high = statistics.quantiles(ratios, n=4)
@@ -80,66 +75,55 @@ def of_files(before: Path, after: Path, pattern: str) -> list[Row]:
     for name in (name for name in old if name in new and re.search(pattern, name)):
         a, b = old[name], new[name]
         change, noise = math.log(b["median"] / a["median"]), 3 * math.hypot(error(a), error(b))
-        found.append(Row(name, "ms", 1e3 * a["median"], 1e3 * b["median"], change, noise, LEAST_TIME))
+        found.append(Row(name, "ms", 1e3 * a["median"], 1e3 * b["median"], change, noise))
     return found
 
 
 # In a worker: a process that has one tree's sslkern, and this tree's bench.
 
 
-def work(name: str, device: str) -> None:
-    """Answer each line of the input with the median seconds of a call of the case."""
-    from .run import seconds_of
-
-    measure = _overhead_call(name) if name.startswith(OVERHEAD) else seconds_of(name, device)
-    deadline = time.monotonic() + 0.5
-    while time.monotonic() < deadline:
-        measure()
-    print("READY", flush=True)
-    for _ in sys.stdin:
-        times, deadline = [measure()], time.monotonic() + BLOCK
-        while len(times) < 3 or time.monotonic() < deadline:
-            times.append(measure())
-        print("TIME", statistics.median(times), flush=True)
-
-
-def _overhead_call(name: str) -> Callable[[], float]:
-    from .overhead import overheads
-
-    call = overheads()[name.removeprefix(OVERHEAD)]()
-
-    def measure() -> float:
-        start = time.perf_counter()
-        for _ in range(COUNTED):
-            call()
-        return (time.perf_counter() - start) / COUNTED
-
-    return measure
-
-
-def count(names: list[str]) -> None:
-    """Make the calls of these rows under callgrind, which writes its count at every call of getpgid."""
-    from .overhead import overheads
-
-    make, marks = overheads(), 0
-    for name in names:
+def work(device: str) -> None:
+    """Answer each line of the input, the name of a row, with a figure of it."""
+    measures: dict[str, Callable[[], float]] = {}
+    for line in sys.stdin:
+        name = line.strip()
         try:
-            call = make[name.removeprefix(OVERHEAD)]()
-            for _ in range(5):
-                call()
+            if name not in measures:
+                measures[name] = _measure(name, device)
+            print("FIGURE", measures[name](), flush=True)
         except Exception as error:
-            print("FAILED", json.dumps([name, f"{type(error).__name__}: {error}"]), flush=True)
-            continue
-        gc.collect()
-        gc.disable()
-        for _ in range(3):
-            os.getpgid(0)
-            for _ in range(COUNTED):
-                call()
-        os.getpgid(0)
-        gc.enable()
-        print("COUNTED", json.dumps([name, marks]), flush=True)
-        marks += 4
+            print("FAILED", f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
+
+
+def _measure(name: str, device: str) -> Callable[[], float]:
+    """What tells a row's figure: a count, or the median time of a block of calls."""
+    from . import overhead, run
+
+    if not name.startswith((OVERHEAD, BYTECODES)):
+        return _medians(run.seconds_of(name, device), 1e3, warm=0.5, block=0.2)
+    call = overhead.overheads()[name.partition(" ")[2]]()
+    if name.startswith(OVERHEAD):
+
+        def seconds() -> float:
+            start = time.perf_counter()
+            call()
+            return time.perf_counter() - start
+
+        return _medians(seconds, 1e6, warm=0.05, block=0.02)
+    for _ in range(5):  # the first calls fill caches
+        call()
+    return lambda: overhead.bytecodes(call)
+
+
+def _medians(seconds: Callable[[], float], scale: float, warm: float, block: float) -> Callable[[], float]:
+    def measure(length: float = block) -> float:
+        times, deadline = [seconds()], time.monotonic() + length
+        while len(times) < 3 or time.monotonic() < deadline:
+            times.append(seconds())
+        return scale * statistics.median(times)
+
+    measure(warm)
+    return measure
 
 
 # In the process that compares.
@@ -150,118 +134,85 @@ import sslkern
 assert sslkern.__file__.startswith({tree!r}), sslkern.__file__
 sys.path.insert(0, {ours!r})
 from bench import compare
-compare.{call}
+compare.work({device!r})
 """
 
 
-def _command(tree: Path, call: str) -> list[str]:
-    return [sys.executable, "-c", BOOT.format(tree=str(tree), ours=str(OURS), call=call)]
-
-
 class Worker:
-    """One case in a process of one tree."""
+    """A process of one tree."""
 
-    def __init__(self, tree: Path, name: str, device: str) -> None:
-        threads = {"OMP_NUM_THREADS": "1"} if name.startswith(OVERHEAD) else {}
+    def __init__(self, tree: Path, device: str, threads: int | None) -> None:
         self.process = subprocess.Popen(
-            _command(tree, f"work({name!r}, {device!r})"),
+            [sys.executable, "-c", BOOT.format(tree=str(tree), ours=str(OURS), device=device)],
             cwd=OURS,
-            env=os.environ | threads,
+            env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
         )
 
-    def answer(self, word: str) -> str:
-        """The rest of the line that begins with this word."""
-        assert self.process.stdout is not None and self.process.stderr is not None
-        for line in self.process.stdout:
-            if line.startswith(word):
-                return line.removeprefix(word).strip()
-        lines = self.process.stderr.read().strip().splitlines()
-        raise RuntimeError(lines[-1] if lines else f"it ended with status {self.process.wait()}")
-
-    def median(self) -> float:
-        assert self.process.stdin is not None
-        self.process.stdin.write("\n")
-        self.process.stdin.flush()
-        return float(self.answer("TIME"))
-
-    def close(self) -> None:
-        self.process.kill()
-        self.process.communicate()
+    def figure(self, name: str) -> float:
+        """The answer to a name; a RuntimeError says why there is none."""
+        stdin, stdout, stderr = self.process.stdin, self.process.stdout, self.process.stderr
+        assert stdin is not None and stdout is not None and stderr is not None
+        with contextlib.suppress(BrokenPipeError):
+            stdin.write(name + "\n")
+            stdin.flush()
+        for line in stdout:
+            word, _, rest = line.partition(" ")
+            if word == "FIGURE":
+                return float(rest)
+            if word == "FAILED":
+                raise RuntimeError(rest.strip())
+        lines = stderr.read().strip().splitlines()
+        raise RuntimeError(lines[-1] if lines else f"the process ended with status {self.process.wait()}")
 
 
-def timed(trees: tuple[Path, Path], name: str, device: str, rounds: int) -> Row | dict[int, str]:
-    """The row of a case; or, by tree, why it has none."""
-    workers, failed = [Worker(tree, name, device) for tree in trees], {}
+@contextlib.contextmanager
+def workers(trees: tuple[Path, Path], device: str, threads: int | None = None) -> Iterator[list[Worker]]:
+    """A process in each tree."""
+    running = [Worker(tree, device, threads) for tree in trees]
     try:
-        for k, worker in enumerate(workers):
-            try:
-                worker.answer("READY")
-            except RuntimeError as error:
-                failed[k] = str(error)
-        if failed:
-            return failed
-        medians: tuple[list[float], list[float]] = ([], [])
-        for turn in range(rounds):
-            for k in (0, 1) if turn % 2 == 0 else (1, 0):
-                medians[k].append(1e3 * workers[k].median())
-        return judged(name, *medians)
+        yield running
     finally:
-        for worker in workers:
-            worker.close()
+        for worker in running:
+            worker.process.kill()
+            worker.process.communicate()
 
 
-def counted(trees: tuple[Path, Path], names: list[str]) -> dict[str, Row | dict[int, str]]:
-    """Instructions per call of overhead rows, on one thread, both trees at once."""
-    with tempfile.TemporaryDirectory() as folder:
-        running = []
-        for k, tree in enumerate(trees):
-            valgrind = ["valgrind", "-q", "--tool=callgrind", f"--callgrind-out-file={folder}/{k}"]
-            command = [*valgrind, "--dump-before=getpgid", *_command(tree, f"count({names!r})")]
-            fixed = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1", "PYTHONHASHSEED": "0", "PYTHONWARNINGS": "ignore"}
-            pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
-            running.append(subprocess.Popen(command, cwd=OURS, env=os.environ | fixed, text=True, **pipes))
-        found: list[dict[str, list[float]]] = [{}, {}]
-        failed: dict[str, dict[int, str]] = {}
-        for k, process in enumerate(running):
-            out, err = process.communicate()
-            if process.returncode:
-                raise SystemExit(f"{trees[k]} could not be counted: {(err.strip() or out).splitlines()[-1]}")
-            for line in out.splitlines():
-                word, _, rest = line.partition(" ")
-                if word == "FAILED":
-                    name, reason = json.loads(rest)
-                    failed.setdefault(name, {})[k] = reason
-                elif word == "COUNTED":
-                    name, mark = json.loads(rest)
-                    # the count that mark m writes is of what lies between it and the mark before
-                    found[k][name] = [_total(Path(f"{folder}/{k}.{mark + i}")) / COUNTED for i in (2, 3, 4)]
-        return {
-            name: failed.get(name) or judged(name, found[0][name], found[1][name], "instructions", LEAST_COUNT)
-            for name in names
-        }
-
-
-def _total(dump: Path) -> float:
-    for line in dump.read_text().splitlines():
-        if line.startswith(("summary:", "totals:")):
-            return float(line.split()[1])
-    raise SystemExit(f"{dump} is not what callgrind writes: it has no line of totals.")
+def measured(pair: list[Worker], name: str, rounds: int) -> Row | dict[int, str]:
+    """The row, of figures taken in turns; or, by tree, why it has none."""
+    failed: dict[int, str] = {}
+    for k, worker in enumerate(pair):  # builds and warms it
+        try:
+            worker.figure(name)
+        except RuntimeError as error:
+            failed[k] = str(error)
+    if failed:
+        return failed
+    figures: tuple[list[float], list[float]] = ([], [])
+    for turn in range(3 if name.startswith(BYTECODES) else rounds):
+        for k in (0, 1) if turn % 2 == 0 else (1, 0):
+            figures[k].append(pair[k].figure(name))
+    unit = "bytecodes" if name.startswith(BYTECODES) else "us" if name.startswith(OVERHEAD) else "ms"
+    return judged(name, *figures, unit)
 
 
 def rows_of(
     trees: tuple[Path, Path], names: list[str], device: str, rounds: int, deadline: float = math.inf
 ) -> Iterator[tuple[str, Row | dict[int, str]]]:
     """Each row, as it is measured; none is begun after the deadline."""
-    by_count = [name for name in names if name.startswith(OVERHEAD) and shutil.which("valgrind") and device == "cpu"]
-    if by_count:
-        yield from counted(trees, by_count).items()
+    small = [name for name in names if name.startswith((OVERHEAD, BYTECODES))]
+    if small:
+        with workers(trees, device, threads=1) as pair:
+            for name in small:
+                if time.monotonic() < deadline:
+                    yield name, measured(pair, name, rounds)
     for name in names:
-        if name not in by_count and time.monotonic() < deadline:
-            yield name, timed(trees, name, device, rounds)
+        if name not in small and time.monotonic() < deadline:
+            with workers(trees, device) as pair:
+                yield name, measured(pair, name, rounds)
 
 
 def compare(trees: tuple[Path, Path], pattern: str, device: str, rounds: int, minutes: float) -> int:
@@ -270,7 +221,8 @@ def compare(trees: tuple[Path, Path], pattern: str, device: str, rounds: int, mi
     from .overhead import overheads
 
     deadline = time.monotonic() + 60 * minutes
-    every = [*(OVERHEAD + name for name in overheads()), *(name for name, _ in all_cases(device))]
+    small = [kind + name for kind in (BYTECODES, OVERHEAD) for name in overheads()]
+    every = [*small, *(name for name, _ in all_cases(device))]
     names = [name for name in every if re.search(pattern, name)]
     if not names:
         raise SystemExit(f"--filter {pattern!r} leaves no case.")
@@ -308,7 +260,7 @@ HEAD = "| row | unit | before | after | change | noise | |\n| --- | --- | --- | 
 
 
 def line_of(row: Row) -> str:
-    values = (f"{x:,.0f}" if row.unit == "instructions" else f"{x:.4g}" for x in (row.before, row.after))
+    values = (f"{x:,.0f}" if row.unit == "bytecodes" else f"{x:.4g}" for x in (row.before, row.after))
     change, noise = (f"{100 * math.expm1(x):{sign}.1f} %" for x, sign in ((row.change, "+"), (row.noise, "")))
     return f"| {row.name} | {row.unit} | {' | '.join(values)} | {change} | {noise} | {row.verdict} |"
 

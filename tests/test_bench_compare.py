@@ -1,0 +1,106 @@
+"""`python -m bench --compare`: a planted slow row is found, and noise alone is not."""
+
+import json
+import random
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from bench import compare
+
+ROOT = Path(__file__).parents[1]
+ROUNDS = 15
+SLOW = """
+import time
+
+def _slower(function):
+    def call(*views, **settings):
+        time.sleep(0.002)
+        return function(*views, **settings)
+    return call
+
+losses.vicreg_loss = _slower(losses.vicreg_loss)
+"""
+
+
+def pairs(rng, slower, spread):
+    """Medians of two trees in turns: the machine drifts by a third, and each of them has noise of its own."""
+    drift = [1 + 0.3 * rng.random() for _ in range(ROUNDS)]
+    return tuple([d * factor * rng.lognormvariate(0, spread) for d in drift] for factor in (1, slower))
+
+
+@pytest.mark.parametrize("spread", (0.001, 0.05, 0.3))
+def test_noise_alone_is_not_confirmed(spread):
+    """Of 500 rows none is worse twice, and few are once, whatever the noise is."""
+    rng = random.Random(0)
+    worse = [compare.judged("row", *pairs(rng, 1, spread)).verdict == "worse" for _ in range(1000)]
+    assert sum(worse) < 30
+    assert not any(first and second for first, second in zip(worse[::2], worse[1::2], strict=True))
+
+
+def test_a_slower_row_is_worse():
+    """Slowness above the noise is found every time, though the machine drifts by more; and so is what got faster."""
+    rng = random.Random(0)
+    rows = [compare.judged("row", *pairs(rng, 1.25, 0.05)) for _ in range(200)]
+    assert all(row.verdict == "worse" for row in rows)
+    assert all(compare.judged("row", *pairs(rng, 1.05, 0.005)).verdict == "worse" for _ in range(200))
+    assert all(compare.judged("row", *pairs(rng, 0.8, 0.05)).verdict == "better" for _ in range(200))
+
+
+def tree(folder, appended=""):
+    """A tree that is this one, but for what is appended to its __init__.py."""
+    package = folder / "sslkern"
+    package.mkdir(parents=True)
+    for entry in (ROOT / "sslkern").iterdir():
+        if entry.name not in ("__init__.py", "__pycache__"):
+            (package / entry.name).symlink_to(entry)
+    (package / "__init__.py").write_text((ROOT / "sslkern" / "__init__.py").read_text() + appended)
+    return folder
+
+
+def test_trees(tmp_path, native):
+    """A slower tree fails, by its time and by its bytecodes; rows that it leaves alone do not."""
+    before, after = tree(tmp_path / "before"), tree(tmp_path / "after", SLOW)
+    rows = "^(overhead|bytecodes) v(icreg|creg)_loss, no grad$"
+    command = [sys.executable, "-m", "bench", "--device", "cpu", "--rounds", "5", "--filter", rows]
+    done = subprocess.run([*command, "--compare", before, after], cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 1, done.stderr
+    last = done.stdout.strip().splitlines()[-1]
+    assert last == "2 of 4 rows got worse: bytecodes vicreg_loss, no grad, overhead vicreg_loss, no grad"
+
+
+def main(before, after, pattern=""):
+    return compare.main(before, after, pattern, "cpu", 5, 10.0)
+
+
+def test_a_row_that_fails(tmp_path, native, capsys):
+    """It fails the comparison where it did not before, with its reason."""
+    before, after = tree(tmp_path / "before"), tree(tmp_path / "after", "\ndel metrics.rankme\n")
+    for trees, status in (((before, after), 1), ((after, before), 0)):
+        assert main(*trees, "^bytecodes rankme$") == status
+        assert f"fails in {after}: AttributeError" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(("slower", "status"), ((1.0, 0), (1.02, 0), (1.3, 1)))
+def test_result_files(tmp_path, slower, status, capsys):
+    """Within the spread of the two files a row is the same; beyond it the comparison fails."""
+    paths = []
+    for name, factor in (("before", 1.0), ("after", slower)):
+        median = 0.01 * factor
+        row = {"case": "vicreg-8x16", "implementation": "sslkern", "pages": "default", "rounds": 15}
+        row |= {"median": median, "p20": 0.95 * median, "p80": 1.05 * median}
+        other = row | {"implementation": "published", "median": 7 * factor**2}
+        paths.append(tmp_path / f"{name}.json")
+        paths[-1].write_text(json.dumps({"machine": {}, "rows": [row, other]}))
+    assert main(*paths) == status
+    assert f"{status} of 1 rows got worse" in capsys.readouterr().out
+
+
+def test_what_is_no_tree(tmp_path):
+    """Said in a sentence, before any work."""
+    with pytest.raises(SystemExit, match=r"is neither a result file nor a tree: it has no sslkern/__init__.py."):
+        main(tmp_path, ROOT)
+    with pytest.raises(SystemExit, match=r"--filter '.no such case.' leaves no case."):
+        main(ROOT, ROOT, "^no such case$")
