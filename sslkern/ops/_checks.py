@@ -144,7 +144,7 @@ def coefficient(name: str, value: object, x: Tensor | None = None, above: float 
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
     elif isinstance(value, bool) or not isinstance(value, Real):
         raise TypeError(f"{name} must be {_number(above, zero)}, got {type(value).__name__}.")
-    elif not above < value < inf or not (zero or value):
+    elif not above < float(value) < inf or not (zero or value):
         raise ValueError(f"{name} must be {_number(above, zero)}, got {value!r}.")
 
 

@@ -25,7 +25,7 @@ def precision(*rows: Tensor) -> torch.dtype:
 
 def check_eps(eps: object) -> None:
     """eps must be None or a number that a row can be divided by."""
-    if eps is not None and (isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= eps < inf):
+    if eps is not None and (isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= float(eps) < inf):
         raise ValueError(f"eps must be None or a finite number >= {LEAST_EPS}, got {_checks.got(eps)}.")
 
 
