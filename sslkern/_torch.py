@@ -111,6 +111,12 @@ def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
     return {} if hooks is None else hooks
 
 
+def hooked(module: nn.Module) -> bool:
+    """Whether calling a module does more than its `forward`. (2.0)"""
+    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(own) or nn.modules.module._has_any_global_hook()
+
+
 class Sharded:
     """What `torch.distributed.fsdp.fully_shard` keeps in a module: its groups of parameters, each with the flags
     `reduce_grads` and `all_reduce_grads`. FSDPModule's public setters write those and nothing public reads them."""

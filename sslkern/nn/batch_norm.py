@@ -112,7 +112,7 @@ class BatchNormReLU(nn.Sequential):
         """relu((x - mean) / sqrt(var + eps) * weight + bias)"""
         if len(self._modules) == 2 and not _recorded(input):
             norm, relu = self._modules.values()
-            if type(norm) in _TORCHS and type(relu) is nn.ReLU and not (_hooked(norm) or _hooked(relu)):
+            if type(norm) in _TORCHS and type(relu) is nn.ReLU and not (_torch.hooked(norm) or _torch.hooked(relu)):
                 return norm._normalise(input, "relu")  # type: ignore[operator]
         return super().forward(input)
 
@@ -124,13 +124,6 @@ class BatchNormReLU(nn.Sequential):
             if prefix + name in state_dict and f"{prefix}0.{name}" not in state_dict:
                 state_dict[f"{prefix}0.{name}"] = state_dict.pop(prefix + name)
         super()._load_from_state_dict(state_dict, prefix, *args)
-
-
-def _hooked(layer: nn.Module) -> bool:
-    return (
-        bool(layer._forward_hooks or layer._forward_pre_hooks or layer._backward_hooks or layer._backward_pre_hooks)
-        or nn.modules.module._has_any_global_hook()
-    )
 
 
 def _activate(norm: nn.Module, activation: Activation) -> None:
