@@ -46,10 +46,10 @@ void run_moments(const Tensor& x, const Tensor& centre, const Tensor& variance,
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
-    const Tensor memory = bytes(x, Workspace<Moments<A>>::bytes(v, p));
+    const Tensor splits = bytes(x, split_bytes<Moments<A>>(v, p));
     const Running<A> running{running_mean ? data<A>(*running_mean) : nullptr,
                              running_var ? data<A>(*running_var) : nullptr, static_cast<A>(momentum)};
-    check(moments<T>(v, p, data<T>(x), data<void>(memory), data<A>(centre), data<A>(variance), running,
+    check(moments<T>(v, p, data<T>(x), data<void>(splits), data<A>(centre), data<A>(variance), running,
                      current_stream(x)),
           "batch_moments_fwd");
   });
@@ -70,8 +70,8 @@ void run_sums(const Tensor& dy, const Tensor& x, const Given& given, const Tenso
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
-    const Tensor memory = bytes(x, Workspace<Pair>::bytes(v, p));
-    check(gradient_sums<T>(v, p, data<T>(dy), data<T>(x), given.as<A>(), data<void>(memory), data<A>(sums),
+    const Tensor splits = bytes(x, split_bytes<Pair>(v, p));
+    check(gradient_sums<T>(v, p, data<T>(dy), data<T>(x), given.as<A>(), data<void>(splits), data<A>(sums),
                            current_stream(x)),
           "batch_norm_sums");
   });

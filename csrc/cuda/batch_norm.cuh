@@ -1,7 +1,7 @@
 // Batch moments and batch norm on a GPU, over x (M, C), whose channels are columns, or (N, C, L), whose channels are
 // planes. A block walks a channel, or a tile of columns, through its split of the numbers; sums run in fp32 over what a
-// thread loads at once and in fp64 from there on, and the last block of a channel merges the splits in order: the same
-// bits every time, and no atomics but the count of blocks.
+// thread loads at once and in fp64 from there on, and a second kernel merges the splits in a fixed order: the same bits
+// every time, and no atomics.
 #pragma once
 
 #include "channels.cuh"
@@ -13,14 +13,18 @@ template <class A>
 struct Moments {
   double count = 0, mean = 0, m2 = 0;
 
-  // Chan's merge. A share in fp32 errs relative to a difference of means, and spares a division in fp64.
   __device__ void merge(const Moments& more) {
     const double total = count + more.count;
     if (total == 0) return;
-    const double delta = more.mean - mean, share = static_cast<A>(more.count) / static_cast<A>(total);
-    mean += delta * share;
-    m2 += more.m2 + delta * delta * share * count;
+    add(more.mean, more.m2, static_cast<A>(more.count) / static_cast<A>(total), count);
     count = total;
+  }
+  // Chan's merge of numbers that are this share of all, with `before` ones. A share in fp32 errs relative to a
+  // difference of means, and spares a division in fp64.
+  __device__ void add(double its_mean, double its_m2, double share, double before) {
+    const double delta = its_mean - mean;
+    mean += delta * share;
+    m2 += its_m2 + delta * delta * share * before;
   }
 };
 
@@ -44,24 +48,47 @@ struct Running {
   }
 };
 
-// centre (2, C): the mean as high + low; variance (C): biased, unbiased where it goes into a running one. Two passes
-// over what a thread loads at once, about the channel's first number.
+// Where a channel's moments go. centre (2, C): the mean as high + low; variance (C): biased, unbiased where it goes
+// into a running one. Moments are about the channel's first number, `pitch` after the one before's.
+template <class T>
+struct MomentsOutput {
+  using A = Accumulator<T>;
+  const T* x;
+  int64_t pitch, channels;
+  A *centre, *variance;
+  Running<A> running;
+
+  __device__ A pivot(int64_t channel) const {
+    return static_cast<A>(x[channel * pitch]);
+  }
+  __device__ void operator()(int64_t c, const Moments<A>& found) const {
+    const double mean = pivot(c) + found.mean;
+    const A high = static_cast<A>(mean);
+    centre[c] = high;
+    centre[channels + c] = static_cast<A>(static_cast<double>(pivot(c)) - high + found.mean);
+    variance[c] = static_cast<A>(found.m2 / found.count);
+    running.track(running.mean, c, high);
+    running.track(running.variance, c, static_cast<A>(found.m2 / (found.count - 1)));
+  }
+};
+
+// Two passes over what a thread loads at once. The slots of a thread count the same, so that they share a division.
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
-    moments_kernel(Layout v, Plan p, const T* __restrict__ x, Moments<Accumulator<T>>* splits, unsigned* arrived,
-                   Accumulator<T>* centre, Accumulator<T>* variance, Running<Accumulator<T>> running) {
+    moments_kernel(Layout v, Plan p, const T* __restrict__ x, Moments<Accumulator<T>>* splits, MomentsOutput<T> out) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   constexpr int S = Walk<V, kColumns>::kSlots;
   A pivot[S] = {};
   Moments<A> own[S];
   if (walk.inside)
-    for (int s = 0; s < S; ++s) pivot[s] = static_cast<A>(x[(walk.channel + s) * (kColumns ? 1 : v.length)]);
-  while (walk.left > 0) {
-    int64_t offsets[kAtOnce];
-    T raw[kAtOnce][V];
-    const int valid = walk.next(offsets);
-    load_all(x, offsets, valid, raw);
+    for (int s = 0; s < S; ++s) pivot[s] = out.pivot(walk.channel + s);
+  double count = 0;
+  int64_t offsets[kAtOnce];
+  T raw[kAtOnce][V];
+  int valid = walk.next(offsets);
+  load_all(x, offsets, valid, raw);
+  while (valid > 0) {
     A sum[S] = {}, square[S] = {};
     A d[kAtOnce][V];
 #pragma unroll
@@ -71,34 +98,25 @@ __global__ void __launch_bounds__(kThreads)
         d[k][lane] = k < valid ? static_cast<A>(raw[k][lane]) - pivot[walk.slot(lane)] : A(0);
         sum[walk.slot(lane)] += d[k][lane];
       }
-    const A each = A(1) / walk.each(valid);
+    const int here = valid;
+    const A numbers = walk.each(here), each = A(1) / numbers;
+    valid = walk.next(offsets);
+    load_all(x, offsets, valid, raw);  // the next are under way while these are summed up
 #pragma unroll
     for (int k = 0; k < kAtOnce; ++k)
 #pragma unroll
       for (int lane = 0; lane < V; ++lane) {
-        const A e = k < valid ? d[k][lane] - sum[walk.slot(lane)] * each : A(0);
+        const A e = k < here ? d[k][lane] - sum[walk.slot(lane)] * each : A(0);
         square[walk.slot(lane)] += e * e;
       }
+    const double total = count + numbers, share = numbers / static_cast<A>(total);
 #pragma unroll
-    for (int s = 0; s < S; ++s) {
-      Moments<A> more;
-      more.count = walk.each(valid);
-      more.mean = sum[s] * each;
-      more.m2 = square[s];
-      own[s].merge(more);
-    }
+    for (int s = 0; s < S; ++s) own[s].add(sum[s] * each, square[s], share, count);
+    count = total;
   }
-  if (!merge_splits(own, walk.inside, walk.channel, v.channels, splits, arrived)) return;
-  for (int s = 0; s < S; ++s) {
-    const int64_t c = walk.channel + s;
-    const double mean = pivot[s] + own[s].mean;
-    const A high = static_cast<A>(mean);
-    centre[c] = high;
-    centre[v.channels + c] = static_cast<A>(static_cast<double>(pivot[s]) - high + own[s].mean);
-    variance[c] = static_cast<A>(own[s].m2 / own[s].count);
-    running.track(running.mean, c, high);
-    running.track(running.variance, c, static_cast<A>(own[s].m2 / (own[s].count - 1)));
-  }
+#pragma unroll
+  for (int s = 0; s < S; ++s) own[s].count = count;
+  finish_block(own, walk.inside, walk.channel, v.channels, splits, out);
 }
 
 // What normalises: parameters of shape (C,), in the accumulator's type; centre is (2, C).
@@ -157,13 +175,27 @@ __global__ void __launch_bounds__(kThreads)
 }
 
 // sums (2, C): of dy behind the relu, and of dy (x - mean) / sqrt(var + eps)
+template <class A>
+struct SumsOutput {
+  Statistics<A> f;
+  int64_t channels;
+  A* sums;
+
+  __device__ void operator()(int64_t c, const Pair& found) const {
+    const double dot = found.dot - f.centre[channels + c] * found.sum;
+    sums[c] = static_cast<A>(found.sum);
+    sums[channels + c] = static_cast<A>(dot * inverse_std(f, c));
+  }
+};
+
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
-    sums_kernel(Layout v, Plan p, const T* __restrict__ dy, const T* __restrict__ x, Statistics<Accumulator<T>> f,
-                Pair* splits, unsigned* arrived, Accumulator<T>* sums) {
+    sums_kernel(Layout v, Plan p, const T* __restrict__ dy, const T* __restrict__ x, Pair* splits,
+                SumsOutput<Accumulator<T>> out) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   constexpr int S = Walk<V, kColumns>::kSlots;
+  const Statistics<A>& f = out.f;
   Affine<A> affine[S] = {};
   Pair own[S];
   if (walk.inside)
@@ -193,13 +225,7 @@ __global__ void __launch_bounds__(kThreads)
       own[s].dot += dot[s];
     }
   }
-  if (!merge_splits(own, walk.inside, walk.channel, v.channels, splits, arrived)) return;
-  for (int s = 0; s < S; ++s) {
-    const int64_t c = walk.channel + s;
-    const double dot = own[s].dot - f.centre[v.channels + c] * own[s].sum;
-    sums[c] = static_cast<A>(own[s].sum);
-    sums[v.channels + c] = static_cast<A>(dot * inverse_std(f, c));
-  }
+  finish_block(own, walk.inside, walk.channel, v.channels, splits, out);
 }
 
 // dx = scale (dy - mean of dy - x_hat mean of dy x_hat), the means being `sums` (2, C) times `each`
@@ -249,16 +275,17 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 constexpr int wide_lanes = sizeof(T) < 8 ? kVectorBytes / sizeof(T) : 1;
 
-// The launchers. `memory` holds `Workspace<State>::bytes` of the reducing plan, State being Moments<A> or Pair.
+// The launchers. `splits` has `split_bytes` of the reducing plan.
 template <class T>
-cudaError_t moments(const Layout& v, const Plan& p, const T* x, void* memory, Accumulator<T>* centre,
+cudaError_t moments(const Layout& v, const Plan& p, const T* x, void* splits, Accumulator<T>* centre,
                     Accumulator<T>* variance, const Running<Accumulator<T>>& running, cudaStream_t stream) {
-  const Workspace<Moments<Accumulator<T>>> w(memory, v, p);
-  if (const cudaError_t error = w.clear(p, stream); error != cudaSuccess) return error;
+  using State = Moments<Accumulator<T>>;
+  const MomentsOutput<T> out{x, v.columns ? 1 : v.length, v.channels, centre, variance, running};
   const int slots = v.columns && p.wide ? wide_lanes<T> : 1;
-  return launch(SSLKERN_KERNEL(moments_kernel, T, p, v), p.grid, p.block,
-                shared_bytes<Moments<Accumulator<T>>>(p, slots), stream, v, p, x, w.splits, w.arrived, centre, variance,
-                running);
+  const cudaError_t error =
+      launch(SSLKERN_KERNEL(moments_kernel, T, p, v), p.grid, p.block, merging_bytes<State>(p.block, slots), stream, v,
+             p, x, static_cast<State*>(splits), out);
+  return error == cudaSuccess ? merge_splits(v, p, static_cast<const State*>(splits), out, stream) : error;
 }
 
 template <class T>
@@ -269,12 +296,13 @@ cudaError_t apply(const Layout& v, const Plan& p, const T* x, const Statistics<A
 
 template <class T>
 cudaError_t gradient_sums(const Layout& v, const Plan& p, const T* dy, const T* x, const Statistics<Accumulator<T>>& f,
-                          void* memory, Accumulator<T>* sums, cudaStream_t stream) {
-  const Workspace<Pair> w(memory, v, p);
-  if (const cudaError_t error = w.clear(p, stream); error != cudaSuccess) return error;
+                          void* splits, Accumulator<T>* sums, cudaStream_t stream) {
+  const SumsOutput<Accumulator<T>> out{f, v.channels, sums};
   const int slots = v.columns && p.wide ? wide_lanes<T> : 1;
-  return launch(SSLKERN_KERNEL(sums_kernel, T, p, v), p.grid, p.block, shared_bytes<Pair>(p, slots), stream, v, p, dy,
-                x, f, w.splits, w.arrived, sums);
+  const cudaError_t error =
+      launch(SSLKERN_KERNEL(sums_kernel, T, p, v), p.grid, p.block, merging_bytes<Pair>(p.block, slots), stream, v, p,
+             dy, x, static_cast<Pair*>(splits), out);
+  return error == cudaSuccess ? merge_splits(v, p, static_cast<const Pair*>(splits), out, stream) : error;
 }
 
 template <class T>

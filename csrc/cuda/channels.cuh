@@ -119,49 +119,53 @@ __device__ void merge_block(State (&own)[S]) {
 }
 
 template <class State>
-size_t shared_bytes(const Plan& p, int slots) {
-  return std::max<size_t>(sizeof(State) * p.block.x * (p.block.y - 1) * slots, sizeof(int));
+size_t merging_bytes(dim3 block, int slots) {
+  return sizeof(State) * block.x * (block.y - 1) * slots;
 }
 
-// Merges what the splits of a channel found, in the last of its blocks to come by: true there, where threadIdx.y is 0,
-// with the result in `own`. `splits` holds (gridDim.y, channels) states, `arrived` gridDim.x zeros.
-template <class State, int S>
-__device__ bool merge_splits(State (&own)[S], bool inside, int64_t channel, int64_t channels, State* splits,
-                             unsigned* arrived) {
+// Hands what a channel's only block found to `finish`, or leaves a split's part in `splits`, (gridDim.y, channels), to
+// `merge_kernel`.
+template <class State, int S, class Finish>
+__device__ void finish_block(State (&own)[S], bool inside, int64_t channel, int64_t channels, State* splits,
+                             const Finish& finish) {
   merge_block(own);
-  const bool owner = inside && threadIdx.y == 0;
-  if (gridDim.y == 1) return owner;
-  if (owner)
-    for (int s = 0; s < S; ++s) splits[blockIdx.y * channels + channel + s] = own[s];
-  __threadfence();
-  __syncthreads();  // all of the block have written, and read what they merged
-  int* last = reinterpret_cast<int*>(shared_memory());
-  if (threadIdx.x == 0 && threadIdx.y == 0) *last = atomicAdd(arrived + blockIdx.x, 1u) == gridDim.y - 1;
-  __syncthreads();
-  if (!*last || !owner) return false;
-  __threadfence();
+  if (!inside || threadIdx.y != 0) return;
   for (int s = 0; s < S; ++s) {
-    own[s] = State();
-    for (unsigned k = 0; k < gridDim.y; ++k) own[s].merge(splits[k * channels + channel + s]);
+    if (gridDim.y == 1)
+      finish(channel + s, own[s]);
+    else
+      splits[blockIdx.y * channels + channel + s] = own[s];
   }
-  return true;
 }
 
-// Device memory that a reduction works in: `splits` of State per channel, and zeros for the blocks to count in.
+// Merges the `count` splits of each channel. A channel has a column of threads: one thread would take a thousand
+// splits of a layer of 64 channels one after the other.
+template <class State, class Finish>
+__global__ void __launch_bounds__(kThreads)
+    merge_kernel(int64_t channels, int64_t count, const State* __restrict__ splits, Finish finish) {
+  const int64_t channel = static_cast<int64_t>(blockIdx.x) * blockDim.x + threadIdx.x;
+  State own[1];
+  const int64_t mine = channel < channels ? count : 0;
+#pragma unroll 4
+  for (int64_t k = threadIdx.y; k < mine; k += blockDim.y) own[0].merge(splits[k * channels + channel]);
+  merge_block(own);
+  if (channel < channels && threadIdx.y == 0) finish(channel, own[0]);
+}
+
+// Device memory for the splits of a reduction, if there are any.
 template <class State>
-struct Workspace {
-  State* splits;
-  unsigned* arrived;
+int64_t split_bytes(const Layout& v, const Plan& p) {
+  return p.grid.y > 1 ? p.grid.y * v.channels * sizeof(State) : 0;
+}
 
-  static int64_t bytes(const Layout& v, const Plan& p) {
-    return p.grid.y > 1 ? p.grid.y * v.channels * sizeof(State) + p.grid.x * sizeof(unsigned) : 0;
-  }
-  Workspace(void* memory, const Layout& v, const Plan& p)
-      : splits(static_cast<State*>(memory)), arrived(reinterpret_cast<unsigned*>(splits + p.grid.y * v.channels)) {}
-
-  cudaError_t clear(const Plan& p, cudaStream_t stream) const {
-    return p.grid.y > 1 ? cudaMemsetAsync(arrived, 0, p.grid.x * sizeof(unsigned), stream) : cudaSuccess;
-  }
-};
+template <class State, class Finish>
+cudaError_t merge_splits(const Layout& v, const Plan& p, const State* splits, const Finish& finish,
+                         cudaStream_t stream) {
+  if (p.grid.y == 1) return cudaSuccess;
+  const int64_t down = std::min<int64_t>(power_of_two_from(p.grid.y), kThreads / 4), across = kThreads / down;
+  const dim3 block(across, down);
+  return launch(merge_kernel<State, Finish>, dim3(ceil_div(v.channels, across)), block, merging_bytes<State>(block, 1),
+                stream, v.channels, static_cast<int64_t>(p.grid.y), splits, finish);
+}
 
 }  // namespace sslkern::cuda

@@ -48,7 +48,7 @@ void bind(pybind11::module_& all, const char* dtype) {
                       std::optional<array> running_var, double momentum) {
     const Layout v = layout_of(x);
     const Plan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
-    simulator::Poisoned w(Workspace<Moments<A>>::bytes(v, p));
+    simulator::Poisoned w(split_bytes<Moments<A>>(v, p));
     const Running<A> running{running_mean ? channels<A>(*running_mean, x) : nullptr,
                              running_var ? channels<A>(*running_var, x) : nullptr, static_cast<A>(momentum)};
     simulator::check(moments<T>(v, p, like<const T>(x, x), w.memory.data(), two_channels<A>(centre, x),
@@ -64,7 +64,7 @@ void bind(pybind11::module_& all, const char* dtype) {
                    const array& variance, double eps, bool relu, const array& sums) {
     const Layout v = layout_of(x);
     const Plan p = plan(v, sizeof(T), aligned(x.data()) && aligned(dy.data()), kReducingBlocks);
-    simulator::Poisoned w(Workspace<Pair>::bytes(v, p));
+    simulator::Poisoned w(split_bytes<Pair>(v, p));
     simulator::check(gradient_sums<T>(v, p, like<const T>(dy, x), like<const T>(x, x),
                                       statistics<T>(x, weight, bias, centre, variance, eps, relu), w.memory.data(),
                                       two_channels<A>(sums, x), nullptr));
