@@ -1,9 +1,12 @@
 """Column statistics, and the pass that centres, standardises and rounds the operands of the vendor GEMM.
 
-Sums over rows run in fp32 over 8 rows and in fp64 above. One warp holds whole columns: alignment changes no bits.
+Sums over rows run in fp32 over 8 rows and in fp64 above. One warp holds whole columns: alignment changes no bits. Where
+columns are few, its lanes take FOLD rows side by side, each lane every FOLD-th row.
 """
 
 from __future__ import annotations
+
+from typing import NamedTuple
 
 import torch
 import triton
@@ -13,22 +16,103 @@ from torch import Tensor
 from . import launch
 from .gemm import empty_operand, store_planes
 
-CHUNKS = 32  # most row chunks of a reducing pass: every reader merges them itself, which saves a launch
+CHUNKS = 32  # most partial sums of a column that every reader merges itself, which saves a launch
+PROGRAMS = 2048  # of a reducing pass over a slice of many rows: 15 warps per SM
+
+
+class Tiling(NamedTuple):
+    """How a pass walks a slice, from its sizes and dtype alone: a stack changes no bits."""
+
+    cols: int  # lanes of a program
+    fold: int  # rows side by side
+    blocks: int  # programs across the columns
+    rows: int  # of a chunk
+    chunks: int
+
+
+def tiling(z: Tensor, programs: int | None = None) -> Tiling:
+    """Of (S, N, D), in at most `programs` chunks, or as a pass that sums up."""
+    n, d = z.shape[-2:]
+    cols = launch.columns_per_program(z)
+    fold = max(1, cols // max(8, triton.next_power_of_2(d)))
+    blocks = triton.cdiv(d, cols // fold)
+    rows, chunks = launch.chunking(n, programs or max(CHUNKS, PROGRAMS // blocks), fold)
+    return Tiling(cols, fold, blocks, rows, chunks)
 
 
 @triton.jit
-def place(d, COLS: tl.constexpr):
-    """Slice and columns of this program; the first grid axis runs over both."""
-    blocks = tl.cdiv(d, COLS)
+def place(d, COLS: tl.constexpr, FOLD: tl.constexpr):
+    """Slice of this program, and column and strand (which of FOLD rows) of its lanes; the first grid axis runs over
+    slices and blocks of columns."""
+    width: tl.constexpr = COLS // FOLD
+    blocks = tl.cdiv(d, width)
     pid = tl.program_id(0)
-    return (pid // blocks).to(tl.int64), ((pid % blocks) * COLS + tl.arange(0, COLS)).to(tl.int64)
+    lanes = tl.arange(0, COLS)
+    cols = (pid % blocks) * width + lanes % width
+    return (pid // blocks).to(tl.int64), cols.to(tl.int64), (lanes // width).to(tl.int64)
 
 
 @triton.jit
-def tile_of(start, last, cols, d, ROWS: tl.constexpr):
-    """ROWS rows from `start` on, and the mask of their tile."""
-    rows = (start + tl.arange(0, ROWS)).to(tl.int64)
-    return rows[:, None], (rows[:, None] < last) & (cols[None, :] < d)
+def rows_of(steps, strand, FOLD: tl.constexpr):
+    """Rows that the lanes reach by these steps."""
+    return steps + strand[None, :] if FOLD > 1 else steps
+
+
+@triton.jit
+def tile_of(start, last, cols, strand, d, ROWS: tl.constexpr, FOLD: tl.constexpr):
+    """Steps of ROWS rows from `start` on, from a lane's row of the first FOLD, and the mask of their tile."""
+    steps = (start + FOLD * tl.arange(0, ROWS)).to(tl.int64)[:, None]
+    return steps, (rows_of(steps, strand, FOLD) < last) & (cols[None, :] < d)
+
+
+@triton.jit
+def store_sums(out, x, d, COLS: tl.constexpr, FOLD: tl.constexpr):
+    """Store the sums of the lanes, strands added in halves: an order that no layout changes."""
+    width: tl.constexpr = COLS // FOLD
+    for k in tl.static_range(6):
+        if FOLD >> k > 1:
+            upper, lower = tl.split(tl.trans(tl.reshape(x, (2, COLS >> (k + 1)))))
+            x = upper + lower
+    cols = (tl.program_id(0) % tl.cdiv(d, width)) * width + tl.arange(0, width)
+    tl.store(out + cols, x, mask=cols < d)
+
+
+@triton.jit
+def merge_kernel(
+    parts,  # (S, chunks, WIDTH) fp64
+    merged,  # (S, groups, WIDTH)
+    chunks,
+    width,
+    each,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    blocks = tl.cdiv(width, COLS)
+    s, group = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
+    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
+    last = tl.minimum((group + 1) * each, chunks)
+    total = tl.zeros((COLS,), tl.float64)
+    for start in range(group * each, last, ROWS):
+        chunk = start + tl.arange(0, ROWS)
+        here = (chunk[:, None] < last) & (cols[None, :] < width)
+        at = parts + (s * chunks + chunk)[:, None] * width + cols[None, :]
+        total += tl.sum(tl.load(at, mask=here, other=0.0), 0)
+    tl.store(merged + (s * tl.num_programs(1) + group) * width + cols, total, mask=cols < width)
+
+
+def merged(parts: Tensor) -> Tensor:
+    """Fp64 partial sums (..., chunks, WIDTH) in at most CHUNKS groups; as they are where they are few."""
+    *lead, chunks, width = parts.shape
+    if chunks <= CHUNKS:
+        return parts
+    each = triton.cdiv(chunks, CHUNKS)
+    groups = triton.cdiv(chunks, each)
+    out = launch.workspace(parts, *lead, groups, width, dtype=torch.float64)
+    slices = parts.numel() // (chunks * width)
+    merge_kernel[(slices * triton.cdiv(width, 32), groups)](
+        parts, out, chunks, width, each, ROWS=64, COLS=32, num_warps=4
+    )
+    return out
 
 
 @triton.jit
@@ -47,23 +131,29 @@ def sum_chunks(parts, chunks, step, inside):
 
 
 @triton.jit
-def _moments_of(z, row_stride, first, last, cols, out, d):
+def _moments_of(z, row_stride, first, last, cols, strand, out, d, COLS: tl.constexpr, FOLD: tl.constexpr):
     """Sum of z - pivot, and of its square, over rows first..last; the pivot is row 0."""
     inside = cols < d
     pivot = tl.load(z, mask=inside, other=0.0).to(tl.float32)
+    z += strand * row_stride
     total = tl.full(inside.shape, 0.0, tl.float64)
     square = tl.full(inside.shape, 0.0, tl.float64)
-    for start in range(first, last, 8):
-        row, here = tile_of(start, last, cols, d, 8)
-        x = tl.where(here, load_rows(z, row, row_stride, here) - pivot[None, :], 0.0)
+    for start in range(first, last, 8 * FOLD):
+        step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
+        x = tl.where(here, load_rows(z, step, row_stride, here) - pivot[None, :], 0.0)
         part = tl.sum(x, 0)
-        count = tl.minimum(8, last - start).to(tl.float32)
-        rest = tl.where(here, x - (part / count)[None, :], 0.0)  # about the mean of 8 rows nothing is lost to the pivot
+        if FOLD > 1:  # not all strands have a row in the last tile
+            count = tl.minimum(8, tl.maximum(1, (last - start - strand + FOLD - 1) // FOLD)).to(tl.float32)
+        else:
+            count = tl.minimum(8, last - start).to(tl.float32)
+        mean = part / count
+        rest = tl.where(here, x - mean[None, :], 0.0)  # about the mean of 8 rows nothing is lost to the pivot
         total += part.to(tl.float64)
-        square += part.to(tl.float64) * part.to(tl.float64) / count.to(tl.float64)
+        about = mean.to(tl.float64)  # the squares about any number add up exactly, without a division in fp64
+        square += about * (2 * part.to(tl.float64) - about * count.to(tl.float64))
         square += tl.sum(rest * rest, 0).to(tl.float64)
-    tl.store(out, total, mask=inside)
-    tl.store(out + d, square, mask=inside)
+    store_sums(out, total, d, COLS, FOLD)
+    store_sums(out + d, square, d, COLS, FOLD)
 
 
 @triton.jit
@@ -76,22 +166,23 @@ def moments_kernel(
     b_slice,
     b_row,
     b_col,
-    moments,  # (V, S, chunks, 2, D) fp64
+    moments,  # (V, S, chunks, 2 D) fp64
     slices,
     n,
     d,
     rows,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    s, cols = place(d, COLS)
+    s, cols, strand = place(d, COLS, FOLD)
     chunk, chunks = tl.program_id(1), tl.num_programs(1)
     first = chunk * rows
     last = tl.minimum(first + rows, n)
-    out = moments + (s * chunks + chunk) * 2 * d + cols
-    _moments_of(a + s * a_slice + cols * a_col, a_row, first, last, cols, out, d)
+    out = moments + (s * chunks + chunk) * 2 * d
+    _moments_of(a + s * a_slice + cols * a_col, a_row, first, last, cols, strand, out, d, COLS, FOLD)
     if b is not None:
         out += tl.cast(slices, tl.int64) * chunks * 2 * d
-        _moments_of(b + s * b_slice + cols * b_col, b_row, first, last, cols, out, d)
+        _moments_of(b + s * b_slice + cols * b_col, b_row, first, last, cols, strand, out, d, COLS, FOLD)
 
 
 @triton.jit
@@ -114,12 +205,12 @@ def load_statistics(centre, spread, s, d, cols, STANDARDISE: tl.constexpr):
 
 
 @triton.jit
-def statistics(z, moments, centre, spread, s, n, d, cols, eps, STANDARDISE: tl.constexpr):
-    """The same from moments; the first chunk's program keeps them."""
+def statistics(z, moments, chunks, centre, spread, s, n, d, cols, eps, STANDARDISE: tl.constexpr):
+    """The same from moments and row 0 at `z`; the first chunk's program keeps them."""
     if moments is None:
         return load_statistics(centre, spread, s, d, cols, STANDARDISE)
     else:
-        inside, chunks = cols < d, tl.num_programs(1)
+        inside = cols < d
         moments += s * chunks * 2 * d + cols
         total = sum_chunks(moments, chunks, 2 * d, inside)
         about_mean = sum_chunks(moments + d, chunks, 2 * d, inside) - total * (total / n)
@@ -149,7 +240,7 @@ def operands_kernel(
     b_slice,
     b_row,
     b_col,
-    moments,  # (V, S, chunks, 2, D) fp64 in the forward, None in the backward
+    moments,  # (V, S, merged, 2 D) fp64 in the forward, None in the backward
     centre,  # (V, S, 2, D), written in the forward, read in the backward
     spread,  # (V, S, D) variance, or inv_std when STANDARDISE; likewise
     products,  # (S, Q, chunks, D) fp64 in the forward: squares of a, b and a - b, or x * y when STANDARDISE
@@ -161,62 +252,67 @@ def operands_kernel(
     n,
     d,
     rows,
+    chunks,  # of `moments`
     eps,
     PLANES_A: tl.constexpr,
     PLANES_B: tl.constexpr,
     STANDARDISE: tl.constexpr,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    s, cols = place(d, COLS)
+    s, cols, strand = place(d, COLS, FOLD)
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, n)
     a += s * a_slice + cols * a_col
-    high_a, low_a, factor_a = statistics(a, moments, centre, spread, s, n, d, cols, eps, STANDARDISE)
+    high_a, low_a, factor_a = statistics(a, moments, chunks, centre, spread, s, n, d, cols, eps, STANDARDISE)
+    a += strand * a_row
+    lane = cols + strand * plane_row
     if b is not None:
         b += s * b_slice + cols * b_col
-        high_b, low_b, factor_b = statistics(b, moments, centre, spread, s + slices, n, d, cols, eps, STANDARDISE)
-        planes_b = planes + (s + slices) * plane_slice + cols
-    planes_a = planes + s * plane_slice + cols
+        sb = s + slices
+        high_b, low_b, factor_b = statistics(b, moments, chunks, centre, spread, sb, n, d, cols, eps, STANDARDISE)
+        b += strand * b_row
+        planes_b = planes + sb * plane_slice + lane
+    planes_a = planes + s * plane_slice + lane
     total_a = tl.full(cols.shape, 0.0, tl.float64)
     total_b = tl.full(cols.shape, 0.0, tl.float64)
     total_d = tl.full(cols.shape, 0.0, tl.float64)
-    for start in range(first, last, 4):  # 8 rows of two views spill
-        row, here = tile_of(start, last, cols, d, 4)
-        x = standardised(a, row, a_row, here, high_a, low_a, factor_a)
-        x = store_planes(planes_a[None, :] + row * plane_row, x, here, plane_step, PLANES_A)
+    for start in range(first, last, 4 * FOLD):  # 8 rows of two views spill
+        step, here = tile_of(start, last, cols, strand, d, 4, FOLD)
+        x = standardised(a, step, a_row, here, high_a, low_a, factor_a)
+        x = store_planes(planes_a[None, :] + step * plane_row, x, here, plane_step, PLANES_A)
         y = x
         if b is not None:
-            y = standardised(b, row, b_row, here, high_b, low_b, factor_b)
-            y = store_planes(planes_b[None, :] + row * plane_row, y, here, plane_step, PLANES_B)
+            y = standardised(b, step, b_row, here, high_b, low_b, factor_b)
+            y = store_planes(planes_b[None, :] + step * plane_row, y, here, plane_step, PLANES_B)
         if STANDARDISE:
             total_a += tl.sum(x * y, 0).to(tl.float64)
         else:
             total_a += tl.sum(x * x, 0).to(tl.float64)
             if b is not None:
-                difference = load_rows(a, row, a_row, here) - load_rows(b, row, b_row, here)
+                difference = load_rows(a, step, a_row, here) - load_rows(b, step, b_row, here)
                 total_b += tl.sum(y * y, 0).to(tl.float64)
                 total_d += tl.sum(difference * difference, 0).to(tl.float64)
     if products is not None:
-        step = tl.cast(tl.num_programs(1), tl.int64) * d
+        next_sum = tl.cast(tl.num_programs(1), tl.int64) * d
         three: tl.constexpr = b is not None and not STANDARDISE
-        to = products + s * (3 if three else 1) * step + tl.program_id(1) * d + cols
-        tl.store(to, total_a, mask=cols < d)
+        to = products + s * (3 if three else 1) * next_sum + tl.program_id(1) * d
+        store_sums(to, total_a, d, COLS, FOLD)
         if three:
-            tl.store(to + step, total_b, mask=cols < d)
-            tl.store(to + 2 * step, total_d, mask=cols < d)
+            store_sums(to + next_sum, total_b, d, COLS, FOLD)
+            store_sums(to + 2 * next_sum, total_d, d, COLS, FOLD)
 
 
 def moments(views: list[Tensor]) -> Tensor:
-    """Sums of the (S, N, D) views about their first rows and of their squares, per row chunk, (V, S, chunks, 2, D)."""
+    """Sums of the (S, N, D) views about their first rows and of their squares, merged, (V, S, chunks, 2 D)."""
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
-    rows, chunks = launch.chunking(n, CHUNKS)
-    out = launch.workspace(a, len(views), s, chunks, 2, d, dtype=torch.float64)
-    cols = launch.columns_per_program(a)
-    moments_kernel[(s * triton.cdiv(d, cols), chunks)](
-        *launch.strided(a), *launch.strided(b), out, s, n, d, rows, COLS=cols, num_warps=1
+    cut = tiling(a)
+    out = launch.workspace(a, len(views), s, cut.chunks, 2 * d, dtype=torch.float64)
+    moments_kernel[(s * cut.blocks, cut.chunks)](
+        *launch.strided(a), *launch.strided(b), out, s, n, d, cut.rows, COLS=cut.cols, FOLD=cut.fold, num_warps=1
     )
-    return out
+    return merged(out)
 
 
 def operands(
@@ -228,18 +324,17 @@ def operands(
     along: str,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Operands of the GEMM, (V S, ., .), and products per chunk. Standardises where eps is given.
+    """Operands of the GEMM, (V S, ., .), and products, merged. Standardises where eps is given.
 
     With `sums` (the forward) centre and spread are written, without (the backward) they are read.
     """
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
-    rows, chunks = launch.chunking(n, CHUNKS)
+    cut = tiling(a)
     operand, step = empty_operand(a, len(views) * s, n, d, planes[0], along)
     count = 1 if b is None or eps is not None else 3
-    products = None if sums is None else launch.workspace(a, s, count, chunks, d, dtype=torch.float64)
-    cols = launch.columns_per_program(a)
-    operands_kernel[(s * triton.cdiv(d, cols), chunks)](
+    products = None if sums is None else launch.workspace(a, s, count, cut.chunks, d, dtype=torch.float64)
+    operands_kernel[(s * cut.blocks, cut.chunks)](
         *launch.strided(a),
         *launch.strided(b),
         sums,
@@ -253,28 +348,33 @@ def operands(
         s,
         n,
         d,
-        rows,
+        cut.rows,
+        0 if sums is None else sums.shape[2],
         eps or 0.0,
         PLANES_A=planes[0],
         PLANES_B=planes[1],
         STANDARDISE=eps is not None,
-        COLS=cols,
+        COLS=cut.cols,
+        FOLD=cut.fold,
         num_warps=1,
     )
-    return operand, products
+    return operand, None if products is None else merged(products)
 
 
-def _moments_case(name: str, views: tuple[dict, dict], cols: int) -> launch.CompileCase:
+def _moments_case(name: str, views: tuple[dict, dict], cols: int, fold: int = 1) -> launch.CompileCase:
     pointers, constants = views
-    return launch.CompileCase(name, moments_kernel, {**pointers, "moments": "*fp64"}, {**constants, "COLS": cols})
+    constants = {**constants, "COLS": cols, "FOLD": fold}
+    return launch.CompileCase(name, moments_kernel, {**pointers, "moments": "*fp64"}, constants)
 
 
-def _operands_case(name: str, views: tuple[dict, dict], cols: int, planes: str, standardise: bool, forward: bool):
+def _operands_case(
+    name: str, views: tuple[dict, dict], cols: int, planes: str, standardise: bool, forward: bool, fold: int = 1
+) -> launch.CompileCase:
     pointers, constants = views
     kept = {"centre": "*fp32", "spread": "*fp32", "planes": "*fp32" if planes == "f" else "*bf16"}
     sums = {"moments": "*fp64", "products": "*fp64"} if forward else {}
     absent = {} if forward else {"moments": None, "products": None}
-    tile = {"PLANES_A": planes, "PLANES_B": planes, "STANDARDISE": standardise, "COLS": cols}
+    tile = {"PLANES_A": planes, "PLANES_B": planes, "STANDARDISE": standardise, "COLS": cols, "FOLD": fold}
     return launch.CompileCase(
         name, operands_kernel, {**pointers, **kept, **sums}, {**constants, **absent, **tile}, floats=("eps",)
     )
@@ -284,10 +384,15 @@ COMPILE_CASES = [
     _moments_case("moments_one_view", launch.one_view("*fp32"), 128),
     _moments_case("moments_two_views", launch.two_views("*fp32"), 128),
     _moments_case("moments_bf16", launch.two_views("*bf16"), 256),
+    _moments_case("moments_tall", launch.one_view("*fp32"), 128, 8),
+    _moments_case("moments_tall_bf16", launch.two_views("*bf16"), 256, 32),
     _operands_case("operands_one_view", launch.one_view("*fp32"), 128, "f", False, True),
     _operands_case("operands_two_views", launch.two_views("*fp32"), 128, "f", False, True),
     _operands_case("operands_bf16x3", launch.two_views("*fp32"), 128, "lhd", False, True),
     _operands_case("operands_bf16", launch.two_views("*bf16"), 256, "h", False, True),
     _operands_case("operands_standardised", launch.two_views("*fp32"), 128, "lhd", True, True),
     _operands_case("operands_backward", launch.two_views("*fp32"), 128, "hlh", True, False),
+    _operands_case("operands_tall", launch.one_view("*fp32"), 128, "f", False, True, 8),
+    _operands_case("operands_tall_bf16x3", launch.two_views("*fp32"), 128, "lhd", False, True, 8),
+    launch.CompileCase("merge", merge_kernel, {"parts": "*fp64", "merged": "*fp64"}, {"ROWS": 64, "COLS": 32}, warps=4),
 ]

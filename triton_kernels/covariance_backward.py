@@ -10,7 +10,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
+from .columns import (
+    load_rows,
+    load_statistics,
+    merged,
+    operands,
+    place,
+    rows_of,
+    standardised,
+    store_sums,
+    sum_chunks,
+    tile_of,
+    tiling,
+)
 from .gemm import multiply, planes_for, split
 from .gram import row_sums
 from .launch import inverse, rounded
@@ -44,18 +56,20 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def _sum_cubic(z, z_row, centre, row_sq, out, at, n, d, rows, cols):
+def _sum_cubic(z, z_row, centre, row_sq, out, at, n, d, rows, cols, strand, COLS: tl.constexpr, FOLD: tl.constexpr):
     """Sum over a chunk of rows of |z_i|^2 z_ij - z_ij^3, for the view and slice `at`."""
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, n)
     high, low, factor = load_statistics(centre, centre, at, d, cols, False)
+    z += strand * z_row
     acc = tl.full(cols.shape, 0.0, tl.float64)
-    for start in range(first, last, 8):
-        row, here = tile_of(start, last, cols, d, 8)
-        x = standardised(z, row, z_row, here, high, low, factor)
+    for start in range(first, last, 8 * FOLD):
+        step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
+        x = standardised(z, step, z_row, here, high, low, factor)
+        row = rows_of(step, strand, FOLD)
         norm = tl.load(row_sq + at * n + row, mask=row < last, other=0.0)
         acc += tl.sum(norm * x - x * x * x, 0).to(tl.float64)
-    tl.store(out + (at * tl.num_programs(1) + tl.program_id(1)) * d + cols, acc, mask=cols < d)
+    store_sums(out + (at * tl.num_programs(1) + tl.program_id(1)) * d, acc, d, COLS, FOLD)
 
 
 @triton.jit
@@ -76,11 +90,14 @@ def cubic_kernel(
     d,
     rows,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    s, cols = place(d, COLS)
-    _sum_cubic(a + s * a_slice + cols * a_col, a_row, centre, row_sq, cubic, s, n, d, rows, cols)
+    s, cols, strand = place(d, COLS, FOLD)
+    a += s * a_slice + cols * a_col
+    _sum_cubic(a, a_row, centre, row_sq, cubic, s, n, d, rows, cols, strand, COLS, FOLD)
     if b is not None:
-        _sum_cubic(b + s * b_slice + cols * b_col, b_row, centre, row_sq, cubic, s + slices, n, d, rows, cols)
+        b += s * b_slice + cols * b_col
+        _sum_cubic(b, b_row, centre, row_sq, cubic, s + slices, n, d, rows, cols, strand, COLS, FOLD)
 
 
 @triton.jit
@@ -119,25 +136,28 @@ def _view_gradient(
     rows,
     chunks,
     cols,
+    strand,
     product_coeff,
     cubic_coeff,
     pull_coeff,
+    FOLD: tl.constexpr,
 ):
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, n)
     high, low, one = load_statistics(centre, centre, at, d, cols, False)
     if cubic is not None:
         mean = (sum_chunks(cubic + at * chunks * d + cols, chunks, d, cols < d) * inverse(n)).to(tl.float32)
-    for start in range(first, last, 8):
-        row, here = tile_of(start, last, cols, d, 8)
-        x = standardised(z, row, z_row, here, high, low, one)
-        g = product_coeff * load_rows(product, row, product_row, here) + column[None, :] * x
+    for start in range(first, last, 8 * FOLD):
+        step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
+        x = standardised(z, step, z_row, here, high, low, one)
+        g = product_coeff * load_rows(product, step, product_row, here) + column[None, :] * x
         if cubic is not None:
+            row = rows_of(step, strand, FOLD)
             norm = tl.load(row_sq + at * n + row, mask=row < last, other=0.0)
             g += cubic_coeff * (norm * x - x * x * x - mean[None, :])
         if other is not None:
-            g += pull_coeff * (load_rows(z, row, z_row, here) - load_rows(other, row, other_row, here))
-        tl.store(out[None, :] + row * d, rounded(g, out.dtype.element_ty), mask=here)
+            g += pull_coeff * (load_rows(z, step, z_row, here) - load_rows(other, step, other_row, here))
+        tl.store(out[None, :] + step * d, rounded(g, out.dtype.element_ty), mask=here)
 
 
 @triton.jit
@@ -180,30 +200,33 @@ def gradient_kernel(
     gamma,
     eps,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    s, cols = place(d, COLS)
+    s, cols, strand = place(d, COLS, FOLD)
     g = tl.load(grad + s * grad_slice).to(tl.float32)
-    a += s * a_slice + cols * a_col
+    a += s * a_slice + cols * a_col + strand * a_row
+    product += cols + strand * product_row
+    to_grad = s * n * d + cols + strand * d
     if grad_variance is not None:
         to = grad_variance + s * gv_slice + cols * gv_col
         column = direct_coeff * tl.load(to, mask=cols < d, other=0.0).to(tl.float32)
     else:
-        b += s * b_slice + cols * b_col
+        b += s * b_slice + cols * b_col + strand * b_row
         column = hinge_coeff * g * _hinge_slope(variance, s, d, cols, gamma, eps)
     column = _column_factor(column, variance, trace, s, d, cols, variance_coeff * g, trace_coeff * g)
     _view_gradient(
-        a, a_row, b, b_row, grad_a + s * n * d + cols, product + s * product_slice + cols, product_row,
-        centre, row_sq, cubic, column, s, n, d, rows, chunks, cols,
-        product_coeff * g, cubic_coeff * g, pull_coeff * g,
+        a, a_row, b, b_row, grad_a + to_grad, product + s * product_slice, product_row,
+        centre, row_sq, cubic, column, s, n, d, rows, chunks, cols, strand,
+        product_coeff * g, cubic_coeff * g, pull_coeff * g, FOLD,
     )  # fmt: skip
     if grad_b is not None:
         sb = s + slices
         column = hinge_coeff * g * _hinge_slope(variance, sb, d, cols, gamma, eps)
         column = _column_factor(column, variance, trace, sb, d, cols, variance_coeff * g, trace_coeff * g)
         _view_gradient(
-            b, b_row, a, a_row, grad_b + s * n * d + cols, product + sb * product_slice + cols, product_row,
-            centre, row_sq, cubic, column, sb, n, d, rows, chunks, cols,
-            product_coeff * g, cubic_coeff * g, pull_coeff * g,
+            b, b_row, a, a_row, grad_b + to_grad, product + sb * product_slice, product_row,
+            centre, row_sq, cubic, column, sb, n, d, rows, chunks, cols, strand,
+            product_coeff * g, cubic_coeff * g, pull_coeff * g, FOLD,
         )  # fmt: skip
 
 
@@ -218,16 +241,17 @@ def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: 
     return multiply(operand, split(gram, "right", "rows"), product)
 
 
-def _cubic_sums(views: list[Tensor], centre: Tensor, row_sq: Tensor, cols: int) -> Tensor:
-    """Column sums of |z_i|^2 z_ij - z_ij^3 per chunk of rows, (V, S, chunks, D)."""
+def _cubic_sums(views: list[Tensor], centre: Tensor, row_sq: Tensor) -> Tensor:
+    """Column sums of |z_i|^2 z_ij - z_ij^3, merged, (V, S, chunks, D)."""
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
-    rows, chunks = launch.chunking(n, CHUNKS)
-    cubic = launch.workspace(a, len(views), s, chunks, d, dtype=torch.float64)
-    cubic_kernel[(s * triton.cdiv(d, cols), chunks)](
-        *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, rows, COLS=cols, num_warps=1
-    )
-    return cubic
+    cut = tiling(a)
+    cubic = launch.workspace(a, len(views), s, cut.chunks, d, dtype=torch.float64)
+    cubic_kernel[(s * cut.blocks, cut.chunks)](
+        *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, cut.rows,
+        COLS=cut.cols, FOLD=cut.fold, num_warps=1,
+    )  # fmt: skip
+    return merged(cubic)
 
 
 def backward(
@@ -254,28 +278,30 @@ def backward(
     own = views[: len(outputs)]
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
-    grad, cols = grad.reshape(-1), launch.columns_per_program(a)
+    grad, cut = grad.reshape(-1), tiling(a, 4096)
     with launch.on_device(a):
         product = _gram_products(own, centre, variance, gram.view(-1, *gram.shape[-2:]), dual)
-        cubic = _cubic_sums(own, centre, row_sq, cols) if unbiased else None
-        rows, parts = launch.chunking(n, 4096)
-        gradient_kernel[(s * triton.cdiv(d, cols), parts)](
+        cubic = _cubic_sums(own, centre, row_sq) if unbiased else None
+        gradient_kernel[(s * cut.blocks, cut.chunks)](
             *launch.strided(a), *launch.strided(b), outputs[0], outputs[1] if len(outputs) == 2 else None,
             product, product.stride(0), product.stride(1), centre, variance,
             row_sq if unbiased else None, cubic, row_sums(variance) if unbiased else None, grad, grad.stride(0),
             *((None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())),
-            s, n, d, rows, cubic.shape[2] if unbiased else 0, *coefficients, COLS=cols, num_warps=1,
+            s, n, d, cut.rows, cubic.shape[2] if unbiased else 0, *coefficients,
+            COLS=cut.cols, FOLD=cut.fold, num_warps=1,
         )  # fmt: skip
     return grads
 
 
-def _gradient_case(name: str, views: tuple[dict, dict], cols: int, grads: dict, absent: dict) -> launch.CompileCase:
+def _gradient_case(
+    name: str, views: tuple[dict, dict], cols: int, grads: dict, absent: dict, fold: int = 1
+) -> launch.CompileCase:
     pointers, constants = views
     saved = {key: "*fp32" for key in ("product", "centre", "variance", "grad")} | {"cubic": "*fp64"}
     saved |= {key: "*fp32" for key in ("row_sq", "trace", "grad_variance")}
     saved = {key: value for key, value in saved.items() if key not in absent}
     coefficients = tuple(f"{name}_coeff" for name in Coefficients._fields[:-2]) + Coefficients._fields[-2:]
-    constants = {**constants, **absent, "COLS": cols}
+    constants = {**constants, **absent, "COLS": cols, "FOLD": fold}
     return launch.CompileCase(name, gradient_kernel, {**pointers, **grads, **saved}, constants, floats=coefficients)
 
 
@@ -287,12 +313,13 @@ _ONE = {"grad_b": None, "gv_col": 1}
 COMPILE_CASES = [
     _gradient_case("covariance_gradient", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE | _PLUGIN),
     _gradient_case("covariance_gradient_unbiased", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE),
+    _gradient_case("covariance_gradient_tall", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE | _PLUGIN, 8),
     _gradient_case("vicreg_gradient", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE | _PLUGIN),
     _gradient_case("vicreg_gradient_unbiased", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE),
     launch.CompileCase(
         "cubic",
         cubic_kernel,
         {"a": "*fp32", "b": "*fp32", **_CUBIC},
-        {"a_col": 1, "b_col": 1, "COLS": 128},
+        {"a_col": 1, "b_col": 1, "COLS": 128, "FOLD": 1},
     ),
 ]

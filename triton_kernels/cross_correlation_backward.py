@@ -8,7 +8,19 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .columns import CHUNKS, load_rows, load_statistics, operands, place, standardised, sum_chunks, tile_of
+from .columns import (
+    Tiling,
+    load_rows,
+    load_statistics,
+    merged,
+    operands,
+    place,
+    standardised,
+    store_sums,
+    sum_chunks,
+    tile_of,
+    tiling,
+)
 from .gemm import multiply, planes_for, split
 from .launch import rounded
 
@@ -41,7 +53,7 @@ def standardised_gradient_kernel(
     centre,  # (2, S, 2, D)
     inv_std,  # (2, S, D)
     diagonal,  # (S, D)
-    sums,  # (2, S, chunks, 2, D) fp64 of g and of g * this, per chunk of rows
+    sums,  # (2, S, chunks, 2 D) fp64 of g and of g * this, per chunk of rows; merged where they are read
     grad_diagonal,  # (S, D)
     gd_slice,
     gd_col,
@@ -56,23 +68,26 @@ def standardised_gradient_kernel(
     DUAL: tl.constexpr,
     SUM: tl.constexpr,
     COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
-    s, cols = place(d, COLS)
+    s, cols, strand = place(d, COLS, FOLD)
     grad = tl.load(grad_offdiag + s * go_slice).to(tl.float32)
     column = _column_factor(grad_diagonal + s * gd_slice, gd_col, grad, diagonal, s, n, d, cols, DUAL)
-    a += s * a_slice + cols * a_col
-    b += s * b_slice + cols * b_col
+    a += s * a_slice + cols * a_col + strand * a_row
+    b += s * b_slice + cols * b_col + strand * b_row
+    product += cols + strand * product_row
+    to_grad = s * n * d + cols + strand * d
     sb = s + slices
     if grad_a is not None:
         _view(
-            a, a_row, b, b_row, grad_a, product + s * product_slice + cols, product_row, centre, inv_std, sums,
-            column, scale * grad, s, s, sb, n, d, rows, chunks, cols, SUM,
+            a, a_row, b, b_row, grad_a + to_grad, product + s * product_slice, product_row, centre, inv_std, sums,
+            column, scale * grad, s, sb, n, d, rows, chunks, cols, strand, SUM, COLS, FOLD,
         )  # fmt: skip
     if grad_b is not None:
         slot = s if grad_a is None else sb
         _view(
-            b, b_row, a, a_row, grad_b, product + slot * product_slice + cols, product_row, centre, inv_std, sums,
-            column, scale * grad, s, sb, s, n, d, rows, chunks, cols, SUM,
+            b, b_row, a, a_row, grad_b + to_grad, product + slot * product_slice, product_row, centre, inv_std, sums,
+            column, scale * grad, sb, s, n, d, rows, chunks, cols, strand, SUM, COLS, FOLD,
         )  # fmt: skip
 
 
@@ -90,7 +105,6 @@ def _view(
     sums,
     column,
     scale,
-    s,
     at,
     at_other,
     n,
@@ -98,35 +112,38 @@ def _view(
     rows,
     chunks,
     cols,
+    strand,
     SUM: tl.constexpr,
+    COLS: tl.constexpr,
+    FOLD: tl.constexpr,
 ):
     """Column sums of g = scale * product + column * other over a chunk; or, from them, the gradient of the view."""
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, n)
     high, low, factor = load_statistics(centre, inv_std, at, d, cols, True)
     high_other, low_other, factor_other = load_statistics(centre, inv_std, at_other, d, cols, True)
-    sums += at * chunks * 2 * d + cols
+    sums += at * chunks * 2 * d
     total = tl.full(cols.shape, 0.0, tl.float64)
     along = tl.full(cols.shape, 0.0, tl.float64)
     if not SUM:
-        total += sum_chunks(sums, chunks, 2 * d, cols < d) / n
-        along += sum_chunks(sums + d, chunks, 2 * d, cols < d) / n
+        total += sum_chunks(sums + cols, chunks, 2 * d, cols < d) / n
+        along += sum_chunks(sums + d + cols, chunks, 2 * d, cols < d) / n
         mean, slope = total.to(tl.float32), along.to(tl.float32)
-    for start in range(first, last, 8):
-        row, here = tile_of(start, last, cols, d, 8)
-        x = standardised(this, row, this_row, here, high, low, factor)
-        y = standardised(other, row, other_row, here, high_other, low_other, factor_other)
-        g = scale * load_rows(product, row, product_row, here) + column[None, :] * y
+    for start in range(first, last, 8 * FOLD):
+        step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
+        x = standardised(this, step, this_row, here, high, low, factor)
+        y = standardised(other, step, other_row, here, high_other, low_other, factor_other)
+        g = scale * load_rows(product, step, product_row, here) + column[None, :] * y
         if SUM:
             total += tl.sum(g, 0).to(tl.float64)
             along += tl.sum(g * x, 0).to(tl.float64)
         else:
             g = (g - mean[None, :] - x * slope[None, :]) * factor[None, :]
-            tl.store((out + s * n * d + cols)[None, :] + row * d, rounded(g, out.dtype.element_ty), mask=here)
+            tl.store(out[None, :] + step * d, rounded(g, out.dtype.element_ty), mask=here)
     if SUM:
         to = sums + tl.program_id(1).to(tl.int64) * 2 * d
-        tl.store(to, total, mask=cols < d)
-        tl.store(to + d, along, mask=cols < d)
+        store_sums(to, total, d, COLS, FOLD)
+        store_sums(to + d, along, d, COLS, FOLD)
 
 
 def _gram_products(
@@ -174,38 +191,40 @@ def backward(
     views = [launch.slices(a), launch.slices(b)]
     s, n, d = views[0].shape
     grad_diagonal, grad_offdiag = grad_diagonal.reshape(-1, d), grad_offdiag.reshape(-1)
-    cols, m = launch.columns_per_program(a), gram.shape[-1]
+    summing, mapping, m = tiling(a), tiling(a, 4096), gram.shape[-1]
     with launch.on_device(a):
         product = _gram_products(views, centre, inv_std, gram.view(-1, s, m, m), dual, need_a, need_b)
-        rows, chunks = launch.chunking(n, CHUNKS)
-        sums = launch.workspace(a, 2, s, chunks, 2, d, dtype=torch.float64)
         inputs = (*launch.strided(views[0]), *launch.strided(views[1]))
-        common = (
-            product, product.stride(0), product.stride(1), centre, inv_std, diagonal, sums,
-            grad_diagonal, *grad_diagonal.stride(), grad_offdiag, grad_offdiag.stride(0), s, n, d,
-        )  # fmt: skip
         outputs = (grad_a if need_a else None, grad_b if need_b else None)
+        saved = (product, product.stride(0), product.stride(1), centre, inv_std, diagonal)
+        grads = (grad_diagonal, *grad_diagonal.stride(), grad_offdiag, grad_offdiag.stride(0))
         scale = 2 / n**2 if dual else 2 / n
-        grid = s * triton.cdiv(d, cols)
-        launch_sums = standardised_gradient_kernel[(grid, chunks)]
-        launch_sums(*inputs, *outputs, *common, rows, chunks, scale, DUAL=dual, SUM=True, COLS=cols, num_warps=1)
-        rows, parts = launch.chunking(n, 4096)
-        launch_apply = standardised_gradient_kernel[(grid, parts)]
-        launch_apply(*inputs, *outputs, *common, rows, chunks, scale, DUAL=dual, SUM=False, COLS=cols, num_warps=1)
+
+        def run(cut: Tiling, sums: Tensor, only_sum: bool) -> None:
+            standardised_gradient_kernel[(s * cut.blocks, cut.chunks)](
+                *inputs, *outputs, *saved, sums, *grads, s, n, d, cut.rows, sums.shape[2], scale,
+                DUAL=dual, SUM=only_sum, COLS=cut.cols, FOLD=cut.fold, num_warps=1,
+            )  # fmt: skip
+
+        sums = launch.workspace(a, 2, s, summing.chunks, 2 * d, dtype=torch.float64)
+        run(summing, sums, True)
+        run(mapping, merged(sums), False)
     return grad_a, grad_b
 
 
 _SAVED = {key: "*fp32" for key in ("product", "centre", "inv_std", "diagonal", "grad_diagonal", "grad_offdiag")}
 
 
-def _gradient_case(name: str, sum_only: bool) -> launch.CompileCase:
+def _gradient_case(name: str, sum_only: bool, fold: int = 1) -> launch.CompileCase:
     pointers, constants = launch.two_views("*fp32", sums="*fp64", **_SAVED)
     pointers |= {"grad_a": "*fp32", "grad_b": "*fp32"}
-    constants = constants | {"gd_col": 1, "DUAL": True, "SUM": sum_only, "COLS": 128}
+    constants = constants | {"gd_col": 1, "DUAL": True, "SUM": sum_only, "COLS": 128, "FOLD": fold}
     return launch.CompileCase(name, standardised_gradient_kernel, pointers, constants, floats=("scale",))
 
 
 COMPILE_CASES = [
     _gradient_case("cross_correlation_gradient_sums", True),
     _gradient_case("cross_correlation_gradient", False),
+    _gradient_case("cross_correlation_gradient_sums_tall", True, 8),
+    _gradient_case("cross_correlation_gradient_tall", False, 8),
 ]

@@ -54,9 +54,10 @@ def columns_per_program(z: Tensor) -> int:
     return 512 // z.element_size()
 
 
-def chunking(n: int, most: int) -> tuple[int, int]:
-    """(rows per chunk, chunks): at least 32 rows, at most `most` chunks. From N alone, so a stack changes no bits."""
-    rows = max(32, triton.cdiv(triton.cdiv(n, most), 8) * 8)
+def chunking(n: int, most: int, strands: int = 1) -> tuple[int, int]:
+    """(rows per chunk, chunks): at least 32 rows in each of the strands that a program takes side by side, at most
+    `most` chunks. From sizes alone, so a stack changes no bits."""
+    rows = max(32 * strands, triton.cdiv(triton.cdiv(n, most), 8 * strands) * 8 * strands)
     return rows, triton.cdiv(n, rows)
 
 

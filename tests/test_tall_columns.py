@@ -1,0 +1,37 @@
+"""Many rows of few columns: lanes take rows side by side, and partial sums of many programs are merged."""
+
+import cases
+import pytest
+import torch
+from test_ops import complaints
+
+ROWS = 1301  # three programs of 512 rows; the second slice of a stack is not aligned to 16 bytes
+
+
+@pytest.fixture
+def merging(backend, monkeypatch):
+    """As for a hundred times as many rows, where more than 32 programs share a column."""
+    if backend == "triton":
+        columns = pytest.importorskip("sslkern.triton_kernels.columns")
+        monkeypatch.setattr(columns, "CHUNKS", 2)
+        assert columns.tiling(torch.empty(ROWS, 3)).chunks > 2
+    return backend
+
+
+@pytest.mark.parametrize("op_name", cases.OPS)
+def test_values_and_gradients_follow_fp64(op_name, merging, device, monkeypatch):
+    monkeypatch.setitem(cases.CASES, "tall, folded", cases.Case((ROWS, 3)))
+    found = complaints(op_name, "tall, folded", torch.float32, device)
+    assert not found, "\n".join(found)
+
+
+@pytest.mark.parametrize("op_name", cases.OPS)
+def test_a_slice_in_any_layout_has_the_bits_of_the_stack(op_name, merging, device):
+    if merging == "reference":
+        pytest.skip("torch's reductions do not promise it")
+    op = cases.OPS[op_name]
+    stack = [torch.randn(2, ROWS, 3, device=device) for _ in range(op.inputs)]
+    outputs, grads = cases.value_and_grad(op.call, stack)
+    alone, alone_grads = cases.value_and_grad(op.call, [x[1].mT.contiguous().mT for x in stack])
+    assert all(torch.equal(whole[1], part) for whole, part in zip(outputs, alone, strict=True))
+    assert all(torch.equal(whole[1], part) for whole, part in zip(grads, alone_grads, strict=True))
