@@ -180,7 +180,7 @@ def tile_of(
     """The tile of padded widths, 0 for what is absent; None where it does not fit, or would spill."""
     if planes * width > (384 if factor or around else 768):
         return None
-    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width, around)
+    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width)
 
 
 def weighted_rows(
