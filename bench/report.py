@@ -272,8 +272,8 @@ def bars(shown: list[tuple[str, float | None, float | None]], smart: str, what: 
         ):
             if ratio is None:
                 continue
-            axes.barh(k + offset, ratio, 0.38, color=colour, label=None if label in labels else label)
-            axes.text(ratio * 1.05, k + offset, f"{ratio:.3g}x", va="center", fontsize=8)
+            axes.barh(k + offset, ratio - 1, 0.38, left=1, color=colour, label=None if label in labels else label)
+            axes.text(max(ratio, 1) * 1.05, k + offset, f"{ratio:.3g}x", va="center", fontsize=8)
             labels[label] = None
     axes.set_yticks(range(len(shown)), [name for name, *_ in shown])
     axes.invert_yaxis()
@@ -282,7 +282,7 @@ def bars(shown: list[tuple[str, float | None, float | None]], smart: str, what: 
     axes.set_xlim(0.8 * min(1.0, least), axes.get_xlim()[1] * 1.6)
     axes.axvline(1, color="black", linewidth=0.8)
     axes.set_xlabel(what)
-    axes.legend(loc="upper right", title="sslkern against the")
+    axes.legend(loc="lower right", title="sslkern against the")
     figure.tight_layout()
     figure.savefig(target, dpi=130)
     plt.close(figure)

@@ -220,8 +220,8 @@ def measure(name: str, case: Case, device: Device, rate: dict[str, float], recor
     failed, errors, truths = False, {}, {}
     for label, key, precision, dtype in plans:
         row: dict = {"case": name, "implementation": label}
-        seconds = min(SECONDS, deadline - time.monotonic() - 1)
-        if seconds < 1:
+        left = deadline - time.monotonic() - 1
+        if left < 1:
             record.row(f"{name}: {label}", None, note="no time was left", **row)
             continue
         ok: bool | None = True
@@ -230,7 +230,7 @@ def measure(name: str, case: Case, device: Device, rate: dict[str, float], recor
             if dtype not in truths:
                 truths[dtype] = truth_of(case, inputs[0])
             torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
-            with within(seconds):
+            with within(min(SECONDS, left)):
                 measured(row, device, Calls(case, key, inputs), truths[dtype])
             row["floor"] = floor(name, rate, precision, 2 if dtype == torch.bfloat16 else 4)
         except Exception as failure:
