@@ -41,6 +41,12 @@ def pytest_configure(config):
     config.addinivalue_line("markers", "gpu: runs kernels on a GPU, where there is one; `-m gpu` takes these alone")
 
 
+def pytest_collectstart(collector):
+    """What a file draws while it is imported is the same in every process, whatever was imported before."""
+    if isinstance(collector, pytest.Module):
+        torch.manual_seed(0)
+
+
 def pytest_itemcollected(item):
     """What is parametrised with a back-end on a GPU is marked here; the rest has `pytest.mark.gpu` where it stands."""
     params = [p for p in item.callspec.params.values() if isinstance(p, str)] if hasattr(item, "callspec") else []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -42,6 +43,22 @@ def rows(path: Path) -> list[dict]:
     return found
 
 
+@contextmanager
+def within(seconds: float) -> Iterator[None]:
+    """TimeoutError past so many seconds, as soon as Python is back from what it called; on the main thread."""
+
+    def late(*_: object) -> None:
+        raise TimeoutError(f"not done after {seconds:.1f} s")
+
+    before = signal.signal(signal.SIGALRM, late)
+    signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.001))
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def reason(error: BaseException) -> str:
     """An exception in a line."""
     text = " ".join(str(error).split())
@@ -72,7 +89,8 @@ class Device:
     def captured(self, run: Callable[[], Any]) -> tuple[Run, Any]:
         """(replay, result): a CUDA graph of a call, and the tensors that each replay fills."""
         with self.second_stream():
-            for _ in range(2):
+            run()
+            with self.unsynchronised():
                 run()
         if not self.cuda:
             result = run()
@@ -82,10 +100,27 @@ class Device:
                     old.data.copy_(new.data)
 
             return replay, result
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            result = run()
+        stream, graph = torch.cuda.current_stream(), torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):
+                result = run()
+        except BaseException:
+            after_a_failed_capture(stream)
+            raise
         return graph.replay, result
+
+    @contextmanager
+    def unsynchronised(self) -> Iterator[None]:
+        """What makes the host wait for the device raises: it could not be captured, and would spoil a capture."""
+        if not self.cuda:
+            yield
+            return
+        before = torch.cuda.get_sync_debug_mode()
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            yield
+        finally:
+            torch.cuda.set_sync_debug_mode(before)
 
     def seconds(self, run: Run, calls: int = 1, rounds: int = 7) -> tuple[float, float, float]:
         """(median, p20, p80) of the device's time per call, calls back to back."""
@@ -128,6 +163,13 @@ class Device:
         run()
         torch.cuda.synchronize()
         return torch.cuda.max_memory_allocated() - before
+
+
+def after_a_failed_capture(stream: torch.cuda.Stream) -> None:
+    """torch leaves the stream of the capture current, and its generator counting for the graph: a fresh one draws."""
+    torch.cuda.set_stream(stream)
+    fresh = torch.Generator("cuda")
+    torch.cuda.default_generators[stream.device_index].graphsafe_set_state(fresh.graphsafe_get_state())
 
 
 def spread(times: list[float]) -> tuple[float, float, float]:

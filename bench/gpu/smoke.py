@@ -1,4 +1,4 @@
-"""`python -m bench.gpu.smoke WORKER WORKERS FILTER`: this worker's share of the checks.
+"""`python -m bench.gpu.smoke CLAIMS FILTER [UNIT PLACE]`: the checks that no process beside this one has claimed.
 
 Values and gradients against fp64, at most 4 times as wrong as plain torch in the same dtype plus 8 eps; with what
 `torch.empty` gives filled with NaN; a second stream and a repetition with the same bits; and a CUDA graph, replayed on
@@ -14,6 +14,7 @@ import time
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -26,6 +27,8 @@ from .checks import Check, all_checks
 from .machine import Device, Record, arguments, exact, reason
 
 Result = tuple[Tensor, ...]
+EPS = torch.finfo(torch.float32).eps  # of the arithmetic on every check's inputs, in whatever dtype the result comes
+RESERVE = 8.0  # seconds that a check may take, by what compiles
 
 
 @contextmanager
@@ -98,7 +101,7 @@ def judged(check: Check, inputs: list[Tensor], ours: Result) -> tuple[float, lis
             error, other = float((x - t).abs().max()), float((p - t).abs().max())
             if not other < float("inf"):  # fp16 cannot hold the plain formula
                 other = 0.0
-            eps = torch.finfo(ours[k].dtype).eps
+            eps = max(torch.finfo(ours[k].dtype).eps, EPS)
             if inputs[0].dtype == torch.bfloat16:  # two planes hold them, which the reference takes in fp32
                 eps = max(eps, 2.0**-17)
             allowed = 4 * other + 8 * eps * size
@@ -147,41 +150,52 @@ def graphed(check: Check, inputs: list[Tensor], device: Device) -> list[str]:
     return [f"in a CUDA graph, {line}" for line in found]
 
 
-def share(worker: int, workers: int, pattern: str, dry: bool) -> list[tuple[Check, torch.dtype]]:
-    """All of one name goes to one worker, which compiles its kernels once; the first of every name comes first."""
-    named: dict[str, list[tuple[Check, torch.dtype]]] = {}
+def units(pattern: str, dry: bool) -> list[list[tuple[Check, torch.dtype]]]:
+    """The checks of one name in one dtype, which one process compiles: every name's first dtype before the others."""
+    named: dict[tuple[int, str], list[tuple[Check, torch.dtype]]] = {}
     for check in all_checks():
         if re.search(pattern, check.name) and (check.tiny or not dry):
-            named.setdefault(check.name, []).extend((check, dtype) for dtype in check.dtypes)
-    for group in named.values():
-        group.sort(key=lambda pair: pair[0].dtypes.index(pair[1]))  # every shape in fp32 before the others
-    groups = sorted(named.values(), key=len, reverse=True)
-    own = [pair for group in groups[worker::workers] for pair in enumerate(group)]
-    return [pair for _, pair in sorted(own, key=lambda pair: pair[0])]
+            for rank, dtype in enumerate(check.dtypes):
+                named.setdefault((rank, check.name), []).append((check, dtype))
+    return [named[key] for key in sorted(named, key=lambda key: key[0])]
+
+
+def claimed(index: int, claims: Path) -> bool:
+    """Whether this process is the first that asks for the unit."""
+    try:
+        os.close(os.open(claims / str(index), os.O_CREAT | os.O_EXCL))
+        return True
+    except FileExistsError:
+        return False
 
 
 def main() -> int:
     device, path, dry, deadline = arguments()
-    worker, workers, pattern = int(sys.argv[1]), int(sys.argv[2]), sys.argv[3]
-    start = int(sys.argv[4]) if len(sys.argv) > 4 else 0
+    claims, pattern = Path(sys.argv[1]), sys.argv[2]
+    unit, place = map(int, sys.argv[3:] or (-1, 0))  # of a context that was lost: what is left
     warnings.filterwarnings("ignore", message=".*deterministic")
     torch.set_num_threads(1)
     record, failed = Record(path, "smoke"), False
-    todo = share(worker, workers, pattern, dry)
-    for index, (check, dtype) in enumerate(todo[start:], start):
-        what = f"{check.name} {'x'.join(map(str, check.shape))} {str(dtype).removeprefix('torch.')}"
-        if time.monotonic() > deadline - 1:
-            record.row(what, None, note="no time was left")
+    for index, pairs in enumerate(units(pattern, dry)):
+        if index != unit and not claimed(index, claims):
             continue
-        try:
-            row = run(check, dtype, device)
-        except Exception as error:
-            row = {"ok": False, "note": reason(error)}
-        failed |= not row["ok"]
-        record.row(what, **row)
-        if device.cuda and lost():
-            arguments_ = [str(worker), str(workers), pattern, str(index + 1)]
-            os.execv(sys.executable, [sys.executable, "-m", "bench.gpu.smoke", *arguments_])
+        for at, (check, dtype) in enumerate(pairs):
+            if index == unit and at < place:
+                continue
+            what = f"{check.name} {'x'.join(map(str, check.shape))} {str(dtype).removeprefix('torch.')}"
+            if time.monotonic() > deadline - RESERVE:
+                record.row(what, None, note="no time was left")
+                continue
+            begin = time.perf_counter()
+            try:
+                row = run(check, dtype, device)
+            except Exception as error:
+                row = {"ok": False, "note": reason(error)}
+            failed |= not row["ok"]
+            record.row(what, **row, seconds=round(time.perf_counter() - begin, 3))
+            if device.cuda and lost():
+                rest = [str(claims), pattern, str(index), str(at + 1)]
+                os.execv(sys.executable, [sys.executable, "-m", "bench.gpu.smoke", *rest])
     return table.FOUND if failed else 0
 
 

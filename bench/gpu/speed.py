@@ -21,10 +21,12 @@ from torch import Tensor
 from .. import cases
 from ..case import Case
 from . import ceilings, table
-from .machine import CACHE, Device, Record, arguments, exact, reason, rows
+from .machine import CACHE, Device, Record, arguments, exact, reason, rows, within
 
 IMPLEMENTATIONS = ("sslkern", "three-line", "published")
 PRODUCTS = {"highest": 6, "high": 3, "bfloat16": 1}  # of bf16, for one in this precision
+SECONDS = 8.0  # for one implementation of a case, with the compilation of its kernels
+ROUND = 0.03  # seconds of one round over the sets of inputs: of a slow call's time theirs is no part worth seeing
 CLOSED = ("step", "rotation", "rank_k")  # families whose implementations hold their tensors themselves
 ORDER = (
     "vicreg 256 8192",
@@ -127,6 +129,11 @@ class Calls:
             return (value.detach(), *(x.grad for x in inputs))
         return (value.detach(), *torch.autograd.grad(value, inputs))
 
+    def keep(self, seconds: float) -> None:
+        """As many sets of inputs as a round has time for, at so many seconds a call."""
+        del self.inputs[max(1, int(ROUND / seconds)) :]
+        self.turn = itertools.cycle(range(len(self.inputs)))
+
     def next(self) -> tuple[Tensor, ...]:
         return self.one(next(self.turn))
 
@@ -173,55 +180,67 @@ def error(result: tuple[Tensor, ...], truth: tuple[Tensor, ...]) -> float:
     return max(norm(list(d)) / norm(list(t)) for d, t in pairs if t and norm(list(t)) > 0)
 
 
-def measured(device: Device, calls: Calls, truth: tuple[Tensor, ...]) -> dict:
-    """First call, error, peak memory, wall time, and the time of the kernels where the call can be captured."""
+def measured(row: dict, device: Device, calls: Calls, truth: tuple[Tensor, ...]) -> None:
+    """Into the row, as they come: first call, error, peak memory, wall time, and the time of the kernels where the
+    call can be captured."""
     calls.case.before()
     begin = time.perf_counter()
     result = calls.one()
     device.synchronize()
-    row: dict = {"first_call": round(time.perf_counter() - begin, 3)}
+    row["first_call"] = round(time.perf_counter() - begin, 3)
     if truth:
         row["error"] = error(result, truth)
     del result
+    begin = time.perf_counter()
     row["peak_bytes"] = device.peak_bytes(calls.one)
-    for _ in range(3):
+    once = time.perf_counter() - begin
+    calls.keep(once)
+    for _ in range(3 if once < ROUND else 1):
         calls.next()
-    row["wall"], row["wall_p20"], row["wall_p80"] = device.wall(calls.next, rounds=9)
+    row["wall"], row["wall_p20"], row["wall_p80"] = device.wall(calls.next, rounds=9 if once < ROUND else 3)
     try:
         replay, _ = device.captured(calls.all)
         count = len(calls.inputs)
-        times = device.seconds(replay, calls=max(1, min(20, int(0.02 / (row["wall"] * count)))), rounds=5)
+        repeats = max(1, min(20, int(0.02 / (row["wall"] * count))))
+        times = device.seconds(replay, calls=repeats, rounds=5 if once < ROUND else 3)
         row["kernels"], row["kernels_p20"], row["kernels_p80"] = (t / count for t in times)
+    except TimeoutError:
+        raise
     except Exception as failure:  # an op that waits for the device, such as a solver
         device.synchronize()
         row["note"] = f"not captured: {reason(failure)}"
-    return row
 
 
-def measure(name: str, case: Case, device: Device, rate: dict[str, float], record: Record) -> bool:
+def measure(name: str, case: Case, device: Device, rate: dict[str, float], record: Record, deadline: float) -> bool:
     """A row for each implementation; did any fail?"""
     plans = [(key, key, "highest", torch.float32) for key in IMPLEMENTATIONS if key in case.implementations]
     if name in VARIED:
         plans.insert(1, ("sslkern, high", "sslkern", "high", torch.float32))
         plans.insert(2, ("sslkern, bfloat16", "sslkern", "bfloat16", torch.bfloat16))
-    failed, truth, dtype_of_truth, errors = False, (), None, {}
+    failed, errors, truths = False, {}, {}
     for label, key, precision, dtype in plans:
-        torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
         row: dict = {"case": name, "implementation": label}
+        left = deadline - time.monotonic() - 1
+        if left < 1:
+            record.row(f"{name}: {label}", None, note="no time was left", **row)
+            continue
         ok: bool | None = True
         try:
             inputs = rotated(case, dtype)
-            if dtype_of_truth != dtype:
-                truth, dtype_of_truth = truth_of(case, inputs[0]), dtype
-            row |= measured(device, Calls(case, key, inputs), truth)
-            errors[label] = row.get("error", 0.0)
+            if dtype not in truths:
+                truths[dtype] = truth_of(case, inputs[0])
+            torch.set_float32_matmul_precision("high" if precision == "high" else "highest")
+            with within(min(SECONDS, left)):
+                measured(row, device, Calls(case, key, inputs), truths[dtype])
             row["floor"] = floor(name, rate, precision, 2 if dtype == torch.bfloat16 else 4)
         except Exception as failure:
             row["note"] = reason(failure)
-            ok = None if key != "sslkern" and isinstance(failure, torch.OutOfMemoryError) else False
+            ok = None if key != "sslkern" and isinstance(failure, (torch.OutOfMemoryError, TimeoutError)) else False
             failed |= ok is False
         finally:
             torch.set_float32_matmul_precision("highest")
+        if "error" in row:
+            errors[label] = row["error"]
         record.row(f"{name}: {label}", ok, **row)
         gc.collect()
         if device.cuda:
@@ -261,7 +280,7 @@ def main() -> int:
             record.row(name, None, note="no time was left")
             continue
         try:
-            failed |= measure(name, known[name](), device, rate, record)
+            failed |= measure(name, known[name](), device, rate, record, deadline)
         except Exception as failure:
             failed = True
             record.row(name, False, note=reason(failure))

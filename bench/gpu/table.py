@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import dataclass
 
 ABORT = "abort"  # the row after which nothing would be worth its time
 FOUND = 3  # the exit status of a process that has recorded its failures itself; 1 is that of an uncaught exception
 MOST = 30  # failures told one by one
+EPS = 2.0**-23
 
 
 def make(rows: list[dict]) -> tuple[str, bool]:
     """(table, did anything fail)."""
-    failed = [row for row in rows if row["ok"] is False]
+    failed = failures(rows)
     lines = ["", *machine(rows), *ceilings(rows), *counts(rows), *speeds(rows), *profiles(rows)]
     lines += [f"\n{len(failed)} failures" if failed else "\nnothing failed"]
-    lines += [f"  {row['phase']}: {row['what'][-80:]}: {str(row.get('note', ''))[:130]}" for row in failed[:MOST]]
+    lines += [f"  {row['phase']}: {row['what'][-80:]}: {note(row)[:130]}" for row in failed[:MOST]]
     if len(failed) > MOST:
         lines.append(f"  and {len(failed) - MOST} more, in results.jsonl")
     return "\n".join(lines) + "\n", bool(failed) or not rows
@@ -22,6 +24,15 @@ def make(rows: list[dict]) -> tuple[str, bool]:
 
 def of(rows: list[dict], phase: str) -> list[dict]:
     return [row for row in rows if row["phase"] == phase]
+
+
+def failures(rows: list[dict]) -> list[dict]:
+    return [row for row in rows if row["ok"] is False]
+
+
+def note(row: dict) -> str:
+    """In one line."""
+    return " ".join(str(row.get("note", "")).split())
 
 
 def machine(rows: list[dict]) -> list[str]:
@@ -38,57 +49,110 @@ def ceilings(rows: list[dict]) -> list[str]:
     return [", ".join(parts)] if parts else []
 
 
-def counts(rows: list[dict]) -> list[str]:
-    lines = ["", f"{'phase':<10} {'right':>6} {'wrong':>6} {'left out':>9}   took"]
+def tally(rows: list[dict]) -> list[tuple[str, Counter, str]]:
+    """For each phase: how many rows are right, wrong and left out, and a note on it."""
+    found = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         own = of(rows, phase)
-        took = next((row.get("note", "") for row in reversed(own) if row["what"] == "phase"), "")
-        told = Counter(row["ok"] for row in own if row["what"] not in ("phase", "collected"))
-        collected = next((row["value"] for row in own if row["what"] == "collected"), None)
-        note = "" if collected is None else f"   {collected} collected"
-        lines.append(f"{phase:<10} {told[True]:>6} {told[False]:>6} {told[None]:>9}   {took}{note}")
+        notes = [row.get("note", "") for row in own if row["what"] == "phase"][-1:]
+        notes += [f"{row['value']} collected" for row in own if row["what"] == "collected"]
+        found.append((phase, Counter(row["ok"] for row in own if row["what"] not in ("phase", "collected")), notes))
+    return [(phase, told, ", ".join(notes)) for phase, told, notes in found]
+
+
+def counts(rows: list[dict]) -> list[str]:
+    lines = ["", f"{'phase':<10} {'right':>6} {'wrong':>6} {'left out':>9}   took"]
+    lines += [f"{p:<10} {told[True]:>6} {told[False]:>6} {told[None]:>9}   {took}" for p, told, took in tally(rows)]
     return lines
+
+
+@dataclass
+class Line:
+    """A row of ours in a case, and those of the published formula and of its smart form."""
+
+    ours: dict
+    published: dict
+    smart: dict
+
+    @property
+    def name(self) -> str:
+        return self.ours["case"] + self.ours["implementation"].removeprefix("sslkern")
+
+    def trusted(self) -> bool:
+        """Ours is at most 4 times as wrong as the plain formula, plus 8 eps."""
+        plain = self.published if "error" in self.published else self.smart
+        return self.ours.get("error", 0.0) <= 4 * plain.get("error", 0.0) + 8 * EPS
+
+    def ratio(self, other: dict) -> tuple[float, str] | None:
+        """How many times longer the other takes; by the kernels or, where one cannot be captured, the wall time."""
+        for key in ("kernels", "wall"):
+            if other.get(key) and self.ours.get(key) and self.trusted():
+                return other[key] / self.ours[key], key
+        return None
+
+    def over_floor(self) -> float | None:
+        return (
+            self.ours["kernels"] / self.ours["floor"] if self.ours.get("kernels") and self.ours.get("floor") else None
+        )
+
+
+def comparison(rows: list[dict]) -> list[Line]:
+    own = [row for row in of(rows, "speed") if "implementation" in row]
+    named = {(row["case"], row["implementation"]): row for row in own}
+    return [
+        Line(row, *(named.get((row["case"], other), {}) for other in ("published", "three-line")))
+        for row in own
+        if row["implementation"].startswith("sslkern")
+    ]
 
 
 def speeds(rows: list[dict]) -> list[str]:
     """A line for every row of ours, with how many times longer the others' kernels take (their wall time, marked with
-    w, where one of the two cannot be captured)."""
-    own = [row for row in of(rows, "speed") if "implementation" in row]
+    w, where one of the two cannot be captured; nothing, where ours is too wrong to be compared)."""
+    found = comparison(rows)
     head = f"{'case, us':<46} {'kernels':>8} {'wall':>8} {'floor':>8} {'x floor':>7} {'publ.':>7} {'smart':>7}"
-    lines = ["", f"{head} {'MB':>6} {'error':>6} {'publ.':>6}"] if own else []
-    named = {(row["case"], row["implementation"]): row for row in own}
-    for row in own:
-        if not row["implementation"].startswith("sslkern"):
-            continue
-        others = [named.get((row["case"], other), {}) for other in ("published", "three-line")]
-        over = f"{row['kernels'] / row['floor']:.2f}" if row.get("kernels") and row.get("floor") else ""
-        what = row["case"] + row["implementation"].removeprefix("sslkern")
-        peak = f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
-        cells = [f"{micro(row.get(key)):>8}" for key in ("kernels", "wall", "floor")]
-        cells += [f"{over:>7}", *(f"{times(other, row):>7}" for other in others), f"{peak:>6}"]
-        cells += [f"{one['error']:>6.0e}" if "error" in one else f"{'':>6}" for one in (row, others[0])]
-        lines.append(f"{what[:46]:<46} {' '.join(cells)}")
+    lines = ["", f"{head} {'MB':>6} {'error':>6} {'publ.':>6}"] if found else []
+    for line in found:
+        over = line.over_floor()
+        cells = [f"{micro(line.ours.get(key)):>8}" for key in ("kernels", "wall", "floor")]
+        cells.append(f"{'' if over is None else f'{over:.2f}':>7}")
+        cells += [f"{times(line.ratio(other)):>7}" for other in (line.published, line.smart)]
+        cells.append(f"{megabytes(line.ours):>6}")
+        cells += [f"{error_of(one):>6}" for one in (line.ours, line.published)]
+        lines.append(f"{line.name[:46]:<46} {' '.join(cells)}")
     return lines
 
 
-def times(other: dict, ours: dict) -> str:
-    if other.get("kernels") and ours.get("kernels"):
-        return f"{other['kernels'] / ours['kernels']:.2f}"
-    if other.get("wall") and ours.get("wall"):
-        return f"{other['wall'] / ours['wall']:.2f}w"
-    return ""
+def times(ratio: tuple[float, str] | None) -> str:
+    return "" if ratio is None else f"{ratio[0]:.2f}{'w' if ratio[1] == 'wall' else ''}"
 
 
 def micro(seconds: float | None) -> str:
     return "" if seconds is None else f"{seconds * 1e6:.0f}"
 
 
-def profiles(rows: list[dict]) -> list[str]:
+def megabytes(row: dict) -> str:
+    return f"{row['peak_bytes'] / 2**20:.0f}" if "peak_bytes" in row else ""
+
+
+def error_of(row: dict) -> str:
+    return f"{row['error']:.0e}" if "error" in row else ""
+
+
+def kernels(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
+    """(heads, cells) of the profile: our kernels in the order of their launches, then the others' by their time."""
     own = [row for row in of(rows, "profile") if "metrics" in row]
-    if not own:
-        return []
+    own.sort(key=lambda row: (not row["ours"], 0.0 if row["ours"] else -row["metrics"].get("us", 0.0)))
     keys = list(dict.fromkeys(key for row in own for key in row["metrics"]))
-    lines = ["", f"{'kernel':<40} " + " ".join(f"{key:>10}" for key in keys)]
-    for row in own:
-        lines.append(f"{row['what'][:40]:<40} " + " ".join(f"{row['metrics'].get(key, ''):>10}" for key in keys))
-    return lines
+    cells = [
+        [row["what"], str(row["calls"]), *(f"{row['metrics'][key]:g}" if key in row["metrics"] else "" for key in keys)]
+        for row in own
+    ]
+    return ["kernel", "calls", *keys], cells
+
+
+def profiles(rows: list[dict]) -> list[str]:
+    heads, cells = kernels(rows)
+    if not cells:
+        return []
+    return ["", *(f"{line[0][:34]:<34} " + " ".join(f"{c:>9}" for c in line[1:]) for line in (heads, *cells))]

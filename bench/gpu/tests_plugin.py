@@ -1,8 +1,10 @@
-"""A pytest plugin that records every outcome as it comes: what a kill at the budget leaves is still a report."""
+"""A pytest plugin that records every outcome as it comes, and spends the time there is on some of every test."""
 
 from __future__ import annotations
 
 import os
+import time
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,6 +13,7 @@ from .machine import Record
 
 _record = Record(Path(os.environ["BENCH_GPU_ROWS"]), "tests")
 _collected: set[str] = set()
+RESERVE = 10.0  # seconds for what runs when time is over, and for the processes to end
 
 
 class _Controller:
@@ -39,6 +42,22 @@ class _Controller:
         errors = [line[2:].strip() for line in text.splitlines() if line.startswith("E ")]
         note = " | ".join(errors[:3]) or text[-300:]
         _record.row(report.nodeid, ok, seconds=round(report.duration, 2), note=note[:600])
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(items):
+    """The first parameters of every test, then the second ones, and so on: the same order in every process."""
+    seen: Counter[str] = Counter()
+    turns = {}
+    for item in items:
+        function = item.nodeid.partition("[")[0]
+        turns[item], seen[function] = seen[function], seen[function] + 1
+    items.sort(key=turns.__getitem__)
+
+
+def pytest_runtest_setup():
+    if time.time() > float(os.environ["BENCH_GPU_UNTIL"]) - RESERVE:
+        pytest.skip("no time was left")
 
 
 def pytest_configure(config):

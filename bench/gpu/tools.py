@@ -16,7 +16,7 @@ from .machine import Device, Record, arguments, reason
 from .smoke import on, value_and_grad
 
 METRICS = {
-    "gpu__time_duration.sum": "ns",
+    "gpu__time_duration.sum": "us",
     "dram__throughput.avg.pct_of_peak_sustained_elapsed": "dram %",
     "sm__throughput.avg.pct_of_peak_sustained_elapsed": "sm %",
     "sm__warps_active.avg.pct_of_peak_sustained_active": "warps %",
@@ -87,17 +87,40 @@ def number(text: str) -> float:
     return float(text.replace(",", ""))
 
 
+def our_kernels() -> set[str]:
+    """Those of Triton, which the profiler tells by the names of their functions; those of CUDA have a namespace."""
+    sources = [path.read_text() for path in (Path(__file__).parents[2] / "triton_kernels").glob("*.py")]
+    return {name for source in sources for name in re.findall(r"^def (\w+)\(", source, re.M)}
+
+
+def short(name: str) -> str:
+    """A kernel's name without its namespaces, arguments and template's, and without the tiles of a product."""
+    plain = re.sub(r"<unnamed>|\(anonymous namespace\)", "_", name).removeprefix("void ")
+    return re.split(r"[<(]|_tilesize", plain)[0].split("::")[-1]
+
+
 def read_profile(path: Path, record: Record) -> None:
-    """A row for each kernel of the profiler's CSV, in the order of their launches."""
+    """From the profiler's CSV, launches and microseconds in all, and the means of the rest: a row for each kernel and
+    geometry of ours, and one for each kernel of others."""
     lines = [line for line in path.read_text().splitlines() if line.startswith('"')] if path.exists() else []
-    kernels: dict[str, tuple[str, dict[str, float]]] = {}
+    launches: dict[str, tuple[dict, dict[str, float]]] = {}
     for line in csv.DictReader(lines):
         if line.get("Metric Name") in METRICS:
-            _, metrics = kernels.setdefault(line["ID"], (line["Kernel Name"], {}))
-            metrics[METRICS[line["Metric Name"]]] = round(number(line["Metric Value"]), 1)
-    for name, metrics in kernels.values():
-        record.row(re.sub(r"<.*|\(.*", "", name).split("::")[-1], metrics=metrics, name=name[:300])
-    if not kernels:
+            _, metrics = launches.setdefault(line["ID"], (line, {}))
+            metrics[METRICS[line["Metric Name"]]] = number(line["Metric Value"])
+    merged: dict[tuple, list[dict[str, float]]] = {}
+    triton = our_kernels()
+    for line, metrics in launches.values():
+        name = short(line["Kernel Name"])
+        ours = "sslkern::" in line["Kernel Name"] or line["Kernel Name"] in triton
+        merged.setdefault((ours, name, *((line["Grid Size"], line["Block Size"]) * ours)), []).append(metrics)
+    for (ours, name, *_), found in merged.items():
+        keys = [key for key in METRICS.values() if key in found[0]]
+        means = {key: round(sum(one[key] for one in found) / len(found), 1) for key in keys}
+        if "us" in means:  # the profiler's are ns
+            means["us"] = round(1e-3 * sum(one["us"] for one in found), 1)
+        record.row(name, ours=ours, calls=len(found), metrics=means)
+    if not launches:
         told = path.read_text()[-300:] if path.exists() else "it has written nothing"
         record.row("profiler", False, note=f"no kernel: {told}")
 

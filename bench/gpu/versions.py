@@ -7,9 +7,11 @@ import platform
 import shutil
 import subprocess
 import sys
+import time
 
 import torch
 
+from ..run import _commit
 from . import table
 from .machine import Record, arguments, reason
 
@@ -44,6 +46,7 @@ def on_the_reference(device: str) -> list[str]:
 def main() -> int:
     device, path, _, _ = arguments()
     record = Record(path, "versions")
+    record.row("run", note=time.strftime("%Y-%m-%d"), commit=_commit())
     record.row("python", note=platform.python_version(), packages={name: version(name) for name in PACKAGES})
     if device.cuda and not torch.cuda.is_available():
         record.row(table.ABORT, False, note="torch sees no CUDA device")

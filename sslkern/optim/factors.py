@@ -16,7 +16,7 @@ from . import _checks
 Method = Literal["sketch", "columns", "svd"]
 # r, a -> G r and G^H a; None is no columns
 _Products = Callable[[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-_LARGE = 1 << 17  # numbers of a matrix from which reading it once for both products pays for the call
+_LARGE = 1 << 17  # numbers of a matrix on a CPU from which reading it once for both products pays for the call
 _NOISE = 2.0**-10  # of a warm start: finds what the last gradient had not, at 1e-6 of the captured energy
 
 
@@ -162,7 +162,7 @@ def linear_products(dy: Tensor, x: Tensor) -> _Products:
 
 def _products(g: Tensor) -> _Products:
     """G r and G^H a of a dense G."""
-    if g.shape[-2] * g.shape[-1] >= _LARGE:
+    if g.device.type == "cpu" and g.shape[-2] * g.shape[-1] >= _LARGE:
         return lambda r, a: skinny_products(g, r, a)
     none = g.new_empty(*g.shape[:-2], 0, 0)
 
