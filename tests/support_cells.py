@@ -10,9 +10,10 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from fnmatch import fnmatch
 
-from support import SUBJECTS
+from support_layers import SUBJECTS
 from support_ranks import STATES as GROUP_STATES
-from support_states import BAD, BREAK, NONE, REFUSED, STATES, TORCH, VALUE, Cell
+from support_seen import BAD, BREAK, NONE, REFUSED, TORCH, VALUE, Cell
+from support_transforms import STATES
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ its reason below.
 
 | cell | meaning |
 | --- | --- |
-| + | The value and all gradients: against fp64, at most 4 times the error of the plain formula in the same dtype plus 8 eps. |
+| + | The value and all gradients: off fp64 by at most 4 times what the plain formula is, plus 8 eps of the scale. |
 | r | Refused, by one full sentence that names the argument; the number leads to the reason. |
 | t | As torch: NaN or inf where the same formula in torch has them; or, with a number, torch's own error. |
 | b | The value, behind a graph break: `fullgraph=True` raises. |
@@ -142,7 +143,7 @@ def meaning(state: str) -> str:
 
 
 GROUP_MEANING = {
-    "in a group": "Two processes over gloo, with 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
+    "in a group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
     "group, compiled": "The same through `torch.compile(fullgraph=True)`: the value, or an error on every process.",
 }
 

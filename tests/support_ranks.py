@@ -12,15 +12,15 @@ from typing import Any
 import ranks
 import torch
 import torch.distributed as dist
-from support import JOINT, MEAN, SUBJECTS, N, Subject
-from support_states import (
+from support import JOINT, MEAN, N, Subject
+from support_layers import SUBJECTS
+from support_seen import (
     CRASH,
-    VALUE,
     Cell,
     Seen,
     attempt,
-    built,
     buffers_of,
+    built,
     clones,
     flat,
     gradients,
@@ -30,6 +30,7 @@ from support_states import (
     prepared,
     truth,
     wanted_of,
+    weights_of,
     wide,
     worst,
 )
@@ -126,8 +127,6 @@ def of_rank(subject: Subject, leaves: Sequence[Tensor], counts: Sequence[int], c
 
 def gradients_of_rows(subject: Subject, outputs: Sequence[Tensor], wanted: Any, counts: Sequence[int]) -> list[Any]:
     """By the gradient that the joint result would get, of which this rank has its rows."""
-    from support_states import weights_of
-
     joint = torch.empty((sum(counts), *outputs[0].shape[1:]))
     return list(torch.autograd.grad(outputs, wanted, [ranks.mine(weights_of([joint])[0], counts)]))
 
@@ -153,6 +152,3 @@ def own_part(subject: Subject, seen: Seen, counts: Sequence[int]) -> Seen:
     first, *rest = seen.outputs
     outputs = (ranks.mine(first, counts), *rest) if subject.group == JOINT else seen.outputs
     return Seen(tuple(outputs), grads, seen.terms)
-
-
-del VALUE

@@ -4,11 +4,11 @@ import os
 from pathlib import Path
 
 import pytest
-from support import HELD, SUBJECTS, public_names, walked
 from support_cells import complaint, document, unused
+from support_layers import HELD, SUBJECTS, public_names, walked
 from support_ranks import STATES as GROUP_STATES
 from support_ranks import walk
-from support_states import row
+from support_transforms import row
 
 PAGE = Path(__file__).parents[1] / "docs" / "support.md"
 SEEN = {}
@@ -28,7 +28,7 @@ def group(tmp_path_factory):
 
 def test_no_public_name_is_missing():
     names = public_names()
-    assert names - walked() - set(HELD) == set(), "walk these, in tests/support.py"
+    assert names - walked() - set(HELD) == set(), "walk these: tests/support_functions.py, tests/support_layers.py"
     assert (walked() | set(HELD)) - names == set(), "these are not public"
 
 
