@@ -68,7 +68,7 @@ class Subject:
     torch: Callable[..., Any] | None = None  # the counterpart in torch, for what both refuse; of a module, its factory
     group: str | None = None  # MEAN or JOINT
     grad: bool = True  # whether it is documented to have one
-    terms: float = 1.0  # what it adds up, in units of the result: where terms cancel
+    size: float = 0.0  # of the numbers that it adds up, where they cancel
     spreads: bool = False  # one NaN reaches all of the result, by its documentation
     full: bool = False  # takes no bfloat16 and no float16, by its documentation
 

@@ -77,6 +77,18 @@ REASONS = [
         "draws random numbers, of which `torch.vmap` wants to be told whether they are the same",
     ),
     Reason(TORCH, "expanded", "init.*", "torch does not write where several numbers lie in one place"),
+    Reason(
+        BREAK,
+        "compiled, dynamic",
+        "init.*; ProjUNN",
+        "is not traced as one graph: `torch.Generator` and parameters are made before a graph, not in it",
+    ),
+    Reason(
+        BREAK,
+        "compiled, dynamic",
+        "large_batch; LargeBatch; OrthogonalLinear (factored)",
+        "runs outside of the graph by design: what it keeps between forward and backward is not a tensor",
+    ),
     Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 for a z of zeros"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch

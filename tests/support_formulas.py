@@ -59,7 +59,8 @@ def nt_xent(*views: Tensor, temperature=0.5) -> Tensor:
 
 
 def nt_xent_bank(a: Tensor, b: Tensor, bank: Tensor, temperature=0.5) -> Tensor:
-    t = torch.cat([(cosines(a, b)).diagonal()[:, None], cosines(a, bank)], 1) / temperature
+    positive = (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(1, keepdim=True)
+    t = torch.cat([positive, cosines(a, bank)], 1) / temperature
     return F.cross_entropy(t, torch.zeros(len(a), dtype=torch.long))
 
 
@@ -177,8 +178,8 @@ def logsumexp(x: Tensor, y: Tensor, scale=1.0) -> Tensor:
 
 def maximum(x: Tensor, y: Tensor, scale=1.0) -> tuple[Tensor, Tensor]:
     t = scale * (x @ y.T)
-    best = t.max(1)
-    return best.values, best.indices
+    index = t.detach().argmax(1)
+    return t.gather(1, index[:, None])[:, 0], index
 
 
 def rbf_sum(x: Tensor, scale=0.3) -> Tensor:
@@ -249,7 +250,7 @@ def reorthogonalize(u: Tensor) -> Tensor:
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:
-    return torch.where(z.abs() + bias < 0, 0, z + bias * z.sgn())
+    return torch.where(z.abs() + bias >= 0, z + bias * z.sgn(), 0 * z)
 
 
 def rnn(x: Tensor, v: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:

@@ -199,7 +199,7 @@ OTHER = Leaf((ROWS, 3))
 add_metric(metrics.hsic, plain.hsic, A, OTHER, setting="rbf", settings=WIDTH, group=MEAN)
 linear = partial(metrics.hsic, kernel="linear")
 add_metric(metrics.hsic, plain.hsic_linear, A, OTHER, setting="linear", call=linear, group=MEAN)
-add_metric(metrics.dhsic, plain.dhsic, A, OTHER, Leaf((ROWS, 2)), settings=WIDTH, group=MEAN, terms=10.0)
+add_metric(metrics.dhsic, plain.dhsic, A, OTHER, Leaf((ROWS, 2)), settings=WIDTH, group=MEAN, size=0.1)
 add_metric(metrics.pairwise_hsic, plain.pairwise_hsic, OTHER, settings=WIDTH)
 add_metric(metrics.median_bandwidth, plain.median_bandwidth, A, grad=False)
 for estimator, formula in (

@@ -20,7 +20,8 @@ from sslkern import nn as layers
 
 
 def add_layer(make: Callable, formula: Callable, *leaves: Leaf, name: str = "", family: str, **rest: Any) -> None:
-    add(name or make.__name__, family, make, formula, *leaves, module=True, **rest)
+    size = 1.0 if family == BN else 0.0  # a gradient that is the same everywhere comes back as 0
+    add(name or make.__name__, family, make, formula, *leaves, module=True, size=size, **rest)
 
 
 BN = "Batch norms"
@@ -207,7 +208,7 @@ add(
     optim.orthogonality_error,
     plain.orthogonality_error,
     Leaf((7, 4), "near"),
-    terms=20.0,
+    size=1.0,
     **STEP,
 )
 add("reorthogonalize_", INIT, optim.reorthogonalize_, plain.reorthogonalize, Leaf((7, 4), "near"), full=True, **STEP)

@@ -38,7 +38,7 @@ from torch import Tensor
 
 STATES = {"in a group": False, "group, compiled": True}
 DIVISIONS = ((N // 2, N // 2), (1, N - 1), (N - 1, 1), (0, N))
-TIMEOUT = 20  # s, after which a rank that was left alone gives up
+TIMEOUT = 60  # s, after which a rank that was left alone gives up
 
 
 def walk(folder: Path) -> dict[str, dict[str, Cell]]:
@@ -151,4 +151,4 @@ def own_part(subject: Subject, seen: Seen, counts: Sequence[int]) -> Seen:
     ]
     first, *rest = seen.outputs
     outputs = (ranks.mine(first, counts), *rest) if subject.group == JOINT else seen.outputs
-    return Seen(tuple(outputs), grads, seen.terms)
+    return Seen(tuple(outputs), grads, seen.size)

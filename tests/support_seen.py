@@ -67,7 +67,7 @@ def gradients(
 class Seen:
     outputs: tuple[Tensor, ...]
     grads: list[Tensor | None]
-    terms: float = 1.0  # the largest of what was added up, in units of the result
+    size: float = 0.0  # of what was added up
 
 
 def built(subject: Subject, dtype: torch.dtype, factory: Callable | None = None) -> nn.Module:
@@ -133,10 +133,10 @@ def observe(
         outputs = flat(module(*inputs))
         wanted = wanted_of(module, inputs)
         grads = gradients(outputs, wanted, expanded, factored(subject)) if subject.grad else []
-        return Seen((*(o.detach() for o in outputs), *(b.clone() for b in buffers_of(module))), grads)
+        return Seen((*(o.detach() for o in outputs), *(b.clone() for b in buffers_of(module))), grads, subject.size)
     outputs = flat((run or subject.ours)(*leaves, **settings))
     grads = gradients(outputs, wanted, expanded) if subject.grad else []
-    return Seen(tuple(o.detach() for o in outputs), grads, subject.terms)
+    return Seen(tuple(o.detach() for o in outputs), grads, subject.size)
 
 
 def truth(subject: Subject, leaves: Sequence[Tensor], run: Callable | None = None, **rest: Any) -> Seen:
@@ -202,7 +202,7 @@ def judged(found: Seen, exact: Seen, plain: Seen | None) -> str:
                 return f"{where} differs"
             continue
         far = off(ours, right)
-        scale = exact.terms * float(right.abs().max())
+        scale = max(float(right.abs().max()), exact.size)
         slack = 0.0 if theirs is None else off(theirs, right)
         eps = torch.finfo(ours.dtype).eps
         if not far <= 4 * slack + 8 * eps * scale:
@@ -240,7 +240,7 @@ def plain_of(subject: Subject, leaves: Sequence[Tensor], run: Callable | None = 
 def words(subject: Subject) -> set[str]:
     """What a refusal may be about: the function, and its arguments."""
     found = {subject.public, subject.public.strip("_"), "sslkern"}
-    for candidate in targets(subject):
+    for candidate in [*targets(subject), *([type(subject.call())] if subject.module else [])]:
         found |= set(inspect.signature(candidate).parameters)
     return found - {"args", "kwargs", "self", "z"} | {"z"}
 

@@ -20,6 +20,7 @@ from support_seen import (
     built,
     compare_run,
     counterpart_of,
+    factored,
     flat,
     functional,
     gradients,
@@ -44,46 +45,55 @@ from torch import Tensor
 @state("compiled")
 def _(subject: Subject) -> Cell:
     """`torch.compile(fullgraph=True)`, sizes fixed."""
-    return compiled(subject, lambda run: look_compiled(subject, run, (N,)), dynamic=False)
+    return compiled(subject, (N,), dynamic=False)
 
 
 @state("dynamic")
 def _(subject: Subject) -> Cell:
     """The same with `dynamic=True`: one graph for 20 sizes of batch on one side of N = D."""
-    sizes = (N + 1, N, *range(N + 2, N + 20))
-    with torch._dynamo.config.patch(error_on_recompile=True):
-        return compiled(subject, lambda run: look_compiled(subject, run, sizes), dynamic=True)
+    sizes = (N + 3, N, N + 1, N + 2, *range(N + 4, N + 20))  # the first one is no other size of an argument
+    return compiled(subject, sizes, dynamic=True)
 
 
-def compiled(subject: Subject, look: Callable[[Callable], str], dynamic: bool) -> Cell:
+def compiled(subject: Subject, sizes: Sequence[int], dynamic: bool) -> Cell:
     cells = []
     for fullgraph in (True, False):
         torch._dynamo.reset()
-        run = torch.compile(traceable(subject), fullgraph=fullgraph, dynamic=dynamic, backend="eager")
-        cells.append(attempt(subject, lambda run=run: look(run)))
+        options = {"fullgraph": fullgraph, "dynamic": dynamic, "backend": "eager"}  # tracing is what may fail here
+        with torch._dynamo.config.patch(error_on_recompile=fullgraph):
+            cells.append(attempt(subject, lambda options=options: look_compiled(subject, sizes, options)))
         if cells[-1].kind in (VALUE, WRONG):
             break
     if cells[-1].kind == VALUE and len(cells) > 1:
         return Cell(BREAK, cells[0].detail)
-    return cells[0]
+    return cells[-1] if cells[-1].kind == WRONG else cells[0]
 
 
-def traceable(subject: Subject) -> Callable:
+def look_compiled(subject: Subject, sizes: Sequence[int], options: dict[str, Any]) -> str:
+    """A function, or a module that keeps its parameters, at batches of these sizes."""
+
+    def leaves_of(rows: int) -> list[Tensor]:
+        return prepared(subject, base=subject.make(rows))
+
     if subject.module:
-        return functional(subject, torch.float32)
-    return lambda *leaves: subject.call(*leaves, **subject.settings)
-
-
-def look_compiled(subject: Subject, run: Callable, sizes: Sequence[int]) -> str:
+        module = subject.call()
+        load(module, leaves_of(sizes[0]))
+        run = torch.compile(module, **options)
+    else:
+        run = torch.compile(lambda *leaves: subject.call(*leaves, **subject.settings), **options)
     for rows in sizes:
-        base = subject.make(rows)
-        leaves = prepared(subject, base=[x.clone() for x in base])
-        found = observe(subject, leaves, run=run)
-        if rows in (N, sizes[-1]):
-            exact = observe(
-                subject, [wide(x) for x in prepared(subject, base=[x.clone() for x in base])], run=subject.right
-            )
-            plain = observe(subject, prepared(subject, base=[x.clone() for x in base]), run=subject.right)
+        leaves = leaves_of(rows)
+        inputs = leaves[: len(leaves) - len(list(module.parameters()))] if subject.module else leaves
+        outputs = flat(run(*inputs))
+        wanted = wanted_of(module, inputs) if subject.module else [x for x in leaves if x.requires_grad]
+        backward = factored(subject)
+        for x in wanted if backward else ():
+            x.grad = None
+        grads = gradients(outputs, wanted, backward=backward) if subject.grad else []
+        if rows in (sizes[0], sizes[-1]):
+            exact = observe(subject, [wide(x) for x in leaves_of(rows)], run=subject.right)
+            plain = observe(subject, leaves_of(rows), run=subject.right)
+            found = Seen(tuple(o.detach() for o in outputs), grads)
             if verdict := judged(found, exact, plain):
                 return f"{rows} rows: {verdict}"
     return ""
