@@ -177,9 +177,8 @@ def logsumexp(x: Tensor, y: Tensor, scale=1.0) -> Tensor:
 
 
 def maximum(x: Tensor, y: Tensor, scale=1.0) -> tuple[Tensor, Tensor]:
-    t = scale * (x @ y.T)
-    index = t.detach().argmax(1)
-    return t.gather(1, index[:, None])[:, 0], index
+    index = (scale * (x @ y.T)).detach().argmax(1)
+    return scale * (x * y[index]).sum(1), index
 
 
 def rbf_sum(x: Tensor, scale=0.3) -> Tensor:
