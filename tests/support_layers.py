@@ -36,16 +36,20 @@ for dims, ours, theirs in (
         partial(ours, 4), plain.batch_norm, x, *WB, name=ours.__name__, family=BN, more=OWN, torch=partial(theirs, 4)
     )
 SYNC = Leaf((ROWS, 4, 3))
-add_layer(
-    partial(layers.BatchNorm1d, 4, activation="relu"),
-    lambda *z: plain.batch_norm(*z).relu(),
-    SYNC,
-    *WB,
-    name="BatchNorm1d (relu)",
-    family=BN,
-    more=OWN,
-    torch=partial(nn.BatchNorm1d, 4),
-)
+for name, make in (
+    ("BatchNorm1d (relu)", partial(layers.BatchNorm1d, 4, activation="relu")),
+    ("BatchNormReLU", lambda: layers.BatchNormReLU(layers.BatchNorm1d(4), nn.ReLU())),
+):
+    add_layer(
+        make,
+        lambda *z: plain.batch_norm(*z).relu(),
+        SYNC,
+        *WB,
+        name=name,
+        family=BN,
+        more=OWN,
+        torch=lambda: nn.Sequential(nn.BatchNorm1d(4), nn.ReLU()),
+    )
 add_layer(
     lambda: layers.BatchNorm1d(4).eval(),
     lambda x, w, b: nn.functional.batch_norm(x, torch.zeros_like(w), torch.ones_like(w), w, b),
@@ -248,6 +252,7 @@ HELD = {  # public names that compute nothing on tensors, and where they are tes
     "optim": "a room",
     "train": "a room",
     "init": "a room",
+    "init.uniform_": "fills biases",
     "OrthogonalModule": "a base class",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",

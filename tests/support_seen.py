@@ -140,23 +140,10 @@ def observe(
 
 
 def truth(subject: Subject, leaves: Sequence[Tensor], run: Callable | None = None, **rest: Any) -> Seen:
-    """The formula, and what a counterpart of torch makes of its buffers."""
+    """The formula, or the counterpart in torch of a layer with buffers, for theirs."""
     if subject.torch and subject.module and run is None and any(True for _ in subject.torch().buffers()):
-        relu = "relu" in subject.name
-        return observe(subject, leaves, factory=(lambda: Behind(subject.torch())) if relu else subject.torch, **rest)
-    seen = observe(subject, leaves, run=run or subject.right, **rest)
-    return seen
-
-
-class Behind(nn.Module):
-    """A relu behind a layer."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.layer(x).relu()
+        return observe(subject, leaves, factory=subject.torch, **rest)
+    return observe(subject, leaves, run=run or subject.right, **rest)
 
 
 def real(dtype: torch.dtype) -> torch.dtype:
