@@ -89,6 +89,12 @@ REASONS = [
         "large_batch; LargeBatch; OrthogonalLinear (factored)",
         "runs outside of the graph by design: what it keeps between forward and backward is not a tensor",
     ),
+    Reason(
+        REFUSED,
+        "group, compiled",
+        f"{COLUMNS}; {PAIRS}; covariance; cross_correlation; hsic*; dhsic",
+        "uneven rows: one graph has one size, so every rank raises; even ones have the value",
+    ),
     Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 for a z of zeros"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch
@@ -156,7 +162,8 @@ def meaning(state: str) -> str:
 
 GROUP_MEANING = {
     "in a group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
-    "group, compiled": "The same through `torch.compile(fullgraph=True)`: the value, or an error on every process.",
+    "group, compiled": "The same through `torch.compile(fullgraph=True)`, where every process has a row: the value, or "
+    "an error on each.",
 }
 
 
