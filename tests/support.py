@@ -83,6 +83,11 @@ class Subject:
         return partial(self.plain, **self.settings)
 
     @property
+    def wraps(self) -> bool:
+        """Whether it is a module around a function that is walked itself, and looked at less where looks are dear."""
+        return self.family.endswith("as modules")
+
+    @property
     def public(self) -> str:
         return self.name.split(" ")[0]
 

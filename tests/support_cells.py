@@ -92,7 +92,7 @@ REASONS = [
     Reason(
         REFUSED,
         "group, compiled",
-        f"{COLUMNS}; {PAIRS}; covariance; cross_correlation; hsic*; dhsic",
+        "*_loss*; covariance; cross_correlation; hsic*; dhsic",
         "uneven rows: one graph has one size, so every rank raises; even ones have the value",
     ),
     Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 for a z of zeros"),

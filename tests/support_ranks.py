@@ -56,10 +56,14 @@ def walk(folder: Path) -> dict[str, dict[str, Cell]]:
         told = [read(place / f"{rank}.jsonl") for rank in range(2)]
         seen[state] = {}
         for name, subject in SUBJECTS.items():
-            if subject.group:
+            if takes_part(subject, compiled):
                 cells = [rank.get(name, Cell(CRASH, f"a rank did not come back: {died}")) for rank in told]
                 seen[state][name] = worst(cells)
     return seen
+
+
+def takes_part(subject: Subject, compiled: bool) -> bool:
+    return subject.group is not None and not (compiled and subject.wraps)
 
 
 def read(file: Path) -> dict[str, Cell]:
@@ -78,7 +82,7 @@ class Walk:
     def __call__(self) -> None:
         file = self.folder / f"{dist.get_rank()}.jsonl"
         for name, subject in SUBJECTS.items():
-            if subject.group:
+            if takes_part(subject, self.compiled):
                 cell = look(subject, self.compiled)
                 with file.open("a") as lines:
                     lines.write(json.dumps([name, cell.kind, cell.detail]) + "\n")
@@ -86,7 +90,7 @@ class Walk:
 
 def look(subject: Subject, compiled: bool) -> Cell:
     cells = []
-    for counts in DIVISIONS if compiled else (*DIVISIONS, EMPTY):
+    for counts in DIVISIONS[:2] if compiled else (*DIVISIONS, EMPTY):
         if compiled:
             torch._dynamo.reset()
         cell = attempt(subject, lambda counts=counts: compare(subject, counts, compiled))

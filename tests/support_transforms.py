@@ -51,6 +51,8 @@ def _(subject: Subject) -> Cell:
 @state("dynamic")
 def _(subject: Subject) -> Cell:
     """The same with `dynamic=True`: one graph for 20 sizes of batch on one side of N = D."""
+    if subject.wraps:
+        return Cell(NONE)
     sizes = (N + 3, N, N + 1, N + 2, *range(N + 4, N + 20))  # the first one is no other size of an argument
     return compiled(subject, sizes, dynamic=True)
 
