@@ -1,0 +1,190 @@
+"""The cells of docs/support.md that need not be "value", each with its reason; and the document.
+
+Every cell that is not named here must be "value", and every one that is must be what is said of it: a reason that has
+gone fails the walk as much as one that is missing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from fnmatch import fnmatch
+
+from support_layers import SUBJECTS
+from support_ranks import STATES as GROUP_STATES
+from support_seen import BAD, BREAK, NONE, REFUSED, TORCH, VALUE, Cell
+from support_transforms import STATES
+
+
+@dataclass(frozen=True)
+class Reason:
+    kind: str
+    states: str  # separated by ", "
+    functions: str  # names or patterns, separated by "; "
+    why: str
+
+    def covers(self, function: str, state: str) -> bool:
+        return state in self.states.split(", ") and any(fnmatch(function, p) for p in self.functions.split("; "))
+
+
+COLUMNS = "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; barlow_twins_loss; BarlowTwinsLoss"
+PAIRS = (
+    "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
+    "sigmoid_loss; SigmoidLoss; spectral_contrastive_loss; SpectralContrastiveLoss"
+)
+TWO_ROWS = (
+    f"{COLUMNS}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; participation_ratio"
+)
+ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
+
+REASONS = [
+    Reason(REFUSED, "empty", f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme", "a mean needs a row"),
+    Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs two rows"),
+    Reason(REFUSED, "empty", "batch_moments", "a mean needs a number"),
+    Reason(REFUSED, "stack", f"{PAIRS}; OrthogonalRNN; UnitaryRNN", "takes one batch; `torch.vmap` takes a stack"),
+    Reason(REFUSED, "bf16, fp16", ORTHOGONAL, "a matrix rounded to fewer digits is no longer orthogonal"),
+    Reason(REFUSED, "bf16, fp16", "OrthogonalConv2d; UnitaryRNN", "torch has no bfloat16 complex numbers"),
+    Reason(
+        REFUSED,
+        "mixed",
+        f"{COLUMNS}; cross_correlation; hsic*; dhsic; linear_factors; skinny_products",
+        "both come out of one network, and have its dtype",
+    ),
+    Reason(
+        REFUSED,
+        "tensor settings",
+        "barlow_twins_loss; BarlowTwinsLoss; cross_correlation",
+        "`eps` guards a division and is nothing to learn; the other numbers are taken as tensors, with a gradient",
+    ),
+    Reason(
+        REFUSED,
+        "twice",
+        f"{COLUMNS}; {PAIRS}; covariance; cross_correlation; batch_*; BatchNorm*; SyncBatchNorm; convert_batchnorm; "
+        "pairwise_reduce*; kernel_matmul; hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); "
+        "participation_ratio; OrthogonalLinear (factored); *arge*atch",
+        "kernels have a first derivative",
+    ),
+    Reason(
+        REFUSED,
+        "vmapped",
+        "rank_k_update_*; project_direct_; project_tangent_",
+        "written in place: a `u` that is not mapped cannot hold several results; the value where it is mapped",
+    ),
+    Reason(
+        TORCH,
+        "vmapped",
+        "init.haar_; init.henaff_; init.cayley_; ProjUNN; low_rank_factors; linear_factors",
+        "draws random numbers, of which `torch.vmap` wants to be told whether they are the same",
+    ),
+    Reason(TORCH, "expanded", "init.*", "torch does not write where several numbers lie in one place"),
+    Reason(
+        BREAK,
+        "compiled, dynamic",
+        "init.*; ProjUNN",
+        "is not traced as one graph: `torch.Generator` and parameters are made before a graph, not in it",
+    ),
+    Reason(
+        BREAK,
+        "compiled, dynamic",
+        "large_batch; LargeBatch; OrthogonalLinear (factored)",
+        "runs outside of the graph by design: what it keeps between forward and backward is not a tensor",
+    ),
+    Reason(
+        REFUSED,
+        "group, compiled",
+        "*_loss*; covariance; cross_correlation; hsic*; dhsic",
+        "uneven rows: one graph has one size, so every rank raises; even ones have the value",
+    ),
+    Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 for a z of zeros"),
+]
+NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch
+
+
+def reason_of(function: str, state: str) -> Reason | None:
+    return next((reason for reason in REASONS if reason.covers(function, state)), None)
+
+
+def complaint(function: str, state: str, cell: Cell) -> str:
+    """What is not as it should be in a cell, or nothing."""
+    reason = reason_of(function, state)
+    expected = reason.kind if reason else VALUE
+    if cell.kind in (NONE, expected) or (state in NOT_FINITE and cell.kind == TORCH):
+        return ""
+    return f"{state}: {cell.kind}, not {expected}" + (f": {cell.detail}" if cell.detail else "")
+
+
+Table = dict[str, dict[str, Cell]]  # function -> state -> what was seen
+SHORT = {VALUE: "+", REFUSED: "r", TORCH: "t", BREAK: "b", NONE: ""}
+INPUTS = "strided offset expanded empty one-row stack fp64 bf16 fp16 autocast mixed zero NaN inf".replace("-", " ")
+HEAD = """# What each function supports
+
+Every public function in every state, as `tests/test_support.py` saw it on a CPU. The test writes this page
+(`SSLKERN_WRITE_SUPPORT=1 python -m pytest tests/test_support.py`), and fails where a cell is neither the value nor has
+its reason below.
+
+| cell | meaning |
+| --- | --- |
+| + | The value and all gradients: off fp64 by at most 4 times what the plain formula is, plus 8 eps of the scale. |
+| r | Refused, by one full sentence that names the argument; the number leads to the reason. |
+| t | As torch: NaN or inf where the same formula in torch has them; or, with a number, torch's own error. |
+| b | The value, behind a graph break: `fullgraph=True` raises. |
+| | Does not apply. |
+"""
+
+
+def document(table: Table) -> str:
+    """The page."""
+    notes: list[Reason] = []
+    parts = [HEAD]
+    groups = {
+        "Inputs": [s for s in STATES if s in INPUTS],
+        "Gradients, transforms and processes": [*(s for s in STATES if s not in INPUTS), *GROUP_STATES],
+    }
+    for title, states in groups.items():
+        parts.append(f"## {title}\n")
+        parts += [f"- **{s}**: {meaning(s)}" for s in states]
+        for family in dict.fromkeys(subject.family for subject in SUBJECTS.values()):
+            parts.append(f"\n### {family}\n")
+            parts.append(f"| | {' | '.join(states)} |\n|{' --- |' * (len(states) + 1)}")
+            names = [name for name, subject in SUBJECTS.items() if subject.family == family]
+            parts += [f"| `{name}` | {' | '.join(shown(table, name, s, notes) for s in states)} |" for name in names]
+        parts.append("")
+    parts.append("## Reasons\n")
+    parts += [f"{k}. {reason.why[:1].upper()}{reason.why[1:]}." for k, reason in enumerate(notes, 1)]
+    return "\n".join(parts) + "\n"
+
+
+def meaning(state: str) -> str:
+    looks = STATES.get(state)
+    text = looks.__doc__ if looks else GROUP_MEANING[state]
+    return " ".join((text or "").split())
+
+
+GROUP_MEANING = {
+    "in a group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
+    "group, compiled": "The same through `torch.compile(fullgraph=True)`, where every process has a row: the value, or "
+    "an error on each.",
+}
+
+
+def shown(table: Table, function: str, state: str, notes: list[Reason]) -> str:
+    cell = table.get(function, {}).get(state, Cell(NONE))
+    if cell.kind in BAD:
+        return f"**{cell.kind}**"
+    reason = reason_of(function, state)
+    if cell.kind in (VALUE, NONE) or reason is None:
+        return SHORT[cell.kind]
+    if reason not in notes:
+        notes.append(reason)
+    return f"{SHORT[cell.kind]} {notes.index(reason) + 1}"
+
+
+def unused(table: Table) -> Iterable[Reason]:
+    """Reasons that no cell has."""
+    for reason in REASONS:
+        if not any(
+            cell.kind == reason.kind and reason_of(name, state) is reason
+            for name, cells in table.items()
+            for state, cell in cells.items()
+        ):
+            yield reason

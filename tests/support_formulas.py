@@ -1,0 +1,314 @@
+"""What every public function computes, in plain torch on small tensors: one slice, no kernel, no saved work.
+
+Written from the published definitions, and differentiable wherever the function is.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from contrastive import contrast, cosines
+from torch import Tensor
+
+
+def _square_offdiag(c: Tensor) -> Tensor:
+    return (c - torch.diag(c.diagonal())).square().sum()
+
+
+def covariance(z: Tensor) -> tuple[Tensor, Tensor]:
+    c = torch.cov(z.T) if z.shape[1] > 1 else z.var(0)[None]
+    return c.diagonal(), _square_offdiag(c)
+
+
+def vcreg(z: Tensor, std_coeff=25.0, cov_coeff=1.0, gamma=1.0, eps=1e-4) -> Tensor:
+    variance, offdiag = covariance(z)
+    return std_coeff * (gamma - (variance + eps).sqrt()).relu().mean() + cov_coeff * offdiag / z.shape[1]
+
+
+def vicreg(a: Tensor, b: Tensor, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, gamma=1.0, eps=1e-4) -> Tensor:
+    loss = sim_coeff * (a - b).square().mean()
+    for z in (a, b):
+        variance, offdiag = covariance(z)
+        loss = loss + std_coeff / 2 * (gamma - (variance + eps).sqrt()).relu().mean()
+        loss = loss + cov_coeff * offdiag / z.shape[1]
+    return loss
+
+
+def cross_correlation(a: Tensor, b: Tensor, eps=1e-5) -> tuple[Tensor, Tensor]:
+    a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (a, b))
+    c = a.T @ b / len(a)
+    return c.diagonal(), _square_offdiag(c)
+
+
+def barlow_twins(a: Tensor, b: Tensor, lambd=0.0051, eps=1e-5) -> Tensor:
+    diagonal, offdiag = cross_correlation(a, b, eps)
+    return (1 - diagonal).square().sum() + lambd * offdiag
+
+
+def _others(n: int) -> Tensor:
+    return ~torch.eye(n, dtype=torch.bool)
+
+
+def nt_xent(*views: Tensor, temperature=0.5) -> Tensor:
+    z, n = torch.cat(views), len(views[0])
+    sample = torch.arange(n).repeat(len(views))
+    others = _others(len(z))
+    return contrast(cosines(z, z) / temperature, (sample[:, None] == sample) & others, others, False)
+
+
+def nt_xent_bank(a: Tensor, b: Tensor, bank: Tensor, temperature=0.5) -> Tensor:
+    positive = (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(1, keepdim=True)
+    t = torch.cat([positive, cosines(a, bank)], 1) / temperature
+    return F.cross_entropy(t, torch.zeros(len(a), dtype=torch.long))
+
+
+def info_nce(q: Tensor, k: Tensor, temperature=0.1) -> Tensor:
+    return F.cross_entropy(cosines(q, k) / temperature, torch.arange(len(q)))
+
+
+def clip(q: Tensor, k: Tensor, scale=5.0) -> Tensor:
+    t, target = scale * cosines(q, k), torch.arange(len(q))
+    return (F.cross_entropy(t, target) + F.cross_entropy(t.T, target)) / 2
+
+
+def supervised(z: Tensor, labels: Tensor, temperature=0.1) -> Tensor:
+    others = _others(len(z))
+    positive = (labels[:, None] == labels) & others
+    if not positive.any():
+        return 0 * z.sum()
+    return contrast(cosines(z, z) / temperature, positive, others, False)
+
+
+def sigmoid(a: Tensor, b: Tensor, scale=10.0, bias=-10.0) -> Tensor:
+    sign = 2 * torch.eye(len(a), dtype=a.dtype) - 1
+    return -F.logsigmoid(sign * (scale * cosines(a, b) + bias)).sum() / len(a)
+
+
+def spectral(a: Tensor, b: Tensor, mu=1.0) -> Tensor:
+    root = mu**0.5
+    x, y = (torch.where(z.norm(dim=1, keepdim=True) > root, root * F.normalize(z, dim=1), z) for z in (a, b))
+    s, n = x @ y.T, len(a)
+    off = (s.square() * _others(n)).sum() / max(1, n * (n - 1))
+    return (off - 2 * s.diagonal().mean()) / mu
+
+
+def _squares(x: Tensor, y: Tensor) -> Tensor:
+    return (x[:, None] - y).square().sum(-1)
+
+
+def kernel(x: Tensor, y: Tensor, name: str, c) -> Tensor:
+    t = c * {"dot": lambda: x @ y.T, "cosine": lambda: cosines(x, y)}.get(name, lambda: _squares(x, y))()
+    return (-t).exp() if name == "rbf" else t
+
+
+def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, bandwidth=1.0) -> Tensor:
+    return kernel(x, s, "rbf", 0.5 / bandwidth**2) @ b
+
+
+def _centred(k: Tensor) -> Tensor:
+    return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
+
+
+def _hsic_of(k: Tensor, m: Tensor) -> Tensor:
+    return (_centred(k) * _centred(m)).sum() / (len(k) - 1) ** 2
+
+
+def hsic(x: Tensor, y: Tensor, bandwidth=1.5) -> Tensor:
+    return _hsic_of(*(kernel(z, z, "rbf", 0.5 / bandwidth**2) for z in (x, y)))
+
+
+def hsic_linear(x: Tensor, y: Tensor) -> Tensor:
+    return _hsic_of(x @ x.T, y @ y.T)
+
+
+def pairwise_hsic(z: Tensor, bandwidth=1.5) -> Tensor:
+    grams = [_centred(kernel(f, f, "rbf", 0.5 / bandwidth**2)) for f in z.T[..., None]]
+    return torch.stack([torch.stack([(k * m).sum() for m in grams]) for k in grams]) / (len(z) - 1) ** 2
+
+
+def dhsic(x: Tensor, y: Tensor, z: Tensor, bandwidth=1.5) -> Tensor:
+    grams = torch.stack([kernel(v, v, "rbf", 0.5 / bandwidth**2) for v in (x, y, z)])
+    means = grams.mean(-1)
+    return grams.prod(0).mean() + means.mean(-1).prod() - 2 * means.prod(0).mean()
+
+
+def median_bandwidth(x: Tensor) -> Tensor:
+    median = _squares(x, x).sqrt()[_others(len(x)).triu()].median()
+    return torch.where(median == 0, 1, median)
+
+
+def participation_ratio(z: Tensor) -> Tensor:
+    c = torch.cov(z.T)
+    return c.trace().square() / c.square().sum()
+
+
+def rankme(z: Tensor) -> Tensor:
+    sigma = torch.linalg.svdvals(z)
+    p = sigma / sigma.sum() + 1e-7
+    return (-(p * p.log()).sum()).exp()
+
+
+def entropy_logdet(z: Tensor, noise=1.0) -> Tensor:
+    c = (z - z.mean(0)).T @ (z - z.mean(0)) / len(z)
+    return torch.logdet(torch.eye(z.shape[1], dtype=z.dtype) + c / noise**2) / 2
+
+
+def entropy_moment(z: Tensor, noise=1.0) -> Tensor:
+    return entropy_logdet(z, noise) + z.shape[1] / 2 * _log(2 * math.pi * math.e * noise**2)
+
+
+def entropy_diagonal(z: Tensor, noise=1.0) -> Tensor:
+    return (2 * math.pi * math.e * (z.var(0, correction=0) + noise**2)).log().sum() / 2
+
+
+def entropy_pairwise(z: Tensor, noise=1.0) -> Tensor:
+    near = (-_squares(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
+    return z.shape[1] / 2 * _log(2 * math.pi * noise**2) + z.shape[1] / 2 - near.mean()
+
+
+def _log(value):
+    return value.log() if isinstance(value, Tensor) else math.log(value)
+
+
+def logsumexp(x: Tensor, y: Tensor, scale=1.0) -> Tensor:
+    return (scale * (x @ y.T)).logsumexp(1)
+
+
+def maximum(x: Tensor, y: Tensor, scale=1.0) -> tuple[Tensor, Tensor]:
+    index = (scale * (x @ y.T)).detach().argmax(1)
+    return scale * (x * y[index]).sum(1), index
+
+
+def rbf_sum(x: Tensor, scale=0.3) -> Tensor:
+    return kernel(x, x, "rbf", scale).sum(1)
+
+
+def softplus_product(x: Tensor, y: Tensor, rhs: Tensor, scale=1.0) -> Tensor:
+    return F.softplus(scale * (x @ y.T)) @ rhs
+
+
+def gram(x: Tensor, scale=0.3) -> tuple[Tensor, Tensor]:
+    grams = torch.stack([kernel(group, group, "rbf", scale) for group in x])
+    return torch.einsum("gij,hij->gh", grams, grams), grams.sum(-1)
+
+
+def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.transpose(0, 1).flatten(1)
+    return x.mean(1), x.var(1, correction=0)
+
+
+def batch_norm(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return F.batch_norm(x, None, None, weight, bias, training=True)
+
+
+def skew(m: Tensor) -> Tensor:
+    return (m - m.mH) / 2
+
+
+def exponential(x: Tensor) -> Tensor:
+    """By its series: torch.matrix_exp is off by 1e-11 in float64."""
+    term = out = torch.eye(x.shape[-1], dtype=x.dtype).expand(x.shape)
+    for n in range(1, 40):
+        term = term @ x / n
+        out = out + term
+    return out
+
+
+def direct(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    left, _, right = torch.linalg.svd(u + a @ b.mH, full_matrices=False)
+    return left @ right
+
+
+def tangent(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    return u @ exponential(skew(u.mH @ a @ b.mH))
+
+
+def cayley(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    one = torch.eye(len(u), dtype=u.dtype)
+    half = 2 * skew((one - u @ u.mH / 2) @ a @ b.mH @ u.mH) / 2
+    return torch.linalg.solve(one - half, (one + half) @ u)
+
+
+def tangent_part(u: Tensor, g: Tensor) -> Tensor:
+    return g - u @ (u.mH @ g + g.mH @ u) / 2
+
+
+def projunn(u: Tensor, g: Tensor, lr=0.1) -> Tensor:
+    return u @ exponential(skew(u.mH @ (-lr * tangent_part(u, g))))
+
+
+def orthogonality_error(u: Tensor) -> Tensor:
+    sigma = torch.linalg.svdvals(u)
+    return (sigma.square() - 1).square().mean().sqrt()
+
+
+def reorthogonalize(u: Tensor) -> Tensor:
+    return u @ (3 * torch.eye(u.shape[1], dtype=u.dtype) - u.mH @ u) / 2
+
+
+def modrelu(z: Tensor, bias: Tensor) -> Tensor:
+    return torch.where(z.abs() + bias >= 0, z + bias * z.sgn(), 0 * z)
+
+
+def rnn(x: Tensor, v: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """(T, N, input) by h <- tanh(V x + W h + b)."""
+    h, states = torch.zeros(x.shape[1], len(w), dtype=x.dtype), []
+    for step in x:
+        h = torch.tanh(step @ v.T + h @ w.T + b)
+        states.append(h)
+    return torch.stack(states), h[None]
+
+
+def unitary_rnn(x: Tensor, v: Tensor, w: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    x = x.to(v.dtype)
+    h, states = torch.zeros(x.shape[1], len(w), dtype=v.dtype), []
+    for step in x:
+        h = modrelu(step @ v.T + h @ w.T, b)
+        states.append(h)
+    return torch.stack(states), h[None]
+
+
+def linear_tanh(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    return torch.tanh(x @ weight.T + bias)
+
+
+def factors(g: Tensor) -> tuple[Tensor, Tensor]:
+    return g, torch.eye(min(g.shape), dtype=g.dtype)
+
+
+def of_linear(dy: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    return factors(dy.T @ x)
+
+
+def _generator() -> torch.Generator:
+    return torch.Generator().manual_seed(0)
+
+
+def init_haar_(u: Tensor) -> Tensor:
+    """Of a QR whose R has a positive diagonal, by Cholesky."""
+    x = torch.randn(u.shape, dtype=torch.float64, generator=_generator())
+    return (x @ torch.linalg.inv(torch.linalg.cholesky(x.mT @ x).mT)).to(u.dtype)
+
+
+def init_identity_(u: Tensor) -> Tensor:
+    return torch.eye(*u.shape[-2:], dtype=u.dtype).expand(u.shape)
+
+
+def _plane_rotations(u: Tensor, low: float, high: float) -> Tensor:
+    """Skew matrices of angles in blocks."""
+    angles = torch.empty(*u.shape[:-2], u.shape[-1] // 2, dtype=torch.float64)
+    angles.uniform_(low, high, generator=_generator())
+    skew = torch.zeros(u.shape, dtype=torch.float64)
+    for k in range(angles.shape[-1]):
+        skew[..., 2 * k + 1, 2 * k], skew[..., 2 * k, 2 * k + 1] = angles[..., k], -angles[..., k]
+    return skew
+
+
+def init_henaff_(u: Tensor) -> Tensor:
+    return exponential(_plane_rotations(u, -math.pi, math.pi)).to(u.dtype)
+
+
+def init_cayley_(u: Tensor) -> Tensor:
+    return exponential(_plane_rotations(u, 0, math.pi / 2)).to(u.dtype)

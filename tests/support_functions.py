@@ -1,0 +1,214 @@
+"""Losses, primitives and metrics, each with its formula."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
+
+import support_formulas as plain
+from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
+from torch import nn
+
+from sslkern import losses, metrics, ops
+
+# losses, as functions and as modules
+
+
+def add_loss(function: Callable, kind: type, formula: Callable, *leaves: Leaf, name: str = "", **rest: Any) -> None:
+    """`name` tells a setting, in which the function is called by `call`, and the module by `as_module`."""
+    family = "Losses of columns" if "more" in rest else "Losses of pairs of rows"
+    public = name or getattr(function, "__name__", "")
+    call = rest.pop("call", function)
+    as_module = rest.pop("as_module", lambda *z, group=None, **settings: kind(**settings, group=group)(*z))
+    setting = public.partition(" ")[2]
+    add(public, family, call, formula, *leaves, group=MEAN, **rest)
+    add(f"{kind.__name__} {setting}".strip(), f"{family}, as modules", as_module, formula, *leaves, group=MEAN, **rest)
+
+
+VICREG = {"sim_coeff": 25.0, "std_coeff": 25.0, "cov_coeff": 1.0, "gamma": 1.0, "eps": 1e-4}
+VCREG = {key: VICREG[key] for key in ("std_coeff", "cov_coeff", "gamma", "eps")}
+add_loss(losses.vicreg_loss, losses.VICRegLoss, plain.vicreg, A, B, settings=VICREG, more=POSITIONS)
+add_loss(losses.vcreg_loss, losses.VCRegLoss, plain.vcreg, A, settings=VCREG, more=POSITIONS)
+add_loss(
+    losses.barlow_twins_loss,
+    losses.BarlowTwinsLoss,
+    plain.barlow_twins,
+    A,
+    B,
+    settings={"lambd": 0.0051, "eps": 1e-5},
+    more=POSITIONS,
+)
+add_loss(losses.nt_xent_loss, losses.NTXentLoss, plain.nt_xent, A, B, settings={"temperature": 0.5})
+add_loss(
+    losses.nt_xent_loss,
+    losses.NTXentLoss,
+    plain.nt_xent,
+    A,
+    B,
+    Leaf((ROWS, D)),
+    name="nt_xent_loss (three views)",
+    call=lambda a, b, c, **rest: losses.nt_xent_loss(a, b, others=[c], **rest),
+    as_module=lambda a, b, c, **rest: losses.NTXentLoss(**rest)(a, b, others=[c]),
+    settings={"temperature": 0.5},
+)
+add_loss(
+    losses.nt_xent_loss,
+    losses.NTXentLoss,
+    plain.nt_xent_bank,
+    A,
+    B,
+    Leaf((7, D)),
+    name="nt_xent_loss (bank)",
+    call=lambda a, b, bank, **rest: losses.nt_xent_loss(a, b, negatives=bank, **rest),
+    as_module=lambda a, b, bank, **rest: losses.NTXentLoss(**rest)(a, b, negatives=bank),
+    settings={"temperature": 0.5},
+)
+add_loss(losses.info_nce_loss, losses.InfoNCELoss, plain.info_nce, A, B, settings={"temperature": 0.1})
+add_loss(
+    losses.info_nce_loss,
+    losses.InfoNCELoss,
+    plain.clip,
+    A,
+    B,
+    name="info_nce_loss (symmetric)",
+    call=partial(losses.info_nce_loss, symmetric=True),
+    as_module=lambda q, k, **rest: losses.InfoNCELoss(symmetric=True, **rest)(q, k),
+    settings={"scale": 5.0},
+)
+add_loss(
+    losses.supervised_contrastive_loss,
+    losses.SupervisedContrastiveLoss,
+    plain.supervised,
+    A,
+    LABELS,
+    settings={"temperature": 0.1},
+)
+add_loss(losses.sigmoid_loss, losses.SigmoidLoss, plain.sigmoid, A, B, settings={"scale": 10.0, "bias": -10.0})
+add_loss(losses.spectral_contrastive_loss, losses.SpectralContrastiveLoss, plain.spectral, A, B, settings={"mu": 1.0})
+
+# primitives
+
+
+def add_op(function: Callable, formula: Callable, *leaves: Leaf, setting: str = "", **rest: Any) -> None:
+    name = f"{function.__name__} ({setting})" if setting else function.__name__
+    add(name, "Primitives", rest.pop("call", function), formula, *leaves, **rest)
+
+
+CHANNELS = (Leaf((ROWS, 4, 3)), Leaf((4,)), Leaf((4,)))
+add_op(ops.covariance, plain.covariance, A, more=STACK, group=MEAN)
+add_op(ops.cross_correlation, plain.cross_correlation, A, B, settings={"eps": 1e-5}, more=STACK, group=MEAN)
+add_op(ops.batch_moments, plain.batch_moments, Leaf((ROWS, 4, 3)), more=OWN)
+add_op(
+    ops.batch_norm,
+    plain.batch_norm,
+    *CHANNELS,
+    setting="training",
+    call=lambda x, w, b, **rest: ops.batch_norm(x, w, b, training=True, **rest),
+    torch=lambda x, w, b: nn.functional.batch_norm(x, None, None, w, b, True),
+    group=JOINT,
+    more=OWN,
+)
+add_op(
+    ops.batch_norm,
+    lambda *z: plain.batch_norm(*z).relu(),
+    *CHANNELS,
+    setting="training, relu",
+    call=lambda x, w, b, **rest: ops.batch_norm(x, w, b, training=True, activation="relu", **rest),
+    torch=lambda x, w, b: nn.functional.batch_norm(x, None, None, w, b, True),
+    group=JOINT,
+    more=OWN,
+)
+add_op(
+    ops.batch_norm,
+    lambda x, w, b, mean, var: nn.functional.batch_norm(x, mean, var, w, b),
+    *CHANNELS,
+    Leaf((4,), "constant"),
+    Leaf((4,), "variance"),
+    setting="eval",
+    more=OWN,
+    call=lambda x, w, b, mean, var: ops.batch_norm(x, w, b, mean, var),
+    torch=lambda x, w, b, mean, var: nn.functional.batch_norm(x, mean, var, w, b),
+)
+add_op(ops.kernel_matmul, plain.kernel_matmul, A, Leaf((7, D)), Leaf((7, 2)), settings={"bandwidth": 1.0}, more=STACK)
+PAIRS = {"more": STACK, "settings": {"scale": 0.3}}
+add_op(ops.pairwise_reduce, plain.logsumexp, A, Leaf((7, D)), setting="logsumexp", **PAIRS)
+add_op(
+    ops.pairwise_reduce,
+    plain.maximum,
+    A,
+    Leaf((7, D)),
+    setting="max",
+    call=partial(ops.pairwise_reduce, reduction="max"),
+    **PAIRS,
+)
+add_op(
+    ops.pairwise_reduce,
+    plain.rbf_sum,
+    A,
+    setting="sum, rbf",
+    call=partial(ops.pairwise_reduce, kernel="rbf", reduction="sum"),
+    **PAIRS,
+)
+add_op(
+    ops.pairwise_reduce,
+    plain.softplus_product,
+    A,
+    Leaf((7, D)),
+    Leaf((7, 2)),
+    setting="matmul, softplus",
+    call=lambda x, y, rhs, **rest: ops.pairwise_reduce(x, y, kernel="softplus", reduction="matmul", rhs=rhs, **rest),
+    **PAIRS,
+)
+add_op(
+    ops.pairwise_reduce,
+    plain.gram,
+    Leaf((2, ROWS, D)),
+    setting="gram, rbf",
+    call=partial(ops.pairwise_reduce, kernel="rbf", reduction="gram"),
+    **PAIRS,
+)
+MOVED = (Leaf((D, D), "orthonormal"), Leaf((D, 2), "small"), Leaf((D, 2), "small"))
+TALL = (Leaf((7, 4), "orthonormal"), Leaf((7, 2), "small"), Leaf((4, 2), "small"))
+IN_PLACE: dict[str, Any] = {"more": STACK, "grad": False, "full": True}
+for retraction, leaves in (("direct", TALL), ("tangent", MOVED), ("cayley", TALL)):
+    formula = getattr(plain, retraction)
+    call = partial(ops.rank_k_update_, retraction=retraction)
+    add_op(ops.rank_k_update_, formula, *leaves, setting=retraction, call=call, **IN_PLACE)
+add_op(
+    ops.skinny_products,
+    lambda x, right, left: (x @ right, x.mH @ left),
+    A,
+    Leaf((D, 2)),
+    Leaf((ROWS, 3)),
+    more=STACK,
+    grad=False,
+    full=True,
+)
+
+# metrics
+
+
+def add_metric(function: Callable, formula: Callable, *leaves: Leaf, setting: str = "", **rest: Any) -> None:
+    name = f"{function.__name__} ({setting})" if setting else function.__name__
+    add(name, "Metrics", rest.pop("call", function), formula, *leaves, more=STACK, **rest)
+
+
+WIDTH = {"bandwidth": 1.5}
+OTHER = Leaf((ROWS, 3))
+add_metric(metrics.hsic, plain.hsic, A, OTHER, setting="rbf", settings=WIDTH, group=MEAN)
+linear = partial(metrics.hsic, kernel="linear")
+add_metric(metrics.hsic, plain.hsic_linear, A, OTHER, setting="linear", call=linear, group=MEAN)
+add_metric(metrics.dhsic, plain.dhsic, A, OTHER, Leaf((ROWS, 2)), settings=WIDTH, group=MEAN, size=0.1)
+add_metric(metrics.pairwise_hsic, plain.pairwise_hsic, OTHER, settings=WIDTH)
+add_metric(metrics.median_bandwidth, plain.median_bandwidth, A, grad=False)
+for estimator, formula in (
+    ("logdet", plain.entropy_logdet),
+    ("moment", plain.entropy_moment),
+    ("diagonal", plain.entropy_diagonal),
+    ("pairwise-kl", plain.entropy_pairwise),
+):
+    call = partial(metrics.entropy, estimator=estimator)
+    add_metric(metrics.entropy, formula, A, setting=estimator, call=call, settings={"noise": 1.0})
+add_metric(metrics.participation_ratio, plain.participation_ratio, A)
+add_metric(metrics.rankme, plain.rankme, A, grad=False)
