@@ -35,3 +35,16 @@ def test_a_slice_in_any_layout_has_the_bits_of_the_stack(op_name, merging, devic
     alone, alone_grads = cases.value_and_grad(op.call, [x[1].mT.contiguous().mT for x in stack])
     assert all(torch.equal(whole[1], part) for whole, part in zip(outputs, alone, strict=True))
     assert all(torch.equal(whole[1], part) for whole, part in zip(grads, alone_grads, strict=True))
+
+
+def test_gram_by_chunks_of_rows():
+    """As near to fp64 as one GEMM, with the bits of a slice alone."""
+    gemm = pytest.importorskip("sslkern.triton_kernels.gemm")
+    launch = pytest.importorskip("sslkern.triton_kernels.launch")
+    for n, d in ((1024 * 5 + 3, 5), (1024 * 16, 16)):
+        z = launch.pitched(torch.empty(0), 2, n, d).copy_(torch.randn(2, n, d))
+        gram, truth = gemm.symmetric_product(z, n, d, False), z.double().mT @ z.double()
+        error, plain = ((x - truth).abs().max() for x in (gram, z.mT @ z))
+        assert error <= 4 * plain + 8 * 2.0**-23 * truth.abs().max()
+        alone = launch.pitched(torch.empty(0), 1, n, d).copy_(z[1:])
+        assert torch.equal(gemm.symmetric_product(alone, n, d, False)[0], gram[1])

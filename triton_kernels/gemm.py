@@ -136,9 +136,28 @@ def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
     return out
 
 
+def _tall_product(z: Tensor) -> Tensor:
+    """Z'Z of (S, N, D) fp32 with few columns: products of 512 rows each, summed in fp64.
+
+    One GEMM has too few tiles for a GPU, and its threads wait for their loads: 150 us for 64 MB.
+    """
+    count, n, d = z.shape
+    out = launch.pitched(z, count, d, d)
+    chunks = n // 512
+    parts = launch.workspace(z, chunks + 1, d, d)
+    for s in range(count):
+        rows, rest = z[s, : 512 * chunks].unflatten(0, (chunks, 512)), z[s, 512 * chunks :]
+        torch.bmm(rows.mT, rows, out=parts[:-1])
+        torch.mm(rest.mT, rest, out=parts[-1])
+        out[s] = parts.sum(0, dtype=torch.float64)
+    return out
+
+
 def symmetric_product(z: Tensor, n: int, d: int, dual: bool) -> Tensor:
     """ZZ' (dual) or Z'Z of a "symmetric" operand; of bf16x3 planes the M = LH' + HH'/2 with M + M' = ZZ'. Pitched."""
     m = n if dual else d
+    if z.dtype == torch.float32 and not dual and d <= 64 and n >= 1024 * d:
+        return _tall_product(z)
     x, k = (z, d) if dual else (z.mT, n)
     left, right = (x[..., : 2 * k], x[..., k:]) if x.shape[-1] == 3 * k else (x, x)
     return multiply(left, right.mT, launch.pitched(z, z.shape[0], m, m))
