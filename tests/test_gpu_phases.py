@@ -116,7 +116,7 @@ def test_failing_cases_and_slow_ones(phase, monkeypatch):
 def test_a_measurement_is_stopped_at_its_deadline():
     """And not after it."""
     begin = time.monotonic()
-    with pytest.raises(TimeoutError, match="not done after 0.2 s"), within(0.2):
+    with pytest.raises(TimeoutError, match=r"not done after 0\.2 s"), within(0.2):
         while time.monotonic() < begin + 60:
             pass
     with within(0.01):
