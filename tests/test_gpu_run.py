@@ -154,7 +154,7 @@ def test_what_tools_say_is_read(tmp_path):
 
 
 def test_launches_are_merged(tmp_path):
-    """Ours, of Triton and of CUDA, by name and grid, and first; torch's by name. Sums of microseconds, means of the rest."""
+    """Ours, of Triton and of CUDA, by name and grid, and first; torch's by name. Sums of us, means of the rest."""
     log, record, launches = tmp_path / "log", Record(tmp_path / "rows", "profile"), []
     gemm = "sm80_xmma_gemm_f32_tn_n_tilesize{}x64_execute_kernel__5x_cublas"
     for name, grid in (
