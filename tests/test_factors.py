@@ -6,7 +6,7 @@ from matrices import DTYPES, METHODS, captured, eps, error, everywhere, generato
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern import optim
-from sslkern.optim import linear_factors, low_rank_factors, orthogonality_error
+from sslkern.optim import factors, linear_factors, low_rank_factors, orthogonality_error
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -162,3 +162,13 @@ def test_linear_factors_are_those_of_the_weights_gradient(dtype):
         left, right = linear_factors(dy, x, 4)
     assert largest.numel <= 4 * 300
     assert error(left, right, dy.mT @ x.conj()) < 100 * eps(dtype)  # a batch of 4 has rank 4
+
+
+def test_off_a_cpu_large_gradients_are_multiplied_by_plain_products(monkeypatch):
+    """`skinny_products` has kernels for CPUs alone: elsewhere its reference is what SSLKERN_STRICT=1 refuses."""
+    called = []
+    monkeypatch.setattr(factors, "skinny_products", lambda *tensors: called.append(tensors) or tensors[1:])
+    for device, calls in (("meta", 0), ("cpu", 1)):
+        g, r, a = (torch.empty(size, device=device) for size in ((512, 256), (256, 3), (512, 3)))
+        found = factors._products(g)(r, a)
+        assert len(called) == calls and (device == "cpu" or [x.shape for x in found] == [(512, 3), (256, 3)])

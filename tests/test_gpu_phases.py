@@ -13,7 +13,7 @@ import torch
 from bench.case import Case
 from bench.gpu import smoke, speed, table
 from bench.gpu.checks import Check, off_the_kink
-from bench.gpu.machine import Device, rows
+from bench.gpu.machine import Device, rows, within
 from sslkern import backend
 
 ROOT = Path(__file__).parents[1]
@@ -93,8 +93,7 @@ def test_failing_cases_and_slow_ones(phase, monkeypatch):
     """Ours may not raise, be wrong or be late; another's that is late is left out, and the next case is measured."""
 
     def slow(x):
-        while True:
-            time.sleep(0.01)
+        raise TimeoutError
 
     def raising(x):
         raise ValueError("no")
@@ -107,12 +106,22 @@ def test_failing_cases_and_slow_ones(phase, monkeypatch):
         "is right": case(torch.sum),
     }
     monkeypatch.setattr(speed, "small", lambda device: [(name, lambda c=c: c) for name, c in chosen.items()])
-    monkeypatch.setattr(speed, "SECONDS", 0.3)
     status, found = phase(speed, "")
     assert status == table.FOUND
     assert set(wrong(found)) == {"raises: sslkern", "is wrong: error", "is late: sslkern"}
     assert [row["what"] for row in found if row["ok"] is None] == ["is never done: published"]
     assert all("wall" in row for row in found if row["what"].startswith("is right"))
+
+
+def test_a_measurement_is_stopped_at_its_deadline():
+    """And not after it."""
+    begin = time.monotonic()
+    with pytest.raises(TimeoutError, match=r"not done after 0\.2 s"), within(0.2):
+        while time.monotonic() < begin + 60:
+            pass
+    with within(0.01):
+        pass
+    time.sleep(0.05)
 
 
 def test_slow_calls_rotate_through_fewer_inputs():

@@ -153,6 +153,32 @@ def test_what_tools_say_is_read(tmp_path):
     assert [row["ok"] for row in rows(record.path)[-2:]] == [False, False]
 
 
+def test_launches_are_merged(tmp_path):
+    """Ours, of Triton and of CUDA, by name and grid, and first; torch's by name. Sums of us, means of the rest."""
+    log, record, launches = tmp_path / "log", Record(tmp_path / "rows", "profile"), []
+    gemm = "sm80_xmma_gemm_f32_tn_n_tilesize{}x64_execute_kernel__5x_cublas"
+    for name, grid in (
+        *[(f"void at::elementwise_kernel<{k}>(int)", 8 * k) for k in (1, 3)],
+        *[("cut_kernel", 7)] * 2,
+        *[("void sslkern::moments_kernel<float, 4>(int)", grid) for grid in (7, 9)],
+        *[(gemm.format(k), 4) for k in (64, 128)],
+    ):
+        line = f'"{len(launches)}","{name}","({grid}, 1, 1)","(8, 1, 1)","{{}}","{{}}"'
+        launches.append(line.format("gpu__time_duration.sum", "1,500"))
+        launches.append(line.format("launch__grid_size", grid))
+    log.write_text("\n".join(('"ID","Kernel Name","Grid Size","Block Size","Metric Name","Metric Value"', *launches)))
+    read_profile(log, record)
+    heads, cells = table.kernels(rows(record.path))
+    assert heads == ["kernel", "calls", "us", "grid"]
+    assert cells == [
+        ["cut_kernel", "2", "3", "7"],
+        ["moments_kernel", "1", "1.5", "7"],
+        ["moments_kernel", "1", "1.5", "9"],
+        ["elementwise_kernel", "2", "3", "16"],
+        ["sm80_xmma_gemm_f32_tn_n", "2", "3", "4"],
+    ]
+
+
 def test_a_table_of_nothing_is_a_failure():
     assert table.make([])[1]
 

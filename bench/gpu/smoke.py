@@ -33,12 +33,12 @@ RESERVE = 8.0  # seconds that a check may take, by what compiles
 
 @contextmanager
 def poisoned() -> Iterator[None]:
-    """`torch.empty` is filled with NaN."""
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    """`torch.empty` is filled with NaN. (`torch.use_deterministic_algorithms` imports a compiler, for seconds.)"""
+    torch.set_deterministic_debug_mode("warn")
     try:
         yield
     finally:
-        torch.use_deterministic_algorithms(False)
+        torch.set_deterministic_debug_mode("default")
 
 
 def value_and_grad(call: Any, inputs: list[Tensor], backward: bool) -> Result:
