@@ -28,10 +28,17 @@ class Reason:
 
 
 COLUMNS = "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; barlow_twins_loss; BarlowTwinsLoss"
-PAIRS = (
+SPECTRAL = "spectral_contrastive_loss; SpectralContrastiveLoss"
+CONTRASTIVE = (
     "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
-    "sigmoid_loss; SigmoidLoss; spectral_contrastive_loss; SpectralContrastiveLoss"
+    "sigmoid_loss; SigmoidLoss"
 )
+PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
+KERNELS = (
+    f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
+    "pairwise_reduce (gram, rbf)"
+)
+TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
     f"{COLUMNS}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; participation_ratio"
 )
@@ -47,7 +54,7 @@ REASONS = [
     Reason(
         REFUSED,
         "mixed",
-        f"{COLUMNS}; cross_correlation; hsic*; dhsic; linear_factors; skinny_products",
+        f"{COLUMNS}; cross_correlation; linear_factors; skinny_products",
         "both come out of one network, and have its dtype",
     ),
     Reason(
@@ -59,9 +66,9 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {PAIRS}; covariance; cross_correlation; batch_*; BatchNorm*; SyncBatchNorm; convert_batchnorm; "
-        "pairwise_reduce*; kernel_matmul; hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); "
-        "participation_ratio; OrthogonalLinear (factored); *arge*atch",
+        f"{COLUMNS}; {KERNELS}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
+        "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
+        "large_batch; LargeBatch",
         "kernels have a first derivative",
     ),
     Reason(
@@ -76,6 +83,7 @@ REASONS = [
         "init.haar_; init.henaff_; init.cayley_; ProjUNN; low_rank_factors; linear_factors",
         "draws random numbers, of which `torch.vmap` wants to be told whether they are the same",
     ),
+    Reason(TORCH, "vmapped", TRAINED, "all slices would update one `running_mean`, which torch refuses too"),
     Reason(TORCH, "expanded", "init.*", "torch does not write where several numbers lie in one place"),
     Reason(
         BREAK,
@@ -91,7 +99,7 @@ REASONS = [
     ),
     Reason(
         REFUSED,
-        "group, compiled",
+        "compiled group",
         "*_loss*; covariance; cross_correlation; hsic*; dhsic",
         "uneven rows: one graph has one size, so every rank raises; even ones have the value",
     ),
@@ -161,8 +169,8 @@ def meaning(state: str) -> str:
 
 
 GROUP_MEANING = {
-    "in a group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
-    "group, compiled": "The same through `torch.compile(fullgraph=True)`, where every process has a row: the value, or "
+    "group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
+    "compiled group": "The same through `torch.compile(fullgraph=True)`, where every process has a row: the value, or "
     "an error on each.",
 }
 

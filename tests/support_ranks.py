@@ -36,7 +36,7 @@ from support_seen import (
 )
 from torch import Tensor
 
-STATES = {"in a group": False, "group, compiled": True}
+STATES = {"group": False, "compiled group": True}
 DIVISIONS = ((N // 2, N // 2), (1, N - 1), (N - 1, 1))
 EMPTY = (0, N)  # and in eager alone: a compiler knows of a rank's rows what it was traced with
 TIMEOUT = 60  # s, after which a rank that was left alone gives up
@@ -46,7 +46,7 @@ def walk(folder: Path) -> dict[str, dict[str, Cell]]:
     """state -> function -> what both ranks saw."""
     seen: dict[str, dict[str, Cell]] = {}
     for state, compiled in STATES.items():
-        place = folder / state.replace(" ", "_").replace(",", "")
+        place = folder / state.replace(" ", "_")
         place.mkdir()
         try:
             ranks.run(2, [Walk(place, compiled)], place, timeout=TIMEOUT)

@@ -225,11 +225,13 @@ def plain_of(subject: Subject, leaves: Sequence[Tensor], run: Callable | None = 
 
 
 def words(subject: Subject) -> set[str]:
-    """What a refusal may be about: the function, and its arguments."""
+    """What a refusal may be about: the function, its arguments, or the tensors that a module holds."""
     found = {subject.public, subject.public.strip("_"), "sslkern"}
+    if subject.module:
+        found |= {name.rpartition(".")[2] for name in subject.call().state_dict()}
     for candidate in [*targets(subject), *([type(subject.call())] if subject.module else [])]:
         found |= set(inspect.signature(candidate).parameters)
-    return found - {"args", "kwargs", "self", "z"} | {"z"}
+    return found - {"args", "kwargs", "self"}
 
 
 def targets(subject: Subject) -> list[Callable]:
