@@ -200,6 +200,12 @@ def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
             raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
 
 
+def lazy(x: Tensor) -> bool:
+    """Whether bits of x may stand for a conjugation or a negation that is not done yet. In a graph, which cannot ask,
+    those of every complex x may."""
+    return x.is_complex() if torch.compiler.is_compiling() else x.is_conj() or x.is_neg()
+
+
 def positive(name: str, value: object) -> None:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
