@@ -16,6 +16,8 @@ FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of m
 
 
 def _dense(name: str, z: object, shape: str) -> Tensor:
+    if isinstance(z, Exception):  # what the caller met: raised here, where all ranks of a group hear of it
+        raise z
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(z).__name__}.")
     if z.dtype not in _DTYPES:
@@ -110,7 +112,7 @@ def setting(name: str, value: object, x: Tensor | None = None, least: float = -i
             raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
         if value.numel() != 1:
             raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
-        if x is None:
+        if not isinstance(x, Tensor):  # which is then said to be none
             return value
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
