@@ -75,6 +75,13 @@ def only_vmapped() -> bool:
     return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
 
 
+def while_tracing(function: Callable) -> Callable:
+    """A function of constants that a compiler calls while it traces the call, and leaves out of the graph: what
+    `torch.compiler.assume_constant_result` makes of it, which imports `torch._dynamo` to do so. (2.0)"""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was written in place, by which autograd sees that what it saved has changed. (1.0)"""
     return tensor._version

@@ -267,6 +267,21 @@ def pick(name: str, x: torch.Tensor) -> Callable:
     return getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
 
 
+def reference_only(what: str, x: torch.Tensor) -> None:
+    """Raise RuntimeError, as `pick` does, where the plain torch that computes `what` from x is not what was asked for.
+
+    Args:
+        what: the start of a sentence, in the plural.
+    """
+    if _forced is None and _strict and x.is_cuda:
+        raise RuntimeError(f"SSLKERN_STRICT=1 forbids the reference: {what} are plain torch, and have no kernel.")
+    if _forced not in (None, "reference"):
+        raise RuntimeError(
+            f"The back-end {_forced!r} was asked for and cannot be used: {what} are plain torch, which is the back-end "
+            "'reference'."
+        )
+
+
 def _described(
     name: str, x: torch.Tensor | str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[str, torch.Tensor]:

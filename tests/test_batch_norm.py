@@ -359,6 +359,13 @@ def test_compiled_without_a_graph_break(backend):
         views = [view(torch.randn(6, 5, 3, 4)) for _ in range(2)]
         check(lambda a, b: sum(x.sum() for x in (*ops.batch_moments(a), *ops.batch_moments(b))), views, "aot_eager")
         check(lambda a, b: ops.batch_norm(a, training=True, activation="relu").mul(b).sum(), views, "aot_eager")
+    for settings in ({}, {"activation": "relu", "momentum": None}):
+        torch._dynamo.reset()
+        eager = BatchNorm2d(5, **settings)
+        compiled = torch.compile(copy.deepcopy(eager), fullgraph=True, backend="aot_eager")
+        for x in views:
+            assert torch.equal(compiled(x), eager(x))
+        assert all(map(torch.equal, compiled.buffers(), eager.buffers()))
 
 
 def test_geometry(backend):

@@ -1,5 +1,6 @@
 """Covariance and cross-correlation losses of several ranks against one process on the joint batch."""
 
+import re
 from functools import partial
 
 import pytest
@@ -136,6 +137,40 @@ def compiled():
             close(found, expected, 1e-12, "compiled")
 
 
+REFUSED = {
+    "gamma": lambda a, b, bad: sslkern.vcreg_loss(a, gamma="x" if bad else 1.0, group="world"),
+    "lambd": lambda a, b, bad: sslkern.barlow_twins_loss(a, b, torch.inf if bad else 0.1, group="world"),
+    "stats": lambda a, b, bad: sslkern.barlow_twins_loss(a, b, stats="all" if bad else "sync", group="world"),
+    "eps": lambda a, b, bad: sslkern.vicreg_loss(a, b, eps=-1.0 if bad else 1e-4, group="world"),
+    "dim": lambda a, b, bad: sslkern.vicreg_loss(a, b, dim=5 if bad else -1, group="world"),
+    "positions": lambda a, b, bad: sslkern.vcreg_loss(a, positions="all" if bad else "pooled", group="world"),
+    "estimator": lambda a, b, bad: sslkern.vcreg_loss(a, estimator="no" if bad else "unbiased", group="world"),
+    "form": lambda a, b, bad: ops.covariance(a, form="no" if bad else "auto", group="world")[0].sum(),
+    "rows": lambda a, b, bad: sslkern.vicreg_loss(a[: 0 if bad else None], b[: 0 if bad else None], group="world"),
+    "rows, info_nce": lambda a, b, bad: sslkern.info_nce_loss(a, b[: 1 if bad else None], group="world"),
+    "rows, hsic": lambda a, b, bad: hsic(a[: 0 if bad else None], b[: 0 if bad else None], group="world"),
+    "temperature": lambda a, b, bad: sslkern.nt_xent_loss(a, b, True if bad else 0.5, group="world"),
+}
+
+
+def refused_on_one_rank():
+    """Whatever it is, and compiled or not: an error on every rank, and the next collective is the same on all."""
+    first, views = dist.get_rank() == 0, [normal(6, 5, seed=k) for k in range(2)]
+    for name, loss in REFUSED.items():
+        torch._dynamo.reset()
+        whole = torch.compile(loss, fullgraph=True, backend="eager")
+        for function in (loss, whole, torch.compile(loss, backend="eager")):
+            if function is not loss or not name.startswith("rows"):  # eager ranks may have different rows
+                with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
+                    function(*views, bad=first)
+                said = r"must (be|have|differ)|rank 0 was given bad input|equally many rows"
+                assert re.search(said, str(caught.value)), (name, caught.value)
+            ranks = torch.tensor([dist.get_rank()])
+            dist.all_reduce(ranks)
+            assert ranks.item() == dist.get_world_size() * (dist.get_world_size() - 1) // 2
+        assert torch.isfinite(loss(*views, bad=False))
+
+
 UNEVEN = {
     "vicreg": sslkern.vicreg_loss,
     "barlow": sslkern.barlow_twins_loss,
@@ -236,6 +271,10 @@ def test_ranks_are_one_process(size, tmp_path):
 
 def test_uneven_rows_under_compile(tmp_path):
     run(2, (compiled_on_uneven_rows,), tmp_path)
+
+
+def test_bad_input_on_one_rank(tmp_path):
+    run(2, (refused_on_one_rank,), tmp_path)
 
 
 def test_who_waits_for_the_dead_gets_an_error(tmp_path):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -60,11 +60,14 @@ def barlow_twins_loss(
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """
-    a = to_stack("a", a, dim, batch_dim, positions)
-    b = to_stack("b", b, dim, batch_dim, positions)
-    if isinstance(a, Tensor):  # or `cross_correlation` says so
-        lambd = _checks.setting("lambd", lambd, a)
-    diagonal, offdiag = cross_correlation(a, b, eps, group=group, stats=stats)
+    first: Any
+    try:
+        first = to_stack("a", a, dim, batch_dim, positions)
+        b = to_stack("b", b, dim, batch_dim, positions)
+        lambd = _checks.setting("lambd", lambd, first)
+    except (TypeError, ValueError) as error:
+        first = error
+    diagonal, offdiag = cross_correlation(first, b, eps, group=group, stats=stats)
     invariance = (1 - diagonal).square().sum(-1).mean()
     redundancy = offdiag.mean()
     loss = invariance + lambd * redundancy

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _checks, _joint
+from ..ops import _checks
 from ..ops._rows import check_eps, precision, unit_rows
 from ..train import distributed
 from ..train.distributed import Peers
@@ -15,7 +15,6 @@ from ._pairs import (
     converted,
     cross_entropy,
     inverse,
-    joint_rows,
     least_rows,
     mean,
     row_products,
@@ -78,13 +77,17 @@ def info_nce_loss(
         _check(q, k, positives, symmetric, least_rows(peers))
         _check_settings(temperature, scale, symmetric, normalize, eps, q)
 
-    counts = joint_rows(peers, 1, check, q, k)
+    counts: tuple[int, ...] = ()
+    if peers is None:
+        check()
+    else:
+        counts, k_counts = distributed.rows_of_all(peers, check, q, k, least=1)
     dtype = precision(q, k)
     c = inverse(temperature, dtype) if scale is None else converted(scale, dtype)
     x, y = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (q, k))
     keys = y
     if peers is not None:
-        keys = distributed.own_first(y, counts if symmetric else _joint.rows(peers, 1, lambda: None, k), peers)
+        keys = distributed.own_first(y, k_counts, peers)
     if positives is None:
         positive = c * row_products(x, y[: x.shape[0]])
         negatives = against(x, keys, scale=c, mask="others", both_sides=symmetric)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -41,11 +41,14 @@ def vcreg_loss(
 
     Source: Zhu et al., VCReg (2306.13292); Mialon et al. (2209.14905).
     """
-    z = to_stack("z", z, dim, batch_dim, positions)
-    if isinstance(z, Tensor):  # or `covariance` says so
+    given: Any
+    try:
+        given = to_stack("z", z, dim, batch_dim, positions)
         std_coeff, cov_coeff = _checks.setting("std_coeff", std_coeff, z), _checks.setting("cov_coeff", cov_coeff, z)
         gamma, eps = _checks.setting("gamma", gamma, z), _checks.setting("eps", eps, z, least=0)
-    variance, offdiag = covariance(z, estimator, group=group)
+    except (TypeError, ValueError) as error:
+        given = error
+    variance, offdiag = covariance(given, estimator, group=group)
     hinge = (gamma - (variance + eps).sqrt()).relu().mean()
     off = offdiag.mean() / variance.shape[-1]
     loss = std_coeff * hinge + cov_coeff * off

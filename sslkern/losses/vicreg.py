@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import get_args
+from typing import Any, get_args
 
 from torch import Tensor, nn
 
@@ -62,9 +62,13 @@ def vicreg_loss(
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """
-    a = to_stack("a", a, dim, batch_dim, positions)
-    b = to_stack("b", b, dim, batch_dim, positions)
-    loss, terms = vicreg(a, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator, group=group)
+    first: Any
+    try:
+        first = to_stack("a", a, dim, batch_dim, positions)
+        b = to_stack("b", b, dim, batch_dim, positions)
+    except (TypeError, ValueError) as error:
+        first = error
+    loss, terms = vicreg(first, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator, group=group)
     if loss.dim():
         loss = loss.mean()
     if not return_terms:

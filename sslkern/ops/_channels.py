@@ -31,7 +31,7 @@ def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
 
 def kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
     """Whether a kernel takes these running statistics; `track` takes all of them."""
-    return running is None or (running.dtype == like.dtype and running.is_contiguous() and not running.is_neg())
+    return running is None or (running.dtype == like.dtype and running.is_contiguous() and not _checks.lazy(running))
 
 
 def track(

@@ -16,6 +16,8 @@ FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of m
 
 
 def _dense(name: str, z: object, shape: str) -> Tensor:
+    if isinstance(z, Exception):  # what the caller met: raised here, where all ranks of a group hear of it
+        raise z
     if not isinstance(z, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(z).__name__}.")
     if z.dtype not in _DTYPES:
@@ -110,7 +112,7 @@ def setting(name: str, value: object, x: Tensor | None = None, least: float = -i
             raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
         if value.numel() != 1:
             raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
-        if x is None:
+        if not isinstance(x, Tensor):  # which is then said to be none
             return value
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
@@ -198,6 +200,12 @@ def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
         smallest, largest = (int(v) for v in value.aminmax())
         if smallest < low or largest >= limit:
             raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
+
+
+def lazy(x: Tensor) -> bool:
+    """Whether bits of x may stand for a conjugation or a negation that is not done yet. In a graph, which cannot ask,
+    those of every complex x may."""
+    return x.is_complex() if torch.compiler.is_compiling() else x.is_conj() or x.is_neg()
 
 
 def positive(name: str, value: object) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..backend import forced
 from ..reference.columns import accumulation_dtype, without_autocast
 from ..train import distributed
 from ..train.distributed import Peers
@@ -22,25 +21,13 @@ Counts = tuple[int, ...]
 
 def rows(peers: Peers, least: int, check: Callable[[], object], *named: Any) -> Counts:
     """The rows of all ranks, after check() on each of them; together they must be `least` or more."""
-    counts = distributed.rows_of_all(peers, check, *named)
-    if sum(counts) < least:
-        raise ValueError(f"all ranks together must have at least {least} rows (N), got {sum(counts)}.")
-    return counts
+    return distributed.rows_of_all(peers, check, *named, least=least)[0]
 
 
 def products(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, Tensor]:
     """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
     diagonal, squares, *_ = _Products.apply(x, y, counts, peers, dual)
     return diagonal, squares
-
-
-def refuse_forced() -> None:
-    """A back-end that is forced holds or raises."""
-    if forced() not in (None, "reference"):
-        raise RuntimeError(
-            f"The back-end {forced()!r} was asked for and cannot be used: covariances and cross-correlations of a "
-            "group are plain torch products and collectives, which is the back-end 'reference'."
-        )
 
 
 class _Products(Op):

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick, stacked
+from ..backend import declare, pick, reference_only, stacked
 from ..reference import covariance as _reference
 from ..reference.columns import accumulation_dtype
 from ..train import distributed
@@ -16,6 +16,7 @@ from ._autograd import Op, first_order, intermediate, or_zeros
 
 Estimator = Literal["plugin", "unbiased"]
 Form = Literal["auto", "primal", "dual"]
+ESTIMATORS, FORMS = get_args(Estimator), get_args(Form)
 
 declare(
     "covariance_fwd(Tensor z, bool unbiased, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -89,7 +90,6 @@ class _VICReg(Op):
 
 def takes_dual(n: int, d: int, form: str, threshold: float) -> bool:
     """The N x N form below N = threshold * D: cheaper there, and ||C||^2 - sum var^2 does not cancel."""
-    _checks.one_of("form", form, ("auto", "primal", "dual"))
     return n < threshold * d if form == "auto" else form == "dual"
 
 
@@ -138,14 +138,20 @@ def covariance(
     Source: Bardes et al., VICReg (2105.04906), eq. 3-4; Mialon et al., VCReg (2209.14905); the unbiased estimator of
     tr(Sigma^2) is Himeno and Yamada (2014).
     """
-    _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
+
+    def check() -> None:
+        _checks.one_of("estimator", estimator, ESTIMATORS)
+        _checks.one_of("form", form, FORMS)
+        _checks.matrix_stack("z", z, min_rows=least if peers is None else 0)
+        if peers is not None:
+            reference_only("covariances of a group", z)
+
     if peers is not None:
-        _joint.refuse_forced()
-        counts = _joint.rows(peers, least, lambda: _checks.matrix_stack("z", z, min_rows=0), z)
+        counts = _joint.rows(peers, least, check, z)
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
-    _checks.matrix_stack("z", z, min_rows=least)
+    check()
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
     return _Covariance.apply(z, unbiased, dual)[:2]
 
@@ -166,13 +172,14 @@ def vicreg(
 
     The kernels take numbers: with a tensor among the settings, which may need a gradient, the terms are composed.
     """
-    _checks.one_of("estimator", estimator, ("plugin", "unbiased"))
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, distributed.peers_of(group)
     settings: tuple[float | Tensor, ...] = ()
 
     def check() -> None:
         nonlocal settings
+        _checks.one_of("estimator", estimator, ESTIMATORS)
+        _checks.one_of("form", form, FORMS)
         for name, view in (("a", a), ("b", b)):
             _checks.matrix_stack(name, view, min_rows=least if peers is None else 0)
         _checks.same("a", a, "b", b)
@@ -183,9 +190,10 @@ def vicreg(
             _checks.setting("gamma", gamma, a),
             _checks.setting("eps", eps, a, least=0),
         )
+        if peers is not None:
+            reference_only("covariances of a group", a)
 
     if peers is not None:
-        _joint.refuse_forced()
         counts = _joint.rows(peers, least, check, a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)

@@ -6,12 +6,12 @@ from typing import Literal
 
 from torch import Tensor
 
-from ..backend import declare, pick, stacked
+from ..backend import declare, pick, reference_only, stacked
 from ..reference import cross_correlation as _reference
 from ..train import distributed
 from . import _checks, _joint
 from ._autograd import Op, first_order, intermediate, or_zeros
-from .covariance import Form, takes_dual
+from .covariance import FORMS, Form, takes_dual
 
 Statistics = Literal["sync", "local"]
 
@@ -107,9 +107,11 @@ def cross_correlation(
             _checks.matrix_stack(name, view, min_rows=2 if peers is None else 0)
         _checks.same("a", a, "b", b)
         _checks.non_negative("eps", eps)
+        _checks.one_of("form", form, FORMS)
+        if peers is not None:
+            reference_only("cross-correlations of a group", a)
 
     if peers is not None:
-        _joint.refuse_forced()
         counts = _joint.rows(peers, 2, check, a, b)
         dual = takes_dual(sum(counts), a.shape[-1], form, 0.75)
         return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)

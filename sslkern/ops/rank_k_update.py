@@ -85,8 +85,7 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
         raise RuntimeError("rank_k_update_ cannot be differentiated: call it under torch.no_grad().")
     if u.numel() == 0 or a.shape[-1] == 0:
         return u
-    lazy = u.is_conj() or u.is_neg()  # bits that stand for an operation not yet done
-    if u.is_contiguous() and not lazy:
+    if u.is_contiguous() and not _checks.lazy(u):
         target = u
     elif any(step == 0 and size > 1 for step, size in zip(u.stride(), u.shape, strict=True)):
         raise ValueError(f"u must have its own memory for each element, got an expanded tensor of {tuple(u.shape)}.")

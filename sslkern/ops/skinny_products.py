@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from ..backend import declare, pick
+from ..backend import declare, pick, reference_only
 from ..reference import skinny_products as _reference
 from . import _checks
 from ._autograd import differentiated
@@ -31,7 +31,8 @@ def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None 
         X right (..., n, m) and X^H left (..., p, k).
 
     Raises:
-        TypeError: other dtypes. ValueError: wrong shapes or devices.
+        TypeError: other dtypes. ValueError: wrong shapes or devices. RuntimeError: a gradient is asked for, and a
+        back-end other than the reference is forced, or SSLKERN_STRICT=1 forbids the reference.
     """
     _checks.full("x", x)
     *stack, n, p = x.shape
@@ -40,5 +41,6 @@ def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None 
     for name, value, rows in (("right", right, p), ("left", left, n)):
         _checks.columns(name, value, rows, None, "x", x)
     if differentiated(x, right, left):
+        reference_only("skinny products with a gradient", x)
         return _reference.skinny_products(x, right, left)
     return pick("skinny_products", x)(x.contiguous(), right.contiguous(), left.contiguous())

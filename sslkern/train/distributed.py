@@ -24,7 +24,8 @@ if TYPE_CHECKING:
 _DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _DIMS = 8  # of a tensor, that ranks compare
 _TENSORS = 8  # that ranks compare, in a table of one size: they may be given different numbers of them
-_TABLE = 3 + _TENSORS * (3 + _DIMS)
+_ROW = 4 + _DIMS
+_TABLE = 2 + _TENSORS * _ROW
 _UNEVEN = (
     "Under torch.compile all ranks of a group must be given equally many rows (N), and tensors of one dtype and shape "
     "that all need gradients or none: take the loss outside of the compiled function where the rows are uneven."
@@ -206,85 +207,114 @@ def own_first(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -
     return rows.roll(-before, dim) if before else rows
 
 
-def rows_of_all(peers: Peers, check: Callable[[], object], *tensors: Any, dim: int = -2) -> tuple[int, ...]:
-    """How many rows along `dim` each rank has, after check() has passed on every rank.
+def rows_of_all(
+    peers: Peers, check: Callable[[], object], *tensors: Any, dim: int = -2, least: int = 0
+) -> list[tuple[int, ...]]:
+    """How many rows along `dim` each rank has of each tensor, after check() has passed on every rank.
 
     Where it raises on one rank, or where the tensors of the ranks differ in dtype, in what needs a gradient or in any
     other dimension, every rank raises: none is left waiting for a collective that will not come.
 
     Args:
-        check: raises TypeError or ValueError for bad input, of which tensors may be made.
-        tensors: those that collectives will be about; rows are those of the first one, or 0 where it is None.
+        check: raises TypeError, ValueError or RuntimeError for bad input, of which tensors may be made.
+        tensors: those that collectives will be about, at most eight.
+        least: how many rows all ranks together must have of the first.
 
     Raises:
-        Whatever check raises; RuntimeError: on the other ranks. ValueError: the ranks differ.
+        Whatever check raises; RuntimeError: on the other ranks. ValueError: the ranks differ, or have too few rows.
     """
-    if peers.even:
-        check()
-        return (tensors[0].shape[dim],) * peers.size
-    if torch.compiler.is_compiling():
-        check()
-        return _even_or_raise(tensors, dim, peers)
+    compiling = torch.compiler.is_compiling()
     failure: Exception | None = None
     try:
         check()
-    except (TypeError, ValueError) as error:
+        if peers.even or compiling:  # all have as many rows
+            _enough(peers.size * tensors[0].shape[dim], least)
+    except (TypeError, ValueError, RuntimeError) as error:
+        if peers.even:
+            raise
+        if compiling:
+            _refuse(peers.name, peers.size, _device_name(tensors), str(error))
         failure = error
+    if compiling and not peers.even:
+        _even_or_raise(tensors, dim, peers)
+    if compiling or peers.even:
+        return [(t.shape[dim],) * peers.size for t in tensors]
     told = [] if failure else _told(tensors, dim)
     told += [0] * (_TABLE - len(told))
-    table = all_gather(torch.tensor(told, device=_device(tensors, peers)), peers).tolist()
+    table = all_gather(torch.tensor(told, device=_device_name(tensors) or _home(peers.name)), peers).tolist()
     if failure:
         raise failure
     if bad := [r for r, row in enumerate(table) if not row[0]]:
         ranks = f"rank {bad[0]} was" if len(bad) == 1 else f"ranks {', '.join(map(str, bad))} were"
         raise RuntimeError(f"{ranks} given bad input, which the error there explains; no rank of the group went on.")
-    if other := [r for r, row in enumerate(table) if row[2:] != table[0][2:]]:
+    kinds_of = [[n for k, n in enumerate(row) if k % _ROW != 2] for row in table]
+    if other := [r for r, kinds in enumerate(kinds_of) if kinds != kinds_of[0]]:
         kinds = " and ".join(_kind(table[r], dim) for r in (0, other[0]))
         raise ValueError(
             "all ranks of a group must be given tensors of one dtype and shape but for the rows (N), and must all need "
             f"gradients or none, got {kinds} on ranks 0 and {other[0]}."
         )
-    return tuple(row[1] for row in table)
+    counts = [tuple(row[2 + k * _ROW] for row in table) for k in range(len(tensors))]
+    _enough(sum(counts[0]), least)
+    return counts
 
 
-def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> tuple[int, ...]:
-    """The rows of all ranks inside a compiled graph, which cannot wait for numbers: as many as here, or all ranks raise
+def _enough(rows: int, least: int) -> None:
+    if rows < least:
+        raise ValueError(f"all ranks together must have at least {least} rows (N), got {rows}.")
+
+
+@_torch.while_tracing
+def _refuse(name: str, size: int, device: str, why: str) -> None:
+    """Raise here, where a graph is traced, and on the other ranks, which compare tables in `_even_or_raise` or eager.
+
+    An error of the trace alone would leave them waiting, and the next collective of this rank would answer them.
+    """
+    all_gather(torch.zeros(_TABLE, dtype=torch.int64, device=device or _home(name)), Peers(name, size, 0, None, False))
+    raise ValueError(why)
+
+
+def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> None:
+    """That all ranks are told the same inside a compiled graph, which cannot wait for numbers: or all of them raise
     when it runs, from the same table and without a host sync."""
     told = [torch.full((), n, dtype=torch.int64, device=tensors[0].device) for n in _told(tensors, dim)]
     told += [told[0].new_zeros(())] * (_TABLE - len(told))
     table = all_gather(torch.stack(told), peers)
     _torch.assert_async((table == table[:1]).all(), _UNEVEN)
-    return (tensors[0].shape[dim],) * peers.size
 
 
 def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
-    """That all is well, this rank's rows, and what must be the same on all ranks."""
-    told = [1, tensors[0].shape[dim], len(tensors)]
+    """That all is well, and of each tensor this rank's rows and what must be the same on all ranks."""
+    told = [1, len(tensors)]
     for t in tensors[:_TENSORS]:
         row = dim % t.dim()
         sides = [side for k, side in enumerate(t.shape) if k != row][:_DIMS]
         needed = int(torch.is_grad_enabled() and t.requires_grad)
-        told += [t.dim(), _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1, needed]
+        told += [t.shape[row], t.dim(), _DTYPES.index(t.dtype) if t.dtype in _DTYPES else -1, needed]
         told += sides + [0] * (_DIMS - len(sides))
     return told
 
 
 def _kind(row: list[int], dim: int) -> str:
     """The first tensor of a rank, in words."""
-    _, n, _, dims, dtype, needed, *sides = row
+    _, _, n, dims, dtype, needed, *sides = row
     shape = sides[: max(dims - 1, 0)]
     shape.insert(dim % dims if dims else 0, n)
     name = str(_DTYPES[dtype]).removeprefix("torch.") if dtype >= 0 else "another dtype"
     return f"{name} {tuple(shape)} with{'' if needed else 'out'} a gradient"
 
 
-def _device(tensors: tuple[Any, ...], peers: Peers) -> torch.device:
-    """Where the group's collectives take tensors."""
+def _device_name(tensors: tuple[Any, ...]) -> str:
+    """Where the first of them lies that is a tensor, or nothing."""
     for t in tensors:
         if isinstance(t, Tensor):
-            return t.device
-    group = _torch.group_of(peers.name)
-    return torch.device("cuda" if "nccl" in dist.get_backend(group) else "cpu")
+            return str(t.device)
+    return ""
+
+
+def _home(name: str) -> torch.device:
+    """Where a group's collectives take tensors."""
+    return torch.device("cuda" if "nccl" in dist.get_backend(_torch.group_of(name)) else "cpu")
 
 
 def shown(group: Group) -> str:
