@@ -196,13 +196,13 @@ def backward(
         product = _gram_products(views, centre, inv_std, gram.view(-1, s, m, m), dual, need_a, need_b)
         inputs = (*launch.strided(views[0]), *launch.strided(views[1]))
         outputs = (grad_a if need_a else None, grad_b if need_b else None)
-        saved = (product, product.stride(0), product.stride(1), centre, inv_std, diagonal)
+        parts = (product, product.stride(0), product.stride(1), centre, inv_std, diagonal)
         grads = (grad_diagonal, *grad_diagonal.stride(), grad_offdiag, grad_offdiag.stride(0))
         scale = 2 / n**2 if dual else 2 / n
 
         def run(cut: Tiling, sums: Tensor, only_sum: bool) -> None:
             standardised_gradient_kernel[(s * cut.blocks, cut.chunks)](
-                *inputs, *outputs, *saved, sums, *grads, s, n, d, cut.rows, sums.shape[2], scale,
+                *inputs, *outputs, *parts, sums, *grads, s, n, d, cut.rows, sums.shape[2], scale,
                 DUAL=dual, SUM=only_sum, COLS=cut.cols, FOLD=cut.fold, num_warps=1,
             )  # fmt: skip
 
