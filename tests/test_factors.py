@@ -162,3 +162,17 @@ def test_linear_factors_are_those_of_the_weights_gradient(dtype):
         left, right = linear_factors(dy, x, 4)
     assert largest.numel <= 4 * 300
     assert error(left, right, dy.mT @ x.conj()) < 100 * eps(dtype)  # a batch of 4 has rank 4
+
+
+def test_one_graph_for_all_sizes():
+    """dynamic=True, fullgraph=True: a sketch of symbolic sizes draws the numbers of eager."""
+    torch._dynamo.reset()
+    compiled = torch.compile(low_rank_factors, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (20, 30):
+        g = torch.randn(n, n + 5, dtype=torch.float64)
+        found = []
+        for function in (compiled, low_rank_factors):
+            torch.manual_seed(0)
+            found.append(function(g, 3))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)
