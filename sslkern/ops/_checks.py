@@ -130,7 +130,7 @@ def setting(
 def _number(least: float, above: float, zero: bool) -> str:
     """What `setting` takes, in words."""
     low = f" >= {least:g}" if least > -inf else f" > {above:g}" if above > -inf else ""
-    return f"a finite number{low}{'' if zero else ' other than 0'} or a floating torch.Tensor of one number"
+    return f"a finite number{low}{'' if zero else ' other than 0'} or a floating torch.Tensor of one element"
 
 
 def flag(name: str, value: object) -> None:
