@@ -120,7 +120,7 @@ def setting(
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
         return value.to(accumulation_dtype(x)).reshape(())
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {_number(least, above, zero)}, got {value!r}.")
+        raise TypeError(f"{name} must be {_number(least, above, zero)}, got {type(value).__name__}.")
     number = float(value)
     if not -inf < number < inf or number < least or not number > above or not (zero or number):
         raise ValueError(f"{name} must be {_number(least, above, zero)}, got {value!r}.")
