@@ -124,8 +124,8 @@ def implement(
 ) -> None:
     """Register a Python kernel (a Triton launcher) of a declared name for the given device types.
 
-    It supports key tensors of `dtypes`, by default all that the op takes, but for those to which `refuses` gives a
-    reason in words. A reason names no sizes: in a trace, that would make them constants.
+    It supports key tensors of those `dtypes`, by default all, that the op takes, but for those to which `refuses`
+    gives a reason in words. A reason names no sizes: in a trace, that would make them constants.
     """
     for device in devices:
         _libraries[backend].impl(name, function, device.upper())
@@ -137,7 +137,9 @@ def _add(
     backend: str, name: str, device: str, dtypes: tuple[torch.dtype, ...] | None = None, refuses: Refusal | None = None
 ) -> None:
     operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), name).default
-    _kernels[backend, name, device] = _Kernel(operator, _declared[name] if dtypes is None else dtypes, refuses)
+    declared = _declared[name]
+    taken = declared if dtypes is None else tuple(dtype for dtype in dtypes if dtype in declared)
+    _kernels[backend, name, device] = _Kernel(operator, taken, refuses)
 
 
 def _rank() -> None:
@@ -333,7 +335,7 @@ def _refusal(backend: str, name: str, device: str, x: torch.Tensor) -> str | Non
 
 def _listed(dtypes: tuple[torch.dtype, ...]) -> str:
     *most, last = map(_short, dtypes)
-    return f"{', '.join(most)} and {last}"
+    return f"{', '.join(most)} and {last}" if most else last
 
 
 def _short(dtype: torch.dtype) -> str:

@@ -3,6 +3,7 @@
 CUDA tensors are fake ones here: `pick` looks at their device, dtype and shape alone.
 """
 
+import itertools
 import json
 
 import pytest
@@ -16,7 +17,7 @@ import sslkern
 from sslkern import _installed, ops
 from sslkern import backend as backends
 
-FLOAT64 = "float64 is not among its kernel's dtypes, float32, bfloat16 and float16"
+FLOAT64 = "float64 is not among its kernel's dtypes, float32"
 WIDE = "D > 256"
 COLUMNS = ("covariance_fwd", "covariance_bwd", "vicreg_fwd", "vicreg_bwd", "cross_correlation_fwd")
 PAIRS = ("pairwise_logsumexp_fwd", "pairwise_logsumexp_bwd", "pairwise_argmax", "pairwise_matmul_fwd")
@@ -66,7 +67,8 @@ def test_the_limits_of_triton(interpreted):
     for name in (*COLUMNS, *PAIRS, *GRAM):
         assert backends.choice(name, "cuda") == "triton"
         assert backends.choice(name, "cuda", dtype=torch.float64) == "reference"
-        assert backends.supports(name, "cuda", dtype=torch.float64)["triton"] == (False, FLOAT64)
+        support = backends.supports(name, "cuda", dtype=torch.float64)["triton"]
+        assert not support and support.reason.startswith(FLOAT64)
         wide = backends.supports(name, "cuda", shape=(2, 5, 257))["triton"]
         assert wide.yes == (name not in GRAM) and wide.reason.startswith(WIDE if name in GRAM else "")
         assert backends.choice(name, "cuda", shape=(2, 5, 257)) == ("reference" if name in GRAM else "triton")
@@ -93,6 +95,21 @@ BEYOND = {
         "no such kernel",
     ),
 }
+
+
+def test_what_kernels_are_handed():
+    """Kernels of pairs take what their op converts rows to; and a grid has so many programs."""
+    for name in (*PAIRS, *GRAM):
+        for backend, dtype in itertools.product(("native", "triton"), (torch.bfloat16, torch.float16)):
+            support = backends.supports(name, "cpu", dtype)[backend]
+            assert not support and (
+                backend in backends.missing() or "dtypes" in support.reason or "no such" in support.reason
+            )
+    for shape, fits in (((2048, 2048, 4), False), ((64, 2048, 4), True), ((2, 3, 2048, 2048, 4), False)):
+        for name in GRAM:
+            support = backends.supports(name, "cuda", shape=shape)["triton"]
+            if "triton" not in backends.missing():
+                assert bool(support) == fits and (fits or "more programs than a grid has" in support.reason)
 
 
 @pytest.mark.parametrize("what", BEYOND)

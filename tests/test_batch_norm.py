@@ -268,6 +268,18 @@ def test_bad_arguments(backend):
         ops.batch_norm(x, training=True, group="word")
 
 
+def test_nan_in_eval_has_a_gradient(backend):
+    """By constant statistics the map is affine: the gradient of x is torch's, whatever x is."""
+    x, dy = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
+    x[0, 1, 2], x[3, 0, 0] = torch.nan, torch.inf
+    mean, variance, weight = torch.randn(3), torch.rand(3) + 0.5, torch.randn(3)
+    found = []
+    for function in (ops.batch_norm, F.batch_norm):
+        leaf = x.clone().requires_grad_()
+        found += torch.autograd.grad(function(leaf, running_mean=mean, running_var=variance, weight=weight), leaf, dy)
+    torch.testing.assert_close(*found)
+
+
 def test_nan_stays_in_its_channel(backend):
     """And passes the relu, forward and backward, as in torch."""
     x = torch.randn(6, 3, 70)

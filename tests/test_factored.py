@@ -9,6 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.nn import OrthogonalLinear, OrthogonalRNN, UnitaryRNN, orthogonal_parameters
 from sslkern.optim import ProjUNN, orthogonality_error
+from sslkern.optim.factored import pending
 
 
 def first(output):
@@ -161,3 +162,17 @@ def test_factors_are_used_up_or_refused():
     (layer.weight_u.sum() + layer(x).sum()).backward()
     with pytest.raises(RuntimeError, match=r"^A parameter of shape \(4, 4\) has a gradient and factors of one"):
         optimizer.step()
+
+
+def test_compiled_around_its_layers():
+    """torch.compile leaves the graph at such a layer, and the factors are eager's."""
+    torch._dynamo.reset()
+    layer, x = OrthogonalLinear(5, 4, factored=True), torch.randn(3, 5)
+    eager = layer(x)
+    compiled = torch.compile(layer, backend="aot_eager")(x)
+    torch.testing.assert_close(compiled, eager)
+    for y in (eager, compiled):
+        y.sin().sum().backward()
+    first, second = pending(layer.weight_u)
+    for a, b in zip(first[:4], second[:4], strict=True):
+        torch.testing.assert_close(a, b)

@@ -172,3 +172,17 @@ def test_off_a_cpu_large_gradients_are_multiplied_by_plain_products(monkeypatch)
         g, r, a = (torch.empty(size, device=device) for size in ((512, 256), (256, 3), (512, 3)))
         found = factors._products(g)(r, a)
         assert len(called) == calls and (device == "cpu" or [x.shape for x in found] == [(512, 3), (256, 3)])
+
+
+def test_one_graph_for_all_sizes():
+    """dynamic=True, fullgraph=True: a sketch of symbolic sizes draws the numbers of eager."""
+    torch._dynamo.reset()
+    compiled = torch.compile(low_rank_factors, fullgraph=True, dynamic=True, backend="aot_eager")
+    for n in (20, 30):
+        g = torch.randn(n, n + 5, dtype=torch.float64)
+        found = []
+        for function in (compiled, low_rank_factors):
+            torch.manual_seed(0)
+            found.append(function(g, 3))
+        for one, other in zip(*found, strict=True):
+            torch.testing.assert_close(one, other)

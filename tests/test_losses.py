@@ -159,3 +159,8 @@ def test_rankme_is_that_of_the_singular_values(shape, dtype):
     rank = metrics.rankme(z)
     torch.testing.assert_close(rank, (-(p * p.log()).sum(-1)).exp(), rtol=1e-8, atol=0)
     assert not rank.requires_grad and rank.dtype == torch.float64
+    for bad in (torch.nan, torch.inf, -torch.inf):
+        stack = torch.stack([z.detach(), z.detach()])
+        stack.view(2, -1)[1, -1] = bad
+        found = metrics.rankme(stack)
+        assert torch.equal(found[0], rank) and found[1].flatten()[-1].isnan()

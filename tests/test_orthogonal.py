@@ -143,6 +143,13 @@ def test_init_errors():
             function(torch.ones(3))
         with pytest.raises(ValueError, match=r"as many rows as columns, got shape \(2, 3\)|must be square"):
             function(torch.ones(2, 3))
+        for expanded in (torch.empty(5, 1).expand(5, 5), torch.empty(4, 4).expand(3, 4, 4)):
+            with pytest.raises(ValueError, match=r"u must have its own memory for each element, got an expanded"):
+                function(expanded)
+        torch.manual_seed(0)
+        wanted = function(torch.empty(2, 4, 4))
+        torch.manual_seed(0)
+        assert torch.equal(function(torch.empty(4, 8, 2).permute(2, 0, 1)[:, :, ::2]), wanted)
     for function in (init.henaff_, init.cayley_):
         with pytest.raises(ValueError, match=r"u must be square, got shape \(3, 2\)"):
             function(torch.ones(3, 2))
@@ -493,6 +500,18 @@ def test_compiled(index):
         results.append([y.detach(), *torch.autograd.grad(y.abs().square().sum(), layer.parameters())])
     for one, other in zip(*results, strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("size", (4, (3, 5)))
+@pytest.mark.parametrize("dtype", (torch.float32, torch.complex64))
+def test_convolution_of_no_images(size, dtype):
+    """Empty in, empty out, and a zero for every parameter, as torch.nn.Conv2d."""
+    layer = OrthogonalConv2d(3, size, dtype=dtype)
+    x = torch.empty(0, 3, *layer.size, dtype=dtype, requires_grad=True)
+    y = layer(x)
+    assert y.shape == x.shape and y.dtype == dtype
+    y.abs().sum().backward()
+    assert x.grad.shape == x.shape and all(p.grad is not None and not p.grad.any() for p in layer.parameters())
 
 
 def test_bad_arguments():

@@ -205,10 +205,12 @@ def test_conjugate_views(backend):
 
 def test_compiled_without_a_graph_break(backend):
     """fullgraph=True: in place and with the numbers of eager, wherever u lies and conjugated or not."""
+    if backend == "simulator":
+        pytest.skip("a compiler's fake tensors have no numbers to simulate with")
     for dtype in (torch.float64, torch.complex128):
         u = orthonormal(9, 9, dtype=dtype)
         a, b = step_of(0.1, 9, 9, k=2, dtype=dtype)
-        for view in (torch.Tensor.clone, lambda z: z.t().clone().t(), lambda z: z.conj().resolve_conj().conj()):
+        for view in (torch.Tensor.clone, lambda z: z.t().clone().t(), lambda z: z.clone().conj().resolve_conj().conj()):
             torch._dynamo.reset()
             compiled = torch.compile(rank_k_update_, fullgraph=True, backend="aot_eager")
             found = view(u)

@@ -14,11 +14,24 @@ from .pairwise_matmul import PROGRAMS, gather
 from .pairwise_tiles import CASES, PAD, SQUARED, Operand, add_weighted, distances, products_by_steps
 from .pairwise_weights import VALUES, value_of
 
+NARROWEST = 16  # of a tile's columns
+
 
 def tile_of(width: int, planes: int) -> dict[str, int]:
     """Two tiles and their products stay in the registers of 8 warps."""
     columns, step = (32, min(width, 32)) if width <= 128 else (16, 32) if planes < 3 else (32, 16)
     return {"BI": PAD, "BJ": columns, "BK": step, "BD": width, "STAGES": 2, "num_warps": 4 if width <= 64 else 8}
+
+
+def too_many_programs(x: Tensor) -> str | None:
+    """Why a (..., G, N, D) is not taken: one grid has a program for every pair of groups, block of rows and strip."""
+    groups, n = x.shape[-3:-1]
+    programs = x.shape[:-3].numel() * groups**2 * triton.cdiv(n, PAD) * strips_of(n, n, NARROWEST)[1]
+    return (
+        "the pairs of groups, by blocks of rows, are more programs than a grid has, 2^31 - 1"
+        if programs >= 2**31
+        else None
+    )
 
 
 @triton.jit

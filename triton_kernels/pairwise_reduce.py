@@ -256,7 +256,11 @@ def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Te
 
 def _too_many_columns(x: Tensor) -> str | None:
     """The Gram has no kernel by chunks: its sums of products of kernels need every column of a tile at once."""
-    return f"D > {WIDEST}: the Gram's tiles keep at most {WIDEST} columns on chip" if x.shape[-1] > WIDEST else None
+    return (
+        f"D > {WIDEST}: the Gram's tiles keep at most {WIDEST} columns on chip"
+        if x.shape[-1] > WIDEST
+        else pairwise_gram.too_many_programs(x)
+    )
 
 
 for _function in (

@@ -136,9 +136,9 @@ def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, leas
 def _check_settings(
     temperature: object, scale: object, symmetric: object, normalize: object, eps: object, x: Tensor | None
 ) -> None:
-    _checks.coefficient("temperature", temperature, x, zero=False)
+    _checks.setting("temperature", temperature, x, zero=False)
     if scale is not None:
-        _checks.coefficient("scale", scale, x)
+        _checks.setting("scale", scale, x)
     _checks.flag("symmetric", symmetric)
     _checks.flag("normalize", normalize)
     check_eps(eps)

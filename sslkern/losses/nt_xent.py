@@ -110,7 +110,7 @@ def _check(
 
 
 def _check_settings(temperature: object, inside: object, decoupled: object, eps: object, x: Tensor | None) -> None:
-    _checks.coefficient("temperature", temperature, x, zero=False)
+    _checks.setting("temperature", temperature, x, zero=False)
     _checks.flag("inside", inside)
     _checks.flag("decoupled", decoupled)
     check_eps(eps)

@@ -71,8 +71,8 @@ def sigmoid_loss(
 
 
 def _check_settings(scale: object, bias: object, eps: object, x: Tensor | None) -> None:
-    _checks.coefficient("scale", scale, x)
-    _checks.coefficient("bias", bias, x)
+    _checks.setting("scale", scale, x)
+    _checks.setting("bias", bias, x)
     check_eps(eps)
 
 

@@ -51,7 +51,7 @@ def spectral_contrastive_loss(
         _checks.matrix("a", a, least_rows(peers))
         _checks.matrix("b", b, least_rows(peers))
         _checks.same_shape("a", a, "b", b)
-        _checks.coefficient("mu", mu, a, above=0)
+        _checks.setting("mu", mu, a, above=0)
 
     counts = joint_rows(peers, 1, check, a, b)
     n, d = a.shape if peers is None else (sum(counts), a.shape[1])
@@ -87,7 +87,7 @@ class SpectralContrastiveLoss(nn.Module):
 
     def __init__(self, mu: float | Tensor = 1.0, *, group: distributed.Group = None) -> None:
         super().__init__()
-        _checks.coefficient("mu", mu, above=0)
+        _checks.setting("mu", mu, above=0)
         distributed.peers_of(group)
         self.mu, self.group = mu, group
 

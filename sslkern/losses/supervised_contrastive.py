@@ -85,7 +85,7 @@ def _check(z: Tensor, labels: Tensor | None, positives: Tensor | None, least: in
 
 
 def _check_settings(temperature: object, inside: object, eps: object, x: Tensor | None) -> None:
-    _checks.coefficient("temperature", temperature, x, zero=False)
+    _checks.setting("temperature", temperature, x, zero=False)
     _checks.flag("inside", inside)
     check_eps(eps)
 

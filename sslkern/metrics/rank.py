@@ -40,14 +40,16 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
         eps: added to every p_k, as in the paper.
 
     Returns:
-        (...), float64, between 1 and min(N, D) up to eps.
+        (...), float64, between 1 and min(N, D) up to eps; NaN for a slice with NaN or inf in it.
 
     Source: Garrido et al., RankMe (2210.02885).
     """
     _checks.matrix_stack("z", z, min_rows=1)
     _checks.non_negative("eps", eps)
     z = z.detach().double()
+    finite = z.isfinite().all(-1).all(-1)
+    z = z.where(finite[..., None, None], 0)  # the solver raises, or on a GPU may not return, where numbers are missing
     gram = z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
     sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
     p = sigma / sigma.sum(-1, keepdim=True) + eps
-    return (-(p * p.log()).sum(-1)).exp()
+    return (-(p * p.log()).sum(-1)).exp().where(finite, torch.nan)

@@ -30,7 +30,7 @@ def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide u.
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide or expanded u.
 
     Source: Mezzadri, How to generate random matrices from the classical compact groups (math-ph/0609050).
     """
@@ -51,11 +51,10 @@ def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide u.
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide or expanded u.
     """
     _check(u)
-    u.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
-    return u
+    return u.copy_(_identity(u))
 
 
 @torch.no_grad()
@@ -73,16 +72,15 @@ def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square.
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square, or expanded.
 
     Source: Henaff et al., Recurrent orthogonal networks and long-memory tasks (1602.06662).
     """
     _check(u, square=True)
     if not u.is_complex():
-        return _rotate_(u, _angles(u, u.shape[-1] // 2, -math.pi, math.pi, generator))
+        return u.copy_(_rotations(u, _angles(u, u.shape[-1] // 2, -math.pi, math.pi, generator)))
     angles = _angles(u, u.shape[-1], -math.pi, math.pi, generator)
-    u.zero_().diagonal(dim1=-2, dim2=-1).copy_(torch.polar(torch.ones_like(angles), angles))
-    return u
+    return u.copy_(torch.polar(torch.ones_like(angles), angles).diag_embed())
 
 
 @torch.no_grad()
@@ -101,12 +99,12 @@ def cayley_(u: Tensor, generator: Generator | None = None) -> Tensor:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square.
+        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square, or expanded.
 
     Source: Helfrich et al., Orthogonal recurrent neural networks with scaled Cayley transform (1707.09520).
     """
     _check(u, square=True)
-    return _rotate_(u, _angles(u, u.shape[-1] // 2, 0.0, math.pi / 2, generator))
+    return u.copy_(_rotations(u, _angles(u, u.shape[-1] // 2, 0.0, math.pi / 2, generator)))
 
 
 BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
@@ -123,10 +121,14 @@ def _angles(u: Tensor, count: int, low: float, high: float, generator: Generator
     return angles.uniform_(low, high, generator=generator)
 
 
-def _rotate_(u: Tensor, angles: Tensor) -> Tensor:
-    """Write the rotations of (..., n // 2) angles along the diagonal."""
+def _identity(u: Tensor) -> Tensor:
+    return torch.eye(*u.shape[-2:], dtype=u.dtype, device=u.device)
+
+
+def _rotations(u: Tensor, angles: Tensor) -> Tensor:
+    """Matrices like u with the rotations of (..., n // 2) angles along the diagonal."""
     even = 2 * angles.shape[-1]
-    u.zero_().diagonal(dim1=-2, dim2=-1).fill_(1)
+    u = _identity(u).repeat(*u.shape[:-2], 1, 1)
     u.diagonal(dim1=-2, dim2=-1)[..., :even].copy_(angles.cos().repeat_interleave(2, -1))
     if even:
         u.diagonal(-1, -2, -1)[..., ::2].copy_(angles.sin())
@@ -141,6 +143,8 @@ def _check(u: Tensor, square: bool = False) -> None:
         raise ValueError(f"u must be square, got shape {tuple(u.shape)}: 'haar' and 'identity' take a tall one.")
     if n < p:
         raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")
+    if any(step == 0 and size > 1 for step, size in zip(u.stride(), u.shape, strict=True)):
+        raise ValueError(f"u must have its own memory for each element, got an expanded tensor of {tuple(u.shape)}.")
 
 
 def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = _checks.FULL) -> torch.dtype:

@@ -98,62 +98,44 @@ def non_negative(name: str, value: object) -> float:
     return float(value)
 
 
-def setting(name: str, value: object, x: Tensor | None = None, least: float = -inf) -> float | Tensor:
-    """value must be a finite number >= least, or a floating tensor of one number, on the device of x if there is one.
+def setting(
+    name: str, value: object, x: Tensor | None = None, least: float = -inf, above: float = -inf, zero: bool = True
+) -> float | Tensor:
+    """value must be a finite number >= least and > above, not 0 unless `zero`; or a floating tensor of one number, on
+    the device of x if there is one. What a tensor holds is not looked at: on a GPU that would be a host sync.
 
     Returns:
-        The number; or the tensor as (), in the precision of the loss of x, with its gradient.
+        The number; or the tensor as (), in the precision of the loss of x, with its gradient; without x, as it is.
     """
-    if type(value) is float and least <= value < inf and value > -inf:
+    if type(value) is float and least <= value < inf and value > above and (zero or value):
         return value
-    expected = f"a finite number{f' >= {least:g}' if least > -inf else ''} or a floating torch.Tensor of one number"
     if isinstance(value, Tensor):
         if not value.is_floating_point():
-            raise TypeError(f"{name} must be {expected}, got a tensor of {short(value.dtype)}.")
+            raise TypeError(f"{name} must be {_number(least, above, zero)}, got a tensor of {short(value.dtype)}.")
         if value.numel() != 1:
-            raise ValueError(f"{name} must be {expected}, got shape {tuple(value.shape)}.")
+            raise ValueError(f"{name} must be {_number(least, above, zero)}, got shape {tuple(value.shape)}.")
         if not isinstance(x, Tensor):  # which is then said to be none
             return value
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
         return value.to(accumulation_dtype(x)).reshape(())
     if isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {expected}, got {value!r}.")
+        raise TypeError(f"{name} must be {_number(least, above, zero)}, got {type(value).__name__}.")
     number = float(value)
-    if not -inf < number < inf or number < least:
-        raise ValueError(f"{name} must be {expected}, got {value!r}.")
+    if not -inf < number < inf or number < least or not number > above or not (zero or number):
+        raise ValueError(f"{name} must be {_number(least, above, zero)}, got {value!r}.")
     return number
+
+
+def _number(least: float, above: float, zero: bool) -> str:
+    """What `setting` takes, in words."""
+    low = f" >= {least:g}" if least > -inf else f" > {above:g}" if above > -inf else ""
+    return f"a finite number{low}{'' if zero else ' other than 0'} or a floating torch.Tensor of one element"
 
 
 def flag(name: str, value: object) -> None:
     if value is not True and value is not False:
         raise TypeError(f"{name} must be True or False, got {got(value)}.")
-
-
-def coefficient(name: str, value: object, x: Tensor | None = None, above: float = -inf, zero: bool = True) -> None:
-    """value must be a finite number > `above`, not 0 unless `zero`; or a floating tensor of one, on the device of x.
-
-    What a tensor holds is not looked at: on a GPU that would be a host sync.
-    """
-    if type(value) is float and above < value < inf and (zero or value):
-        return
-    if isinstance(value, Tensor):
-        if not value.is_floating_point():
-            raise TypeError(f"{name} must be {_number(above, zero)}, got a tensor of {short(value.dtype)}.")
-        if value.numel() != 1:
-            raise ValueError(f"{name} must be {_number(above, zero)}, got shape {tuple(value.shape)}.")
-        if x is not None and value.device != x.device:
-            raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
-    elif isinstance(value, bool) or not isinstance(value, Real):
-        raise TypeError(f"{name} must be {_number(above, zero)}, got {type(value).__name__}.")
-    elif not above < float(value) < inf or not (zero or value):
-        raise ValueError(f"{name} must be {_number(above, zero)}, got {value!r}.")
-
-
-def _number(above: float, zero: bool) -> str:
-    """What `coefficient` takes, in words."""
-    least = "" if above == -inf else f" > {above}"
-    return f"a finite number{least}{'' if zero else ' other than 0'} or a floating torch.Tensor of one element"
 
 
 def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -> None:

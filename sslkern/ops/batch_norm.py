@@ -131,8 +131,11 @@ class _BatchNormByGiven(Op):
             sums = _pick_or_empty("batch_norm_sums", x)(*arguments, eps, relu)
             if joint:
                 means = distributed.all_reduce(sums, group_name) / count
-        if by_input:
+        if by_input and (joint or relu):
             dx = _pick_or_empty("batch_norm_input_grad", x)(*arguments, means, eps, relu)
+        elif by_input:  # by constants alone: x is not read, and its NaN stays out
+            dy, _, w = arguments[:3]
+            dx = _pick_or_empty("batch_norm_apply", x)(dy, w, means[0], means, variance, eps, False)
         return dx, *_parameter_gradients(sums, weight, bias), *[None] * 6
 
 

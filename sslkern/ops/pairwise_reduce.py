@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import inf
 from numbers import Real
 from typing import Literal, get_args
@@ -36,27 +37,32 @@ _ALL_KERNELS, _REDUCTIONS, _MASK_NAMES = get_args(Kernel), get_args(Reduction), 
 _PAIRS = "Tensor x, Tensor? y, Tensor scale"
 _MASKED = "Tensor? x_labels, Tensor? y_labels"
 
-declare(
+
+def _declare(schema: str, reference: Callable) -> None:
+    declare(schema, reference, dtypes=(torch.float32, torch.float64))  # to which `pairwise_reduce` converts its rows
+
+
+_declare(
     f"pairwise_logsumexp_fwd({_PAIRS}, {_MASKED}, int mask, str kernel, bool columns) -> (Tensor, Tensor)",
     _reference.pairwise_logsumexp_fwd,
 )
-declare(
+_declare(
     f"pairwise_logsumexp_bwd(Tensor grad_rows, Tensor grad_columns, {_PAIRS}, {_MASKED}, Tensor over_rows,"
     " Tensor over_columns, int mask, str kernel, bool columns, bool need_x, bool need_y) -> (Tensor, Tensor)",
     _reference.pairwise_logsumexp_bwd,
 )
-declare(f"pairwise_argmax({_PAIRS}, {_MASKED}, int mask, str kernel) -> Tensor", _reference.pairwise_argmax)
-declare(
+_declare(f"pairwise_argmax({_PAIRS}, {_MASKED}, int mask, str kernel) -> Tensor", _reference.pairwise_argmax)
+_declare(
     f"pairwise_matmul_fwd({_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel) -> Tensor",
     _reference.pairwise_matmul_fwd,
 )
-declare(
+_declare(
     f"pairwise_matmul_bwd(Tensor grad, {_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel, bool need_x,"
     " bool need_y, bool need_rhs) -> (Tensor, Tensor, Tensor)",
     _reference.pairwise_matmul_bwd,
 )
-declare("pairwise_gram_fwd(Tensor x, Tensor scale, str kernel) -> (Tensor, Tensor)", _reference.pairwise_gram_fwd)
-declare(
+_declare("pairwise_gram_fwd(Tensor x, Tensor scale, str kernel) -> (Tensor, Tensor)", _reference.pairwise_gram_fwd)
+_declare(
     "pairwise_gram_bwd(Tensor grad_gram, Tensor grad_sums, Tensor x, Tensor scale, str kernel) -> Tensor",
     _reference.pairwise_gram_bwd,
 )

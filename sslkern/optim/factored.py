@@ -53,6 +53,11 @@ class _Linear(Op):
         return dx.to(x.dtype), None, None
 
 
+@_torch.not_compiled  # its backward writes to `_pending`, which no graph does
+def _recorded(x: Tensor, u: Tensor, wide: bool) -> Tensor:
+    return _Linear.apply(x, u, wide)
+
+
 def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
     """y = x U^T, or x U where `wide`; backward leaves the gradient of U as `Factors` in `pending(u)`, not in u.grad.
 
@@ -64,7 +69,7 @@ def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
         raise RuntimeError("torch.func returns gradients, and a factored weight has none: use factored=False.")
     if not u.is_leaf:
         raise RuntimeError("A factored weight must be a parameter itself, not made from one: use factored=False.")
-    return _Linear.apply(x, u, wide)
+    return _recorded(x, u, wide)
 
 
 def pending(u: Tensor) -> list[Factors]:

@@ -182,7 +182,8 @@ def sketch(
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
     """orth(G R) and G^H orth(G R), by products with G; leading dimensions, dtype and device are those of `like`."""
-    start = torch.randn(p, k, dtype=like.dtype, device=like.device, generator=generator) / max(p, 1) ** 0.5
+    # not torch.randn, which takes a generator or symbolic sizes
+    start = like.new_empty(p, k).normal_(generator=generator) / max(p, 1) ** 0.5
     if warm_start is not None:
         expected = (*like.shape[:-2], p, k)
         if not isinstance(warm_start, Tensor) or warm_start.shape != expected or warm_start.dtype != like.dtype:

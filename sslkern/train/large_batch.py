@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from .._torch import Sharded, not_compiled, pytree, version
+from .._torch import Sharded, forward_mode, not_compiled, pytree, transforms_active, version
 from ..ops._autograd import first_order
 from ._replay import Buffers, Summed, Synced, Total, autocast, devices, random_state, training
 
@@ -51,8 +51,8 @@ def large_batch(backbone: nn.Module, /, *views: Any, chunk_size: int, **kwargs: 
 
     Raises:
         TypeError, ValueError: one sentence; also for an output that is not a pytree of tensors with a row per sample.
-        RuntimeError: in the backward, where parameters were changed or replaced since the forward, under reentrant
-            checkpointing, and for second derivatives.
+        RuntimeError: inside of a transform of torch.func; in the backward, where parameters were changed or replaced
+            since the forward, under reentrant checkpointing, and for second derivatives.
 
     Source: Gao, Zhang, Han, Callan, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
     (2101.06983).
@@ -74,19 +74,26 @@ class LargeBatch(nn.Module):
         self.chunk_size = chunk_size
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        return _outputs(self.module, (args,), self.chunk_size, kwargs)[0]
+        return _outputs(self.module, (args,), self.chunk_size, kwargs, ("args",))[0]
 
     def extra_repr(self) -> str:
         return f"chunk_size={self.chunk_size}"
 
 
 @not_compiled
-def _outputs(backbone: nn.Module, views: tuple[Any, ...], chunk_size: int, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """What the backbone makes of every view."""
+def _outputs(
+    backbone: nn.Module, views: tuple[Any, ...], chunk_size: int, kwargs: dict[str, Any], names: tuple[str, ...] = ()
+) -> tuple[Any, ...]:
+    """What the backbone makes of every view; names: of the views in errors, by default their places."""
     _check(backbone, chunk_size)
+    if transforms_active() or forward_mode():
+        raise RuntimeError(
+            "large_batch runs its backbone twice, which torch.func cannot follow: use backward or torch.autograd.grad."
+        )
     if not views:
         raise ValueError("views must be at least one tensor or tuple of arguments, got none.")
-    runs = [_View(backbone, f"views[{k}]", view, chunk_size, kwargs) for k, view in enumerate(views)]
+    names = names or tuple(f"views[{k}]" for k in range(len(views)))
+    runs = [_View(backbone, name, view, chunk_size, kwargs) for name, view in zip(names, views, strict=True)]
     if isinstance(backbone, DistributedDataParallel):
         return _through_ddp(backbone, views, chunk_size, kwargs)
     params = [p for p in backbone.parameters() if p.requires_grad]
@@ -179,9 +186,8 @@ class _View:
         shapes = [tuple(leaves[i].shape) for i in sorted(cut)]
         if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
             raise ValueError(f"{name} must have tensors with the same number of rows (dim 0), got shapes {shapes}.")
-        if (rows := shapes[0][0]) == 0:
-            raise ValueError(f"{name} must have at least one row (N), got shape {shapes[0]}.")
-        count = -(-rows // chunk_size)
+        rows = shapes[0][0]
+        count = max(1, -(-rows // chunk_size))  # of no rows, one chunk has the shapes of the outputs
         ends = [(k + 1) * (rows // count) + min(k + 1, rows % count) for k in range(count)]  # as tensor_split cuts
         self.backbone, self.rows, self.chunks = backbone, rows, list(zip([0, *ends], ends, strict=False))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -263,8 +269,10 @@ class _View:
 
     def _slices(self, tensors: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
         """A chunk's arguments, as leaves."""
-        cut = [t[start:stop] if c else t for t, c in zip(tensors, self.cut, strict=True)]
-        return [t.detach().requires_grad_(t.requires_grad) for t in cut]
+        return [  # whether it requires grad, the whole tensor knows: a slice of a view may have that of the view's base
+            (t[start:stop] if c else t).detach().requires_grad_(t.requires_grad)
+            for t, c in zip(tensors, self.cut, strict=True)
+        ]
 
     def check_parameters(self) -> None:
         """Those of the forward, unchanged."""
