@@ -17,6 +17,9 @@ def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> 
     "separate" makes every position a slice with statistics of its own; "pooled" counts positions as samples. Pooling
     copies only where the layout has no such view (contiguous (B, C, H, W); channels-last has one).
     """
+    plain = type(dim) is type(batch_dim) is int and dim == -1 and batch_dim == 0 and positions == "separate"
+    if plain and isinstance(z, Tensor) and z.dim() == 2:
+        return z  # a view of it would take longer than all checks
     check_positions(dim, batch_dim, positions)
     if not isinstance(z, Tensor) or z.dim() < 2:
         return z  # the op says what is wrong with it
