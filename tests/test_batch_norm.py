@@ -433,15 +433,11 @@ def test_every_order_of_threads_gives_the_same_bits():
     assert not any(t.isnan().any() for t in first) and all(same(first, other) for other in others)
 
 
-@pytest.mark.parametrize("without", (0, 2))
-def test_a_missing_barrier_is_seen(without):
-    """Of the kernels' three barriers, the first and the last: without it, some order gives other numbers or an error.
-
-    The second orders memory between blocks, which run one after the other here.
-    """
+def test_a_missing_barrier_is_seen():
+    """Without the kernels' one barrier some order gives other numbers or an error."""
     try:
         right = simulated_outputs()[0]
-        wrong = simulated_outputs(without)
+        wrong = simulated_outputs(without=0)
     except Unavailable as reason:
         pytest.skip(str(reason))
     assert not all(same(right, other) for other in wrong)
