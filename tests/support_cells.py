@@ -84,7 +84,13 @@ REASONS = [
         "draws random numbers, of which `torch.vmap` wants to be told whether they are the same",
     ),
     Reason(TORCH, "vmapped", TRAINED, "all slices would update one `running_mean`, which torch refuses too"),
-    Reason(TORCH, "expanded", "init.*", "torch does not write where several numbers lie in one place"),
+    Reason(REFUSED, "expanded", "init.*", "written in place: several numbers would lie in one place"),
+    Reason(
+        REFUSED,
+        "vmapped, func.grad",
+        "large_batch; LargeBatch",
+        "runs its backbone twice, which torch.func cannot follow",
+    ),
     Reason(
         BREAK,
         "compiled, dynamic",

@@ -109,6 +109,8 @@ add_layer(
 
 def convolution(x: Tensor, unitary: Tensor, orthogonal: Tensor, bias: Tensor) -> Tensor:
     """By its own definition: the blocks times the Fourier transforms, of 3 x 2 images; bins (0, 0), (0, 1) are real."""
+    if not x.numel():  # which MKL does not transform
+        return x + bias[:, None, None] + 0 * (unitary.abs().sum() + orthogonal.sum())
     half = torch.fft.rfft2(x)
     u = orthogonal.to(unitary.dtype)
     rows = [torch.stack([u[0], u[1]]), torch.stack([unitary[0], unitary[1]])]
@@ -195,7 +197,17 @@ def random(x: Tensor, *_: Any) -> Tensor:
 SKETCH: dict[str, Any] = {"spreads": True, "torch": random}
 STEP: dict[str, Any] = {"more": STACK, "grad": False}
 add("ProjUNN", INIT, step, plain.projunn, POINT, Leaf((D, D), "small"), settings={"lr": 0.1}, torch=random, **STEP)
-add("low_rank_factors", INIT, product(optim.low_rank_factors), plain.factors, Leaf((7, D)), **STEP, **SKETCH)
+NORM = 5.0  # of a column, by which the D products of a number of left @ right are bounded
+add(
+    "low_rank_factors",
+    INIT,
+    product(optim.low_rank_factors),
+    plain.factors,
+    Leaf((7, D)),
+    size=NORM,
+    **STEP,
+    **SKETCH,
+)
 add(
     "linear_factors",
     INIT,
