@@ -43,7 +43,9 @@ inline Cut cut_columns(int64_t n, int64_t d, Gemm gemm) {
     return cut_for_tiles(d, n, width, width);
   }
   const int64_t wanted = std::max<int64_t>(kColumnBlock / n, 1024);
-  return {d, d, round_up(std::min(wanted, ceil_div(d, 3)), kBlockCols)};
+  // A third, rounded down: a block, its product and the library's scratch, which may be half of one, fit into N x D
+  const int64_t third = std::max(kBlockCols, d / 3 / kBlockCols * kBlockCols);
+  return {d, d, round_up(std::min(wanted, third), kBlockCols)};
 }
 
 // Rows, all columns of them.
