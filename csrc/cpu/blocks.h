@@ -43,9 +43,7 @@ inline Cut cut_columns(int64_t n, int64_t d, Gemm gemm) {
     return cut_for_tiles(d, n, width, width);
   }
   const int64_t wanted = std::max<int64_t>(kColumnBlock / n, 1024);
-  // A third, rounded down: a block, its product and the library's scratch, which may be half of one, fit into N x D
-  const int64_t third = std::max(kBlockCols, d / 3 / kBlockCols * kBlockCols);
-  return {d, d, round_up(std::min(wanted, third), kBlockCols)};
+  return {d, d, round_up(std::min(wanted, ceil_div(d, 3)), kBlockCols)};
 }
 
 // Rows, all columns of them.
@@ -55,7 +53,9 @@ inline Cut cut_rows(int64_t n, int64_t d, Gemm gemm) {
     return cut_for_tiles(n, d, height, kBlockRows);
   }
   const int64_t wanted = std::max<int64_t>(kRowBlock / d, 2048);
-  return {n, n, round_up(std::min(wanted, ceil_div(n, 3)), kTileRows)};
+  // A third, rounded down: a block, its product and the library's scratch, which may be half of one, fit into N x D
+  const int64_t third = std::max<int64_t>(kTileRows, n / 3 / kTileRows * kTileRows);
+  return {n, n, round_up(std::min(wanted, third), kTileRows)};
 }
 
 // A block of the cut: which part it belongs to, whether it is that part's first, and its range.
