@@ -232,13 +232,13 @@ def gradient_kernel(
 
 def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: Tensor, dual: bool) -> Tensor:
     """Gram times Zc (dual) or Zc times Gram of every view, (V S, N, D)."""
-    (s, n, d), dtype = views[0].shape, views[0].dtype
+    s, n, d = views[0].shape
     role, along = ("right", "rows") if dual else ("left", "columns")
-    operand, _ = operands(views, None, centre, variance, (planes_for(role, dtype),) * 2, along)
+    operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
     product = launch.pitched(operand, len(views) * s, n, d)
     if dual:
-        return multiply(split(gram, "left", "columns", dtype), operand, product)
-    return multiply(operand, split(gram, "right", "rows", dtype), product)
+        return multiply(split(gram, "left", "columns"), operand, product)
+    return multiply(operand, split(gram, "right", "rows"), product)
 
 
 def _cubic_sums(views: list[Tensor], centre: Tensor, row_sq: Tensor) -> Tensor:

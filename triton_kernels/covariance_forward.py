@@ -120,7 +120,7 @@ def forward(views: list[Tensor], unbiased: bool, dual: bool, settings: tuple[flo
     a, count = views[0], len(views)
     s, n, d = a.shape
     m = n if dual else d
-    planes = planes_for("symmetric", a.dtype)
+    planes = planes_for("symmetric")
     with launch.on_device(a):
         centre, variance = launch.workspace(a, count, s, 2, d), launch.workspace(a, count, s, d)
         along = "columns" if dual else "rows"

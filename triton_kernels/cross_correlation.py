@@ -75,7 +75,7 @@ def cross_correlation_fwd(
     lead, views = a.shape[:-2], [launch.slices(a), launch.slices(b)]
     s, n, d = views[0].shape
     m = n if dual else d
-    roles = PLANES[precision(a.dtype)]
+    roles = PLANES[precision()]
     planes = (roles["symmetric"],) * 2 if dual else (roles["left"], roles["right"])
     symmetrise = dual and planes[0] == "lhd"
     with launch.on_device(a):

@@ -150,21 +150,21 @@ def _gram_products(
     views: list[Tensor], centre: Tensor, inv_std: Tensor, gram: Tensor, dual: bool, need_a: bool, need_b: bool
 ) -> Tensor:
     """Gram of the other view times this view, or the other view times the correlation: (V S, N, D), of needed views."""
-    (s, n, d), dtype = views[0].shape, views[0].dtype
+    s, n, d = views[0].shape
     these, others = slice(1 - need_a, 1 + need_b), slice(1 - need_b, 1 + need_a)
     used, role, along = (these, "right", "rows") if dual else (others, "left", "columns")
     # the presence of eps asks for standardised operands; its value is in inv_std
-    operand, _ = operands(views[used], None, centre[used], inv_std[used], (planes_for(role, dtype),) * 2, along, 0.0)
+    operand, _ = operands(views[used], None, centre[used], inv_std[used], (planes_for(role),) * 2, along, 0.0)
     pairs = []
     if dual:
-        left = split(gram[others].flatten(0, 1), "left", "columns", dtype)
+        left = split(gram[others].flatten(0, 1), "left", "columns")
         pairs += [(left[-s:], operand[:s])] if need_a else []
         pairs += [(left[:s], operand[-s:])] if need_b else []
     else:
-        right = split(gram[0], "right", "columns" if need_a else "rows", dtype)
+        right = split(gram[0], "right", "columns" if need_a else "rows")
         pairs += [(operand[-s:], right.mT)] if need_a else []
         if need_a and need_b and right.shape[-1] > d:  # planes side by side suit only the transposed
-            right = split(gram[0], "right", "rows", dtype)
+            right = split(gram[0], "right", "rows")
         pairs += [(operand[:s], right)] if need_b else []
     product = launch.pitched(operand, len(pairs) * s, n, d)
     for view, (x, y) in enumerate(pairs):

@@ -22,18 +22,8 @@ PLANES = {
 }
 
 
-def precision(dtype: torch.dtype = torch.float32) -> str:
-    """ieee, bf16x3 or bf16, for inputs of `dtype`, from torch's switch.
-
-    bf16 inputs, which rounding has moved by up to 2^-9, are taken as bf16x3 at most: it keeps 16 bits of their centred
-    values, errs by 1e-5, and takes a quarter of the time of fp32 products.
-    """
-    setting = switch()
-    return "bf16x3" if setting == "ieee" and dtype == torch.bfloat16 else setting
-
-
-def switch() -> str:
-    """What the switch asks for; torch 2.11 to 2.13 report "medium" as tf32 in the newer setting."""
+def precision() -> str:
+    """ieee, bf16x3 or bf16, from torch's switch; torch 2.11 to 2.13 report "medium" as tf32 in the newer setting."""
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     if setting in ("ieee", "bf16"):
         return setting
@@ -46,9 +36,8 @@ def switch() -> str:
     return {"highest": "ieee", "high": "bf16x3", "medium": "bf16"}[legacy]
 
 
-def planes_for(role: str, dtype: torch.dtype) -> str:
-    """The planes of an operand made of inputs of `dtype`."""
-    return PLANES[precision(dtype)][role]
+def planes_for(role: str) -> str:
+    return PLANES[precision()][role]
 
 
 def empty_operand(z: Tensor, slices: int, n: int, d: int, planes: str, along: str) -> tuple[Tensor, int]:
@@ -105,10 +94,9 @@ def split_kernel(
     store_planes(planes + s * plane_slice + row * plane_row + cols, x, here, plane_step, PLANES)
 
 
-def split(gram: Tensor, role: str, along: str, dtype: torch.dtype) -> Tensor:
-    """The operand of a contiguous (S, M, M) fp32 matrix, made of inputs of `dtype`; itself where it is taken as fp32
-    and has aligned slices."""
-    planes = planes_for(role, dtype)
+def split(gram: Tensor, role: str, along: str) -> Tensor:
+    """The operand of a contiguous (S, M, M) fp32 matrix; itself where it is taken as fp32 and has aligned slices."""
+    planes = planes_for(role)
     count, m = gram.shape[:2]
     if planes == "f" and m % 8 == 0:
         return gram
