@@ -11,7 +11,6 @@ from functools import cache
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from bench.baselines import covariance_published, offdiag_sum, vicreg_published
 from sslkern import backend
@@ -231,40 +230,9 @@ def value_and_grad(function, inputs: list[Tensor], weights: tuple[Tensor, ...] |
     return tuple(out.detach() for out in outputs), grads
 
 
-class TermByTerm(TorchDispatchMode):
-    """fp32 matrix products over more than `short` terms, summed in the order in which they are written.
-
-    The order is a library's own affair, and changes with processor and threads. oneDNN's single chain has the bits of
-    this one; MKL sums in blocks, and is 2 to 5 times more exact over 1000 terms.
-    """
-
-    short = 256
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if (
-            function is not torch.ops.aten.mm.default
-            or args[0].dtype != torch.float32
-            or args[0].shape[1] <= self.short
-        ):
-            return function(*args, **(kwargs or {}))
-        x, y = args
-        out = x.new_zeros(x.shape[0], y.shape[1])
-        for column, row in zip(x.T.contiguous(), y, strict=True):
-            out.addr_(column, row)
-        return out
-
-
-def farther(x: Tensor, y: Tensor, truth: Tensor) -> Tensor:
-    """Of every element, the one with the larger error."""
-    return torch.where((x - truth).abs() >= (y - truth).abs(), x, y)
-
-
 @cache
 def expected(op_name: str, case_name: str, dtype: torch.dtype, forced: bool = False):
-    """(weights, truth, plain, scale), each (outputs, gradients) on the CPU: truth is fp64 on the same rounded input.
-
-    plain has the errors of the published formula in whichever order of summation is worse: torch.mm's, or term by term.
-    """
+    """(weights, truth, plain, scale), each (outputs, gradients) on the CPU: truth is fp64 on the same rounded input."""
     op, case = OPS[op_name], CASES[case_name]
     inputs = inputs_of(case, op.inputs, dtype)
     exact = [x.double() for x in inputs]
@@ -275,12 +243,7 @@ def expected(op_name: str, case_name: str, dtype: torch.dtype, forced: bool = Fa
         scale = value_and_grad(op.scale_forced if forced else op.scale, exact, weights)
     plain = value_and_grad(by_slice(op.plain), inputs, weights)
     if not all(part.isfinite().all() for part in itertools.chain(*plain)):  # fp16 cannot hold it
-        inputs = [x.float() for x in inputs]
-        plain = value_and_grad(by_slice(op.plain), inputs, weights)
-    if max(inputs[0].shape[-2:]) > TermByTerm.short:
-        with TermByTerm():
-            chained = value_and_grad(by_slice(op.plain), inputs, weights)
-        plain = tuple(tuple(map(farther, *parts)) for parts in zip(plain, chained, truth, strict=True))
+        plain = value_and_grad(by_slice(op.plain), [x.float() for x in inputs], weights)
     return weights, truth, plain, scale
 
 

@@ -44,7 +44,7 @@ double unbiased_offdiag(const Slice<T>& s, double plugin, double fourth_powers) 
 template <class T>
 double dual_moments(const Tensor& like, const Slice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
-  const Gemm gemm = gemm_for<T>(n);
+  const Gemm gemm = gemm_for<T>(n, d);
   const Cut cut = cut_columns(n, d, gemm);
   PartialGrams<T> grams(like, s.gram, n, cut.parts());
   std::optional<RowPowers<T>> powers;
@@ -68,7 +68,7 @@ double dual_moments(const Tensor& like, const Slice<T>& s) {
 template <class T>
 double primal_moments(const Tensor& like, const Slice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
-  const Gemm gemm = gemm_for<T>(d);
+  const Gemm gemm = gemm_for<T>(d, n);
   const Cut cut = cut_rows(n, d, gemm);
   PartialGrams<T> grams(like, s.gram, d, cut.parts());
   RowPass<T> pass(like, s.z, s.high, s.low);
@@ -147,7 +147,7 @@ template <class T>
 void input_gradient(const Tensor& grams, int64_t index, const Slice<T>& s, const std::vector<double>& grad_variance,
                     double grad_offdiag, const Pull* pull, const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
-  const Gemm gemm = gemm_for<T>(m);
+  const Gemm gemm = gemm_for<T>(m, s.dual ? d : n);
   const Operand<T> gram = square_of<T>(grams, index, m, gemm);
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {

@@ -57,7 +57,7 @@ void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, T*
 
 template <class T>
 double dual_forward(const Tensor& like, const Pair<T>& p, double eps) {
-  const Gemm gemm = gemm_for<T>(p.n);
+  const Gemm gemm = gemm_for<T>(p.n, p.d);
   const Cut cut = cut_columns(p.n, p.d, gemm);
   PartialGrams<T> grams[2] = {{like, p.gram[0], p.n, cut.parts()}, {like, p.gram[1], p.n, cut.parts()}};
   for_column_blocks<T>(like, p.n, cut, 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
@@ -92,7 +92,7 @@ double finish_correlation(const Pair<T>& p) {
 
 template <class T>
 double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
-  const Gemm gemm = gemm_for<T>(p.d);
+  const Gemm gemm = gemm_for<T>(p.d, p.n);
   const Cut cut = cut_rows(p.n, p.d, gemm);
   PartialGrams<T> grams(like, p.gram[0], p.d, cut.parts());
   const bool transposed = gemm == Gemm::onednn;
@@ -123,7 +123,7 @@ struct Gradient {
 
 template <class T>
 void dual_backward(const Operand<T>* gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gemm_for<T>(p.n);
+  const Gemm gemm = gemm_for<T>(p.n, p.d);
   const Cut cut = cut_columns(p.n, p.d, gemm);
   for_column_blocks<T>(
       gram[0].memory, p.n, cut, 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
@@ -175,7 +175,7 @@ std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
 
 template <class T>
 void primal_backward(const Operand<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gemm_for<T>(p.d);
+  const Gemm gemm = gemm_for<T>(p.d, p.n);
   const Cut cut = cut_rows(p.n, p.d, gemm);
   const Tensor& like = gram.memory;
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
@@ -216,7 +216,7 @@ template <class T>
 void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_offdiag, const bool* needed,
               const Tensor* grads) {
   const int64_t m = v.dual ? v.n : v.d;
-  const Gemm gemm = gemm_for<T>(m);
+  const Gemm gemm = gemm_for<T>(m, v.dual ? v.d : v.n);
   for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     const double n = v.n, g = data<T>(grad_offdiag)[s];
