@@ -64,13 +64,12 @@ def tree(folder, appended=""):
 def test_trees(tmp_path, native):
     """A slower tree fails, by its time and by its bytecodes; rows that it leaves alone do not."""
     before, after = tree(tmp_path / "before"), tree(tmp_path / "after", SLOW)
-    rows = "^(overhead|bytecodes) v(icreg|creg)_loss, no grad$"
+    rows = "^(bytecodes v(icreg|creg)_loss|overhead vicreg_loss), no grad$"  # the time of vcreg_loss differs by itself
     command = [sys.executable, "-m", "bench", "--device", "cpu", "--rounds", "5", "--filter", rows]
     done = subprocess.run([*command, "--compare", before, after], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     last = done.stdout.strip().splitlines()[-1]
-    assert all(f"{kind} vicreg_loss, no grad" in last for kind in ("bytecodes", "overhead"))
-    assert "bytecodes vcreg_loss" not in last  # times of a machine that is busy may differ by themselves
+    assert last == "2 of 3 rows got worse: bytecodes vicreg_loss, no grad, overhead vicreg_loss, no grad"
 
 
 def main(before, after, pattern=""):

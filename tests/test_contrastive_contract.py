@@ -177,7 +177,6 @@ REFUSED = {
     "flag": (lambda: NT(A, A, inside=1.0), TypeError, "inside must be True or False, got 1.0"),
     "flag tensor": (lambda: NCE(A, A, normalize=torch.ones(())), TypeError, "normalize must be True or False"),
     "flag word": (lambda: NT(A, A, decoupled="no"), TypeError, "decoupled must be True or False, got 'no'"),
-    "positional": (lambda: NT(A, A, 0.5, True), TypeError, "positional arguments"),
 }
 
 
@@ -186,4 +185,9 @@ def test_bad_input_gets_a_sentence(name):
     call, error, sentence = REFUSED[name]
     with pytest.raises(error, match=sentence) as raised:
         call()
-    assert (str(raised.value).endswith(".") or name == "positional") and "\n" not in str(raised.value)
+    assert str(raised.value).endswith(".") and "\n" not in str(raised.value)
+
+
+def test_settings_past_the_coefficients_go_by_keyword():
+    with pytest.raises(TypeError, match="positional arguments"):
+        NT(A, A, 0.5, True)
