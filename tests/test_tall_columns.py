@@ -12,9 +12,9 @@ ROWS, COLUMNS = 271, 19  # three programs, of 128 rows in 4 strands; the second 
 def merging(backend, monkeypatch):
     """As for a hundred times as many rows, where more than 32 programs share a column."""
     if backend == "triton":
-        columns = pytest.importorskip("sslkern.triton_kernels.columns")
-        monkeypatch.setattr(columns, "CHUNKS", 2)
-        assert columns.tiling(torch.empty(ROWS, COLUMNS)).chunks == 3
+        walk = pytest.importorskip("sslkern.triton_kernels.column_walk")
+        monkeypatch.setattr(walk, "CHUNKS", 2)
+        assert walk.tiling(torch.empty(ROWS, COLUMNS)).chunks == 3
     return backend
 
 

@@ -1,12 +1,9 @@
 """Column statistics, and the pass that centres, standardises and rounds the operands of the vendor GEMM.
 
-Sums over rows run in fp32 over 8 rows and in fp64 above. One warp holds whole columns: alignment changes no bits. Where
-columns are few, its lanes take FOLD rows side by side, each lane every FOLD-th row.
+Sums over rows run in fp32 over 8 rows and in fp64 above.
 """
 
 from __future__ import annotations
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -14,120 +11,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .column_walk import load_rows, merged, place, store_sums, sum_chunks, tile_of, tiling
 from .gemm import empty_operand, store_planes
-
-CHUNKS = 32  # most partial sums of a column that every reader merges itself, which saves a launch
-PROGRAMS = 2048  # of a reducing pass over a slice of many rows: 15 warps per SM
-
-
-class Tiling(NamedTuple):
-    """How a pass walks a slice, from its sizes and dtype alone: a stack changes no bits."""
-
-    cols: int  # lanes of a program
-    fold: int  # rows side by side
-    blocks: int  # programs across the columns
-    rows: int  # of a chunk
-    chunks: int
-
-
-def tiling(z: Tensor, programs: int | None = None) -> Tiling:
-    """Of (S, N, D), in at most `programs` chunks, or as a pass that sums up."""
-    n, d = z.shape[-2:]
-    cols = launch.columns_per_program(z)
-    fold = max(1, cols // max(8, triton.next_power_of_2(d)))
-    blocks = triton.cdiv(d, cols // fold)
-    rows, chunks = launch.chunking(n, programs or max(CHUNKS, PROGRAMS // blocks), fold)
-    return Tiling(cols, fold, blocks, rows, chunks)
-
-
-@triton.jit
-def place(d, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Slice of this program, and column and strand (which of FOLD rows) of its lanes; the first grid axis runs over
-    slices and blocks of columns."""
-    width: tl.constexpr = COLS // FOLD
-    blocks = tl.cdiv(d, width)
-    pid = tl.program_id(0)
-    lanes = tl.arange(0, COLS)
-    cols = (pid % blocks) * width + lanes % width
-    return (pid // blocks).to(tl.int64), cols.to(tl.int64), (lanes // width).to(tl.int64)
-
-
-@triton.jit
-def rows_of(steps, strand, FOLD: tl.constexpr):
-    """Rows that the lanes reach by these steps."""
-    return steps + strand[None, :] if FOLD > 1 else steps
-
-
-@triton.jit
-def tile_of(start, last, cols, strand, d, ROWS: tl.constexpr, FOLD: tl.constexpr):
-    """Steps of ROWS rows from `start` on, from a lane's row of the first FOLD, and the mask of their tile."""
-    steps = (start + FOLD * tl.arange(0, ROWS)).to(tl.int64)[:, None]
-    return steps, (rows_of(steps, strand, FOLD) < last) & (cols[None, :] < d)
-
-
-@triton.jit
-def store_sums(out, x, d, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Store the sums of the lanes, strands added in halves: an order that no layout changes."""
-    width: tl.constexpr = COLS // FOLD
-    for k in tl.static_range(6):
-        if FOLD >> k > 1:
-            upper, lower = tl.split(tl.trans(tl.reshape(x, (2, COLS >> (k + 1)))))
-            x = upper + lower
-    cols = (tl.program_id(0) % tl.cdiv(d, width)) * width + tl.arange(0, width)
-    tl.store(out + cols, x, mask=cols < d)
-
-
-@triton.jit
-def merge_kernel(
-    parts,  # (S, chunks, WIDTH) fp64
-    merged,  # (S, groups, WIDTH)
-    chunks,
-    width,
-    each,
-    ROWS: tl.constexpr,
-    COLS: tl.constexpr,
-):
-    blocks = tl.cdiv(width, COLS)
-    s, group = (tl.program_id(0) // blocks).to(tl.int64), tl.program_id(1)
-    cols = (tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS)
-    last = tl.minimum((group + 1) * each, chunks)
-    total = tl.zeros((COLS,), tl.float64)
-    for start in range(group * each, last, ROWS):
-        chunk = start + tl.arange(0, ROWS)
-        here = (chunk[:, None] < last) & (cols[None, :] < width)
-        at = parts + (s * chunks + chunk)[:, None] * width + cols[None, :]
-        total += tl.sum(tl.load(at, mask=here, other=0.0), 0)
-    tl.store(merged + (s * tl.num_programs(1) + group) * width + cols, total, mask=cols < width)
-
-
-def merged(parts: Tensor) -> Tensor:
-    """Fp64 partial sums (..., chunks, WIDTH) in at most CHUNKS groups; as they are where they are few."""
-    *lead, chunks, width = parts.shape
-    if chunks <= CHUNKS:
-        return parts
-    each = triton.cdiv(chunks, CHUNKS)
-    groups = triton.cdiv(chunks, each)
-    out = launch.workspace(parts, *lead, groups, width, dtype=torch.float64)
-    slices = parts.numel() // (chunks * width)
-    merge_kernel[(slices * triton.cdiv(width, 32), groups)](
-        parts, out, chunks, width, each, ROWS=64, COLS=32, num_warps=4
-    )
-    return out
-
-
-@triton.jit
-def load_rows(z, rows, row_stride, here):
-    """The tile of these rows and the columns at `z`, in fp32; zero outside."""
-    return tl.load(z[None, :] + rows * row_stride, mask=here, other=0.0).to(tl.float32)
-
-
-@triton.jit
-def sum_chunks(parts, chunks, step, inside):
-    """Sum over the row chunks of fp64 partials, `step` apart, in order."""
-    total = tl.full(inside.shape, 0.0, tl.float64)
-    for chunk in range(chunks):
-        total += tl.load(parts + tl.cast(chunk, tl.int64) * step, mask=inside, other=0.0)
-    return total
 
 
 @triton.jit
@@ -394,5 +279,4 @@ COMPILE_CASES = [
     _operands_case("operands_backward", launch.two_views("*fp32"), 128, "hlh", True, False),
     _operands_case("operands_tall", launch.one_view("*fp32"), 128, "f", False, True, 8),
     _operands_case("operands_tall_bf16x3", launch.two_views("*fp32"), 128, "lhd", False, True, 8),
-    launch.CompileCase("merge", merge_kernel, {"parts": "*fp64", "merged": "*fp64"}, {"ROWS": 64, "COLS": 32}, warps=4),
 ]

@@ -10,19 +10,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .columns import (
-    load_rows,
-    load_statistics,
-    merged,
-    operands,
-    place,
-    rows_of,
-    standardised,
-    store_sums,
-    sum_chunks,
-    tile_of,
-    tiling,
-)
+from .column_walk import load_rows, merged, place, rows_of, store_sums, sum_chunks, tile_of, tiling
+from .columns import load_statistics, operands, standardised
 from .gemm import multiply, planes_for, split
 from .gram import row_sums
 from .launch import inverse, rounded

@@ -8,7 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .columns import moments, operands, sum_chunks
+from .column_walk import sum_chunks
+from .columns import moments, operands
 from .gemm import planes_for, symmetric_product
 from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, row_norms, total
 from .launch import inverse

@@ -8,19 +8,8 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .columns import (
-    Tiling,
-    load_rows,
-    load_statistics,
-    merged,
-    operands,
-    place,
-    standardised,
-    store_sums,
-    sum_chunks,
-    tile_of,
-    tiling,
-)
+from .column_walk import Tiling, load_rows, merged, place, store_sums, sum_chunks, tile_of, tiling
+from .columns import load_statistics, operands, standardised
 from .gemm import multiply, planes_for, split
 from .launch import rounded
 
