@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
+from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 10x on tiny tensors where cores are shared
@@ -71,10 +72,12 @@ def pytest_sessionfinish():
 
 
 def available(name: str) -> str:
-    """Skip where a back-end is missing; a missing native one is a failure unless SSLKERN_ALLOW_MISSING=1."""
+    """Skip where a back-end is missing; a native one, or a Triton that is installed, is a failure then unless
+    SSLKERN_ALLOW_MISSING=1: kernels that do not load must not pass for tests that need not run."""
     reason = sslkern.backend.missing().get(name)
-    if reason and name == "native" and os.environ.get("SSLKERN_ALLOW_MISSING") != "1":
-        pytest.fail(f"native: {reason}", pytrace=False)
+    expected = name == "native" or find_spec("triton") is not None
+    if reason and expected and os.environ.get("SSLKERN_ALLOW_MISSING") != "1":
+        pytest.fail(f"{name}: {reason}", pytrace=False)
     if reason:
         pytest.skip(f"{name}: {reason}")
     return name
