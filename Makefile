@@ -14,6 +14,9 @@ OUT ?= out
 # The binary of `make gpu-bundle`, where there is one: on such a machine nothing is installed and nothing compiles
 BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
 
+# Made for what is asked: another TORCH= or PYTHON= is set up and built for anew
+READY := $(VENV)/ready-$(firstword $(shell echo "$(or $(PYTHON),$(TORCH))" | cksum))
+
 .PHONY: demo test bench gpu gpu-bundle build lint clean
 
 demo: build
@@ -31,7 +34,7 @@ gpu: $(if $(BUNDLE),,$(VENV)/complete)
 	$(if $(BUNDLE),$(or $(PYTHON),python3),$(PY)) -m bench.gpu --out $(OUT) $(ARGS)
 
 # What `make gpu` runs on a machine that is to compile nothing: carry the tracked files and build/gpu there
-gpu-bundle: $(VENV)/ready
+gpu-bundle: $(READY)
 	SSLKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py build_ext --build-lib build/gpu
 	git rev-parse --short HEAD > build/gpu/commit
 
@@ -44,24 +47,26 @@ lint: $(VENV)/complete
 	$(PY) -c 'import clang_format; clang_format.clang_format()' --dry-run --Werror \
 	  $(filter csrc/%,$(SOURCES)) $(wildcard $(addprefix tests/simulator/*.,h cpp cu))
 
-.venv/ready: Makefile
+.venv/ready-%: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
 	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77.0.3" ninja
+	rm -f .venv/ready*
 	touch $@
 
-build/overlay/ready: Makefile
+build/overlay/ready-%: Makefile
+	rm -rf build/overlay
 	$(PYTHON) -m venv --without-pip build/overlay
 	$(PYTHON) -c "import sys; print(*[p for p in sys.path if p.endswith('-packages')], sep='\n')" \
 	  > $$(build/overlay/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/parent.pth
 	touch $@
 
 # For the torch that is there: without one for CUDA, no nvcc
-$(VENV)/built: $(VENV)/ready $(SOURCES)
+$(VENV)/built: $(READY) $(SOURCES)
 	$(INSTALL)$(if $(PYTHON),,"[examples,bench]")
 	touch $@
 
 # What the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc. It is a `built` as well
-$(VENV)/complete: $(VENV)/ready $(SOURCES)
+$(VENV)/complete: $(READY) $(SOURCES)
 	SSLKERN_CUDA=$${SSLKERN_CUDA:-1} $(INSTALL)$(if $(PYTHON),,"[test]")
 	touch $(VENV)/built $@
 
