@@ -23,8 +23,10 @@ import pytest
 triton = pytest.importorskip("triton", reason="needs Triton") if "pytest" in sys.modules else __import__("triton")
 import triton.language as tl  # noqa: E402
 
+from sslkern import triton_kernels  # noqa: E402
+
+ARCHITECTURES = triton_kernels.launch.ARCHITECTURES
 TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-ARCHITECTURES = (80, 90, 100)
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SPILLING = "spilling"
 pytestmark = pytest.mark.skipif(
@@ -41,12 +43,12 @@ def spilling_kernel(x, out):
     tl.store(out + at, values - tl.max(values, 0))
 
 
-def compile_cases() -> dict:
+@cache
+def compile_cases(architecture: int) -> dict:
     """Kernels by name, among them the one that must be found to spill."""
-    from sslkern import triton_kernels
-
     modules = [import_module(f"{triton_kernels.__name__}.{m.name}") for m in iter_modules(triton_kernels.__path__)]
-    cases = {case.name: case for module in modules for case in getattr(module, "COMPILE_CASES", ())}
+    every = [case for module in modules for case in getattr(module, "COMPILE_CASES", ())]
+    cases = {case.name: case for case in every if architecture in case.architectures}
     cases[SPILLING] = triton_kernels.launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
     return cases
 
@@ -97,7 +99,7 @@ def compiling(architecture: int) -> Future:
     return ahead([sys.executable, __file__, str(architecture)], environment)
 
 
-@pytest.fixture(scope="module", params=ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}")
+@pytest.fixture(scope="module")
 def reports(request) -> tuple[int, dict]:
     """What that process has found."""
     run = compiling(request.param).result()
@@ -106,7 +108,16 @@ def reports(request) -> tuple[int, dict]:
 
 
 @pytest.mark.ahead(compiling, "reports")
-@pytest.mark.parametrize("name", [name for name in compile_cases() if name != SPILLING])
+@pytest.mark.parametrize(
+    ("reports", "name"),
+    [
+        pytest.param(architecture, name, id=f"sm_{architecture}-{name}")
+        for architecture in ARCHITECTURES
+        for name in compile_cases(architecture)
+        if name != SPILLING
+    ],
+    indirect=["reports"],
+)
 def test_machine_code(reports, name):
     architecture, found = reports[0], reports[1][name]
     assert found["stack"] == found["local"] == found["spills"] == 0, found
@@ -115,6 +126,7 @@ def test_machine_code(reports, name):
 
 
 @pytest.mark.ahead(compiling, "reports")
+@pytest.mark.parametrize("reports", ARCHITECTURES, ids=lambda architecture: f"sm_{architecture}", indirect=True)
 def test_a_spilling_kernel_is_found(reports):
     found = reports[1][SPILLING]
     assert found["spills"] > 0 and max(found["stack"], found["local"]) > 0, found
@@ -122,4 +134,6 @@ def test_a_spilling_kernel_is_found(reports):
 
 if __name__ == "__main__":
     with TemporaryDirectory() as cubins:
-        print(json.dumps({n: report(case, int(sys.argv[1]), Path(cubins)) for n, case in compile_cases().items()}))
+        architecture = int(sys.argv[1])
+        cases = compile_cases(architecture).items()
+        print(json.dumps({name: report(case, architecture, Path(cubins)) for name, case in cases}))

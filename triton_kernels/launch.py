@@ -16,6 +16,7 @@ from sslkern import backend
 
 INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 DEVICES = ("cuda", "cpu") if INTERPRETED else ("cuda",)
+ARCHITECTURES = (80, 90, 100)  # that tests compile for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
 
@@ -102,6 +103,7 @@ class CompileCase(NamedTuple):
     constants: dict[str, object]
     warps: int = 1
     floats: tuple[str, ...] = ()
+    architectures: tuple[int, ...] = ARCHITECTURES
 
     def signature(self) -> dict[str, str]:
         """Type per argument: 32-bit integers but for the pointers, constants and floats."""

@@ -21,6 +21,7 @@ from .pairwise_tiles import (
     add_weighted,
     cut,
     distances,
+    has_wgmma,
     kept,
     load_planes,
     products,
@@ -175,12 +176,12 @@ def gather_kernel(
 
 
 def tile_of(
-    planes: int, width: int, factor: int, values: int, only_sums: bool = False, around: bool = False
+    planes: int, width: int, factor: int, values: int, only_sums: bool = False, around: bool = False, wgmma: bool = True
 ) -> dict[str, int] | None:
     """The tile of padded widths, 0 for what is absent; None where it does not fit, or would spill."""
     if planes * width > (384 if factor or around else 768):
         return None
-    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width)
+    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width, around, wgmma)
 
 
 def weighted_rows(
@@ -206,7 +207,7 @@ def weighted_rows(
     bq = this.factor.width if this.factor is not None else 16
     bv = 16 if only_sums else (y if values is None else values).width
     wide = bq if this.factor is not None else 0, bv if values is not None else 0
-    tile = tile_of(planes, x.width, *wide, only_sums, around is not None)
+    tile = tile_of(planes, x.width, *wide, only_sums, around is not None, has_wgmma(x.planes))
     blocks, tiles = x.padded // PAD, triton.cdiv(m, tile["BJ"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
@@ -244,35 +245,31 @@ _POINTERS = {
 }
 
 
-def _case(
+def _cases(
     name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
-) -> launch.CompileCase:
-    tile = tile_of(planes, width, factor, values, "out" in absent, not {"sums", "out"} & set(absent))
-    warps = tile.pop("num_warps")
-    constants = {
-        "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes, "BD": width,
-        "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None, **dict.fromkeys(absent), **tile,
-    }  # fmt: skip
-    return launch.CompileCase(f"pairwise_{name}_{width}_{planes}", weighted_rows_kernel, _POINTERS, constants, warps)
+) -> list[launch.CompileCase]:
+    """One for every architecture, or one for those with wgmma and one for the others where their tiles differ."""
+    found = {}
+    for architecture in launch.ARCHITECTURES:
+        sizes = planes, width, factor, values, "out" in absent, not {"sums", "out"} & set(absent), architecture == 90
+        found.setdefault(tuple(tile_of(*sizes).items()), []).append(architecture)
+    cases = []
+    for tile, architectures in found.items():
+        constants = {
+            "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes,
+            "BD": width, "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None,
+            **dict.fromkeys(absent), **dict(tile),
+        }  # fmt: skip
+        warps = constants.pop("num_warps")
+        full = f"pairwise_{name}_{width}_{planes}"
+        kernel = weighted_rows_kernel
+        cases.append(launch.CompileCase(full, kernel, _POINTERS, constants, warps, architectures=tuple(architectures)))
+    return cases
 
 
 _FACTORS = ("left", "right")
 _WEIGHTS = ("row_pairs", "column_pairs", "shifts")
 COMPILE_CASES = [
-    *(
-        _case(f"gradient_{function}", function, width, planes, ("values", "sums", *_FACTORS))
-        for function in ("fixed", "online")
-        for width, planes in CASES
-    ),
-    *(
-        _case(f"gradient_of_distances_{function}", function, width, planes, ("values", *_FACTORS))
-        for function in ("fixed", "online", "-exp")
-        for width, planes in CASES
-        if planes > 1 and width < 256
-    ),
-    *(_case("matmul_rbf", "exp", w, p, (*_FACTORS, *_WEIGHTS, "sums"), values=64) for w, p in CASES[:-1] if p > 1),
-    _case("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
-    _case("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
     launch.CompileCase(
         "pairwise_gather",
         gather_kernel,
@@ -280,9 +277,21 @@ COMPILE_CASES = [
         {"ROWS": 16, "WIDTH": 256},
         warps=4,
     ),
-    _case("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
-    *(
-        _case("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)
-        for width, planes in ((64, 3), (128, 2), (128, 3), (256, 1))
-    ),
+    *_cases("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
+    *_cases("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
+    *_cases("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
 ]
+for _width, _planes in CASES:
+    for _function in ("fixed", "online"):
+        _absent = ("values", "sums", *_FACTORS)
+        COMPILE_CASES += _cases(f"gradient_{_function}", _function, _width, _planes, _absent)
+    for _function in ("fixed", "online", "-exp"):
+        if _planes > 1 and _width < 256:
+            COMPILE_CASES += _cases(
+                f"gradient_of_distances_{_function}", _function, _width, _planes, ("values", *_FACTORS)
+            )
+    if _planes > 1 and (_width, _planes) != CASES[-1]:
+        COMPILE_CASES += _cases("matmul_rbf", "exp", _width, _planes, (*_FACTORS, *_WEIGHTS, "sums"), values=64)
+for _width, _planes in ((64, 3), (128, 2), (128, 3), (256, 1)):
+    _absent = ("values", "sums", *_WEIGHTS)
+    COMPILE_CASES += _cases("gradient_softplus", "sigmoid", _width, _planes, _absent, factor=64)

@@ -10,7 +10,7 @@ from sslkern.reference.pairwise_reduce import OTHERS
 from . import launch, pairwise_chunks, pairwise_gram, pairwise_logsumexp
 from .pairwise_argmax import argmax
 from .pairwise_matmul import Side, tile_of, weighted_rows
-from .pairwise_tiles import SQUARED, WIDEST, Operand, operand, padded_columns, plane_count
+from .pairwise_tiles import SQUARED, WIDEST, Operand, has_wgmma, operand, padded_columns, plane_count
 from .pairwise_weights import SLOPES, VALUES, pairs
 
 
@@ -28,11 +28,13 @@ def _operands(x: Tensor, y: Tensor | None, kernel: str) -> tuple[Operand, Operan
     return operand(x, planes), None if y is None else operand(y, planes)
 
 
-def _too_wide(planes: int, d: int, factor: int = 0, values: int = 0, around: bool = False) -> bool:
+def _too_wide(x: Tensor, planes: int, factor: int = 0, values: int = 0, around: bool = False) -> bool:
     """Whether no tile fits; of 0 columns nothing is there; `around` as `weighted_rows` has it."""
+    d = x.shape[-1]
     if d > WIDEST or factor > WIDEST // 4 or values > WIDEST // 2:
         return True
-    return tile_of(planes, *(padded_columns(v) if v else 0 for v in (d, factor, values)), around=around) is None
+    widths = [padded_columns(v) if v else 0 for v in (d, factor, values)]
+    return tile_of(planes, *widths, around=around, wgmma=has_wgmma(x)) is None
 
 
 def pairwise_logsumexp_fwd(
@@ -46,11 +48,11 @@ def pairwise_logsumexp_fwd(
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
     z = x if y is None else y
-    n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
+    n, m = x.shape[-2], z.shape[-2]
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
     with launch.on_device(x):
         a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
-        if _too_wide(plane_count(kernel), d):
+        if _too_wide(x, plane_count(kernel)):
             rows, over = pairwise_chunks.logsumexp(a, b, c, labels, mask, kernel, columns)
         else:
             sides = _operands(a, b, kernel)
@@ -78,7 +80,7 @@ def pairwise_logsumexp_bwd(
 ) -> tuple[Tensor, Tensor]:
     own = y is None
     z = x if own else y
-    n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
+    n, m = x.shape[-2], z.shape[-2]
     a, b, c = _rows(x), None if own else _rows(y), _flat(scale)
     rows, over = (_flat(grad_rows, n), _flat(over_rows, n)), (None, None)
     if own:
@@ -89,7 +91,7 @@ def pairwise_logsumexp_bwd(
     needs = need_x, need_y and not own
     dropped = _without_own(mask, kernel, own)
     with launch.on_device(x):
-        if _too_wide(plane_count(kernel), d, around=kernel in SQUARED):
+        if _too_wide(x, plane_count(kernel), around=kernel in SQUARED):
             weights = pairs(*rows, None), pairs(*over, None)
             grads = pairwise_chunks.gradients(a, b, c, labels, weights, None, dropped, kernel, "online", needs)
         else:
@@ -139,11 +141,11 @@ def pairwise_argmax(
     kernel: str,
 ) -> Tensor:
     z = x if y is None else y
-    n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
+    n, m = x.shape[-2], z.shape[-2]
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
     with launch.on_device(x):
         a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
-        if _too_wide(plane_count(kernel), d):
+        if _too_wide(x, plane_count(kernel)):
             index = pairwise_chunks.argmax(a, b, c, labels, mask, kernel)
         else:
             index = argmax(*_operands(a, b, kernel), (n, m), c, labels, mask, kernel)
@@ -162,14 +164,14 @@ def pairwise_matmul_fwd(
 ) -> Tensor:
     own = y is None
     z = x if own else y
-    n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
+    n, m = x.shape[-2], z.shape[-2]
     p = 1 if rhs is None else rhs.shape[-1]
     labels = _flat(x_labels, n), _flat(x_labels if own else y_labels, m)
     with launch.on_device(x):
         a, b, c = _rows(x), None if own else _rows(y), _flat(scale)
         right = None if rhs is None else _rows(rhs)
         planes = plane_count(kernel)
-        if _too_wide(planes, d, 0, p):
+        if _too_wide(x, planes, 0, p):
             out = pairwise_chunks.matmul(a, b, c, right, labels, mask, kernel)
         else:
             first, second = _operands(a, b, kernel)
@@ -197,7 +199,7 @@ def pairwise_matmul_bwd(
 ) -> tuple[Tensor, Tensor, Tensor]:
     own = y is None
     z = x if own else y
-    n, m, d = x.shape[-2], z.shape[-2], x.shape[-1]
+    n, m = x.shape[-2], z.shape[-2]
     labels = _flat(x_labels, n), _flat(x_labels if own else y_labels, m)
     needs = need_x, need_y and not own
     dropped = _without_own(mask, kernel, own)
@@ -214,7 +216,7 @@ def pairwise_matmul_bwd(
         else:  # both terms of a symmetric matrix are one product of twice the columns
             factors = (torch.cat([g, right], -1), torch.cat([right, g], -1)) if own else (g, right)
         q = 0 if factors is None else factors[0].shape[-1]
-        if _too_wide(planes, d, q, around=kernel in SQUARED) or (need_rhs and _too_wide(planes, d, 0, p)):
+        if _too_wide(x, planes, q, around=kernel in SQUARED) or (need_rhs and _too_wide(x, planes, 0, p)):
             grads = pairwise_chunks.gradients(a, b, c, labels, weights, factors, dropped, kernel, SLOPES[kernel], needs)
             grad_rhs = None
             if need_rhs:

@@ -107,23 +107,36 @@ def operand(z: Tensor, planes: int) -> Operand:
     return Operand(out, squares)
 
 
-def table(planes: int, resident: int, loaded: int, summed: int = 0) -> dict[str, int] | None:
+def has_wgmma(z: Tensor) -> bool:
+    """Whether products of the device of `z` are those of Hopper, which read shared memory; the interpreter takes its
+    tiles."""
+    return not z.is_cuda or torch.cuda.get_device_capability(z.device)[0] == 9
+
+
+def table(
+    planes: int, resident: int, loaded: int, summed: int = 0, around: bool = False, wgmma: bool = True
+) -> dict[str, int] | None:
     """Rows and columns of a tile, stages of its loads and columns of a step, or None where an SM has no room.
 
     In columns: what 64 rows keep on chip, what every tile loads, and what it adds up. Wide rows do not stay on chip:
-    a tile goes through them by steps of BK. Chosen by what Triton 3.6 and 3.9 compile without spills
-    and without wgmma that waits.
+    a tile goes through them by steps of BK. `around` is where there are sums of weights as well, `wgmma` where
+    products are. Chosen by what Triton 3.6 and 3.9 compile without spills, and without wgmma that waits.
     """
     held = planes * resident
-    most = 512 if not summed else 384 if summed <= 128 else 256
+    if not summed:
+        most, four = 512, 384
+    elif wgmma:
+        # eight warps would split a sum's columns: narrower products, 35 barriers in a tile of two planes for 5, and
+        # ptxas makes the products wait for each other
+        most, four = (384, 384) if summed <= 128 else (256, 0)
+    else:  # operands in registers: less of them fits
+        most, four = 256 - around, 192
     if held > most:
         if planes * max(loaded, summed) > 1152:
             return None
         columns, warps = (16 if planes * summed > 512 else 32), (4 if 0 < summed <= 64 else 8)
         return {"BI": PAD, "BJ": columns, "STAGES": 2, "BK": 32, "num_warps": warps}
-    # eight warps would split a sum's columns: narrower products, 35 barriers in a tile of two planes for 5, and ptxas
-    # makes the products wait for each other
-    warps = 8 if summed > 128 or (not summed and held > 384) else 4
+    warps = 4 if held <= four else 8
     for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
         crowded = summed and 128 < held < 256 and columns > 32
         if not crowded and 2 * planes * (PAD * resident + columns * stages * loaded) <= limit:
