@@ -3,6 +3,7 @@
 import copy
 import itertools
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -268,13 +269,20 @@ def test_bad_arguments(backend):
         ops.batch_norm(x, training=True, group="word")
 
 
-def test_nan_in_eval_has_a_gradient(backend):
+@pytest.mark.parametrize("activation", (None, "relu"))
+@pytest.mark.parametrize("shape", ((6, 3, 4), (40, 3), (5, 3, 65)), ids=str)
+def test_nan_in_eval_has_a_gradient(shape, activation, backend):
     """By constant statistics the map is affine: the gradient of x is torch's, whatever x is."""
-    x, dy = torch.randn(6, 3, 4), torch.randn(6, 3, 4)
-    x[0, 1, 2], x[3, 0, 0] = torch.nan, torch.inf
+    x, dy = torch.randn(shape), torch.randn(shape)
+    x[0, 1], x[3, 0], x[4, 0], x[4, 2] = torch.nan, torch.inf, -torch.inf, torch.nan
     mean, variance, weight = torch.randn(3), torch.rand(3) + 0.5, torch.randn(3)
+
+    def torchs(x, **statistics):
+        y = F.batch_norm(x, **statistics)
+        return y if activation is None else y.relu()
+
     found = []
-    for function in (ops.batch_norm, F.batch_norm):
+    for function in (partial(ops.batch_norm, activation=activation), torchs):
         leaf = x.clone().requires_grad_()
         found += torch.autograd.grad(function(leaf, running_mean=mean, running_var=variance, weight=weight), leaf, dy)
     torch.testing.assert_close(*found)

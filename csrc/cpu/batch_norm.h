@@ -227,7 +227,7 @@ SSLKERN_INLINE void affine_of_rows(const S* x, int64_t ld, int64_t n, V mean, V 
   }
 }
 
-// out = scale dy - (slope (x - mean) + offset)
+// out = scale dy - (slope (x - mean) + offset), where a slope of 0, as by given statistics, keeps a NaN or inf of x out
 template <int64_t R, bool kRelu, class S, class V>
 SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, int64_t n, V mean, V scale, V bias,
                                            V slope, V offset, S* out) {
@@ -238,7 +238,7 @@ SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, 
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
       const T c = wide(x[j + r * ld]) - m, given = wide(dy[j + r * ld]);
       const T g = kRelu && c * a + b <= 0 ? T(0) : given;
-      out[j + r * ld] = narrow<S>(a * g - (k * c + l));
+      out[j + r * ld] = narrow<S>(a * g - ((k == 0 ? T(0) : k * c) + l));
     });
   }
 }

@@ -228,7 +228,8 @@ __global__ void __launch_bounds__(kThreads)
   finish_block(own, walk.inside, walk.channel, v.channels, splits, out);
 }
 
-// dx = scale (dy - mean of dy - x_hat mean of dy x_hat), the means being `sums` (2, C) times `each`
+// dx = scale (dy - mean of dy - x_hat mean of dy x_hat), the means being `sums` (2, C) times `each`; where they are 0,
+// as by given statistics, a NaN or inf of x stays out
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
     input_grad_kernel(Layout v, Plan p, const T* __restrict__ dy, const T* __restrict__ x, Statistics<Accumulator<T>> f,
@@ -260,7 +261,8 @@ __global__ void __launch_bounds__(kThreads)
         const int s = walk.slot(lane);
         const A number = static_cast<A>(raw_x[k][lane]);
         const A g = f.relu && affine[s].y(number) <= 0 ? A(0) : static_cast<A>(raw_dy[k][lane]);
-        raw_x[k][lane] = static_cast<T>(affine[s].scale * g - (slope[s] * (number - affine[s].mean) + offset[s]));
+        const A along = slope[s] == 0 ? A(0) : slope[s] * (number - affine[s].mean);
+        raw_x[k][lane] = static_cast<T>(affine[s].scale * g - (along + offset[s]));
       }
       store(raw_x[k], out + offsets[k]);
     }

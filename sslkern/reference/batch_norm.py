@@ -71,10 +71,12 @@ def batch_norm_input_grad(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C) of `batch_norm_sums`, or zeros."""
+    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C) of `batch_norm_sums`, or zeros, by
+    which a NaN or inf of x stays out."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
-    dx = dx - _per_channel(means[0], x) - xc * _per_channel(means[1] * inv_std, x)
+    slope = _per_channel(means[1] * inv_std, x)
+    dx = dx - _per_channel(means[0], x) - torch.where(slope == 0, 0, xc * slope)
     return _like(x, dx * _per_channel(weight * inv_std, x))
 
 
