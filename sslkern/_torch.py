@@ -118,10 +118,12 @@ def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
     return {} if hooks is None else hooks
 
 
-def hooked(module: nn.Module) -> bool:
-    """Whether calling a module does more than its `forward`. (2.0)"""
-    own = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return any(own) or nn.modules.module._has_any_global_hook()
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of the modules does more than its `forward`. (2.0)"""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return nn.modules.module._has_any_global_hook()
 
 
 class Sharded:

@@ -47,9 +47,9 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
     _checks.matrix_stack("z", z, min_rows=1)
     _checks.non_negative("eps", eps)
     z = z.detach().double()
-    finite = z.isfinite().all(-1).all(-1)
-    z = z.where(finite[..., None, None], 0)  # the solver raises, or on a GPU may not return, where numbers are missing
     gram = z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
-    sigma = torch.linalg.eigvalsh(gram).clamp_min(0).sqrt()
+    missing = (0 * gram).sum((-2, -1))  # 0, or NaN
+    # without them: the solver raises, or on a GPU may not return, where numbers are missing
+    sigma = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp_min(0).sqrt()
     p = sigma / sigma.sum(-1, keepdim=True) + eps
-    return (-(p * p.log()).sum(-1)).exp().where(finite, torch.nan)
+    return (-(p * p.log()).sum(-1)).exp() + missing

@@ -112,7 +112,7 @@ class BatchNormReLU(nn.Sequential):
         """relu((x - mean) / sqrt(var + eps) * weight + bias)"""
         if len(self._modules) == 2 and not _recorded(input):
             norm, relu = self._modules.values()
-            if type(norm) in _TORCHS and type(relu) is nn.ReLU and not (_torch.hooked(norm) or _torch.hooked(relu)):
+            if type(norm) in _TORCHS and type(relu) is nn.ReLU and not _torch.hooked(norm, relu):
                 return norm._normalise(input, "relu")  # type: ignore[operator]
         return super().forward(input)
 

@@ -51,13 +51,19 @@ def track(
             running.copy_(torch.where(count > 0, moved, running) if isinstance(count, Tensor) else moved)
 
 
-def check(name: str, value: object, x: Tensor) -> None:
-    if not isinstance(value, Tensor) or not value.is_floating_point():
-        raise TypeError(f"{name} must be a floating torch.Tensor of shape (C,) or None, got {type(value).__name__}.")
-    if value.shape != (x.shape[1],):
-        raise ValueError(f"{name} must have shape ({x.shape[1]},), as x has channels, got {tuple(value.shape)}.")
-    if value.device != x.device:
-        raise ValueError(f"{name} and x must be on the same device, got {value.device} and {x.device}.")
+def check(x: Tensor, **named: object) -> None:
+    """Each must be None, or a floating tensor of the channels of x, on its device."""
+    channels, device = x.shape[1], x.device
+    for name, value in named.items():
+        if value is None:
+            continue
+        if not isinstance(value, Tensor) or not value.is_floating_point():
+            kind = type(value).__name__
+            raise TypeError(f"{name} must be a floating torch.Tensor of shape (C,) or None, got {kind}.")
+        if value.dim() != 1 or value.shape[0] != channels:
+            raise ValueError(f"{name} must have shape ({channels},), as x has channels, got {tuple(value.shape)}.")
+        if value.device != device:
+            raise ValueError(f"{name} and x must be on the same device, got {value.device} and {device}.")
 
 
 def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float | Tensor) -> None:

@@ -16,9 +16,9 @@ FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of m
 
 
 def _dense(name: str, z: object, shape: str) -> Tensor:
-    if isinstance(z, Exception):  # what the caller met: raised here, where all ranks of a group hear of it
-        raise z
     if not isinstance(z, Tensor):
+        if isinstance(z, Exception):  # what the caller met: raised here, where all ranks of a group hear of it
+            raise z
         raise TypeError(f"{name} must be a torch.Tensor of shape {shape}, got {type(z).__name__}.")
     if z.dtype not in _DTYPES:
         raise TypeError(f"{name} must be float32, float64, bfloat16 or float16, got {short(z.dtype)}.")
@@ -91,11 +91,18 @@ def one_of(name: str, value: object, choices: tuple[str, ...]) -> None:
 
 
 def non_negative(name: str, value: object) -> float:
+    if type(value) is float and 0 <= value < inf:
+        return value
     if isinstance(value, Tensor):
         raise TypeError(f"{name} must be a number >= 0, not a torch.Tensor: it has no gradient.")
     if isinstance(value, bool) or not isinstance(value, Real) or not 0 <= float(value) < inf:
         raise ValueError(f"{name} must be a number >= 0, got {value!r}.")
     return float(value)
+
+
+def numbers(*values: object) -> bool:
+    """Whether all are finite floats, as settings mostly are: one look at all of them."""
+    return {*map(type, values)} == {float} and -inf < sum(values) < inf  # type: ignore[arg-type]
 
 
 def setting(

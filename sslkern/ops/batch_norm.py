@@ -251,18 +251,15 @@ def batch_norm(
 
     Source: Ioffe and Szegedy, Batch normalization (1502.03167); the merge of variances: Chan, Golub and LeVeque (1983).
     """
-    named = (("weight", weight), ("bias", bias), ("running_mean", running_mean), ("running_var", running_var))
     given = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    peers = distributed.peers_of(group) if given is None else None
+    peers = None if group is None or given is not None else distributed.peers_of(group)
     _checks.channels("x", x, empty=True)
-    for name, value in named:
-        if value is not None:
-            _channels.check(name, value, x)
+    _channels.check(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _channels.check_running(running_mean, running_var, training, momentum)
-    _checks.non_negative("eps", eps)
+    eps = _checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
-    x, relu, eps = dense(x), activation == "relu", float(eps)
+    x, relu = dense(x), activation == "relu"
     if given is not None:
         mean, variance = parameter(given[0], x, 0), parameter(given[1], x, 1)
         centre = torch.stack([mean, torch.zeros_like(mean)])

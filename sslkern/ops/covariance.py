@@ -16,6 +16,7 @@ from ._autograd import Op, first_order, intermediate, or_zeros
 
 Estimator = Literal["plugin", "unbiased"]
 Form = Literal["auto", "primal", "dual"]
+Settings = tuple[float | Tensor, ...]
 ESTIMATORS, FORMS = get_args(Estimator), get_args(Form)
 
 declare(
@@ -139,21 +140,23 @@ def covariance(
     tr(Sigma^2) is Himeno and Yamada (2014).
     """
     unbiased = estimator == "unbiased"
-    least, peers = 4 if unbiased else 2, distributed.peers_of(group)
-
-    def check() -> None:
-        _checks.one_of("estimator", estimator, ESTIMATORS)
-        _checks.one_of("form", form, FORMS)
-        _checks.matrix_stack("z", z, min_rows=least if peers is None else 0)
-        if peers is not None:
-            reference_only("covariances of a group", z)
-
+    least, peers = 4 if unbiased else 2, None if group is None else distributed.peers_of(group)
     if peers is not None:
-        counts = _joint.rows(peers, least, check, z)
+        counts = _joint.rows(peers, least, lambda: _check(estimator, form, 0, z=z), z)
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
-    check()
+    _check(estimator, form, least, z=z)
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
     return _Covariance.apply(z, unbiased, dual)[:2]
+
+
+def _check(estimator: str, form: str, least: int, **stacks: Tensor) -> None:
+    """Stacks must have `least` rows; those of a rank, 0, may have none."""
+    _checks.one_of("estimator", estimator, ESTIMATORS)
+    _checks.one_of("form", form, FORMS)
+    for name, z in stacks.items():
+        _checks.matrix_stack(name, z, least)
+        if least == 0:
+            reference_only("covariances of a group", z)
 
 
 def vicreg(
@@ -173,43 +176,38 @@ def vicreg(
     The kernels take numbers: with a tensor among the settings, which may need a gradient, the terms are composed.
     """
     unbiased = estimator == "unbiased"
-    least, peers = 4 if unbiased else 2, distributed.peers_of(group)
-    settings: tuple[float | Tensor, ...] = ()
-
-    def check() -> None:
-        nonlocal settings
-        _checks.one_of("estimator", estimator, ESTIMATORS)
-        _checks.one_of("form", form, FORMS)
-        for name, view in (("a", a), ("b", b)):
-            _checks.matrix_stack(name, view, min_rows=least if peers is None else 0)
-        _checks.same("a", a, "b", b)
-        settings = (
-            _checks.setting("sim_coeff", sim_coeff, a),
-            _checks.setting("std_coeff", std_coeff, a),
-            _checks.setting("cov_coeff", cov_coeff, a),
-            _checks.setting("gamma", gamma, a),
-            _checks.setting("eps", eps, a, least=0),
-        )
-        if peers is not None:
-            reference_only("covariances of a group", a)
-
+    least, peers = 4 if unbiased else 2, None if group is None else distributed.peers_of(group)
+    settings: Settings = sim_coeff, std_coeff, cov_coeff, gamma, eps
     if peers is not None:
-        counts = _joint.rows(peers, least, check, a, b)
+        checked: list[Settings] = []
+        counts = _joint.rows(peers, least, lambda: checked.append(_checked(a, b, estimator, form, 0, settings)), a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)
         variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
-        return _composed(a, b, peers.size / (n * d), variance, offdiag, settings)
-    check()
+        return _composed(a, b, peers.size / (n * d), variance, offdiag, *checked)
+    settings = _checked(a, b, estimator, form, least, settings)
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
-    if [value for value in settings if isinstance(value, Tensor)]:
+    if not _checks.numbers(*settings):
         views = [_Covariance.apply(view, unbiased, dual) for view in (a, b)]
         variance, offdiag = (torch.stack([view[k] for view in views]) for k in (0, 1))
         return _composed(a, b, 1 / a.shape[-2:].numel(), variance, offdiag, settings)
     return _VICReg.apply(a, b, *settings, unbiased, dual)[:2]
 
 
+def _checked(a: Tensor, b: Tensor, estimator: str, form: str, least: int, settings: Settings) -> Settings:
+    """The settings as `_checks.setting` returns them, when all else is right."""
+    _check(estimator, form, least, a=a, b=b)
+    _checks.same("a", a, "b", b)
+    if _checks.numbers(*settings) and settings[-1] >= 0:
+        return settings
+    *coefficients, eps = settings
+    names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma")
+    numbers = [_checks.setting(name, value, a) for name, value in zip(names, coefficients, strict=True)]
+    return *numbers, _checks.setting("eps", eps, a, least=0)
+
+
 def _composed(
-    a: Tensor, b: Tensor, share: float, variance: Tensor, offdiag: Tensor, settings: tuple[float | Tensor, ...]
+    a: Tensor, b: Tensor, share: float, variance: Tensor, offdiag: Tensor, settings: Settings
 ) -> tuple[Tensor, Tensor]:
     """VICReg from the statistics of both views; share: of one squared difference in their mean."""
     dtype = accumulation_dtype(a)

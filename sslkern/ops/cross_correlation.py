@@ -99,22 +99,23 @@ def cross_correlation(
 
     Source: Zbontar et al., Barlow Twins (2103.03230), eq. 1-2.
     """
-    peers = distributed.peers_of(group)
-
-    def check() -> None:
-        _checks.one_of("stats", stats, ("sync", "local"))
-        for name, view in (("a", a), ("b", b)):
-            _checks.matrix_stack(name, view, min_rows=2 if peers is None else 0)
-        _checks.same("a", a, "b", b)
-        _checks.non_negative("eps", eps)
-        _checks.one_of("form", form, FORMS)
-        if peers is not None:
-            reference_only("cross-correlations of a group", a)
-
+    peers = None if group is None else distributed.peers_of(group)
     if peers is not None:
-        counts = _joint.rows(peers, 2, check, a, b)
+        counts = _joint.rows(peers, 2, lambda: _check(a, b, eps, form, stats, 0), a, b)
         dual = takes_dual(sum(counts), a.shape[-1], form, 0.75)
         return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)
-    check()
+    _check(a, b, eps, form, stats, 2)
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.75)
     return _CrossCorrelation.apply(a, b, float(eps), dual)[:2]
+
+
+def _check(a: Tensor, b: Tensor, eps: float, form: str, stats: str, least: int) -> None:
+    """Views must have `least` rows; those of a rank, 0, may have none."""
+    _checks.one_of("stats", stats, ("sync", "local"))
+    _checks.matrix_stack("a", a, least)
+    _checks.matrix_stack("b", b, least)
+    _checks.same("a", a, "b", b)
+    _checks.non_negative("eps", eps)
+    _checks.one_of("form", form, FORMS)
+    if least == 0:
+        reference_only("cross-correlations of a group", a)

@@ -14,6 +14,7 @@ from . import _checks
 from ._autograd import differentiated
 
 Retraction = Literal["tangent", "direct", "cayley"]
+_RETRACTIONS = get_args(Retraction)
 _NUMBERS = {
     "tangent": _reference.TANGENT,
     "direct": _reference.DIRECT,
@@ -79,7 +80,7 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """
-    _checks.one_of("retraction", retraction, get_args(Retraction))
+    _checks.one_of("retraction", retraction, _RETRACTIONS)
     _check(u, a, b, retraction)
     if differentiated(u, a, b):
         raise RuntimeError("rank_k_update_ cannot be differentiated: call it under torch.no_grad().")
