@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import os
 import re
-import subprocess
 import sys
 from concurrent.futures import Future
 from functools import cache
@@ -18,6 +17,7 @@ from pathlib import Path
 from pkgutil import iter_modules
 from tempfile import TemporaryDirectory
 
+import machine_code
 import pytest
 
 triton = pytest.importorskip("triton", reason="needs Triton") if "pytest" in sys.modules else __import__("triton")
@@ -26,13 +26,9 @@ import triton.language as tl  # noqa: E402
 from sslkern import triton_kernels  # noqa: E402
 
 ARCHITECTURES = triton_kernels.launch.ARCHITECTURES
-TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}
 SPILLING = "spilling"
-pytestmark = pytest.mark.skipif(
-    not ((TOOLS / "cuobjdump").exists() and (TOOLS / "nvdisasm").exists()),
-    reason="this Triton comes without NVIDIA's cuobjdump and nvdisasm",
-)
+pytestmark = machine_code.needed
 
 
 @triton.jit
@@ -68,20 +64,16 @@ def compiled(case, architecture: int):
     return triton.compile(source, target=GPUTarget("cuda", architecture, 32), options={"num_warps": case.warps})
 
 
-def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
-
-
 def report(case, architecture: int, folder: Path) -> dict:
     kernel = compiled(case, architecture)
     cubin = folder / f"{case.name}.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
-    usage = dict(re.findall(r"(REG|STACK|LOCAL):(\d+)", tool("cuobjdump", "--dump-resource-usage", str(cubin))))
-    code = tool("nvdisasm", "-c", str(cubin))
+    (usage,) = machine_code.resources(cubin).values()
+    code = machine_code.tool("nvdisasm", "--no-dataflow", "-c", str(cubin))
     return {
-        "registers": int(usage["REG"]),
-        "stack": int(usage["STACK"]),
-        "local": int(usage["LOCAL"]),
+        "registers": usage["REG"],
+        "stack": usage["STACK"],
+        "local": usage["LOCAL"],
         "shared": kernel.metadata.shared,
         "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
         "narrow_loads": len(re.findall(r"\bLDG\.E(?:\.(?:U8|U16|S8|S16))?\s", code)),

@@ -13,7 +13,7 @@ from ..reference import batch_norm as _reference
 from ..reference.columns import accumulation_dtype
 from ..train import distributed
 from . import _channels, _checks
-from ._autograd import Op, first_order, intermediate, or_zeros
+from ._autograd import Op, differentiated, first_order, intermediate, or_zeros
 from ._channels import dense, kernel_tracks, laid_out_as, parameter, per_slice, track
 
 Activation = Literal["relu"] | None
@@ -198,7 +198,10 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     _checks.channels("x", x)
     x = dense(x)
-    return _BatchMoments.apply(x)[:2]
+    if differentiated(x):
+        return _BatchMoments.apply(x)[:2]
+    centre, variance = pick("batch_moments_fwd", x)(x)
+    return centre[0], variance
 
 
 def batch_norm(
