@@ -4,8 +4,9 @@ Trees are folders with a built extension, such as git worktrees. The cases are t
 for both. A case has a process in each tree, and the two take turns within one minute, --rounds times: the pairs of
 medians so measured give the ratio, and their spread its noise. What is worse by more than that counts once two fresh
 processes have said so again. What a call costs on (8, 16) inputs (`overhead.py`) is timed in the same way, on one
-thread, and counted: "overhead" rows are microseconds, "bytecodes" rows Python's own instructions, which no neighbour
-disturbs. --filter chooses rows of all three kinds. The exit status is 1 if a row got worse or fails, else 0.
+thread, and counted: "overhead" rows are microseconds, "instructions" rows those of the processor, which no neighbour
+disturbs, by valgrind; where there is none, "bytecodes" rows are those of Python. --filter chooses rows of all kinds.
+The exit status is 1 if a row got worse or fails, else 0.
 
 Of result files each row is compared once: the noise is that of the p20-p80 they hold.
 """
@@ -17,17 +18,21 @@ import json
 import math
 import os
 import re
+import shutil
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 OURS = Path(__file__).parents[1]
 LEAST = 0.02  # two processes of one tree differ by as much in time, by where their memory happens to lie
-OVERHEAD, BYTECODES = "overhead ", "bytecodes "
+OVERHEAD, INSTRUCTIONS, BYTECODES = "overhead ", "instructions ", "bytecodes "
+COUNTED = (INSTRUCTIONS, BYTECODES)
 
 
 @dataclass(frozen=True)
@@ -82,24 +87,24 @@ def of_files(before: Path, after: Path, pattern: str) -> list[Row]:
 # In a worker: a process that has one tree's sslkern, and this tree's bench.
 
 
-def work(device: str) -> None:
-    """Answer each line of the input, the name of a row, with a figure of it."""
+def work(device: str, counts: str) -> None:
+    """Answer each line of the input, the name of a row, with a figure of it. Under valgrind, `counts` are its files."""
     measures: dict[str, Callable[[], float]] = {}
     for line in sys.stdin:
         name = line.strip()
         try:
             if name not in measures:
-                measures[name] = _measure(name, device)
+                measures[name] = _measure(name, device, Path(counts))
             print("FIGURE", measures[name](), flush=True)
         except Exception as error:
             print("FAILED", f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
 
 
-def _measure(name: str, device: str) -> Callable[[], float]:
+def _measure(name: str, device: str, counts: Path) -> Callable[[], float]:
     """What tells a row's figure: a count, or the median time of a block of calls."""
     from . import overhead, run
 
-    if not name.startswith((OVERHEAD, BYTECODES)):
+    if not name.startswith((OVERHEAD, *COUNTED)):
         return _medians(run.seconds_of(name, device), 1e3, warm=0.5, block=0.2)
     call = overhead.overheads()[name.partition(" ")[2]]()
     if name.startswith(OVERHEAD):
@@ -112,7 +117,7 @@ def _measure(name: str, device: str) -> Callable[[], float]:
         return _medians(seconds, 1e6, warm=0.05, block=0.02)
     for _ in range(5):  # the first calls fill caches
         call()
-    return lambda: overhead.bytecodes(call)
+    return partial(overhead.bytecodes, call) if name.startswith(BYTECODES) else overhead.instructions(call, counts)
 
 
 def _medians(seconds: Callable[[], float], scale: float, warm: float, block: float) -> Callable[[], float]:
@@ -134,18 +139,23 @@ import sslkern
 assert sslkern.__file__.startswith({tree!r}), sslkern.__file__
 sys.path.insert(0, {ours!r})
 from bench import compare
-compare.work({device!r})
+compare.work({device!r}, {counts!r})
 """
+CALLGRIND = ("valgrind", "--tool=callgrind", "--quiet", "--collect-atstart=no", "--callgrind-out-file={counts}")
 
 
 class Worker:
-    """A process of one tree."""
+    """A process of one tree, on so many threads if a number is given; under valgrind if it counts instructions."""
 
-    def __init__(self, tree: Path, device: str, threads: int | None) -> None:
+    def __init__(self, tree: Path, device: str, threads: int | None = None, counting: bool = False) -> None:
+        self.folder = tempfile.TemporaryDirectory()
+        counts = str(Path(self.folder.name) / "counts")
+        boot = BOOT.format(tree=str(tree), ours=str(OURS), device=device, counts=counts)
+        own = {"OMP_NUM_THREADS": str(threads)} if threads else {}
         self.process = subprocess.Popen(
-            [sys.executable, "-c", BOOT.format(tree=str(tree), ours=str(OURS), device=device)],
+            [*(part.format(counts=counts) for part in CALLGRIND if counting), sys.executable, "-c", boot],
             cwd=OURS,
-            env=os.environ | ({"OMP_NUM_THREADS": str(threads)} if threads else {}),
+            env=os.environ | own | ({"PYTHONHASHSEED": "0"} if counting else {}),
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
@@ -168,17 +178,23 @@ class Worker:
         lines = stderr.read().strip().splitlines()
         raise RuntimeError(lines[-1] if lines else f"the process ended with status {self.process.wait()}")
 
+    def end(self) -> None:
+        self.process.kill()
+        self.process.communicate()
+        self.folder.cleanup()
+
 
 @contextlib.contextmanager
-def workers(trees: tuple[Path, Path], device: str, threads: int | None = None) -> Iterator[list[Worker]]:
+def workers(
+    trees: tuple[Path, Path], device: str, threads: int | None = None, counting: bool = False
+) -> Iterator[list[Worker]]:
     """A process in each tree."""
-    running = [Worker(tree, device, threads) for tree in trees]
+    running = [Worker(tree, device, threads, counting) for tree in trees]
     try:
         yield running
     finally:
         for worker in running:
-            worker.process.kill()
-            worker.process.communicate()
+            worker.end()
 
 
 def measured(pair: list[Worker], name: str, rounds: int) -> Row | dict[int, str]:
@@ -192,10 +208,11 @@ def measured(pair: list[Worker], name: str, rounds: int) -> Row | dict[int, str]
     if failed:
         return failed
     figures: tuple[list[float], list[float]] = ([], [])
-    for turn in range(3 if name.startswith(BYTECODES) else rounds):
+    for turn in range(3 if name.startswith(COUNTED) else rounds):
         for k in (0, 1) if turn % 2 == 0 else (1, 0):
             figures[k].append(pair[k].figure(name))
-    unit = "bytecodes" if name.startswith(BYTECODES) else "us" if name.startswith(OVERHEAD) else "ms"
+    kind = name.partition(" ")[0]
+    unit = kind if name.startswith(COUNTED) else "us" if name.startswith(OVERHEAD) else "ms"
     return judged(name, *figures, unit)
 
 
@@ -203,14 +220,14 @@ def rows_of(
     trees: tuple[Path, Path], names: list[str], device: str, rounds: int, deadline: float = math.inf
 ) -> Iterator[tuple[str, Row | dict[int, str]]]:
     """Each row, as it is measured; none is begun after the deadline."""
-    small = [name for name in names if name.startswith((OVERHEAD, BYTECODES))]
-    if small:
-        with workers(trees, device, threads=1) as pair:
-            for name in small:
+    small = [[name for name in names if name.startswith(kind)] for kind in (*COUNTED, OVERHEAD)]
+    for rows in filter(None, small):
+        with workers(trees, device, threads=1, counting=rows[0].startswith(INSTRUCTIONS)) as pair:
+            for name in rows:
                 if time.monotonic() < deadline:
                     yield name, measured(pair, name, rounds)
     for name in names:
-        if name not in small and time.monotonic() < deadline:
+        if not name.startswith((OVERHEAD, *COUNTED)) and time.monotonic() < deadline:
             with workers(trees, device) as pair:
                 yield name, measured(pair, name, rounds)
 
@@ -221,7 +238,8 @@ def compare(trees: tuple[Path, Path], pattern: str, device: str, rounds: int, mi
     from .overhead import overheads
 
     deadline = time.monotonic() + 60 * minutes
-    small = [kind + name for kind in (BYTECODES, OVERHEAD) for name in overheads()]
+    counted = INSTRUCTIONS if shutil.which(CALLGRIND[0]) else BYTECODES
+    small = [kind + name for kind in (counted, OVERHEAD) for name in overheads()]
     every = [*small, *(name for name, _ in all_cases(device))]
     names = [name for name in every if re.search(pattern, name)]
     if not names:
@@ -260,7 +278,8 @@ HEAD = "| row | unit | before | after | change | noise | |\n| --- | --- | --- | 
 
 
 def line_of(row: Row) -> str:
-    values = (f"{x:,.0f}" if row.unit == "bytecodes" else f"{x:.4g}" for x in (row.before, row.after))
+    whole = row.name.startswith(COUNTED)
+    values = (f"{x:,.0f}" if whole else f"{x:.4g}" for x in (row.before, row.after))
     change, noise = (f"{100 * math.expm1(x):{sign}.1f} %" for x, sign in ((row.change, "+"), (row.noise, "")))
     return f"| {row.name} | {row.unit} | {' | '.join(values)} | {change} | {noise} | {row.verdict} |"
 

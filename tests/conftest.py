@@ -18,6 +18,9 @@ if not torch.cuda.is_available():
 
 import sslkern
 
+if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
+    import quick_interpreter  # noqa: F401
+
 ROOT = Path(__file__).parents[1]
 AHEAD = ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1))  # the tests themselves are one process
 RUNNING: set[subprocess.Popen] = set()

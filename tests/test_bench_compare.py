@@ -1,6 +1,7 @@
 """`python -m bench --compare`: a planted slow row is found, and noise alone is not."""
 
 import json
+import os
 import random
 import subprocess
 import sys
@@ -66,17 +67,24 @@ def test_trees(tmp_path, native):
     before, after = tree(tmp_path / "before"), tree(tmp_path / "after", SLOW)
     rows = "^(bytecodes v(icreg|creg)_loss|overhead vicreg_loss), no grad$"  # the time of vcreg_loss differs by itself
     command = [sys.executable, "-m", "bench", "--device", "cpu", "--rounds", "5", "--filter", rows]
-    done = subprocess.run([*command, "--compare", before, after], cwd=ROOT, capture_output=True, text=True)
+    command += ["--compare", before, after]
+    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": ""}, capture_output=True, text=True)
     assert done.returncode == 1, done.stderr
     last = done.stdout.strip().splitlines()[-1]
     assert last == "2 of 3 rows got worse: bytecodes vicreg_loss, no grad, overhead vicreg_loss, no grad"
+
+
+@pytest.fixture
+def without_valgrind(monkeypatch):
+    """Where it is, a process that it runs takes minutes to import torch."""
+    monkeypatch.setattr(compare.shutil, "which", lambda _: None)
 
 
 def main(before, after, pattern=""):
     return compare.main(before, after, pattern, "cpu", 5, 10.0)
 
 
-def test_a_row_that_fails(tmp_path, native, capsys):
+def test_a_row_that_fails(tmp_path, native, without_valgrind, capsys):
     """It fails the comparison where it did not before, with its reason."""
     before, after = tree(tmp_path / "before"), tree(tmp_path / "after", "\ndel metrics.rankme\n")
     for trees, status in (((before, after), 1), ((after, before), 0)):

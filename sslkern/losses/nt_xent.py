@@ -93,7 +93,8 @@ def _check(
     if not isinstance(others, list | tuple):
         raise TypeError(f"others must be a list or tuple of further views (N, D), got {type(others).__name__}.")
     _checks.matrix("a", a, least)
-    for name, view in (("b", b), *((f"others[{i}]", view) for i, view in enumerate(others))):
+    for i, view in enumerate((b, *others)):
+        name = f"others[{i - 1}]" if i else "b"
         _checks.matrix(name, view, least)
         _checks.same_shape("a", a, name, view)
     if negatives is not None:
@@ -118,6 +119,8 @@ def _check_settings(temperature: object, inside: object, decoupled: object, eps:
 
 def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
     """(V, N, D), by one pass where eps is that of all views. In `dtype` first: autocast stacks no dtype but its own."""
+    if {view.dtype for view in views} == {dtype}:
+        return unit_rows(torch.stack(views), dtype, eps)
     kinds = {least_length(view, eps) for view in views}
     if len(kinds) == 1:
         return unit_rows(torch.stack([view.to(dtype) for view in views]), dtype, kinds.pop())

@@ -7,6 +7,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
+from .. import _torch
 from ..ops import _checks, _joint
 from ..ops._rows import precision
 from ..ops.kernel_matmul import rbf_scale
@@ -43,7 +44,8 @@ def median_bandwidth(x: Tensor) -> Tensor:
     rows = x.detach().to(precision(x))
     if n > _MOST_ROWS:
         rows = rows[..., torch.arange(_MOST_ROWS, device=x.device) * n // _MOST_ROWS, :]
-    median = _OPS.median_distance(rows)
+    traced = torch.compiler.is_compiling() or _torch.transforms_active()
+    median = (_OPS.median_distance if traced else _median_distance)(rows)
     return torch.where(median == 0, 1, median)
 
 

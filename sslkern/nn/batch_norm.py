@@ -54,19 +54,24 @@ class _BatchNorm(_torch.BatchNormBase):
 
     def _normalise(self, input: Tensor, activation: Activation) -> Tensor:
         self._check_input_dim(input)
+        # where they are: `self.weight` looks there last, and takes as long as a check of ours
+        parameters, buffers = _torch.parameters(self), _torch.buffers(self)
+        weight = parameters["weight"] if "weight" in parameters else self.weight
+        bias = parameters["bias"] if "bias" in parameters else self.bias
+        mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
-        if self.training and self.track_running_stats and self.num_batches_tracked is not None:
-            self.num_batches_tracked.add_(1)
+        if self.training and self.track_running_stats and batches is not None:
+            batches.add_(1)
             if self.momentum is None:  # the cumulative average, without a look at the number
-                momentum = self.num_batches_tracked.double().reciprocal()
-        by_batch = self.training or (self.running_mean is None and self.running_var is None)
+                momentum = batches.double().reciprocal()
+        by_batch = self.training or (mean is None and variance is None)
         keep = not self.training or self.track_running_stats
         return batch_norm(
             input,
-            self.weight,
-            self.bias,
-            self.running_mean if keep else None,
-            self.running_var if keep else None,
+            weight,
+            bias,
+            mean if keep else None,
+            variance if keep else None,
             by_batch,
             momentum,
             self.eps,

@@ -67,9 +67,9 @@ def intermediate(ctx: Any, *outputs: Tensor) -> None:
     ctx.set_materialize_grads(False)  # or the engine would make zeros of the size of a Gram matrix
 
 
-def or_zeros(grad: Tensor | None, output: Tensor) -> Tensor:
-    """The gradient by an output, where it was used."""
-    return torch.zeros_like(output) if grad is None else grad
+def or_zeros(grad: Tensor | None, like: Tensor, first: int = 0, last: int | None = None) -> Tensor:
+    """The gradient by an output that was used, or zeros of its shape: that of dimensions first to last of `like`."""
+    return like.new_zeros(like.shape[first:last]) if grad is None else grad
 
 
 def first_order(backward: Callable) -> Callable:

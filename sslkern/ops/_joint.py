@@ -62,7 +62,7 @@ class _Products(Op):
     def backward(ctx: Any, grad_diagonal: Tensor | None, grad_offdiag: Tensor | None, *_: None):
         counts, peers, dual = ctx.settings
         x, y, diagonal, *saved = ctx.saved_tensors
-        grad_diagonal, grad_offdiag = or_zeros(grad_diagonal, diagonal), or_zeros(grad_offdiag, diagonal[..., 0])
+        grad_diagonal, grad_offdiag = or_zeros(grad_diagonal, diagonal), or_zeros(grad_offdiag, diagonal, last=-1)
         sums = distributed.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
         column, scale = sums[..., None, :-1], 2 * sums[..., -1, None, None]
         with without_autocast(x):

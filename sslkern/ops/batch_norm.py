@@ -64,7 +64,7 @@ class _BatchMoments(Op):
     def backward(ctx, grad_mean, grad_variance, _):
         x, centre = ctx.saved_tensors
         count = x.numel() // x.shape[1]
-        grad_mean, grad_variance = or_zeros(grad_mean, centre[0]), or_zeros(grad_variance, centre[0])
+        grad_mean, grad_variance = or_zeros(grad_mean, centre, 1), or_zeros(grad_variance, centre, 1)
         # grad_mean / M + 2 / M grad_variance (x - mean): the affine map of a batch norm of unit variance
         weight, one = 2 / count * grad_variance, torch.ones_like(grad_variance)
         return pick("batch_norm_apply", x)(x, weight, grad_mean / count, centre, one, 0.0, False)

@@ -60,7 +60,7 @@ class _Covariance(Op):
     def backward(ctx, grad_variance, grad_offdiag, *_):
         z, centre, variance, gram, row_sq = ctx.saved_tensors
         grad_variance = or_zeros(grad_variance, variance)
-        grad_offdiag = or_zeros(grad_offdiag, variance[..., 0])
+        grad_offdiag = or_zeros(grad_offdiag, variance, last=-1)
         kernel = pick("covariance_bwd", z)
         grad = kernel(grad_variance, grad_offdiag, z, centre, variance, gram, row_sq, ctx.unbiased, ctx.dual)
         return grad, None, None
@@ -83,7 +83,7 @@ class _VICReg(Op):
     def backward(ctx, grad_loss, *_):
         a, b, centre, variance, gram, row_sq = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
-        grad_loss = or_zeros(grad_loss, variance[0, ..., 0])
+        grad_loss = or_zeros(grad_loss, variance, 1, -1)
         kernel = pick("vicreg_bwd", a)
         grad_a, grad_b = kernel(grad_loss, a, b, centre, variance, gram, row_sq, *ctx.settings, need_a, need_b)
         return (grad_a if need_a else None, grad_b if need_b else None, *(None,) * len(ctx.settings))

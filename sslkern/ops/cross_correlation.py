@@ -46,7 +46,7 @@ class _CrossCorrelation(Op):
         a, b, centre, inv_std, diagonal, gram = ctx.saved_tensors
         need_a, need_b = ctx.needs_input_grad[:2]
         grad_diagonal = or_zeros(grad_diagonal, diagonal)
-        grad_offdiag = or_zeros(grad_offdiag, diagonal[..., 0])
+        grad_offdiag = or_zeros(grad_offdiag, diagonal, last=-1)
         kernel = pick("cross_correlation_bwd", a)
         grad_a, grad_b = kernel(
             grad_diagonal, grad_offdiag, a, b, centre, inv_std, diagonal, gram, ctx.dual, need_a, need_b
