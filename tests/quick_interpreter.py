@@ -1,7 +1,7 @@
-"""Triton's interpreter in two thirds of its time: it looks through triton.language at every call of a jitted function, to
-replace what a launch has replaced already.
+"""Triton's interpreter in two thirds of its time.
 
-It changes how often that is done, and no value. Where a Triton is made otherwise, it is left as it is.
+At every call of a jitted function it looks through triton.language, to replace what a launch has replaced already. Here
+that is done once, which changes no value. Where a Triton is made otherwise, it is left as it is.
 """
 
 from __future__ import annotations

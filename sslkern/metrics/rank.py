@@ -48,8 +48,9 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
     _checks.non_negative("eps", eps)
     z = z.detach().double()
     gram = z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
+    total = gram.sum((-2, -1))
     # without NaN and inf: the solver raises, or on a GPU may not return, where numbers are missing
-    sigma = torch.linalg.eigvalsh(gram.nan_to_num(0, 0, 0)).clamp_min_(0).sqrt_()
+    sigma = torch.linalg.eigvalsh(gram.nan_to_num_(0, 0, 0)).clamp_min_(0).sqrt_()
     p = sigma.div_(sigma.sum(-1, keepdim=True)).add_(eps)
     rank = torch.special.entr(p).sum(-1).exp_()
-    return rank.add_(gram.sum((-2, -1)), alpha=0)  # NaN where numbers were missing
+    return rank.add_(total, alpha=0)  # NaN where numbers were missing

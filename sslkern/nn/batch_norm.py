@@ -56,8 +56,8 @@ class _BatchNorm(_torch.BatchNormBase):
         self._check_input_dim(input)
         # where they are: `self.weight` looks there last, and takes as long as a check of ours
         parameters, buffers = _torch.parameters(self), _torch.buffers(self)
-        weight = parameters["weight"] if "weight" in parameters else self.weight
-        bias = parameters["bias"] if "bias" in parameters else self.bias
+        weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
+        bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
         mean, variance, batches = buffers["running_mean"], buffers["running_var"], buffers["num_batches_tracked"]
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and batches is not None:
