@@ -1,6 +1,7 @@
 """The package from outside: `python -m sslkern`, environment variables, and what is said where something is missing."""
 
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import Future
@@ -24,9 +25,10 @@ sys.meta_path.insert(0, Hide())
 
 
 def settings(**environment):
-    """The environment of a fresh interpreter, free of the settings of this one."""
-    ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "TRITON_INTERPRET")
-    return {**{name: value for name, value in os.environ.items() if name not in ours}, **environment}
+    """The environment of a fresh interpreter, or make, free of the settings of this one and of a make around it."""
+    ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "TRITON_INTERPRET", "ARGS")
+    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MAKE")}
+    return kept | environment
 
 
 def python(*arguments, **environment):
@@ -222,7 +224,8 @@ def test_demo_and_test_do_not_undo_each_others_build(tmp_path):
 
     def built(target):
         record.write_text("")
-        run = subprocess.run(["make", target, f"VENV={stub.parents[1]}"], cwd=ROOT, env=environment, text=True)
+        venv = tmp_path / "venv"
+        run = subprocess.run(["make", target, f"VENV={venv}", f"READY={venv}/ready"], cwd=ROOT, env=environment)
         assert run.returncode == 0
         return record.read_text().splitlines()
 
@@ -235,3 +238,15 @@ def test_demo_and_test_do_not_undo_each_others_build(tmp_path):
     for name in ("built", "complete"):
         (tmp_path / "venv" / name).unlink()
     assert len(built("test")) == 1 and not built("demo") and not built("test")
+
+
+def test_another_torch_is_set_up():
+    """Each TORCH= and each PYTHON= has a stamp of its own: what one set up is not taken for the other."""
+    asked = ("TORCH=torch==2.13.0", "TORCH=torch==2.12", "TORCH=torch>=2.12", "PYTHON=/a/python3", "PYTHON=/b/python3")
+    stamps = set()
+    for setting in asked:
+        run = subprocess.run(
+            ["make", "-n", "-B", "build", setting], cwd=ROOT, env=settings(), capture_output=True, text=True
+        )
+        stamps |= {line for line in run.stdout.splitlines() if re.fullmatch(r"touch \S+/ready-\d+", line)}
+    assert len(stamps) == len(asked)
