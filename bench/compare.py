@@ -33,6 +33,7 @@ OURS = Path(__file__).parents[1]
 LEAST = 0.02  # two processes of one tree differ by as much in time, by where their memory happens to lie
 OVERHEAD, INSTRUCTIONS, BYTECODES = "overhead ", "instructions ", "bytecodes "
 COUNTED = (INSTRUCTIONS, BYTECODES)
+UNITS = {OVERHEAD: "us", INSTRUCTIONS: "instructions", BYTECODES: "bytecodes"}
 
 
 @dataclass(frozen=True)
@@ -117,7 +118,8 @@ def _measure(name: str, device: str, counts: Path) -> Callable[[], float]:
         return _medians(seconds, 1e6, warm=0.05, block=0.02)
     for _ in range(5):  # the first calls fill caches
         call()
-    return partial(overhead.bytecodes, call) if name.startswith(BYTECODES) else overhead.instructions(call, counts)
+    bytecodes = name.startswith(BYTECODES)
+    return partial(overhead.bytecodes, call) if bytecodes else partial(overhead.instructions, call, counts)
 
 
 def _medians(seconds: Callable[[], float], scale: float, warm: float, block: float) -> Callable[[], float]:
@@ -211,9 +213,7 @@ def measured(pair: list[Worker], name: str, rounds: int) -> Row | dict[int, str]
     for turn in range(3 if name.startswith(COUNTED) else rounds):
         for k in (0, 1) if turn % 2 == 0 else (1, 0):
             figures[k].append(pair[k].figure(name))
-    kind = name.partition(" ")[0]
-    unit = kind if name.startswith(COUNTED) else "us" if name.startswith(OVERHEAD) else "ms"
-    return judged(name, *figures, unit)
+    return judged(name, *figures, UNITS.get(name.partition(" ")[0] + " ", "ms"))
 
 
 def rows_of(
@@ -278,8 +278,8 @@ HEAD = "| row | unit | before | after | change | noise | |\n| --- | --- | --- | 
 
 
 def line_of(row: Row) -> str:
-    whole = row.name.startswith(COUNTED)
-    values = (f"{x:,.0f}" if whole else f"{x:.4g}" for x in (row.before, row.after))
+    form = ",.0f" if row.name.startswith(COUNTED) else ".4g"
+    values = (format(x, form) for x in (row.before, row.after))
     change, noise = (f"{100 * math.expm1(x):{sign}.1f} %" for x, sign in ((row.change, "+"), (row.noise, "")))
     return f"| {row.name} | {row.unit} | {' | '.join(values)} | {change} | {noise} | {row.verdict} |"
 

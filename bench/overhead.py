@@ -162,17 +162,12 @@ def bytecodes(call: Call) -> int:
     return count
 
 
-def instructions(call: Call, counts: Path) -> Callable[[], int]:
-    """The same of the processor's, C++ included, in a process that callgrind runs and that writes its counts to
-    files of this name; they differ by less than a percent with what allocators and hashes happen to meet."""
-    toggle, dump = torch._C._valgrind_toggle, torch._C._valgrind_toggle_and_dump_stats
-
-    def count() -> int:
-        written = len(list(counts.parent.glob(f"{counts.name}.*")))
-        toggle()
-        call()
-        dump()
-        text = counts.with_name(f"{counts.name}.{written + 1}").read_text()
-        return int(text.partition("\ntotals: ")[2].split()[0])
-
-    return count
+def instructions(call: Call, counts: Path) -> int:
+    """How many of the processor's a call takes, C++ included; in a process under callgrind, whose files have this name
+    and a number from 1. Allocators make some counts differ by a few percent."""
+    written = len(list(counts.parent.glob(f"{counts.name}.*")))
+    torch._C._valgrind_toggle()
+    call()
+    torch._C._valgrind_toggle_and_dump_stats()
+    text = counts.with_name(f"{counts.name}.{written + 1}").read_text()
+    return int(text.partition("\ntotals: ")[2].split()[0])

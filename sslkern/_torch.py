@@ -36,10 +36,6 @@ will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 # taken off a tensor that has outlived its transform, as autograd.Function.apply does
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
-# 2.0. Whether a transform of torch.func has wrapped a tensor, and what is inside
-is_wrapped: Callable[[Tensor], bool] = torch._C._functorch.is_functorch_wrapped_tensor
-unwrapped: Callable[[Tensor], Tensor] = torch._C._functorch.get_unwrapped
-
 # 1.7. An assertion about a tensor of one element, of which a GPU need not be waited for
 assert_async: Callable[[Tensor, str], None] = torch._assert_async
 
@@ -67,6 +63,13 @@ def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
 
     level = retrieve_current_functorch_interpreter()
     return custom_function_call_vmap_helper(level, rule, kernel, *args)  # type: ignore[arg-type]
+
+
+def inside(tensor: Tensor) -> Tensor:
+    """What transforms of torch.func have wrapped: of a vmapped tensor, all of the batch. (2.0)"""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
 
 
 def only_vmapped() -> bool:

@@ -40,6 +40,19 @@ def ahead(command: list[str], environment: dict[str, str]) -> Future:
     return AHEAD.submit(run)
 
 
+def settings(**environment: str) -> dict[str, str]:
+    """The environment of a fresh interpreter, or make, free of the settings of this one and of a make around it."""
+    ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "SSLKERN_CUDA", "TRITON_INTERPRET", "ARGS")
+    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MAKE")}
+    return kept | environment
+
+
+def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
+    """As it is called by hand."""
+    options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True}
+    return subprocess.run(["make", *arguments], **options)
+
+
 def pytest_configure(config):
     config.addinivalue_line("markers", "ahead(start, name): waits for start(parameter of this name), a call of `ahead`")
     config.addinivalue_line("markers", "gpu: runs kernels on a GPU, where there is one; `-m gpu` takes these alone")

@@ -1,8 +1,11 @@
-"""What compiled kernels use and how they load, read from machine code by the tools that Triton's wheel brings."""
+"""What compiled kernels use and how they load, read from machine code by NVIDIA's tools: those that Triton's wheel
+brings, or those on the PATH."""
 
 from __future__ import annotations
 
+import os
 import re
+import shutil
 import subprocess
 from importlib.util import find_spec
 from itertools import pairwise
@@ -10,16 +13,15 @@ from pathlib import Path
 
 import pytest
 
-triton = find_spec("triton")
-TOOLS = Path(triton.origin).parent / "backends/nvidia/bin" if triton is not None and triton.origin else Path()
-needed = pytest.mark.skipif(
-    not all((TOOLS / name).exists() for name in ("cuobjdump", "nvdisasm")),
-    reason="there is no Triton with NVIDIA's cuobjdump and nvdisasm",
-)
+_triton = find_spec("triton")
+_OF_TRITON = [str(Path(_triton.origin).parent / "backends/nvidia/bin")] if _triton and _triton.origin else []
+_PATH = os.pathsep.join([*_OF_TRITON, os.environ.get("PATH", os.defpath), "/usr/local/cuda/bin"])
+TOOLS = {name: shutil.which(name, path=_PATH) for name in ("cuobjdump", "nvdisasm")}
+needed = pytest.mark.skipif(None in TOOLS.values(), reason="NVIDIA's cuobjdump and nvdisasm are not there")
 
 
 def tool(name: str, *arguments: str) -> str:
-    return subprocess.run([str(TOOLS / name), *arguments], capture_output=True, text=True, check=True).stdout
+    return subprocess.run([TOOLS[name], *arguments], capture_output=True, text=True, check=True).stdout
 
 
 def resources(binary: Path) -> dict[tuple[int, str], dict[str, int]]:

@@ -8,8 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
-from bench import compare
+from bench import compare, overhead
 
 ROOT = Path(__file__).parents[1]
 ROUNDS = 15
@@ -90,6 +91,21 @@ def test_a_row_that_fails(tmp_path, native, without_valgrind, capsys):
     for trees, status in (((before, after), 1), ((after, before), 0)):
         assert main(*trees, "^bytecodes rankme$") == status
         assert f"fails in {after}: AttributeError" in capsys.readouterr().out
+
+
+def test_instructions_are_read_from_the_newest_dump(tmp_path, monkeypatch):
+    """callgrind numbers its files from 1, and counts what is between the two requests."""
+    counts, done = tmp_path / "counts", []
+    monkeypatch.setattr(torch._C, "_valgrind_toggle", lambda: done.append("toggle"))
+
+    def dump():
+        done.append("dump")
+        number = done.count("dump")
+        (tmp_path / f"counts.{number}").write_text(f"events: Ir\nfn=(1)\n0 7\ntotals: {100 * number}\n")
+
+    monkeypatch.setattr(torch._C, "_valgrind_toggle_and_dump_stats", dump)
+    found = [overhead.instructions(lambda: done.append("call"), counts) for _ in range(2)]
+    assert found == [100, 200] and done == ["toggle", "call", "dump"] * 2
 
 
 @pytest.mark.parametrize(("slower", "status"), ((1.0, 0), (1.02, 0), (1.3, 1)))

@@ -1,7 +1,6 @@
 """The CUDA kernels, without a GPU: that they are in the binary, that it loads anywhere, and the machine code."""
 
 import importlib.util
-import os
 import re
 import subprocess
 import sys
@@ -10,6 +9,7 @@ from pathlib import Path
 import machine_code
 import pytest
 import torch
+from conftest import make
 
 from sslkern import backend as backends
 
@@ -138,12 +138,6 @@ def test_architectures(setup, monkeypatch, tmp_path):
     monkeypatch.setenv("TORCH_CUDA_ARCH_LIST", "Hopper")
     with pytest.raises(SystemExit, match=r"TORCH_CUDA_ARCH_LIST must be a list such as .*, got 'Hopper' in it"):
         targets(80)
-
-
-def make(*arguments):
-    """As it is called by hand: what a `make test` around it was given is not passed on."""
-    environment = {name: value for name, value in os.environ.items() if not name.startswith("MAKE") and name != "ARGS"}
-    return subprocess.run(["make", *arguments], cwd=ROOT, env=environment, capture_output=True, text=True)
 
 
 @pytest.mark.parametrize("status", (0, 1))

@@ -153,20 +153,13 @@ REFUSED = {
 }
 
 
-# What compiles in ways of its own: a setting of the loss, of the op, a view that is refused, rows; with breaks as well
-TRACED = {"gamma": (True, False), "estimator": (True,), "dim": (True,), "rows": (True, False)}
-TRACED |= {"rows, info_nce": (True,), "rows, hsic": (True,), "temperature": (True, False)}
-
-
 def refused_on_one_rank():
     """Whatever it is, and compiled or not: an error on every rank, and the next collective is the same on all."""
     first, views = dist.get_rank() == 0, [normal(6, 5, seed=k) for k in range(2)]
     for name, loss in REFUSED.items():
-        functions = [loss]
-        if name in TRACED:
-            torch._dynamo.reset()
-            functions += [torch.compile(loss, fullgraph=fullgraph, backend="eager") for fullgraph in TRACED[name]]
-        for function in functions:
+        torch._dynamo.reset()
+        whole = torch.compile(loss, fullgraph=True, backend="eager")
+        for function in (loss, whole, torch.compile(loss, backend="eager")):
             if function is not loss or not name.startswith("rows"):  # eager ranks may have different rows
                 with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
                     function(*views, bad=first)
@@ -268,12 +261,12 @@ def dead_peer():
 
 
 CHECKS = (vicreg, vcreg, barlow_twins, both_forms, local_statistics, large_means, transport, half_precision)
-MORE = (modules_and_terms, compiled, transformed, settings_with_gradients, forced_back_ends)  # at any number of ranks
+CHECKS += (modules_and_terms, compiled, transformed, settings_with_gradients, forced_back_ends, refused)
 
 
 @pytest.mark.parametrize("size", (2, 4))
 def test_ranks_are_one_process(size, tmp_path):
-    run(size, (*CHECKS, refused, *(MORE if size == 2 else ())), tmp_path)
+    run(size, CHECKS, tmp_path)
 
 
 def test_uneven_rows_under_compile(tmp_path):

@@ -1,6 +1,5 @@
 """The package from outside: `python -m sslkern`, environment variables, and what is said where something is missing."""
 
-import os
 import re
 import subprocess
 import sys
@@ -9,7 +8,7 @@ from functools import cache
 
 import pytest
 import torch
-from conftest import ROOT, ahead
+from conftest import ROOT, ahead, make, settings
 
 import sslkern
 from sslkern import backend as backends
@@ -22,13 +21,6 @@ class Hide:
             raise ImportError("hidden by the test")
 sys.meta_path.insert(0, Hide())
 """
-
-
-def settings(**environment):
-    """The environment of a fresh interpreter, or make, free of the settings of this one and of a make around it."""
-    ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "TRITON_INTERPRET", "ARGS")
-    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MAKE")}
-    return kept | environment
 
 
 def python(*arguments, **environment):
@@ -225,12 +217,10 @@ def test_demo_and_test_do_not_undo_each_others_build(tmp_path):
     def built(target):
         record.write_text("")
         venv = tmp_path / "venv"
-        run = subprocess.run(["make", target, f"VENV={venv}", f"READY={venv}/ready"], cwd=ROOT, env=environment)
-        assert run.returncode == 0
+        run = make(target, f"VENV={venv}", f"READY={venv}/ready")
+        assert run.returncode == 0, run.stderr
         return record.read_text().splitlines()
 
-    environment = settings()
-    environment.pop("SSLKERN_CUDA", None)
     ((demo,), again, (test,)) = built("demo"), built("demo"), built("test")
     assert demo.startswith("CUDA= ") and demo.endswith(" -e .[examples,bench]") and not again
     assert test.startswith("CUDA=1 ") and test.endswith(" -e .[test]")
@@ -245,8 +235,6 @@ def test_another_torch_is_set_up():
     asked = ("TORCH=torch==2.13.0", "TORCH=torch==2.12", "TORCH=torch>=2.12", "PYTHON=/a/python3", "PYTHON=/b/python3")
     stamps = set()
     for setting in asked:
-        run = subprocess.run(
-            ["make", "-n", "-B", "build", setting], cwd=ROOT, env=settings(), capture_output=True, text=True
-        )
-        stamps |= {line for line in run.stdout.splitlines() if re.fullmatch(r"touch \S+/ready-\d+", line)}
+        lines = make("-n", "-B", "build", setting).stdout.splitlines()
+        stamps |= {line for line in lines if re.fullmatch(r"touch \S+/ready-\d+", line)}
     assert len(stamps) == len(asked)

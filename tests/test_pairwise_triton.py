@@ -102,6 +102,17 @@ def test_several_tiles_per_program(monkeypatch):
         torch.testing.assert_close(sums, expected[1], rtol=1e-6, atol=1e-3)
 
 
+def test_tiles_without_wgmma(monkeypatch):
+    """Processors other than Hopper's keep less on chip: their tiles give the same values and gradients."""
+    from sslkern.triton_kernels import pairwise_matmul, pairwise_reduce
+
+    assert [pairwise_matmul.tile_of(3, 128, 0, 0, wgmma=wgmma)["BK"] > 0 for wgmma in (True, False)] == [False, True]
+    for module in (pairwise_matmul, pairwise_reduce):
+        monkeypatch.setattr(module, "has_wgmma", lambda _: False)
+    cases = [*LOGSUMEXP, ("sum", "rbf", None), ("matmul", "rbf", None), ("matmul", "softplus", "others")]
+    assert not differences(cases, {"own 70": ((), 70, 0, 120), "70 x 81": ((), 70, 81, 120)}, (0.05,))
+
+
 def by_chunks(monkeypatch) -> None:
     """All widths as those of more columns than a tile keeps, 64 rows at a time."""
     from sslkern.triton_kernels import pairwise_chunks, pairwise_reduce

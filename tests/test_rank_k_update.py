@@ -303,6 +303,8 @@ def test_bad_arguments():
             rank_k_update_(*arguments)
     with pytest.raises(RuntimeError, match=r"cannot be differentiated: call it under torch.no_grad\(\)"):
         rank_k_update_(u, a.requires_grad_(), a)
+    with pytest.raises(RuntimeError, match=r"cannot be differentiated: call it under torch.no_grad\(\)"):
+        torch.vmap(rank_k_update_)(u[None], a[None], a[None])  # of which a vmapped tensor does not tell
     assert torch.equal(u, torch.eye(4))
 
 

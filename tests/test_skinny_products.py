@@ -65,6 +65,18 @@ def test_any_strides_and_conjugates(dtype, backend):
     assert all(y.requires_grad for y in asked), "a gradient that is asked for is there"
 
 
+def test_gradients_through_vmap():
+    """A vmapped tensor does not say that it needs a gradient; of one argument or all, along any dimension."""
+    for needs in range(1, 8):
+        inputs = [z.requires_grad_(bool(needs >> i & 1)) for i, z in enumerate(given((3, 6, 5), 2, 4, torch.float64))]
+        asked = [z for z in inputs if z.requires_grad]
+        turned = [z.movedim(0, dim) for z, dim in zip(inputs, (1, 0, 2), strict=True)]
+        results = torch.vmap(skinny_products, in_dims=(1, 0, 2))(*turned), skinny_products(*inputs)
+        found, expected = (torch.autograd.grad(sum(y.sin().sum() for y in ys), asked) for ys in results)
+        for a, b in zip(found, expected, strict=True):
+            torch.testing.assert_close(a, b)
+
+
 def test_never_in_bfloat16(backend):
     x, right, left = given((40, 30), 3, 3, torch.float32)
     expected = skinny_products(x, right, left)

@@ -5,6 +5,7 @@ out_i = sum_j w_ij v_j,    or 2 sum_j w_ij (x_i - y_j) for the gradients of dist
 
 from __future__ import annotations
 
+from itertools import chain
 from typing import NamedTuple
 
 import triton
@@ -248,22 +249,20 @@ _POINTERS = {
 def _cases(
     name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
 ) -> list[launch.CompileCase]:
-    """One for every architecture, or one for those with wgmma and one for the others where their tiles differ."""
-    found = {}
+    """One for all architectures, or two where the tiles of those with wgmma differ."""
+    found, cases = {}, []
     for architecture in launch.ARCHITECTURES:
         sizes = planes, width, factor, values, "out" in absent, not {"sums", "out"} & set(absent), architecture == 90
         found.setdefault(tuple(tile_of(*sizes).items()), []).append(architecture)
-    cases = []
     for tile, architectures in found.items():
         constants = {
             "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes,
             "BD": width, "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None,
             **dict.fromkeys(absent), **dict(tile),
         }  # fmt: skip
+        what = f"pairwise_{name}_{width}_{planes}", weighted_rows_kernel, _POINTERS
         warps = constants.pop("num_warps")
-        full = f"pairwise_{name}_{width}_{planes}"
-        kernel = weighted_rows_kernel
-        cases.append(launch.CompileCase(full, kernel, _POINTERS, constants, warps, architectures=tuple(architectures)))
+        cases.append(launch.CompileCase(*what, constants, warps, architectures=tuple(architectures)))
     return cases
 
 
@@ -277,21 +276,25 @@ COMPILE_CASES = [
         {"ROWS": 16, "WIDTH": 256},
         warps=4,
     ),
-    *_cases("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
-    *_cases("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
-    *_cases("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
+    *chain(
+        *(
+            _cases(f"gradient_{function}", function, width, planes, ("values", "sums", *_FACTORS))
+            for function in ("fixed", "online")
+            for width, planes in CASES
+        ),
+        *(
+            _cases(f"gradient_of_distances_{function}", function, width, planes, ("values", *_FACTORS))
+            for function in ("fixed", "online", "-exp")
+            for width, planes in CASES
+            if planes > 1 and width < 256
+        ),
+        *(_cases("matmul_rbf", "exp", w, p, (*_FACTORS, *_WEIGHTS, "sums"), values=64) for w, p in CASES[:-1] if p > 1),
+        _cases("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
+        _cases("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
+        _cases("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
+        *(
+            _cases("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)
+            for width, planes in ((64, 3), (128, 2), (128, 3), (256, 1))
+        ),
+    ),
 ]
-for _width, _planes in CASES:
-    for _function in ("fixed", "online"):
-        _absent = ("values", "sums", *_FACTORS)
-        COMPILE_CASES += _cases(f"gradient_{_function}", _function, _width, _planes, _absent)
-    for _function in ("fixed", "online", "-exp"):
-        if _planes > 1 and _width < 256:
-            COMPILE_CASES += _cases(
-                f"gradient_of_distances_{_function}", _function, _width, _planes, ("values", *_FACTORS)
-            )
-    if _planes > 1 and (_width, _planes) != CASES[-1]:
-        COMPILE_CASES += _cases("matmul_rbf", "exp", _width, _planes, (*_FACTORS, *_WEIGHTS, "sums"), values=64)
-for _width, _planes in ((64, 3), (128, 2), (128, 3), (256, 1)):
-    _absent = ("values", "sums", *_WEIGHTS)
-    COMPILE_CASES += _cases("gradient_softplus", "sigmoid", _width, _planes, _absent, factor=64)

@@ -54,10 +54,12 @@ def _any_requires_grad(args: tuple[Any, ...]) -> bool:
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Whether a derivative by one of the tensors may be asked for. Under torch.func's grad and jvp, of any: a vmapped
-    tensor does not tell."""
+    """Whether a derivative by one of the tensors may be asked for. Under torch.func's grad and jvp, of any; a vmapped
+    tensor does not tell, but what is inside does. A compiler sees no inside: under vmap, of any."""
     if _torch.transforms_active():
-        return not _torch.only_vmapped()
+        if torch.compiler.is_compiling() or not _torch.only_vmapped():
+            return True
+        tensors = tuple(map(_torch.inside, tensors))
     return _torch.forward_mode() or (torch.is_grad_enabled() and _any_requires_grad(tensors))
 
 

@@ -184,9 +184,7 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
     """Indices must be in [low, limit), where looking costs no host sync and breaks no graph: on a CPU, in eager."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
-        while _torch.is_wrapped(value):
-            value = _torch.unwrapped(value)  # all of a vmapped batch
-        smallest, largest = (int(v) for v in value.aminmax())
+        smallest, largest = (int(v) for v in _torch.inside(value).aminmax())
         if smallest < low or largest >= limit:
             raise ValueError(f"{name} must be in [{low}, {limit}), got [{smallest}, {largest}].")
 

@@ -8,7 +8,6 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from .. import _torch
 from ..backend import declare, pick
 from ..reference import batch_norm as _reference
 from ..reference.columns import accumulation_dtype
@@ -199,7 +198,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     _checks.channels("x", x)
     x = dense(x)
-    if _torch.transforms_active() or differentiated(x):  # a vmapped tensor does not tell
+    if differentiated(x):
         return _BatchMoments.apply(x)[:2]
     centre, variance = pick("batch_moments_fwd", x)(x)
     return centre[0], variance

@@ -155,8 +155,8 @@ def _check(estimator: str, form: str, least: int, **stacks: Tensor) -> None:
     _checks.one_of("form", form, FORMS)
     for name, z in stacks.items():
         _checks.matrix_stack(name, z, least)
-        if least == 0:
-            reference_only("covariances of a group", z)
+    if least == 0:
+        reference_only("covariances of a group", z)
 
 
 def vicreg(
@@ -179,12 +179,16 @@ def vicreg(
     least, peers = 4 if unbiased else 2, None if group is None else distributed.peers_of(group)
     settings: Settings = sim_coeff, std_coeff, cov_coeff, gamma, eps
     if peers is not None:
-        checked: list[Settings] = []
-        counts = _joint.rows(peers, least, lambda: checked.append(_checked(a, b, estimator, form, 0, settings)), a, b)
+
+        def check() -> None:
+            nonlocal settings
+            settings = _checked(a, b, estimator, form, 0, settings)
+
+        counts = _joint.rows(peers, least, check, a, b)
         n, d = sum(counts), a.shape[-1]
         dual = takes_dual(n, d, form, 1.0)
         variance, offdiag = _joint.covariance(torch.stack([a, b]), unbiased, counts, peers, dual)
-        return _composed(a, b, peers.size / (n * d), variance, offdiag, *checked)
+        return _composed(a, b, peers.size / (n * d), variance, offdiag, settings)
     settings = _checked(a, b, estimator, form, least, settings)
     dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
     if not _checks.numbers(*settings):
