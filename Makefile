@@ -17,6 +17,9 @@ BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
 # Made for what is asked: another TORCH= or PYTHON= is set up and built for anew
 READY := $(VENV)/ready-$(firstword $(shell echo "$(or $(PYTHON),$(TORCH))" | cksum))
 
+# Tests side by side, where their tools are ours
+PARALLEL := $(if $(PYTHON),,-n auto --maxprocesses=4)
+
 .PHONY: demo test bench gpu gpu-bundle build lint clean
 
 demo: build
@@ -24,7 +27,7 @@ demo: build
 	$(PY) -m bench.large_batch --limit
 
 test: $(VENV)/complete lint
-	$(PY) -m pytest $(ARGS)
+	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: build
 	$(PY) -m bench $(ARGS)

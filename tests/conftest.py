@@ -1,14 +1,16 @@
 """The back-ends under test. On a GPU machine the Triton kernels run there, elsewhere in Triton's interpreter."""
 
 import os
+import re
 import subprocess
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 10x on tiny tensors where cores are shared
+if os.environ.get("PYTEST_XDIST_WORKER", "gw1").endswith(("0", "2")):
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes side by side, half: a run meets both
 
 import pytest
 import torch
@@ -22,28 +24,18 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
     import quick_interpreter  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
-AHEAD = ThreadPoolExecutor(max((os.cpu_count() or 1) - 1, 1))  # the tests themselves are one process
-RUNNING: set[subprocess.Popen] = set()
-
-
-def ahead(command: list[str], environment: dict[str, str]) -> Future:
-    """The CompletedProcess of a command that runs beside the tests, whose turn comes in the order of the calls."""
-
-    def run() -> subprocess.CompletedProcess:
-        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "text": True}
-        process = subprocess.Popen(["nice", "-n", "5", *command], cwd=ROOT, env=environment, **pipes)
-        RUNNING.add(process)
-        out, err = process.communicate()
-        RUNNING.discard(process)
-        return subprocess.CompletedProcess(command, process.returncode, out, err)
-
-    return AHEAD.submit(run)
+# Tests of a file, or of an architecture in it, that share what is costly to make: one process runs them
+TOGETHER = re.compile(r"test_(?:bench_ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
 
 
 def settings(**environment: str) -> dict[str, str]:
     """The environment of a fresh interpreter, or make, free of the settings of this one and of a make around it."""
     ours = ("SSLKERN_BACKEND", "SSLKERN_CPU_GEMM", "SSLKERN_CUDA", "TRITON_INTERPRET", "ARGS")
-    kept = {name: value for name, value in os.environ.items() if name not in ours and not name.startswith("MAKE")}
+    kept = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ours and not name.startswith(("MAKE", "PYTEST"))
+    }
     return kept | environment
 
 
@@ -54,8 +46,20 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
 
 
 def pytest_configure(config):
-    config.addinivalue_line("markers", "ahead(start, name): waits for start(parameter of this name), a call of `ahead`")
     config.addinivalue_line("markers", "gpu: runs kernels on a GPU, where there is one; `-m gpu` takes these alone")
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """Each process of `pytest -n` takes what is next; the largest of what runs together comes first."""
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Scheduling(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            shared = TOGETHER.search(nodeid)
+            return shared[0] if shared else nodeid
+
+    return Scheduling(config, log)
 
 
 def pytest_collectstart(collector):
@@ -69,22 +73,6 @@ def pytest_itemcollected(item):
     params = [p for p in item.callspec.params.values() if isinstance(p, str)] if hasattr(item, "callspec") else []
     if "cuda" in params or ("triton" in params and torch.cuda.is_available()):
         item.add_marker(pytest.mark.gpu)
-
-
-@pytest.hookimpl(trylast=True)
-def pytest_collection_modifyitems(config, items):
-    """What waits for processes comes last, and they start now."""
-    items.sort(key=lambda item: item.get_closest_marker("ahead") is not None)
-    for item in () if config.option.collectonly else items:
-        for mark in item.iter_markers("ahead"):
-            start, name = mark.args
-            start(item.callspec.params[name])
-
-
-def pytest_sessionfinish():
-    AHEAD.shutdown(wait=False, cancel_futures=True)
-    for process in tuple(RUNNING):
-        process.kill()
 
 
 def available(name: str) -> str:

@@ -158,7 +158,8 @@ def pairwise_samples(kernel, device):
 def test_opcheck(kernel, dtype, backend, device):
     """Schema, fake kernel, dtypes, strides and aliasing of every declared kernel; one without samples fails.
 
-    One sample of each kind is traced with symbolic sizes, too, and one in bfloat16: flags do not show there.
+    On one back-end a sample of each kind is traced with symbolic sizes, too, and one in bfloat16: flags do not show
+    there, and what is traced, schema and fake kernel, is the same for all.
     """
     try:
         backends.choice(kernel, device.type)
@@ -166,11 +167,14 @@ def test_opcheck(kernel, dtype, backend, device):
         pytest.skip(str(error))
     operator = getattr(getattr(torch.ops, f"sslkern_{backend}"), kernel).default
     tried, traced = 0, set()
-    for arguments in samples(kernel, dtype, device):
+    for k, arguments in enumerate(samples(kernel, dtype, device)):
         if cases.interpreted(backend) and dtype == torch.bfloat16 and tried:
             break  # the others go by float32's way: all but the conversion is the same
+        if cases.interpreted(backend) and k % 2 and not kernel.startswith("pairwise_"):
+            continue  # of three flags or two estimators at three shapes each is among the others
         deep = kind_of(arguments) not in traced if dtype == torch.float32 else not tried
-        torch.library.opcheck(operator, arguments, test_utils=DEEP if deep else SHALLOW)
+        tests = DEEP if deep and backend == "native" else SHALLOW
+        torch.library.opcheck(operator, arguments, test_utils=tests)
         traced.add(kind_of(arguments))
         tried += 1
     single = kernel.startswith("pairwise_") or kernel in ("rank_k_update_", "skinny_products")

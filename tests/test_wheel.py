@@ -6,11 +6,8 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import tempfile
 import venv
 import zipfile
-from concurrent.futures import Future
-from functools import cache
 from importlib import metadata
 from pathlib import Path
 
@@ -29,23 +26,17 @@ def build(out: Path) -> None:
     subprocess.run([*wheel, out / "sdist", *out.glob("*.tar.gz")], check=True)
 
 
-@cache
-def building(_: str) -> tuple[Future, tempfile.TemporaryDirectory]:
-    """One process that builds all of it, without nvcc."""
-    from conftest import ahead
-
-    folder = tempfile.TemporaryDirectory()
+@pytest.fixture(scope="module")
+def built(tmp_path_factory) -> Path:
+    """All of it, built without nvcc and without a warning."""
+    folder = tmp_path_factory.mktemp("built")
     environment = {**os.environ, "SSLKERN_CUDA": "0", "MAX_JOBS": "1"}
-    return ahead([sys.executable, __file__, folder.name], environment), folder
-
-
-def built(of: str) -> Path:
-    process, folder = building(of)
-    done = process.result(1800)
+    command = [sys.executable, __file__, folder]
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=1800)
     assert done.returncode == 0, (done.stdout + done.stderr)[-3000:]
     warnings = re.findall(r"^ *\S+:\d+:\d+: warning: .*", done.stdout + done.stderr, re.MULTILINE)
     assert not warnings, warnings
-    return Path(folder.name)
+    return folder
 
 
 def modules() -> set[str]:
@@ -126,12 +117,11 @@ print(*names)
 """
 
 
-@pytest.mark.ahead(building, "of")
 @pytest.mark.parametrize("of", WHEELS)
-def test_a_wheel_works_where_only_torch_is(of, tmp_path):
+def test_a_wheel_works_where_only_torch_is(built, of, tmp_path):
     """Every module imports, a loss and a step run on the compiled back-end, and `python -m sslkern` says so; beside
     the wheel of the sdist there is Triton too, and without it only its own modules do not import."""
-    (wheel,) = (built(of) / of).iterdir()
+    (wheel,) = (built / of).iterdir()
     python = installed(wheel, tmp_path, "torch", "numpy", *(("triton",) if of == "sdist" else ()))
     assert len(run(python, "-c", USE).split()) == len(modules()) - 1  # __main__ runs below
     told = run(python, "-m", "sslkern")
@@ -139,11 +129,10 @@ def test_a_wheel_works_where_only_torch_is(of, tmp_path):
     assert re.search(r"^vicreg_fwd +native ", told, re.MULTILINE), told
 
 
-@pytest.mark.ahead(building, "of")
 @pytest.mark.parametrize("of", WHEELS)
-def test_what_is_in_a_wheel(of):
+def test_what_is_in_a_wheel(built, of):
     """The modules, the binary and the marker of types, no other file; for every Python from 3.10 on."""
-    (wheel,) = (built(of) / of).iterdir()
+    (wheel,) = (built / of).iterdir()
     assert re.fullmatch(r"sslkern-[\d.]+-cp310-abi3-\w+\.whl", wheel.name)
     with zipfile.ZipFile(wheel) as archive:
         files = {name for name in archive.namelist() if ".dist-info/" not in name}
@@ -153,22 +142,19 @@ def test_what_is_in_a_wheel(of):
 
 
 @pytest.mark.skipif(sys.platform != "linux" or not shutil.which("readelf"), reason="needs readelf")
-@pytest.mark.ahead(building, "of")
 @pytest.mark.parametrize("of", WHEELS)
-def test_the_binary_is_stripped(of, tmp_path):
+def test_the_binary_is_stripped(built, of, tmp_path):
     """No table of symbols but that of the dynamic linker, and no debug information."""
-    (wheel,) = (built(of) / of).iterdir()
+    (wheel,) = (built / of).iterdir()
     with zipfile.ZipFile(wheel) as archive:
         binary = archive.extract("sslkern/_C.abi3.so", tmp_path)
     sections = subprocess.run(["readelf", "-SW", binary], capture_output=True, text=True, check=True).stdout
     assert ".dynsym" in sections and ".symtab" not in sections and ".debug" not in sections, sections
 
 
-@pytest.mark.ahead(building, "of")
-@pytest.mark.parametrize("of", WHEELS[1:])
-def test_what_is_in_the_sdist(of):
+def test_what_is_in_the_sdist(built):
     """All that a build reads and what a reader wants to see; of the tests, which read the whole repository, none."""
-    (made,) = built(of).glob("*.tar.gz")
+    (made,) = built.glob("*.tar.gz")
     with tarfile.open(made) as archive:
         files = {member.name.partition("/")[2] for member in archive.getmembers() if member.isfile()}
     sources = {str(path.relative_to(ROOT)) for path in (ROOT / "csrc").rglob("*") if path.is_file()}
