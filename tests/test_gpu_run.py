@@ -6,6 +6,7 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -84,6 +85,17 @@ def test_every_phase(run, tools):
     smoke = [row["what"] for row in found if row["phase"] == "smoke"]
     assert len(smoke) == len(set(smoke))  # no two processes ran the same
     assert re.search(r"moments +1 +1\.2 +64", said) and "nothing failed" in said, said
+
+
+@pytest.mark.parametrize(("places", "linked"), (((), True), ((".",), True), ((".", "site-packages"), False)), ids=str)
+def test_the_tree_is_linked_only_where_the_package_is_not_installed(places, linked, monkeypatch, tmp_path):
+    """What a build left in the tree does not count. A link that nobody needs would be checked by mypy the next time."""
+    (tmp_path / "sslkern").mkdir()
+    found = [SimpleNamespace(locate_file=lambda path, place=place: tmp_path / place / path) for place in places]
+    monkeypatch.setattr(program, "ROOT", tmp_path)
+    monkeypatch.setattr(program.metadata, "distributions", lambda name: found)
+    program.link()
+    assert (tmp_path / "sslkern" / "triton_kernels").is_symlink() == linked
 
 
 def test_a_run_without_time_says_so(run):

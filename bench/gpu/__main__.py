@@ -30,7 +30,7 @@ LAST_WORDS = 6.0  # seconds that are kept for the table
 
 def link() -> None:
     """Where the package is not installed, make the tree importable as it would be, with the extension of the bundle."""
-    if any(Path(found.locate_file("")) != ROOT for found in metadata.distributions(name="sslkern")):
+    if any(Path(found.locate_file("")).resolve() != ROOT for found in metadata.distributions(name="sslkern")):
         return  # what a build leaves in the tree is none
     package = ROOT / "sslkern"
     target, source = package / "_C.abi3.so", ROOT / "build" / "gpu" / "sslkern" / "_C.abi3.so"
