@@ -6,7 +6,9 @@ VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-INSTALL := $(PY) -m pip install -q --no-build-isolation $(if $(PYTHON),--no-deps )-e .
+# Without bytecode of all that there is, most of which no one imports: Python makes what it needs
+INSTALL := $(PY) -m pip install -q --no-compile
+OURS := $(INSTALL) --no-build-isolation $(if $(PYTHON),--no-deps )-e .
 
 # Where `make gpu` leaves its log, results and table
 OUT ?= out
@@ -52,7 +54,7 @@ lint: $(VENV)/complete
 
 .venv/ready-%: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
-	.venv/bin/python -m pip install -q "$(TORCH)" "setuptools>=77.0.3" ninja
+	$(INSTALL) "$(TORCH)" "setuptools>=77.0.3" ninja
 	rm -f .venv/ready*
 	touch $@
 
@@ -65,12 +67,12 @@ build/overlay/ready-%: Makefile
 
 # For the torch that is there: without one for CUDA, no nvcc
 $(VENV)/built: $(READY) $(SOURCES)
-	$(INSTALL)$(if $(PYTHON),,"[examples,bench]")
+	$(OURS)$(if $(PYTHON),,"[examples,bench]")
 	touch $@
 
 # What the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc. It is a `built` as well
 $(VENV)/complete: $(READY) $(SOURCES)
-	SSLKERN_CUDA=$${SSLKERN_CUDA:-1} $(INSTALL)$(if $(PYTHON),,"[test]")
+	SSLKERN_CUDA=$${SSLKERN_CUDA:-1} $(OURS)$(if $(PYTHON),,"[test]")
 	touch $(VENV)/built $@
 
 clean:

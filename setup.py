@@ -49,7 +49,12 @@ FLAGS = [
     "-g0",  # after python's own -g: half of the binary would be debug information
 ]
 LINK_FLAGS = ["-Wl,--strip-all"] if sys.platform == "linux" else []
-NVCC_FLAGS = [*COMMON, "--expt-relaxed-constexpr", "--threads=0", "-Xcompiler=-fPIC,-fvisibility=hidden"]
+NVCC_FLAGS = [
+    *COMMON,
+    "--expt-relaxed-constexpr",
+    "--threads=4",  # the architectures at once
+    "-Xcompiler=-fPIC,-fvisibility=hidden",
+]
 ARCHITECTURES = "8.0;9.0;10.0+PTX"  # those of them that nvcc knows
 
 
