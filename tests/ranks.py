@@ -1,15 +1,29 @@
 """Several processes over gloo, and the same on their joint batch in one: what tests of a `group` share."""
 
 import traceback
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from datetime import timedelta
+from functools import partial
+from multiprocessing import set_forkserver_preload
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
+from torch.multiprocessing import start_processes
 
 import sslkern
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+COSTLY = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]  # asks for no GPU: a driver dies in a fork
+
+
+@contextmanager
+def forked():
+    """`torch.multiprocessing.spawn` forks from this process's server, which has imported what is costly and nothing of
+    the tests' own: a rank starts in a tenth of the time."""
+    set_forkserver_preload(COSTLY)
+    with patch("torch.multiprocessing.spawn", partial(start_processes, start_method="forkserver")):
+        yield
 
 
 def run(size, checks, folder, backend=None, timeout=60):
@@ -17,7 +31,8 @@ def run(size, checks, folder, backend=None, timeout=60):
 
     They must be importable functions without arguments; what fails is printed, since the parent shows one traceback.
     """
-    torch.multiprocessing.spawn(_child, (size, folder / f"store{size}", checks, backend, timeout), nprocs=size)
+    with forked():
+        torch.multiprocessing.spawn(_child, (size, folder / f"store{size}", checks, backend, timeout), nprocs=size)
 
 
 def _child(rank, size, store, checks, backend, timeout):

@@ -4,6 +4,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
+from ranks import forked
 from torch import nn
 
 import sslkern
@@ -80,7 +81,8 @@ def of_rank():
 
 @pytest.fixture(scope="module")
 def found():
-    return ranks.processes(2, of_rank)
+    with forked():
+        return ranks.processes(2, of_rank)
 
 
 @pytest.mark.parametrize("shapes", ("counts", "tall"))

@@ -78,9 +78,11 @@ def step(layer, x, dy):
 
 
 def values():
-    """Three steps of training and one of eval: output, gradients, buffers, for every division of the batch."""
-    divisions = SIZES if backend.forced() == "native" else SIZES[1:3]  # the exchange is one, the kernels are two
-    for sizes, (shape, layout), settings, dtype in itertools.product(divisions, LAYOUTS, SETTINGS, TOLERANCE):
+    """Three steps of training and one of eval: output, gradients, buffers, of every layout with all settings and
+    dtypes; the divisions of the batch in turn, so that each meets every layout, all settings and every dtype."""
+    cases = itertools.product(enumerate(LAYOUTS), enumerate(SETTINGS), enumerate(TOLERANCE))
+    for (i, (shape, layout)), (j, settings), (k, dtype) in cases:
+        sizes = SIZES[(i + j + k) % len(SIZES)]
         ours, theirs = pair(len(shape), settings)
         ours = ours.to(torch.float64 if dtype == torch.float64 else torch.float32)
         for turn in range(4):
@@ -188,10 +190,10 @@ def nothing():
 
 
 def compiled():
-    """Whole, without a graph break: values, gradients and buffers are eager's, and as many collectives in its order."""
-    compilers = [("aot_eager", (5, 3)), ("aot_eager", (8, 0))]
-    compilers += [("inductor", (8, 0))] if backend.forced() == "native" else []  # what it is given is the same graph
-    for compiler, sizes in compilers:
+    """Whole, without a graph break: values, gradients and buffers are eager's, and as many collectives in its order;
+    of uneven ranks, and where one of them has no samples."""
+    native = (("aot_eager", (5, 3)), ("inductor", (8, 0)))
+    for compiler, sizes in native if backend.forced() == "native" else (("aot_eager", (8, 0)),):
         torch._dynamo.reset()
         eager, _ = pair(4, {"activation": "relu"})
         whole = torch.compile(copy.deepcopy(eager), fullgraph=True, backend=compiler)
