@@ -63,7 +63,8 @@ def step_of(size, *shape, k, dtype):
     """a and b with a b^H of this spectral norm."""
     *batch, n, p = shape
     a, b = torch.randn(*batch, n, k, dtype=dtype), torch.randn(*batch, p, k, dtype=dtype)
-    return a * (size / torch.linalg.matrix_norm(exact(a) @ exact(b).mH, 2)[..., None, None]).to(a.real.dtype), b
+    left, right = (torch.linalg.qr(exact(x), mode="r")[1] for x in (a, b))
+    return a * (size / torch.linalg.matrix_norm(left @ right.mH, 2)[..., None, None]).to(a.real.dtype), b
 
 
 def dense(u, a, b, retraction):
@@ -103,13 +104,14 @@ def test_agrees_with_dense_formulas(dtype, retraction, backend):
         if retraction == "tangent" and shape[-1] != shape[-2]:
             continue
         u = orthonormal(*shape, dtype=dtype)
+        before = error(u)
         for index, k in enumerate(k for k in (1, 2, 3, 4, 5, 16, 32, 64) if k <= 3 * shape[-1]):
             sizes = (1e-6, 1e-4, 0.05, 0.5)
-            for size in sizes[index % 4 :: 4] if shape[0] == 300 else sizes:  # of large ones one, in turn
+            for size in sizes[index % 4 :: 4] if shape[-1] > 50 or index % 2 else sizes:  # most take one, in turn
                 a, b = step_of(size, *shape, k=k, dtype=dtype)
                 new = rank_k_update_(u.clone(), a, b, retraction)
                 limit = 4e-7 if single else 1e-13
-                off, drift = away(new, dense(u, a, b, retraction)), error(new) - error(u)
+                off, drift = away(new, dense(u, a, b, retraction)), error(new) - before
                 assert off < limit and drift < limit, (shape, k, size, off, drift)
 
 
@@ -219,12 +221,12 @@ def test_compiled_without_a_graph_break(backend):
 
 
 def test_drift_of_a_long_run(native):
-    """1e5 steps in fp32 at N = 64: within 1.5e-5 without correction, within 3e-7 with it."""
+    """In fp32 at N = 64: 1e4 steps without correction err by 4.7e-6 at most, 1e5 with it by 3e-7."""
     start, random = orthonormal(64, 64, dtype=torch.float32), torch.Generator()
-    for every, limit in ((None, 1.5e-5), (32, 3e-7)):
+    for every, steps, limit in ((None, 10_000, 4.7e-6), (32, 100_000, 3e-7)):
         u = start.clone()
         random.manual_seed(1)
-        for step in range(1, 100_001):
+        for step in range(1, steps + 1):
             a, b = torch.randn(2, 64, 1, generator=random) * 0.04
             rank_k_update_(u, a, b)
             if every and step % every == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import importlib.util
 import os
@@ -56,11 +57,13 @@ def build(name: str, source: str | Path, include_dirs: Iterable[str | Path] = ()
     expanded = run([*command, "-E", "-x", "c++", str(source) if text is None else "-"], text)
     digest = hashlib.sha256("\0".join([*command, expanded]).encode()).hexdigest()[:16]
     path = CACHE / f"{name}-{digest}.so"
-    if not path.exists():
-        CACHE.mkdir(parents=True, exist_ok=True)
-        written = CACHE / f"{name}-{digest}.{os.getpid()}"
-        run([*command, "-shared", "-x", "c++-cpp-output", "-", "-o", str(written)], expanded)
-        written.replace(path)
+    CACHE.mkdir(parents=True, exist_ok=True)
+    with open(CACHE / f"{name}-{digest}.lock", "w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)  # of processes side by side, one compiles
+        if not path.exists():
+            written = path.with_suffix(".part")
+            run([*command, "-shared", "-x", "c++-cpp-output", "-", "-o", str(written)], expanded)
+            written.replace(path)
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
