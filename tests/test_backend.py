@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from conftest import available
-from test_package import HIDE_NATIVE, python
+from test_package import HIDE_NATIVE, forked, python
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -204,15 +204,16 @@ print(json.dumps({
 """
 
 
-def told(script, **environment):
-    done = python("-c", script, **environment)
-    assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
-
-
-def test_strict_makes_the_reference_on_a_cuda_tensor_an_error():
-    """By choice and by pick, with kernel and reasons; not where it was asked for, on a CPU, or of nothing."""
-    found = told(STRICT, SSLKERN_STRICT="1", TRITON_INTERPRET="1")
+def test_strict():
+    """The reference on a CUDA tensor is an error by choice and by pick, with kernel and reasons; not where it was asked
+    for, on a CPU, or of nothing. Without the extension batch norm and rank-k have nothing else on a GPU, and the reason
+    says what is missing; SSLKERN_STRICT=0 allows it."""
+    strict, relaxed = {"SSLKERN_STRICT": "1"}, {"SSLKERN_STRICT": "0"}
+    runs = (STRICT, strict), (HIDE_NATIVE + STRICT, strict), (HIDE_NATIVE + STRICT, relaxed)
+    runs += (("import sslkern", {"SSLKERN_STRICT": "yes"}),)
+    *done, odd = forked(*runs, first="import torch._dynamo", TRITON_INTERPRET="1")
+    assert not any(run.returncode for run in done), [run.stderr for run in done]
+    found, bare, relaxed = (json.loads(run.stdout) for run in done)
     for key, name, reason in (
         ("float64", "covariance_fwd", FLOAT64),
         ("wide", "pairwise_gram_fwd", WIDE),
@@ -224,21 +225,11 @@ def test_strict_makes_the_reference_on_a_cuda_tensor_an_error():
     assert found["asked for"] == found["empty"] == ["reference", "reference"]
     assert found["cpu"][0] == backends.choice("skinny_products", "cpu") and found["cpu"][1] == pytest.approx(24.75)
     assert found["strict"] is True
-
-
-def test_strict_tells_of_a_missing_extension():
-    """Without it, batch norm and rank-k have nothing but the reference on a GPU: the reason says what is missing."""
-    found = told(HIDE_NATIVE + STRICT, SSLKERN_STRICT="1", TRITON_INTERPRET="1")
     for key in ("batch norm", "rank k", "skinny"):
-        assert all("native: the C++ extension does not load (hidden by the test)" in text for text in found[key]), found
-    relaxed = told(HIDE_NATIVE + STRICT, SSLKERN_STRICT="0", TRITON_INTERPRET="1")
+        assert all("native: the C++ extension does not load (hidden by the test)" in text for text in bare[key]), bare
     assert relaxed["batch norm"] == relaxed["float64"] == ["reference", "reference"] and relaxed["strict"] is False
-
-
-def test_strict_is_0_or_1():
-    done = python("-c", "import sslkern", SSLKERN_STRICT="yes")
-    assert done.returncode != 0
-    assert done.stderr.strip().endswith("ValueError: SSLKERN_STRICT must be 0 or 1, got 'yes'.")
+    assert odd.returncode != 0
+    assert odd.stderr.strip().endswith("ValueError: SSLKERN_STRICT must be 0 or 1, got 'yes'.")
 
 
 def test_the_command_tells_limits_and_reasons():
@@ -258,7 +249,6 @@ def test_the_command_tells_limits_and_reasons():
 
 BREAK = """
 import json, sys, warnings
-import torch._dynamo  # which itself may not survive a broken Triton
 def broken(module, error):
     for name in [name for name in sys.modules if name.split(".")[0] == module]:
         del sys.modules[name]
@@ -304,13 +294,17 @@ HOWS = {  # how Triton is broken: (what is missing, whether it warns)
 }
 
 
-@pytest.mark.parametrize("how", HOWS)
-def test_a_broken_triton_is_told_for_what_it_is(how):
+def test_a_broken_triton_is_told_for_what_it_is():
     """The import of sslkern works, with the reason and a warning; of a half that did load nothing is left."""
-    code, reason, warns = HOWS[how]
-    found = told(BREAK.format(how=code), TRITON_INTERPRET="1")
-    assert reason in found["reason"] and found["left"] == [] and found["loss"] == pytest.approx(24.75), found
-    assert len(found["said"]) == warns and all(reason in text for text in found["said"]), found
+    runs = [(BREAK.format(how=code), {}) for code, *_ in HOWS.values()]
+    first = "import torch._dynamo"  # which itself may not survive a broken Triton
+    for done, (how, (_, reason, warns)) in zip(
+        forked(*runs, first=first, TRITON_INTERPRET="1"), HOWS.items(), strict=True
+    ):
+        assert done.returncode == 0, (how, done.stderr)
+        found = json.loads(done.stdout)
+        assert reason in found["reason"] and found["left"] == [] and found["loss"] == pytest.approx(24.75), (how, found)
+        assert len(found["said"]) == warns and all(reason in text for text in found["said"]), (how, found)
 
 
 def test_an_extension_that_is_there_and_does_not_load_warns():

@@ -1,15 +1,14 @@
 """`python -m bench --compare`: a planted slow row is found, and noise alone is not."""
 
 import json
-import os
 import random
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 
+from bench import __main__ as bench
 from bench import compare, overhead
 
 ROOT = Path(__file__).parents[1]
@@ -52,7 +51,7 @@ def test_a_slower_row_is_worse():
     assert all(compare.judged("row", *pairs(rng, 0.8, 0.05)).verdict == "better" for _ in range(200))
 
 
-def tree(folder, appended=""):
+def tree(folder, appended):
     """A tree that is this one, but for what is appended to its __init__.py."""
     package = folder / "sslkern"
     package.mkdir(parents=True)
@@ -63,34 +62,28 @@ def tree(folder, appended=""):
     return folder
 
 
-def test_trees(tmp_path, native):
-    """A slower tree fails, by its time and by its bytecodes; rows that it leaves alone do not."""
-    before, after = tree(tmp_path / "before"), tree(tmp_path / "after", SLOW)
-    rows = "^(bytecodes v(icreg|creg)_loss|overhead vicreg_loss), no grad$"  # the time of vcreg_loss differs by itself
-    command = [sys.executable, "-m", "bench", "--device", "cpu", "--rounds", "5", "--filter", rows]
-    command += ["--compare", before, after]
-    done = subprocess.run(command, cwd=ROOT, env=os.environ | {"PATH": ""}, capture_output=True, text=True)
-    assert done.returncode == 1, done.stderr
-    last = done.stdout.strip().splitlines()[-1]
-    assert last == "2 of 3 rows got worse: bytecodes vicreg_loss, no grad, overhead vicreg_loss, no grad"
-
-
-@pytest.fixture
-def without_valgrind(monkeypatch):
-    """Where it is, a process that it runs takes minutes to import torch."""
-    monkeypatch.setattr(compare.shutil, "which", lambda _: None)
-
-
 def main(before, after, pattern=""):
     return compare.main(before, after, pattern, "cpu", 5, 10.0)
 
 
-def test_a_row_that_fails(tmp_path, native, without_valgrind, capsys):
-    """It fails the comparison where it did not before, with its reason."""
-    before, after = tree(tmp_path / "before"), tree(tmp_path / "after", "\ndel metrics.rankme\n")
-    for trees, status in (((before, after), 1), ((after, before), 0)):
-        assert main(*trees, "^bytecodes rankme$") == status
-        assert f"fails in {after}: AttributeError" in capsys.readouterr().out
+def test_trees(tmp_path, native, monkeypatch, capsys):
+    """A slower tree fails, by its time and by its bytecodes, and so does a row that fails where it did not before, with
+    its reason; rows that it leaves alone do not, nor one that failed before."""
+    before = tree(tmp_path / "before", "\nmetrics.dhsic = None\n")
+    after = tree(tmp_path / "after", f"{SLOW}\nmetrics.rankme = None\n")
+    # the time of vcreg_loss differs by itself
+    rows = "^(bytecodes (v(icreg|creg)_loss, no grad|rankme|dhsic)|overhead vicreg_loss, no grad)$"
+    flags = ["--device", "cpu", "--rounds", "5", "--filter", rows, "--compare", str(before), str(after)]
+    monkeypatch.setattr(sys, "argv", ["bench", *flags])
+    monkeypatch.setattr(compare.shutil, "which", lambda _: None)  # valgrind takes minutes to import torch
+    with pytest.raises(SystemExit) as ended:
+        bench.main()
+    out = capsys.readouterr().out
+    assert ended.value.code == 1, out
+    assert f"| bytecodes rankme | fails in {after}: TypeError" in out
+    assert f"| bytecodes dhsic | fails in {before}: TypeError" in out
+    worse = ("bytecodes rankme", "bytecodes vicreg_loss, no grad", "overhead vicreg_loss, no grad")
+    assert out.strip().splitlines()[-1] == f"3 of 5 rows got worse: {', '.join(worse)}"
 
 
 def test_instructions_are_read_from_the_newest_dump(tmp_path, monkeypatch):

@@ -1,5 +1,6 @@
 """The package from outside: `python -m sslkern`, environment variables, and what is said where something is missing."""
 
+import json
 import re
 import subprocess
 import sys
@@ -25,6 +26,36 @@ def python(*arguments, timeout=120, **environment):
     """Run a fresh interpreter in the repository's root."""
     options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True, "timeout": timeout}
     return subprocess.run([sys.executable, *arguments], **options)
+
+
+FORKS = """
+import json, os, sys, tempfile
+import torch
+done = []
+for code, environment in json.load(sys.stdin):
+    streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
+    if not (child := os.fork()):
+        for number, stream in enumerate(streams, 1):
+            os.dup2(stream.fileno(), number)
+        os.environ |= environment
+        sys.argv = ["-c"]
+        exec(code, {"__name__": "__main__"})
+        sys.stdout.flush(), sys.stderr.flush()
+        os._exit(0)  # a fork's own end takes a second
+    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    done.append([status, *(stream.seek(0) or stream.read() for stream in streams)])
+print(json.dumps(done))
+"""
+
+
+def forked(*runs, first="import torch", **environment):
+    """Codes, each with its environment, in interpreters that have torch, or what `first` imports, and nothing else:
+    one start for all of them, which then forks."""
+    options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True, "timeout": 300}
+    command = [sys.executable, "-c", FORKS.replace("import torch", first, 1)]
+    done = subprocess.run(command, input=json.dumps(runs), **options)
+    assert done.returncode == 0, done.stderr
+    return [subprocess.CompletedProcess(run[0], *told) for run, told in zip(runs, json.loads(done.stdout), strict=True)]
 
 
 def table(output):
@@ -61,18 +92,18 @@ def test_the_environment_forces_a_back_end():
 
 def test_it_works_without_the_extension():
     """Hidden, the extension's absence is told with its reason, and everything runs on the reference."""
-    call = "import torch, sslkern; print(sslkern.vicreg_loss(torch.ones(4, 3), torch.ones(4, 3)).item())"
-    done = python("-c", f"{HIDE_NATIVE}\n{call}")
-    assert done.returncode == 0 and float(done.stdout) == pytest.approx(24.75), done.stderr
-    done = python("-c", f"{HIDE_NATIVE}\nimport runpy; runpy.run_module('sslkern', run_name='__main__')")
-    assert done.returncode == 0, done.stderr
-    (line,) = (line for line in done.stdout.splitlines() if line.split()[:1] == ["native"])
+    use = "import torch, sslkern; print(sslkern.vicreg_loss(torch.ones(4, 3), torch.ones(4, 3)).item())"
+    call = f"{HIDE_NATIVE}\n{use}"
+    said = f"{HIDE_NATIVE}\nimport runpy; runpy.run_module('sslkern', run_name='__main__')"
+    works, says, refuses = forked((call, {}), (said, {}), (call, {"SSLKERN_BACKEND": "native"}))
+    assert works.returncode == 0 and float(works.stdout) == pytest.approx(24.75), works.stderr
+    assert says.returncode == 0, says.stderr
+    (line,) = (line for line in says.stdout.splitlines() if line.split()[:1] == ["native"])
     assert "missing: the C++ extension does not load (hidden by the test)" in line
-    assert {choice[0] for choice in table(done.stdout).values()} == {"reference"}
-    done = python("-c", f"{HIDE_NATIVE}\n{call}", SSLKERN_BACKEND="native")
-    assert done.returncode != 0 and not done.stdout
-    last = done.stderr.strip().splitlines()[-1]
-    assert last.startswith("RuntimeError: The back-end 'native' was asked for and cannot be used"), done.stderr
+    assert {choice[0] for choice in table(says.stdout).values()} == {"reference"}
+    assert refuses.returncode != 0 and not refuses.stdout
+    last = refuses.stderr.strip().splitlines()[-1]
+    assert last.startswith("RuntimeError: The back-end 'native' was asked for and cannot be used"), refuses.stderr
     assert "hidden by the test" in last
 
 
@@ -91,17 +122,39 @@ def test_the_folder_is_not_the_triton_projects_package():
     assert done.stderr.strip().splitlines()[-1].startswith("ImportError: this folder is sslkern.triton_kernels")
 
 
+# Both unbiased estimators have the products of the others
+ROUTE = """
+import sys
+sys.path.insert(0, "tests")
+import cases, test_edges, test_ops
+from sslkern import backend
+
+print(backend.products())
+found = []
+with backend.use("native"):
+    for turn, op in enumerate(name for name in cases.OPS if "unbiased" not in name):
+        for k, case in enumerate(cases.cases_for(cases.OPS[op])):
+            n, d = cases.inputs_of(cases.CASES[case], 1, cases.DTYPES[0])[0].shape[-2:]
+            form = "primal" if n < cases.OPS[op].threshold * d else "dual"
+            found += test_ops.complaints(op, case, cases.DTYPES[(k + turn) % 3], "cpu")
+            found += test_ops.complaints(op, case, cases.DTYPES[0], "cpu", form, forced=True)
+        for value in (test_edges.NAN, test_edges.INF, -test_edges.INF):
+            test_edges.test_nan_and_inf_propagate(op, value, "native", "cpu")
+        for form in ("primal", "dual"):
+            test_edges.test_fp16_does_not_overflow(op, form, "native", "cpu")
+print(*found, sep="\\n")
+"""
+
+
 @pytest.mark.parametrize("route", backends.CPU_GEMMS[1:])
 def test_every_product_route_follows_fp64(route, native):
-    """SSLKERN_CPU_GEMM=avx2, =mm and =onednn pass the tests of values, gradients and odd input, and say so."""
-    told = python("-c", "from sslkern import backend; print(backend.products())", SSLKERN_CPU_GEMM=route).stdout
+    """SSLKERN_CPU_GEMM=avx2, =mm and =onednn say so and pass the tests of values and gradients, of NaN and of fp16's
+    range: every shape and layout with every op, in one of the dtypes, and in fp32 in the form "auto" would not take."""
+    done = python("-c", ROUTE, timeout=600, SSLKERN_CPU_GEMM=route)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told, _, found = done.stdout.partition("\n")
     expected = {"avx2": ("AVX2 tiles", "oneDNN", "torch.mm"), "mm": ("torch.mm",), "onednn": ("oneDNN", "torch.mm")}
-    assert told.startswith(expected[route]), told
-    files = ("tests/test_ops.py", "tests/test_edges.py")
-    # the unbiased estimators have the products of the others
-    chosen = "native and not unbiased and (follow_fp64 or form_auto or nan_and_inf or overflow)"
-    done = python("-m", "pytest", "-q", "-k", chosen, *files, timeout=600, SSLKERN_CPU_GEMM=route)
-    assert done.returncode == 0, done.stdout[-3000:]
+    assert told.startswith(expected[route]) and not found.strip(), done.stdout[-3000:]
 
 
 def test_an_unknown_product_route_is_refused():
