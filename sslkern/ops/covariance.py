@@ -142,19 +142,18 @@ def covariance(
     unbiased = estimator == "unbiased"
     least, peers = 4 if unbiased else 2, None if group is None else distributed.peers_of(group)
     if peers is not None:
-        counts = _joint.rows(peers, least, lambda: _check(estimator, form, 0, z=z), z)
+        counts = _joint.rows(peers, least, lambda: _check(estimator, form, 0, "z", z), z)
         return _joint.covariance(z, unbiased, counts, peers, takes_dual(sum(counts), z.shape[-1], form, 1.0))
-    _check(estimator, form, least, z=z)
+    _check(estimator, form, least, "z", z)
     dual = takes_dual(z.shape[-2], z.shape[-1], form, 0.8)
     return _Covariance.apply(z, unbiased, dual)[:2]
 
 
-def _check(estimator: str, form: str, least: int, **stacks: Tensor) -> None:
-    """Stacks must have `least` rows; those of a rank, 0, may have none."""
+def _check(estimator: str, form: str, least: int, name: str, z: Tensor) -> None:
+    """A stack must have `least` rows; that of a rank, 0, may have none."""
     _checks.one_of("estimator", estimator, ESTIMATORS)
     _checks.one_of("form", form, FORMS)
-    for name, z in stacks.items():
-        _checks.matrix_stack(name, z, least)
+    _checks.matrix_stack(name, z, least)
     if least == 0:
         reference_only("covariances of a group", z)
 
@@ -200,7 +199,8 @@ def vicreg(
 
 def _checked(a: Tensor, b: Tensor, estimator: str, form: str, least: int, settings: Settings) -> Settings:
     """The settings as `_checks.setting` returns them, when all else is right."""
-    _check(estimator, form, least, a=a, b=b)
+    _check(estimator, form, least, "a", a)
+    _checks.matrix_stack("b", b, least)
     _checks.same("a", a, "b", b)
     if _checks.numbers(*settings) and settings[-1] >= 0:
         return settings
