@@ -48,9 +48,9 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
     _checks.non_negative("eps", eps)
     z = z.detach().double()
     gram = z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
-    total = gram.sum((-2, -1))
+    total = torch.sum(gram, (-2, -1))
     # without NaN and inf: the solver raises, or on a GPU may not return, where numbers are missing
-    sigma = torch.linalg.eigvalsh(gram.nan_to_num_(0.0, 0.0, 0.0)).relu_().sqrt_()
-    p = sigma.div_(sigma.sum(-1, True)).add_(eps)
-    rank = torch.special.entr(p).sum(-1).exp_()
+    sigma = torch.linalg.eigvalsh(torch.nan_to_num_(gram, 0.0, 0.0, 0.0)).relu_().sqrt_()
+    p = sigma.div_(torch.sum(sigma, -1, True)).add_(eps)
+    rank = torch.sum(torch.special.entr(p), -1).exp_()
     return rank.add_(total, alpha=0)  # NaN where numbers were missing
