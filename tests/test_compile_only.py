@@ -1,8 +1,8 @@
 """Compiles every Triton kernel for three architectures with no GPU, and reads the machine code.
 
 Each kernel must keep to its registers (no stack, no local memory), fit the shared memory of an SM, and read by 16
-bytes. The kernels are the `COMPILE_CASES` of the modules of `triton_kernels`: for Hopper all of them, for the others,
-of those that differ by the width of a row alone, the widest.
+bytes. The kernels are among the `COMPILE_CASES` of the modules of `triton_kernels`: for Hopper every kind, every
+tile and every precision, for the others every kind on one of the two at least; each at its widest.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import os
 import re
 import subprocess
 import sys
+from collections import Counter
 from functools import cache
 from importlib import import_module
 from pathlib import Path
@@ -34,20 +35,47 @@ pytestmark = machine_code.needed
 
 @triton.jit
 def spilling_kernel(x, out):
-    """512 values per thread that a reduction keeps alive: more than the 255 registers there are."""
-    at = tl.arange(0, 16384)
+    """256 values per thread that a reduction keeps alive: more than the 255 registers there are."""
+    at = tl.arange(0, 8192)
     values = tl.load(x + at)
     tl.store(out + at, values - tl.max(values, 0))
 
 
-def widest(cases: list) -> list:
-    """Of the cases that have all but the width in their name, _64, _128 or _256, in common."""
-    kinds: dict[str, list] = {}
-    for case in cases:
-        width = re.search(r"_(64|128|256)(?!\d)", case.name)
-        kind = case.name.replace(width[0], "") if width else case.name
-        kinds.setdefault(kind, []).append((int(width[1]) if width else 0, case))
-    return [max(kind, key=lambda pair: pair[0])[1] for kind in kinds.values()]
+def size(case) -> tuple:
+    """By which cases of one kind need more registers and shared memory: most where whole rows stay on chip."""
+    number = {name: n for name, n in case.constants.items() if isinstance(n, int)}
+    whole = not number.get("BK", 0)
+    return whole, number.get("PLANES", 1) * number.get("BD", 0), *(number.get(n, 0) for n in ("FOLD", "WIDTH", "COLS"))
+
+
+def kind(case) -> tuple:
+    """What decides on the code but sizes: arguments, their types, switches, and whether rows are taken by steps."""
+    switches = {name: v for name, v in case.constants.items() if v is None or isinstance(v, (bool, str))}
+    more = case.constants.get("MASK"), case.constants.get("BK", 0) > 0
+    return case.kernel.__name__, *sorted(case.pointers.items()), *sorted(switches.items()), *more
+
+
+def tile(case) -> tuple:
+    sizes = [case.constants.get(name) for name in ("SQUARED", "BI", "BJ", "BK", "STAGES", "FOLD")]
+    return case.kernel.__name__, case.warps, *sizes
+
+
+def chosen(cases: list, architecture: int) -> list:
+    """From the largest down, for Hopper what has a kind, a tile or a number of planes that none before it has; for the
+    others the first of every kernel and function, and the other kinds in turn."""
+    seen, found, turns = set(), [], Counter()
+    for case in sorted(reversed(cases), key=size, reverse=True):
+        what = {kind(case)}
+        if architecture == 90:
+            what |= {tile(case), (case.kernel.__name__, case.constants.get("PLANES"))}
+        if what <= seen:
+            continue
+        seen |= what
+        group = case.kernel.__name__, case.constants.get("FUNCTION"), *case.pointers.values()
+        turns[group] += 1
+        if architecture == 90 or turns[group] == 1 or turns[group] % 2 == (architecture == 100):
+            found.append(case)
+    return found
 
 
 @cache
@@ -56,7 +84,7 @@ def compile_cases(architecture: int) -> dict:
     modules = [import_module(f"{triton_kernels.__name__}.{m.name}") for m in iter_modules(triton_kernels.__path__)]
     every = [case for module in modules for case in getattr(module, "COMPILE_CASES", ())]
     every = [case for case in every if architecture in case.architectures]
-    cases = {case.name: case for case in (every if architecture == 90 else widest(every))}
+    cases = {case.name: case for case in chosen(every, architecture)}
     cases[SPILLING] = triton_kernels.launch.CompileCase(SPILLING, spilling_kernel, {"x": "*fp32", "out": "*fp32"}, {})
     return cases
 

@@ -60,7 +60,10 @@ def test_layout_does_not_change_the_bits(op_name, backend, device):
     if backend == "reference":
         pytest.skip("torch's reductions do not promise it")
     op = cases.OPS[op_name]
-    for name in ("transposed", "transposed wide", "rows and columns", "column slice", "permuted (B, T, D)"):
+    names = ("transposed", "transposed wide", "rows and columns", "column slice", "permuted (B, T, D)")
+    if cases.interpreted(backend) and op_name != "cross_correlation":  # two estimators load by the same kernels
+        names = names["unbiased" in op_name :: 2]
+    for name in names:
         views = cases.inputs_of(cases.CASES[name], op.inputs, torch.float32, device)
         ours = cases.value_and_grad(op.call, views)
         dense = cases.value_and_grad(op.call, [x.contiguous() for x in views])
