@@ -1,7 +1,7 @@
 """HSIC in its forms, and kernel times matrix, against the N x N matrices of their definitions."""
 
 import re
-from itertools import permutations, product
+from itertools import permutations
 
 import pytest
 import torch
@@ -119,11 +119,10 @@ def test_only_the_unbiased_one_is_0_for_independent_data(kernel):
 def test_pairwise_is_hsic_of_each_pair(kernel, estimator, shape):
     """Values and gradients; by the default bandwidth, one of each feature, and normalised."""
     z = (randn(*shape) * torch.arange(1, shape[-1] + 1)).requires_grad_()
-    d = shape[-1]
     widths = median_bandwidth(z.mT[..., None])
-    parts = [(z[..., i : i + 1], widths[..., i]) for i in range(d)]
-    wanted = torch.stack([brute(a, b, kernel, estimator, u, v) for (a, u), (b, v) in product(parts, parts)], -1)
-    wanted = wanted.unflatten(-1, (d, d))
+    features = z.mT[..., None]
+    rows, columns = (widths.unsqueeze(k) for k in (-1, -2))
+    wanted = brute(features.unsqueeze(-3), features.unsqueeze(-4), kernel, estimator, rows, columns)
     tolerance = {"rtol": 1e-8, "atol": 1e-12 * wanted.abs().max().item()}
     assert_same(pairwise_hsic(z, kernel, estimator), wanted, (z,), **tolerance)
     torch.testing.assert_close(hsic(z[..., :1], z[..., -1:], kernel, estimator), wanted[..., 0, -1], **tolerance)
