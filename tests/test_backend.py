@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 from conftest import available
-from test_package import HIDE_NATIVE, forked, python
+from test_package import HIDE_NATIVE, python, pythons
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -211,7 +211,7 @@ def test_strict():
     strict, relaxed = {"SSLKERN_STRICT": "1"}, {"SSLKERN_STRICT": "0"}
     runs = (STRICT, strict), (HIDE_NATIVE + STRICT, strict), (HIDE_NATIVE + STRICT, relaxed)
     runs += (("import sslkern", {"SSLKERN_STRICT": "yes"}),)
-    *done, odd = forked(*runs, first="import torch._dynamo", TRITON_INTERPRET="1")
+    *done, odd = pythons(*runs, first="import torch._dynamo", TRITON_INTERPRET="1")
     assert not any(run.returncode for run in done), [run.stderr for run in done]
     found, bare, relaxed = (json.loads(run.stdout) for run in done)
     for key, name, reason in (
@@ -299,7 +299,7 @@ def test_a_broken_triton_is_told_for_what_it_is():
     runs = [(BREAK.format(how=code), {}) for code, *_ in HOWS.values()]
     first = "import torch._dynamo"  # which itself may not survive a broken Triton
     for done, (how, (_, reason, warns)) in zip(
-        forked(*runs, first=first, TRITON_INTERPRET="1"), HOWS.items(), strict=True
+        pythons(*runs, first=first, TRITON_INTERPRET="1"), HOWS.items(), strict=True
     ):
         assert done.returncode == 0, (how, done.stderr)
         found = json.loads(done.stdout)

@@ -175,4 +175,4 @@ def test_make_gpu_installs_nothing(tmp_path):
     assert run.returncode == 0, run.stderr
     installs = [line for line in run.stdout.splitlines() if "pip install" in line]
     (line,) = installs
-    assert line.endswith(" build/overlay/bin/python -m pip install -q --no-build-isolation --no-deps -e .")
+    assert line.endswith(" build/overlay/bin/python -m pip install -q --no-compile --no-build-isolation --no-deps -e .")

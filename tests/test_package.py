@@ -48,7 +48,7 @@ print(json.dumps(done))
 """
 
 
-def forked(*runs, first="import torch", **environment):
+def pythons(*runs, first="import torch", **environment):
     """Codes, each with its environment, in interpreters that have torch, or what `first` imports, and nothing else:
     one start for all of them, which then forks."""
     options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True, "timeout": 300}
@@ -95,7 +95,7 @@ def test_it_works_without_the_extension():
     use = "import torch, sslkern; print(sslkern.vicreg_loss(torch.ones(4, 3), torch.ones(4, 3)).item())"
     call = f"{HIDE_NATIVE}\n{use}"
     said = f"{HIDE_NATIVE}\nimport runpy; runpy.run_module('sslkern', run_name='__main__')"
-    works, says, refuses = forked((call, {}), (said, {}), (call, {"SSLKERN_BACKEND": "native"}))
+    works, says, refuses = pythons((call, {}), (said, {}), (call, {"SSLKERN_BACKEND": "native"}))
     assert works.returncode == 0 and float(works.stdout) == pytest.approx(24.75), works.stderr
     assert says.returncode == 0, says.stderr
     (line,) = (line for line in says.stdout.splitlines() if line.split()[:1] == ["native"])
