@@ -19,7 +19,7 @@ BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
 # Made for what is asked: another TORCH= or PYTHON= is set up and built for anew
 READY := $(VENV)/ready-$(firstword $(shell echo "$(or $(PYTHON),$(TORCH))" | cksum))
 
-# Tests side by side, where their tools are ours; of three processes one at a time may wait, for compilers and for others
+# Tests side by side, where their tools are ours: on two cores three, as one often waits for a compiler or for ranks
 PARALLEL := $(if $(PYTHON),,-n $(if $(filter 1 2,$(shell getconf _NPROCESSORS_ONLN)),3,4))
 
 .PHONY: demo test bench gpu gpu-bundle build lint clean
