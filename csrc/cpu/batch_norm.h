@@ -2,6 +2,8 @@
 // numbers stored as S and counted as T.
 #pragma once
 
+#include <algorithm>
+
 #include "channels.h"
 
 namespace sslkern {
@@ -227,8 +229,8 @@ SSLKERN_INLINE void affine_of_rows(const S* x, int64_t ld, int64_t n, V mean, V 
   }
 }
 
-// out = scale dy - (slope (x - mean) + offset), where a slope of 0, as by given statistics, keeps a NaN or inf of x out
-template <int64_t R, bool kRelu, class S, class V>
+// out = scale dy - (slope (x - mean) + offset); kConstant: every slope is 0, and a NaN or inf of x stays out
+template <int64_t R, bool kRelu, bool kConstant, class S, class V>
 SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, int64_t n, V mean, V scale, V bias,
                                            V slope, V offset, S* out) {
   using T = Wide<S>;
@@ -238,7 +240,7 @@ SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, 
     each_row<R>([&](int64_t r) SSLKERN_LAMBDA {
       const T c = wide(x[j + r * ld]) - m, given = wide(dy[j + r * ld]);
       const T g = kRelu && c * a + b <= 0 ? T(0) : given;
-      out[j + r * ld] = narrow<S>(a * g - ((k == 0 ? T(0) : k * c) + l));
+      out[j + r * ld] = narrow<S>(a * g - (kConstant ? l : k * c + l));
     });
   }
 }
@@ -261,24 +263,26 @@ SSLKERN_INLINE void affine_body(const S* x, int64_t ld, int64_t rows, int64_t co
   f.relu ? affine_if<true>(x, ld, rows, cols, runs, f, out) : affine_if<false>(x, ld, rows, cols, runs, f, out);
 }
 
-template <bool kRelu, class S, class T>
+template <bool kRelu, bool kConstant, class S, class T>
 SSLKERN_INLINE void input_gradient_if(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
                                       const Affine<T>& f, const T* slope, const T* offset, S* out) {
   int64_t i = 0;
   for (; runs && i < rows; ++i, x += ld, dy += ld, out += ld)
-    input_gradient_of_rows<1, kRelu, S, Same<T>>(dy, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, {slope[i]},
-                                                 {offset[i]}, out);
+    input_gradient_of_rows<1, kRelu, kConstant, S, Same<T>>(dy, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]},
+                                                            {slope[i]}, {offset[i]}, out);
   for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * ld, out += kAtOnce * ld)
-    input_gradient_of_rows<kAtOnce, kRelu>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
+    input_gradient_of_rows<kAtOnce, kRelu, kConstant>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
   for (; i < rows; ++i, x += ld, dy += ld, out += ld)
-    input_gradient_of_rows<1, kRelu>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
+    input_gradient_of_rows<1, kRelu, kConstant>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
 }
 
 template <class S, class T>
 SSLKERN_INLINE void input_gradient_body(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
                                         const Affine<T>& f, const T* slope, const T* offset, S* out) {
-  f.relu ? input_gradient_if<true>(dy, x, ld, rows, cols, runs, f, slope, offset, out)
-         : input_gradient_if<false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
+  if (!f.relu) return input_gradient_if<false, false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
+  const bool constant = std::all_of(slope, slope + (runs ? rows : cols), [](T k) { return k == 0; });
+  constant ? input_gradient_if<true, true>(dy, x, ld, rows, cols, runs, f, slope, offset, out)
+           : input_gradient_if<true, false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
 }
 
 // What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
