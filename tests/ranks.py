@@ -14,7 +14,8 @@ from torch.multiprocessing import start_processes
 import sslkern
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
-COSTLY = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]  # asks for no GPU: a driver dies in a fork
+# Neither asks for a GPU, whose driver does not outlive a fork
+COSTLY = ["torch._dynamo.backends.debugging", "torch._inductor.compile_fx"]
 
 
 @contextmanager
