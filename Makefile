@@ -6,8 +6,9 @@ VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-# Without bytecode of all that there is, most of which no one imports: Python makes what it needs
-INSTALL := $(PY) -m pip install -q --no-compile
+# Without bytecode of all that there is, most of which no one imports: Python makes what it needs, wherever it may
+INSTALL := $(PY) -m pip install -q --no-compile --disable-pip-version-check
+unexport PYTHONDONTWRITEBYTECODE
 OURS := $(INSTALL) --no-build-isolation $(if $(PYTHON),--no-deps )-e .
 
 # Where `make gpu` leaves its log, results and table
