@@ -44,6 +44,7 @@ FLAGS = [
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",
+    "-fno-trapping-math",  # nobody asks for traps, and a choice between two sums may be a vector's, not a branch
     "-Wall",
     "-Wno-unknown-pragmas",
     "-g0",  # after python's own -g: half of the binary would be debug information

@@ -167,19 +167,20 @@ def moments_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
     return Case("moments", shape, lambda: [x], implementations, truth, floors=floors, note=layout, backward=False)
 
 
-def _kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor) -> Callable[[], None]:
+def _kernels(x: Tensor, dy: Tensor, weight: Tensor, bias: Tensor, relu: bool) -> Callable[[], None]:
     """Training without autograd and running statistics: two calls of the dispatcher."""
     x, dy, *given = (t.detach() for t in (x, dy, weight, bias))
 
     def run() -> None:
-        _, centre, variance = pick("batch_norm_fwd", x)(x, *given, None, None, 0.0, 1e-5, False)
-        pick("batch_norm_bwd", x)(dy, x, *given, centre, variance, 1e-5, False)
+        _, centre, variance = pick("batch_norm_fwd", x)(x, *given, None, None, 0.0, 1e-5, relu)
+        pick("batch_norm_bwd", x)(dy, x, *given, centre, variance, 1e-5, relu)
 
     return run
 
 
-def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
-    """Training, with affine parameters and running statistics; the gradient comes as a tensor, not as a sum's."""
+def batch_norm_case(shape: tuple[int, ...], layout: str, device: str, relu: bool = False) -> Case:
+    """Training, with affine parameters and running statistics, and a relu behind it if asked for; the gradient comes as
+    a tensor, not as a sum's."""
     x, upstream = (_images((shape[0] + k, *shape[1:]), layout, device)[: shape[0]].detach() for k in range(2))
     weight, bias = torch.rand(shape[1], device=device) + 0.5, torch.randn(shape[1], device=device)
 
@@ -202,16 +203,21 @@ def batch_norm_case(shape: tuple[int, ...], layout: str, device: str) -> Case:
         return loss
 
     def ours(x: Tensor, mean: Tensor, variance: Tensor, weight: Tensor, bias: Tensor, *settings) -> Tensor:
-        return ops.batch_norm(x, weight, bias, mean, variance, *settings)
+        return ops.batch_norm(x, weight, bias, mean, variance, *settings, activation="relu" if relu else None)
 
-    implementations = {"published": run(torch.nn.functional.batch_norm), "sslkern": run(ours)}
+    def published(*arguments) -> Tensor:
+        y = torch.nn.functional.batch_norm(*arguments)
+        return y.relu_() if relu else y
+
+    implementations = {"published": run(published), "sslkern": run(ours)}
     inputs = [t.requires_grad_() for t in (x, weight, bias)]
     truth = _by_reference(implementations["sslkern"])
     floors, names = (
-        {"copy": copy_of(x.detach()), "kernels alone": _kernels(x, upstream, weight, bias)},
+        {"copy": copy_of(x.detach()), "kernels alone": _kernels(x, upstream, weight, bias, relu)},
         ("published", "sslkern"),
     )
-    return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=layout, huge=names)
+    note = f"{layout}, relu" if relu else layout
+    return Case("batch_norm", shape, lambda: inputs, implementations, truth, floors=floors, note=note, huge=names)
 
 
 def _projector(widths: tuple[int, ...]) -> nn.Sequential:
@@ -298,4 +304,7 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         label = f"{' '.join(map(str, shape))} {layout}"
         cases.append((f"moments {label}", lambda s=shape, at=layout: moments_case(s, at, device)))
         cases.append((f"batch_norm {label}", lambda s=shape, at=layout: batch_norm_case(s, at, device)))
+    for shape, layout in (NORMED[0], NORMED[4]):
+        label = f"{' '.join(map(str, shape))} {layout}, relu"
+        cases.append((f"batch_norm {label}", lambda s=shape, at=layout: batch_norm_case(s, at, device, relu=True)))
     return cases

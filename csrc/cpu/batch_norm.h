@@ -9,8 +9,11 @@
 namespace sslkern {
 
 // Columns are walked some rows at once: what belongs to a column is loaded, and stored, once for all of them. (Written
-// out, not as a loop over the rows, which the compiler would not make vectors of.)
+// out, not as a loop over the rows, which the compiler would not make vectors of.) Maps of 16-bit types gain nothing:
+// the conversions take longer than the loads.
 constexpr int64_t kAtOnce = 4;
+template <class S>
+constexpr int64_t kMapped = sizeof(S) > 2 ? kAtOnce : 1;
 
 // f(row) for R rows
 template <int64_t R, class F>
@@ -249,11 +252,12 @@ SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, 
 template <bool kRelu, class S, class T>
 SSLKERN_INLINE void affine_if(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
                               S* out) {
+  constexpr int64_t R = kMapped<S>;
   int64_t i = 0;
   for (; runs && i < rows; ++i, x += ld, out += ld)
     affine_of_rows<1, kRelu, S, Same<T>>(x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]}, out);
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, out += kAtOnce * ld)
-    affine_of_rows<kAtOnce, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out);
+  for (; i + R <= rows; i += R, x += R * ld, out += R * ld)
+    affine_of_rows<R, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out);
   for (; i < rows; ++i, x += ld, out += ld) affine_of_rows<1, kRelu>(x, ld, cols, f.mean, f.scale, f.bias, out);
 }
 
@@ -266,12 +270,13 @@ SSLKERN_INLINE void affine_body(const S* x, int64_t ld, int64_t rows, int64_t co
 template <bool kRelu, bool kConstant, class S, class T>
 SSLKERN_INLINE void input_gradient_if(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
                                       const Affine<T>& f, const T* slope, const T* offset, S* out) {
+  constexpr int64_t R = kConstant ? 1 : kMapped<S>;
   int64_t i = 0;
   for (; runs && i < rows; ++i, x += ld, dy += ld, out += ld)
     input_gradient_of_rows<1, kRelu, kConstant, S, Same<T>>(dy, x, ld, cols, {f.mean[i]}, {f.scale[i]}, {f.bias[i]},
                                                             {slope[i]}, {offset[i]}, out);
-  for (; i + kAtOnce <= rows; i += kAtOnce, x += kAtOnce * ld, dy += kAtOnce * ld, out += kAtOnce * ld)
-    input_gradient_of_rows<kAtOnce, kRelu, kConstant>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
+  for (; i + R <= rows; i += R, x += R * ld, dy += R * ld, out += R * ld)
+    input_gradient_of_rows<R, kRelu, kConstant>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
   for (; i < rows; ++i, x += ld, dy += ld, out += ld)
     input_gradient_of_rows<1, kRelu, kConstant>(dy, x, ld, cols, f.mean, f.scale, f.bias, slope, offset, out);
 }
