@@ -20,86 +20,14 @@ inline void fetch(const T* from, int64_t ld, int64_t rows, int64_t cols) {
       __builtin_prefetch(from + i * ld + j, 0, 2);
 }
 
-// The loops of few columns, which are read and written at the speed of memory.
-template <int Q, class T>
-SSLKERN_INLINE T mixed(const T* c, T x, T y, T z, T w) {
-  if constexpr (Q == 1) return c[0] * x;
-  if constexpr (Q == 2) return c[0] * x + c[1] * y;
-  return (c[0] * x + c[1] * y) + (c[2] * z + c[3] * w);
-}
-
-// out_r += sum_q c_rq in_q, at once for R rows and Q others, 4, 2 or 1 each. All is read before anything is written, by
-// names and not by indices: so the compiler keeps it in registers.
-template <int R, int Q, class T>
-SSLKERN_INLINE void add_mixed(T* out, int64_t out_ld, const T* in, int64_t in_ld, const T* c, int64_t c_row,
-                              int64_t c_col, int64_t n) {
-  T by[4][4] = {};
-  for (int r = 0; r < R; ++r)
-    for (int q = 0; q < Q; ++q) by[r][q] = c[r * c_row + q * c_col];
-  const T *in1 = in + (Q > 1) * in_ld, *in2 = in + (Q > 2) * 2 * in_ld, *in3 = in + (Q > 2) * 3 * in_ld;
-  T *out1 = out + (R > 1) * out_ld, *out2 = out + (R > 2) * 2 * out_ld, *out3 = out + (R > 2) * 3 * out_ld;
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const T x = in[j], y = in1[j], z = in2[j], w = in3[j];
-    const T s = out[j] + mixed<Q>(by[0], x, y, z, w), t = out1[j] + mixed<Q>(by[1], x, y, z, w);
-    const T u = out2[j] + mixed<Q>(by[2], x, y, z, w), v = out3[j] + mixed<Q>(by[3], x, y, z, w);
-    out[j] = s;
-    if constexpr (R > 1) out1[j] = t;
-    if constexpr (R > 2) out2[j] = u, out3[j] = v;
-  }
-}
-
-template <int R, class T>
-SSLKERN_INLINE void add_all_mixed(T* out, int64_t out_ld, const T* in, int64_t in_ld, int64_t count, const T* c,
-                                  int64_t c_row, int64_t c_col, int64_t n) {
-  for (; count >= 4; count -= 4, in += 4 * in_ld, c += 4 * c_col)
-    add_mixed<R, 4>(out, out_ld, in, in_ld, c, c_row, c_col, n);
-  if (count >= 2) {
-    add_mixed<R, 2>(out, out_ld, in, in_ld, c, c_row, c_col, n);
-    count -= 2, in += 2 * in_ld, c += 2 * c_col;
-  }
-  if (count > 0) add_mixed<R, 1>(out, out_ld, in, in_ld, c, c_row, c_col, n);
-}
-
 // out (rows, n) += c in, `in` being (count, n).
 template <class T>
-SSLKERN_INLINE void add_product_body(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count,
-                                     const T* c, int64_t c_row, int64_t c_col, int64_t n) {
-  for (; rows >= 4; rows -= 4, out += 4 * out_ld, c += 4 * c_row)
-    add_all_mixed<4>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
-  if (rows >= 2) {
-    add_all_mixed<2>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
-    rows -= 2, out += 2 * out_ld, c += 2 * c_row;
-  }
-  if (rows > 0) add_all_mixed<1>(out, out_ld, in, in_ld, count, c, c_row, c_col, n);
-}
+void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count, const T* c,
+                 int64_t c_row, int64_t c_col, int64_t n);
 
 // out (4, 2), the products of 4 rows of u with 2 of w.
 template <class T>
-SSLKERN_INLINE void dots_body(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {
-  T a = 0, b = 0, c = 0, d = 0, e = 0, f = 0, g = 0, h = 0;
-#pragma omp simd reduction(+ : a, b, c, d, e, f, g, h)
-  for (int64_t j = 0; j < n; ++j) {
-    const T x = w[j], y = w[w_ld + j];
-    a += u[j] * x, b += u[j] * y;
-    c += u[u_ld + j] * x, d += u[u_ld + j] * y;
-    e += u[2 * u_ld + j] * x, f += u[2 * u_ld + j] * y;
-    g += u[3 * u_ld + j] * x, h += u[3 * u_ld + j] * y;
-  }
-  out[0] = a, out[1] = b, out[2] = c, out[3] = d, out[4] = e, out[5] = f, out[6] = g, out[7] = h;
-}
-
-#define SSLKERN_KERNELS(T)                                                                                     \
-  SSLKERN_CLONES static void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld,     \
-                                         int64_t count, const T* c, int64_t c_row, int64_t c_col, int64_t n) { \
-    add_product_body(out, out_ld, rows, in, in_ld, count, c, c_row, c_col, n);                                 \
-  }                                                                                                            \
-  SSLKERN_CLONES static void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {     \
-    dots_body(u, u_ld, w, w_ld, n, out);                                                                       \
-  }
-SSLKERN_KERNELS(float)
-SSLKERN_KERNELS(double)
-#undef SSLKERN_KERNELS
+void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out);
 
 // out (rows, count) = the products of rows of u with those of w.
 template <class T>
