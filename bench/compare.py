@@ -2,11 +2,12 @@
 
 Trees are folders with a built extension, such as git worktrees. The cases are those of the tree that runs the command,
 for both. A case has a process in each tree, and the two take turns within one minute, --rounds times: the pairs of
-medians so measured give the ratio, and their spread its noise. What is worse by more than that counts once two fresh
-processes have said so again. What a call costs on (8, 16) inputs (`overhead.py`) is timed in the same way, on one
-thread, and counted: "overhead" rows are microseconds, "instructions" rows those of the processor, which no neighbour
-disturbs, by valgrind; where there is none, "bytecodes" rows are those of Python. --filter chooses rows of all kinds.
-The exit status is 1 if a row got worse or fails, else 0.
+medians so measured give the ratio, and their spread its noise. What is worse by more than that is measured again by
+five fresh pairs of processes, since a process may be fast or slow for good, by where its memory lies: it counts if it
+is worse by more than the five differ. What a call costs on (8, 16) inputs (`overhead.py`) is timed in the same way, on
+one thread, and counted: "overhead" rows are microseconds, "instructions" rows those of the processor, which no
+neighbour disturbs, by valgrind; where there is none, "bytecodes" rows are those of Python. --filter chooses rows of all
+kinds. The exit status is 1 if a row got worse or fails, else 0.
 
 Of result files each row is compared once: the noise is that of the p20-p80 they hold.
 """
@@ -30,6 +31,7 @@ from functools import partial
 from pathlib import Path
 
 OURS = Path(__file__).parents[1]
+PAIRS = 5  # of processes for a second opinion
 LEAST = 0.02  # two processes of one tree differ by as much in time, by where their memory happens to lie
 OVERHEAD, INSTRUCTIONS, BYTECODES = "overhead ", "instructions ", "bytecodes "
 COUNTED = (INSTRUCTIONS, BYTECODES)
@@ -232,6 +234,17 @@ def rows_of(
                 yield name, measured(pair, name, rounds)
 
 
+def again(trees: tuple[Path, Path], name: str, device: str, rounds: int) -> Row | dict[int, str]:
+    """The row anew, a pair of processes for each of its ratios. A count is the same in every process: one pair."""
+    pairs = []
+    for _ in range(1 if name.startswith(COUNTED) else PAIRS):
+        _, row = next(rows_of(trees, [name], device, rounds))
+        if not isinstance(row, Row) or name.startswith(COUNTED):
+            return row
+        pairs.append(row)
+    return judged(name, [row.before for row in pairs], [row.after for row in pairs], row.unit)
+
+
 def compare(trees: tuple[Path, Path], pattern: str, device: str, rounds: int, minutes: float) -> int:
     """Print the rows, run again what seems worse, and return the exit status."""
     from .cases import all_cases
@@ -264,7 +277,8 @@ def compare(trees: tuple[Path, Path], pattern: str, device: str, rounds: int, mi
     suspects = [row.name for row in rows if row.verdict == "worse"]
     if suspects:
         print("\nOnce more, in fresh processes:\n" + HEAD, flush=True)
-        for name, row in rows_of(trees, suspects, device, rounds):
+        for name in suspects:
+            row = again(trees, name, device, rounds)
             confirmed = not isinstance(row, Row) or row.verdict == "worse"
             print(line_of(row) if isinstance(row, Row) else f"| {name} | fails: {row} |", flush=True)
             bad += [name] if confirmed else []

@@ -51,6 +51,21 @@ def test_a_slower_row_is_worse():
     assert all(compare.judged("row", *pairs(rng, 0.8, 0.05)).verdict == "better" for _ in range(200))
 
 
+@pytest.mark.parametrize(("slower", "share"), ((1.0, 0.05), (1.3, 1.0)))
+def test_the_second_opinion_is_of_many_processes(monkeypatch, slower, share):
+    """Where each process is fast or slow for good, a pair of them is no evidence; a row that is slower in all is."""
+    rng = random.Random(0)
+
+    def rows_of(trees, names, device, rounds):
+        before, after = (rng.choice((1.0, 2.0)) if slower == 1 else 1 + 0.01 * rng.random() for _ in trees)
+        yield names[0], compare.judged(names[0], [before] * rounds, [slower * after] * rounds)
+
+    monkeypatch.setattr(compare, "rows_of", rows_of)
+    rows = [compare.again((ROOT, ROOT), "row", "cpu", 5) for _ in range(200)]
+    worse = sum(row.verdict == "worse" for row in rows) / len(rows)
+    assert worse < share if slower == 1 else worse == share
+
+
 def tree(folder, appended):
     """A tree that is this one, but for what is appended to its __init__.py."""
     package = folder / "sslkern"
