@@ -41,6 +41,7 @@ def files(suffix: str) -> list[str]:
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 FLAGS = [
     *COMMON,
+    "-falign-loops=64",  # else a loop's speed, by a fifth for tiles, is a matter of what the linker put before it
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",
