@@ -77,19 +77,28 @@ SSLKERN_INLINE void dots_body(const T* u, int64_t u_ld, const T* w, int64_t w_ld
   }                                                                                                               \
   SSLKERN_CLONES static void dots_of(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {     \
     dots_body(u, u_ld, w, w_ld, n, out);                                                                          \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count, const T* c,   \
-                   int64_t c_row, int64_t c_col, int64_t n) {                                                     \
-    add_product_of(out, out_ld, rows, in, in_ld, count, c, c_row, c_col, n);                                      \
-  }                                                                                                               \
-  template <>                                                                                                     \
-  void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {                              \
-    dots_of(u, u_ld, w, w_ld, n, out);                                                                            \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)
 #undef SSLKERN_KERNELS
+
+template <class T>
+void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count, const T* c,
+                 int64_t c_row, int64_t c_col, int64_t n) {
+  add_product_of(out, out_ld, rows, in, in_ld, count, c, c_row, c_col, n);
+}
+
+template <class T>
+void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out) {
+  dots_of(u, u_ld, w, w_ld, n, out);
+}
+
+template void add_product(float*, int64_t, int64_t, const float*, int64_t, int64_t, const float*, int64_t, int64_t,
+                          int64_t);
+template void add_product(double*, int64_t, int64_t, const double*, int64_t, int64_t, const double*, int64_t, int64_t,
+                          int64_t);
+template void dots(const float*, int64_t, const float*, int64_t, int64_t, float*);
+template void dots(const double*, int64_t, const double*, int64_t, int64_t, double*);
 
 namespace {
 
