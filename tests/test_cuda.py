@@ -175,4 +175,5 @@ def test_make_gpu_installs_nothing(tmp_path):
     assert run.returncode == 0, run.stderr
     installs = [line for line in run.stdout.splitlines() if "pip install" in line]
     (line,) = installs
-    assert line.endswith(" build/overlay/bin/python -m pip install -q --no-compile --no-build-isolation --no-deps -e .")
+    assert " build/overlay/bin/python -m pip install " in line
+    assert line.endswith(" --no-build-isolation --no-deps -e .")
