@@ -278,6 +278,7 @@ NORMED = (
     *(((64, 512, 7, 7), layout) for layout in LAYOUTS),
     *(((256, 2048, 7, 7), layout) for layout in LAYOUTS),
 )
+RECTIFIED = (((256, 2048), "contiguous"), ((64, 64, 56, 56), "channels last"))  # batch norm with its relu
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 
@@ -306,7 +307,7 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         label = f"{' '.join(map(str, shape))} {layout}"
         cases.append((f"moments {label}", lambda s=shape, at=layout: moments_case(s, at, device)))
         cases.append((f"batch_norm {label}", lambda s=shape, at=layout: batch_norm_case(s, at, device)))
-    for shape, layout in (NORMED[0], NORMED[4]):
+    for shape, layout in RECTIFIED:
         label = f"{' '.join(map(str, shape))} {layout}, relu"
         cases.append((f"batch_norm {label}", lambda s=shape, at=layout: batch_norm_case(s, at, device, relu=True)))
     return cases
