@@ -1,4 +1,4 @@
-// What every kernel of the package shares: the stable-ABI includes, vector clones, fresh memory, slices of a stack.
+// What every kernel of the package shares: the stable-ABI includes, fresh memory, slices of a stack.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -19,19 +19,7 @@
 #include <sys/mman.h>
 #endif
 
-// One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it. By level
-// or feature: a clone for arch=haswell serves that Intel processor and no other.
-#if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
-#if __GNUC__ >= 12
-#define SSLKERN_CLONES __attribute__((unused, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
-#else
-#define SSLKERN_CLONES __attribute__((unused, target_clones("avx512f", "avx2", "default")))
-#endif
-#else
-#define SSLKERN_CLONES [[maybe_unused]]
-#endif
-#define SSLKERN_INLINE inline __attribute__((always_inline))
-#define SSLKERN_LAMBDA __attribute__((always_inline))
+#include "loops.h"
 
 namespace sslkern {
 
@@ -39,14 +27,6 @@ namespace stable = torch::stable;
 using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
-
-inline int64_t ceil_div(int64_t a, int64_t b) {
-  return (a + b - 1) / b;
-}
-
-inline int64_t round_up(int64_t x, int64_t to) {
-  return ceil_div(x, to) * to;
-}
 
 // Huge pages for a large allocation: page by page, touching 51 MB takes 12 ms, and the pass that fills it 1.8 ms. Each
 // thread touches what it writes, when it writes it, and finds it in cache. Advice only: where it fails, nothing does.

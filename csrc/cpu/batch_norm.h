@@ -9,8 +9,8 @@
 namespace sslkern {
 
 // Columns are walked some rows at once: what belongs to a column is loaded, and stored, once for all of them. (Written
-// out, not as a loop over the rows, which the compiler would not make vectors of.) Maps of 16-bit types gain nothing:
-// the conversions take longer than the loads.
+// out, not as a loop over the rows, which the compiler would not make vectors of.) Maps of bf16 gain nothing: the
+// conversions take longer than the loads.
 constexpr int64_t kAtOnce = 4;
 template <class S>
 constexpr int64_t kMapped = sizeof(S) > 2 ? kAtOnce : 1;
@@ -387,7 +387,105 @@ SSLKERN_KERNELS(double)
 SSLKERN_KERNELS(float, float)
 SSLKERN_KERNELS(double, double)
 SSLKERN_KERNELS(BFloatBits, float)
-SSLKERN_KERNELS(HalfBits, float)
 #undef SSLKERN_KERNELS
+
+// Numbers of 16 bits are counted as fp32, some rows at a time, in memory that stays in the first cache: each loop would
+// be several times as long with their conversions in it.
+template <class S>
+concept Short = sizeof(S) == 2;
+
+constexpr int64_t kStaged = 4096;  // numbers; a whole run of a plane (`kPiece`) and a row of a block of columns fit
+
+template <Short S>
+class Stage {
+ public:
+  // A multiple of `kAtOnce` where it can be, for the sums not to know of it.
+  static int64_t rows(int64_t cols) {
+    return cols * kAtOnce > kStaged ? 1 : kStaged / cols / kAtOnce * kAtOnce;
+  }
+  float* load(const S* x, int64_t ld, int64_t rows, int64_t cols) {
+    each_run(ld, rows, cols, [&](int64_t from, int64_t to, int64_t n) { convert(x + from, n, numbers_ + to); });
+    return numbers_;
+  }
+  void store(int64_t ld, int64_t rows, int64_t cols, S* out) const {
+    each_run(ld, rows, cols, [&](int64_t to, int64_t from, int64_t n) { convert(numbers_ + from, n, out + to); });
+  }
+
+ private:
+  template <class F>
+  static void each_run(int64_t ld, int64_t rows, int64_t cols, const F& f) {
+    if (ld == cols || rows == 1) return f(0, 0, rows * cols);
+    for (int64_t i = 0; i < rows; ++i) f(i * ld, i * cols, cols);
+  }
+  float numbers_[kStaged];
+};
+
+template <Short S>
+void add_powers(const S* x, int64_t ld, int64_t rows, int64_t cols, const float* pivot, float* sum, float* square) {
+  Stage<S> stage;
+  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
+    const int64_t some = std::min(step, rows - i);
+    add_powers(stage.load(x + i * ld, ld, some, cols), cols, some, cols, pivot, sum, square);
+  }
+}
+
+template <Short S>
+void add_squares(const S* x, int64_t ld, int64_t rows, int64_t cols, const float* pivot, const float* shift,
+                 float* square) {
+  Stage<S> stage;
+  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
+    const int64_t some = std::min(step, rows - i);
+    add_squares(stage.load(x + i * ld, ld, some, cols), cols, some, cols, pivot, shift, square);
+  }
+}
+
+template <Short S>
+void add_gradients(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, const Affine<float>& f, float* sum,
+                   float* dot) {
+  Stage<S> given, stage;
+  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
+    const int64_t some = std::min(step, rows - i);
+    add_gradients(given.load(dy + i * ld, ld, some, cols), stage.load(x + i * ld, ld, some, cols), cols, some, cols, f,
+                  sum, dot);
+  }
+}
+
+template <Short S>
+void plane_powers(const S* x, int64_t n, float pivot, float& sum, float& square) {
+  Stage<S> stage;
+  plane_powers(stage.load(x, n, 1, n), n, pivot, sum, square);
+}
+
+template <Short S>
+void plane_gradients(const S* dy, const S* x, int64_t n, float mean, float scale, float bias, bool relu, double& sum,
+                     double& dot) {
+  Stage<S> given, stage;
+  plane_gradients(given.load(dy, n, 1, n), stage.load(x, n, 1, n), n, mean, scale, bias, relu, sum, dot);
+}
+
+template <Short S>
+void affine(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<float>& f, S* out) {
+  Stage<S> stage;
+  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
+    const int64_t some = std::min(step, rows - i), first = runs ? i : 0;
+    float* numbers = stage.load(x + i * ld, ld, some, cols);
+    affine(numbers, cols, some, cols, runs, {f.mean + first, f.scale + first, f.bias + first, f.relu}, numbers);
+    stage.store(ld, some, cols, out + i * ld);
+  }
+}
+
+template <Short S>
+void write_input_gradient(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
+                          const Affine<float>& f, const float* slope, const float* offset, S* out) {
+  Stage<S> given, stage;
+  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
+    const int64_t some = std::min(step, rows - i), first = runs ? i : 0;
+    float* numbers = given.load(dy + i * ld, ld, some, cols);
+    write_input_gradient(numbers, stage.load(x + i * ld, ld, some, cols), cols, some, cols, runs,
+                         {f.mean + first, f.scale + first, f.bias + first, f.relu}, slope + first, offset + first,
+                         numbers);
+    given.store(ld, some, cols, out + i * ld);
+  }
+}
 
 }  // namespace sslkern

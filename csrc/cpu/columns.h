@@ -2,6 +2,7 @@
 // fp64 across blocks, in a fixed order, so their bits do not depend on the number of threads.
 #pragma once
 
+#include "../common.h"
 #include "types.h"
 
 namespace sslkern {

@@ -5,7 +5,7 @@
 #include <bit>
 #include <limits>
 
-#include "../common.h"
+#include "../loops.h"
 
 namespace sslkern {
 

@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "../common.h"
 #include "tiles.h"
 
 namespace sslkern {

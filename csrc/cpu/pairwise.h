@@ -7,6 +7,7 @@
 #include <string>
 #include <thread>
 
+#include "../common.h"
 #include "exponents.h"
 #include "tiles.h"
 

@@ -4,6 +4,7 @@
 
 #include <cstring>
 
+#include "../common.h"
 #include "tiles.h"
 
 namespace sslkern {

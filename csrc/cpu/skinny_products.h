@@ -1,6 +1,7 @@
 // Products of a large matrix with few columns, from both sides in one read: X right and X'left.
 #pragma once
 
+#include "../common.h"
 #include "tiles.h"
 
 namespace sslkern {

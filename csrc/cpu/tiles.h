@@ -2,7 +2,7 @@
 // packing and new memory. Serial; the callers run many at a time.
 #pragma once
 
-#include "../common.h"
+#include "../loops.h"
 
 namespace sslkern {
 

@@ -1,7 +1,7 @@
 // What numbers are stored as and counted in: fp64, fp32, and two types of 16 bits that are read and written by vectors.
 #pragma once
 
-#include "../common.h"
+#include "../loops.h"
 
 namespace sslkern {
 
@@ -68,29 +68,11 @@ SSLKERN_INLINE S narrow(Wide<S> x) {
   if constexpr (std::is_same_v<S, Wide<S>>) return x;
 }
 
-template <class From, class To>
-SSLKERN_INLINE void convert_body(const From* x, int64_t n, To* out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    if constexpr (sizeof(From) < sizeof(To)) {
-      out[j] = wide(x[j]);
-    } else {
-      out[j] = narrow<To>(x[j]);
-    }
-  }
-}
-SSLKERN_CLONES static void convert(const BFloatBits* x, int64_t n, float* out) {
-  convert_body(x, n, out);
-}
-SSLKERN_CLONES static void convert(const HalfBits* x, int64_t n, float* out) {
-  convert_body(x, n, out);
-}
-SSLKERN_CLONES static void convert(const float* x, int64_t n, BFloatBits* out) {
-  convert_body(x, n, out);
-}
-SSLKERN_CLONES static void convert(const float* x, int64_t n, HalfBits* out) {
-  convert_body(x, n, out);
-}
+// `n` numbers from one type to the other; compiled once, in types.cpp.
+void convert(const BFloatBits* x, int64_t n, float* out);
+void convert(const HalfBits* x, int64_t n, float* out);
+void convert(const float* x, int64_t n, BFloatBits* out);
+void convert(const float* x, int64_t n, HalfBits* out);
 template <class From, class To>
 void convert(const From* x, int64_t n, To* out) {
   for (int64_t j = 0; j < n; ++j) out[j] = static_cast<To>(wide(x[j]));
