@@ -5,30 +5,41 @@ a torch without CUDA it loads all the same. SSLKERN_CUDA=0 leaves it out. TORCH_
 torch's own extensions.
 """
 
+import fcntl
 import os
 import re
+import runpy
 import shlex
 import shutil
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
+from importlib.util import find_spec
 from pathlib import Path
 
-from setuptools import find_packages, setup
+from setuptools import Extension, find_packages, setup
+from setuptools.command.build_ext import build_ext
 from setuptools.command.build_py import build_py
 
 TORCH_FIRST = (
     "sslkern compiles against the torch that is installed: install torch >= 2.11 first, then run "
     "`pip install --no-build-isolation .` in the same environment"
 )
-try:
-    import torch
-    from torch.utils.cpp_extension import BuildExtension, CppExtension, include_paths
-except ImportError as error:
-    raise SystemExit(f"{TORCH_FIRST}; `import torch` failed: {error}.") from error
-if torch.__version__ < (2, 11):
-    raise SystemExit(f"{TORCH_FIRST}; got torch {torch.__version__}.")
 
+
+def find_torch() -> tuple[Path, dict[str, str | None]]:
+    """Torch's folder, and what its version.py says. To import torch would take longer than all else that is asked."""
+    found = find_spec("torch")
+    if found is None or found.origin is None:
+        raise SystemExit(f"{TORCH_FIRST}; there is none.")
+    folder = Path(found.origin).parent
+    told = runpy.run_path(str(folder / "version.py"))
+    if tuple(map(int, told["__version__"].split(".")[:2])) < (2, 11):
+        raise SystemExit(f"{TORCH_FIRST}; got torch {told['__version__']}.")
+    return folder, told
+
+
+TORCH, TORCH_VERSION = find_torch()
 ROOT = Path(__file__).parent
 BUILD = ROOT / "build"
 
@@ -38,10 +49,12 @@ def files(suffix: str) -> list[str]:
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
 
 
+INCLUDES = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "include")
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 FLAGS = [
     *COMMON,
     "-falign-loops=64",  # else a loop's speed, by a fifth for tiles, is a matter of what the linker put before it
+    "-DPy_LIMITED_API=0x030A0000",
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",
@@ -67,7 +80,7 @@ def nvcc() -> tuple[str, str]:
         raise SystemExit(f"SSLKERN_CUDA must be 0 or 1, got {asked!r}.")
     if asked == "0":
         return "", "SSLKERN_CUDA=0 left them out when it was compiled"
-    if not asked and not torch.version.cuda:
+    if not asked and not TORCH_VERSION["cuda"]:
         return "", "it was compiled for a torch without CUDA; SSLKERN_CUDA=1 asks for them all the same"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
@@ -107,60 +120,68 @@ class BuildPython(build_py):
         super().run()
 
 
-class Build(BuildExtension):
-    """torch's, with the CUDA sources compiled by nvcc itself: torch's own way refuses on a torch without CUDA."""
+class Build(build_ext):
+    """setuptools', with sources compiled side by side, and where they have changed; those of CUDA by nvcc itself."""
 
     def finalize_options(self) -> None:
-        # kept, one folder per torch and python: pip builds elsewhere each time, and ninja compiles what has changed
-        self.build_temp = self.build_temp or str(BUILD / f"{sys.implementation.cache_tag}-torch-{torch.__version__}")
+        # kept, one folder per torch and python, since pip builds elsewhere each time
+        kept = f"{sys.implementation.cache_tag}-torch-{TORCH_VERSION['__version__']}"
+        self.build_temp = self.build_temp or str(BUILD / kept)
         self.force = True  # links anew: setuptools compares dates, and does not see with what it was linked
         super().finalize_options()
 
     def build_extensions(self) -> None:
+        (extension,) = self.extensions
         compiler, reason = nvcc()
-        note = reason and f"no CUDA kernels: {reason}"
+        note, cuda = f"no CUDA kernels: {reason}", []
         if compiler:
             generation = code_generation(compiler)
             targets = [flag.rpartition("code=")[2] for flag in generation]
             note = f"CUDA kernels: {', '.join(targets).replace('compute_', 'PTX of compute_')}"
-            self.add_cuda(self.extensions[0], compiler, generation)
-        self.tell(note)
+            cuda = jobs("cu", [compiler, *NVCC_FLAGS, *generation], BUILD / "cuda" / "_".join(targets))
+            extension.library_dirs += cudart_folders(compiler)
+            extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+        folder = Path(self.build_temp).absolute()
+        self.tell(note, folder / "cuda_note.h")
+        includes = [f"-I{path}" for path in (folder, *self.include_dirs)]
+        cxx = jobs("cpp", [*self.compiler.compiler_so_cxx, *FLAGS, *includes], folder)
+        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
+        with open(folder / "lock", "w") as lock, ThreadPoolExecutor(workers) as pool:
+            fcntl.flock(lock, fcntl.LOCK_EX)  # of builds side by side, one compiles
+            list(pool.map(lambda job: compile_if_changed(*job), cuda + cxx))
+        extension.sources = []
+        extension.extra_objects = [str(target) for target, _ in cuda + cxx]
         super().build_extensions()
 
-    def tell(self, note: str) -> None:
+    def tell(self, note: str, header: Path) -> None:
         """Write the note where csrc/module.cpp includes it, unless it is there."""
-        header, text = Path(self.build_temp).absolute() / "cuda_note.h", f'#define SSLKERN_CUDA_NOTE "{note}"\n'
+        text = f'#define SSLKERN_CUDA_NOTE "{note}"\n'
         if not header.exists() or header.read_text() != text:
             header.parent.mkdir(parents=True, exist_ok=True)
             header.write_text(text)
-        self.extensions[0].include_dirs.append(str(header.parent))
 
-    def add_cuda(self, extension: CppExtension, compiler: str, generation: list[str]) -> None:
-        targets = "_".join(flag.rpartition("code=")[2] for flag in generation)
-        folder = BUILD / "cuda" / targets
-        includes = [f"-I{path}" for path in include_paths()]
-        jobs = []
-        for source in files("cu"):
-            target = folder / f"{Path(source).with_suffix('')}.cuda.o"
-            jobs.append((target, [compiler, "-c", source, "-o", str(target), *NVCC_FLAGS, *generation, *includes]))
-        workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with ThreadPoolExecutor(workers) as pool:
-            list(pool.map(lambda job: compile_if_changed(*job), jobs))
-        extension.extra_objects += [str(target) for target, _ in jobs]
-        extension.library_dirs += cudart_folders(compiler)
-        extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
+
+def jobs(suffix: str, compiler: list[str], folder: Path) -> list[tuple[Path, list[str]]]:
+    """An object in the folder, and the command that makes it, for each of these sources."""
+    found = []
+    for source in files(suffix):
+        target = folder / Path(source).with_suffix(".o")
+        where = ["-c", source, "-o", str(target), "-MMD", "-MF", str(target.with_suffix(".d"))]
+        found.append((target, [*compiler, *(f"-I{path}" for path in INCLUDES), *where]))
+    return found
 
 
 def compile_if_changed(target: Path, command: list[str]) -> None:
-    """Run the compiler unless the object is newer than every source, by this very command."""
+    """Run the compiler unless the object is newer than all that went into it, and by this very command."""
     record, line = target.with_suffix(".command"), shlex.join(command)
-    sources = (*files("cu"), *files("cuh"), *files("h"))
     if target.exists() and record.exists() and record.read_text() == line:
-        made = target.stat().st_mtime
-        if all((ROOT / source).stat().st_mtime < made for source in sources):
+        made, read = target.stat().st_mtime, target.with_suffix(".d").read_text().replace("\\\n", " ")
+        sources = [ROOT / path for path in shlex.split(read.partition(": ")[2])]
+        if all(source.exists() and source.stat().st_mtime < made for source in sources):
             return
     target.parent.mkdir(parents=True, exist_ok=True)
-    print(line)
+    print(line, flush=True)
+    record.unlink(missing_ok=True)
     subprocess.run(command, check=True, cwd=ROOT)
     record.write_text(line)
 
@@ -182,18 +203,17 @@ if __name__ == "__main__":
         package_data={"sslkern": ["py.typed"]},
         include_package_data=False,
         ext_modules=[
-            CppExtension(
+            Extension(
                 "sslkern._C",
                 files("cpp"),
                 depends=[*files("h"), *files("cuh"), *files("cu")],
-                extra_compile_args={"cxx": FLAGS},
+                library_dirs=[str(TORCH / "lib")],
+                libraries=["c10", "torch", "torch_cpu"],
                 extra_link_args=LINK_FLAGS,
+                language="c++",
                 py_limited_api=True,
             )
         ],
-        cmdclass={
-            "build_py": BuildPython,
-            "build_ext": Build.with_options(use_ninja=os.environ.get("USE_NINJA", "1") != "0"),
-        },
+        cmdclass={"build_py": BuildPython, "build_ext": Build},
         options={"bdist_wheel": {"py_limited_api": "cp310"}},
     )

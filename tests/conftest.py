@@ -5,7 +5,7 @@ import re
 import subprocess
 from collections.abc import Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 
 os.environ.setdefault("OMP_WAIT_POLICY", "passive")  # spinning threads cost 10x on tiny tensors where cores are shared
@@ -43,6 +43,14 @@ def make(*arguments: str, **environment: str) -> subprocess.CompletedProcess:
     """As it is called by hand."""
     options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True}
     return subprocess.run(["make", *arguments], **options)
+
+
+def load_setup():
+    """setup.py as a module."""
+    spec = spec_from_file_location("sslkern_setup", ROOT / "setup.py")
+    module = module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def pytest_configure(config):
