@@ -10,6 +10,8 @@ SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 INSTALL := $(PY) -m pip install -q --no-compile --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 OURS := $(INSTALL) --no-build-isolation $(if $(PYTHON),--no-deps )-e .
+# The kernels compile while pip still looks for what else there is to install; its own build then finds them made
+SET_UP = ($(PY) setup.py build_ext > /dev/null & $(OURS)$(if $(PYTHON),,"[$(1)]"); status=$$?; wait; exit $$status)
 
 # Where `make gpu` leaves its log, results and table
 OUT ?= out
@@ -55,7 +57,7 @@ lint: $(VENV)/complete
 
 .venv/ready-%: Makefile
 	test -x .venv/bin/python || python3 -m venv .venv
-	$(INSTALL) "$(TORCH)" "setuptools>=77.0.3" ninja
+	$(INSTALL) "$(TORCH)" "setuptools>=77.0.3"
 	rm -f .venv/ready*
 	touch $@
 
@@ -68,12 +70,12 @@ build/overlay/ready-%: Makefile
 
 # For the torch that is there: without one for CUDA, no nvcc
 $(VENV)/built: $(READY) $(SOURCES)
-	$(OURS)$(if $(PYTHON),,"[examples,bench]")
+	$(call SET_UP,examples)
 	touch $@
 
 # What the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc. It is a `built` as well
 $(VENV)/complete: $(READY) $(SOURCES)
-	SSLKERN_CUDA=$${SSLKERN_CUDA:-1} $(OURS)$(if $(PYTHON),,"[test]")
+	export SSLKERN_CUDA=$${SSLKERN_CUDA:-1}; $(call SET_UP,test)
 	touch $(VENV)/built $@
 
 clean:
