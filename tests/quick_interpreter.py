@@ -85,7 +85,7 @@ def _broadcast_once(self: TritonSemantic, lhs: tl.tensor, rhs: tl.tensor) -> tup
             _broadcasts[key] = tuple(x.type for x in wide)
         return wide
     return tuple(
-        x if x.type.name == t.name else self.make_tensor(self.builder.create_broadcast(x.handle, t.shape.values), t)
+        x if x.type.name == t.name else self.tensor(self.builder.create_broadcast(x.handle, t.shape.values), t)
         for x, t in zip((lhs, rhs), _broadcasts[key], strict=True)
     )
 

@@ -109,10 +109,10 @@ def test_it_works_without_the_extension():
 
 def test_it_works_without_triton():
     """Where Triton does not import, the interpreter's back-end is missing with a reason, and nothing else changes."""
-    hide = HIDE_NATIVE.replace("sslkern._C", "triton")
-    code = f"{hide}\nimport sslkern; print(sslkern.backend.missing()['triton'])"
+    # as Python marks what is not there: newer torch looks for Triton by itself
+    code = "import sys; sys.modules['triton'] = None; import sslkern; print(sslkern.backend.missing()['triton'])"
     done = python("-c", code, TRITON_INTERPRET="1")
-    assert done.returncode == 0 and "does not load (hidden by the test)" in done.stdout, done.stderr
+    assert done.returncode == 0 and "does not load (import of triton halted" in done.stdout, done.stderr
 
 
 def test_the_folder_is_not_the_triton_projects_package():

@@ -2,6 +2,7 @@
 #include "types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
@@ -40,8 +41,13 @@ __attribute__((target("f16c"))) void narrow(const float* x, int64_t n, HalfBits*
                      _mm256_cvtps_ph(_mm256_loadu_ps(x + j), _MM_FROUND_TO_NEAREST_INT));
   for (; j < n; ++j) out[j].bits = _cvtss_sh(x[j], _MM_FROUND_TO_NEAREST_INT);
 }
+// Not by __builtin_cpu_supports("f16c"), which older compilers do not know.
+bool finds_halves() {
+  unsigned a, b, c = 0, d;
+  return __builtin_cpu_supports("avx") && __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;
+}
 bool has_halves() {
-  static const bool has = __builtin_cpu_supports("f16c");
+  static const bool has = finds_halves();
   return has;
 }
 #else
