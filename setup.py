@@ -45,7 +45,7 @@ BUILD = ROOT / "build"
 
 
 def files(suffix: str) -> list[str]:
-    """Sources and headers below csrc/, from the root."""
+    """Sources below csrc/, from the root."""
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
 
 
@@ -142,12 +142,13 @@ class Build(build_ext):
             extension.library_dirs += cudart_folders(compiler)
             extension.libraries += ["cudart_static", "rt", "pthread", "dl"]
         folder = Path(self.build_temp).absolute()
-        self.tell(note, folder / "cuda_note.h")
         includes = [f"-I{path}" for path in (folder, *self.include_dirs)]
         cxx = jobs("cpp", [*self.compiler.compiler_so_cxx, *FLAGS, *includes], folder)
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
-        with open(folder / "lock", "w") as lock, ThreadPoolExecutor(workers) as pool:
+        BUILD.mkdir(exist_ok=True)
+        with open(BUILD / "lock", "w") as lock, ThreadPoolExecutor(workers) as pool:
             fcntl.flock(lock, fcntl.LOCK_EX)  # of builds side by side, one compiles
+            self.tell(note, folder / "cuda_note.h")
             list(pool.map(lambda job: compile_if_changed(*job), cuda + cxx))
         extension.sources = []
         extension.extra_objects = [str(target) for target, _ in cuda + cxx]
@@ -206,7 +207,6 @@ if __name__ == "__main__":
             Extension(
                 "sslkern._C",
                 files("cpp"),
-                depends=[*files("h"), *files("cuh"), *files("cu")],
                 library_dirs=[str(TORCH / "lib")],
                 libraries=["c10", "torch", "torch_cpu"],
                 extra_link_args=LINK_FLAGS,

@@ -1,6 +1,6 @@
 // Batch moments and batch norm on the CPU: sums in T over a piece and in fp64 across pieces, in a fixed order; maps in
 // the order of memory.
-#include "batch_norm.h"
+#include "batch_norm_halves.h"
 
 #include <numeric>
 

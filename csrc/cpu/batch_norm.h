@@ -4,6 +4,7 @@
 
 #include <algorithm>
 
+#include "batch_norm_channels.h"
 #include "channels.h"
 
 namespace sslkern {
@@ -62,52 +63,6 @@ SSLKERN_INLINE void add_squares_body(const S* x, int64_t ld, int64_t rows, int64
       const T d = (wide(x[j]) - pivot[j]) - shift[j];
       square[j] += d * d;
     }
-  }
-}
-
-// Squares about the pivot, in place, into squares about the mean. False where a column would lose more than a bit: its
-// pivot is a standard deviation from its mean.
-template <class T>
-SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* sum, T* square) {
-  const double each = 1. / count;
-  int64_t safe = 0;
-#pragma omp simd reduction(+ : safe)
-  for (int64_t j = 0; j < cols; ++j) {
-    const double shift = sum[j] * (sum[j] * each);
-    safe += shift <= square[j] * .5;
-    square[j] = static_cast<T>(square[j] - shift);
-  }
-  return safe == cols;
-}
-
-// Chan's merge of `more` numbers, of this mean and sum of squares about it, into (count, mean, m2).
-SSLKERN_INLINE void merge(int64_t count, int64_t more, double more_mean, double more_m2, double& mean, double& m2) {
-  const double delta = more_mean - mean, share = static_cast<double>(more) / (count + more);
-  mean += delta * share;
-  m2 += more_m2 + delta * delta * count * share;
-}
-
-// The same for columns of sums about a pivot, and of squares about their means; the mean is the next pivot.
-template <class T>
-SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square,
-                                       T* pivot, double* mean, double* m2) {
-  const double each = 1. / more;
-#pragma omp simd
-  for (int64_t j = 0; j < cols; ++j) {
-    merge(count, more, pivot[j] + sum[j] * each, square[j], mean[j], m2[j]);
-    pivot[j] = static_cast<T>(mean[j]);
-  }
-}
-
-// The mean as high + low, and the biased variance.
-template <class T>
-SSLKERN_INLINE void finish_moments_body(int64_t n, int64_t count, const double* mean, const double* m2, T* high, T* low,
-                                        T* variance) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    high[j] = static_cast<T>(mean[j]);
-    low[j] = static_cast<T>(mean[j] - high[j]);
-    variance[j] = static_cast<T>(m2[j] / count);
   }
 }
 
@@ -290,70 +245,6 @@ SSLKERN_INLINE void input_gradient_body(const S* dy, const S* x, int64_t ld, int
            : input_gradient_if<true, false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
 }
 
-// What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
-template <class T>
-SSLKERN_INLINE void affine_of_body(int64_t n, const T* low, const T* variance, const T* weight, const T* beta, T eps,
-                                   T* inverse_std, T* scale, T* bias) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    inverse_std[j] = 1 / std::sqrt(variance[j] + eps);
-    scale[j] = weight[j] * inverse_std[j];
-    bias[j] = beta[j] - low[j] * scale[j];
-  }
-}
-
-// Per channel: the sums of dy, and of dy x_hat, from those of dy (x - high).
-template <class T>
-SSLKERN_INLINE void finish_sums_body(int64_t n, const double* sum, const double* dot, const T* low,
-                                     const T* inverse_std, T* sum_out, T* dot_out) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    sum_out[j] = static_cast<T>(sum[j]);
-    dot_out[j] = static_cast<T>((dot[j] - low[j] * sum[j]) * inverse_std[j]);
-  }
-}
-
-// dx = scale (dy - mean of dy - x_hat mean of dy x_hat) = scale dy - (slope (x - high) + offset); means are `each` sum
-template <class T>
-SSLKERN_INLINE void slopes_body(int64_t n, const T* sum, const T* dot, double each, const T* low, const T* inverse_std,
-                                const T* scale, T* slope, T* offset) {
-#pragma omp simd
-  for (int64_t j = 0; j < n; ++j) {
-    const double along = dot[j] * each * inverse_std[j];
-    slope[j] = static_cast<T>(scale[j] * along);
-    offset[j] = static_cast<T>(scale[j] * (sum[j] * each - along * low[j]));
-  }
-}
-
-// The clones of what works per channel.
-#define SSLKERN_KERNELS(T)                                                                                           \
-  SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                  \
-    return centre_squares_body(count, cols, sum, square);                                                            \
-  }                                                                                                                  \
-  SSLKERN_CLONES static void merge_columns(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square, \
-                                           T* pivot, double* mean, double* m2) {                                     \
-    merge_columns_body(count, more, cols, sum, square, pivot, mean, m2);                                             \
-  }                                                                                                                  \
-  SSLKERN_CLONES static void finish_moments(int64_t n, int64_t count, const double* mean, const double* m2, T* high, \
-                                            T* low, T* variance) {                                                   \
-    finish_moments_body(n, count, mean, m2, high, low, variance);                                                    \
-  }                                                                                                                  \
-  SSLKERN_CLONES static void affine_of(int64_t n, const T* low, const T* variance, const T* weight, const T* beta,   \
-                                       T eps, T* inverse_std, T* scale, T* bias) {                                   \
-    affine_of_body(n, low, variance, weight, beta, eps, inverse_std, scale, bias);                                   \
-  }                                                                                                                  \
-  SSLKERN_CLONES static void finish_sums(int64_t n, const double* sum, const double* dot, const T* low,              \
-                                         const T* inverse_std, T* sum_out, T* dot_out) {                             \
-    finish_sums_body(n, sum, dot, low, inverse_std, sum_out, dot_out);                                               \
-  }                                                                                                                  \
-  SSLKERN_CLONES static void slopes(int64_t n, const T* sum, const T* dot, double each, const T* low,                \
-                                    const T* inverse_std, const T* scale, T* slope, T* offset) {                     \
-    slopes_body(n, sum, dot, each, low, inverse_std, scale, slope, offset);                                          \
-  }
-SSLKERN_KERNELS(float)
-SSLKERN_KERNELS(double)
-#undef SSLKERN_KERNELS
-
 // The clones of what reads x, stored as S.
 #define SSLKERN_KERNELS(S, T)                                                                                          \
   SSLKERN_CLONES static void add_powers(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,    \
@@ -388,104 +279,5 @@ SSLKERN_KERNELS(float, float)
 SSLKERN_KERNELS(double, double)
 SSLKERN_KERNELS(BFloatBits, float)
 #undef SSLKERN_KERNELS
-
-// Numbers of 16 bits are counted as fp32, some rows at a time, in memory that stays in the first cache: each loop would
-// be several times as long with their conversions in it.
-template <class S>
-concept Short = sizeof(S) == 2;
-
-constexpr int64_t kStaged = 4096;  // numbers; a whole run of a plane (`kPiece`) and a row of a block of columns fit
-
-template <Short S>
-class Stage {
- public:
-  // A multiple of `kAtOnce` where it can be, for the sums not to know of it.
-  static int64_t rows(int64_t cols) {
-    return cols * kAtOnce > kStaged ? 1 : kStaged / cols / kAtOnce * kAtOnce;
-  }
-  float* load(const S* x, int64_t ld, int64_t rows, int64_t cols) {
-    each_run(ld, rows, cols, [&](int64_t from, int64_t to, int64_t n) { convert(x + from, n, numbers_ + to); });
-    return numbers_;
-  }
-  void store(int64_t ld, int64_t rows, int64_t cols, S* out) const {
-    each_run(ld, rows, cols, [&](int64_t to, int64_t from, int64_t n) { convert(numbers_ + from, n, out + to); });
-  }
-
- private:
-  template <class F>
-  static void each_run(int64_t ld, int64_t rows, int64_t cols, const F& f) {
-    if (ld == cols || rows == 1) return f(0, 0, rows * cols);
-    for (int64_t i = 0; i < rows; ++i) f(i * ld, i * cols, cols);
-  }
-  float numbers_[kStaged];
-};
-
-template <Short S>
-void add_powers(const S* x, int64_t ld, int64_t rows, int64_t cols, const float* pivot, float* sum, float* square) {
-  Stage<S> stage;
-  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
-    const int64_t some = std::min(step, rows - i);
-    add_powers(stage.load(x + i * ld, ld, some, cols), cols, some, cols, pivot, sum, square);
-  }
-}
-
-template <Short S>
-void add_squares(const S* x, int64_t ld, int64_t rows, int64_t cols, const float* pivot, const float* shift,
-                 float* square) {
-  Stage<S> stage;
-  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
-    const int64_t some = std::min(step, rows - i);
-    add_squares(stage.load(x + i * ld, ld, some, cols), cols, some, cols, pivot, shift, square);
-  }
-}
-
-template <Short S>
-void add_gradients(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, const Affine<float>& f, float* sum,
-                   float* dot) {
-  Stage<S> given, stage;
-  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
-    const int64_t some = std::min(step, rows - i);
-    add_gradients(given.load(dy + i * ld, ld, some, cols), stage.load(x + i * ld, ld, some, cols), cols, some, cols, f,
-                  sum, dot);
-  }
-}
-
-template <Short S>
-void plane_powers(const S* x, int64_t n, float pivot, float& sum, float& square) {
-  Stage<S> stage;
-  plane_powers(stage.load(x, n, 1, n), n, pivot, sum, square);
-}
-
-template <Short S>
-void plane_gradients(const S* dy, const S* x, int64_t n, float mean, float scale, float bias, bool relu, double& sum,
-                     double& dot) {
-  Stage<S> given, stage;
-  plane_gradients(given.load(dy, n, 1, n), stage.load(x, n, 1, n), n, mean, scale, bias, relu, sum, dot);
-}
-
-template <Short S>
-void affine(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<float>& f, S* out) {
-  Stage<S> stage;
-  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
-    const int64_t some = std::min(step, rows - i), first = runs ? i : 0;
-    float* numbers = stage.load(x + i * ld, ld, some, cols);
-    affine(numbers, cols, some, cols, runs, {f.mean + first, f.scale + first, f.bias + first, f.relu}, numbers);
-    stage.store(ld, some, cols, out + i * ld);
-  }
-}
-
-template <Short S>
-void write_input_gradient(const S* dy, const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs,
-                          const Affine<float>& f, const float* slope, const float* offset, S* out) {
-  Stage<S> given, stage;
-  for (int64_t i = 0, step = Stage<S>::rows(cols); i < rows; i += step) {
-    const int64_t some = std::min(step, rows - i), first = runs ? i : 0;
-    float* numbers = given.load(dy + i * ld, ld, some, cols);
-    write_input_gradient(numbers, stage.load(x + i * ld, ld, some, cols), cols, some, cols, runs,
-                         {f.mean + first, f.scale + first, f.bias + first, f.relu}, slope + first, offset + first,
-                         numbers);
-    given.store(ld, some, cols, out + i * ld);
-  }
-}
 
 }  // namespace sslkern

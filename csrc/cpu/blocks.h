@@ -350,8 +350,7 @@ class TileWriter {
  private:
   template <class To>
   void store(int64_t i, int64_t j, int64_t rows, int64_t cols) {
-    for (int64_t r = 0; r < rows; ++r)
-      convert(buffer_.data() + r * cols, cols, reinterpret_cast<To*>(grad_.at(i + r, j)));
+    convert_rows(buffer_.data(), cols, rows, cols, reinterpret_cast<To*>(grad_.at(i, j)), grad_.row_stride);
   }
 
   const Matrix grad_;

@@ -300,10 +300,8 @@ template <class From, class T>
 void convert_tile(const Matrix& m, int64_t i0, int64_t i1, int64_t j0, int64_t j1, T* out, int64_t ld) {
   const From* x = reinterpret_cast<const From*>(m.at(i0, j0));
   const int64_t rows = i1 - i0, cols = j1 - j0, rs = m.row_stride, cs = m.col_stride;
-  if (cs == 1 && rs == cols && ld == cols) {
-    convert(x, rows * cols, out);
-  } else if (cs == 1) {
-    for (int64_t i = 0; i < rows; ++i) convert(x + i * rs, cols, out + i * ld);
+  if (cs == 1) {
+    convert_rows(x, rs, rows, cols, out, ld);
   } else {  // walk a transposed matrix along its own rows
     for (int64_t j = 0; j < cols; ++j)
       for (int64_t i = 0; i < rows; ++i) out[i * ld + j] = static_cast<T>(wide(x[i * rs + j * cs]));

@@ -78,4 +78,11 @@ void convert(const From* x, int64_t n, To* out) {
   for (int64_t j = 0; j < n; ++j) out[j] = static_cast<To>(wide(x[j]));
 }
 
+// The same for rows that lie ld and out_ld apart.
+template <class From, class To>
+void convert_rows(const From* x, int64_t ld, int64_t rows, int64_t cols, To* out, int64_t out_ld) {
+  if (rows == 1 || (ld == cols && out_ld == cols)) return convert(x, rows * cols, out);
+  for (int64_t i = 0; i < rows; ++i) convert(x + i * ld, cols, out + i * out_ld);
+}
+
 }  // namespace sslkern
