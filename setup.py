@@ -1,8 +1,9 @@
-"""Builds the compiled back-end on torch's stable ABI: one abi3 binary for every Python and every torch from 2.11 on.
+"""Build script: compiles the native back-end against torch's stable ABI.
 
-CUDA C++ goes into the same binary where there is an nvcc and torch is built for CUDA, or SSLKERN_CUDA=1 asks for it: on
-a torch without CUDA it loads all the same. SSLKERN_CUDA=0 leaves it out. TORCH_CUDA_ARCH_LIST and MAX_JOBS are those of
-torch's own extensions.
+The result is one abi3 binary for every Python and every torch from 2.11 on. CUDA C++ kernels go into the same binary if
+nvcc is found, and torch is built for CUDA or SSLKERN_CUDA=1 is set. That binary also loads in a torch without CUDA.
+SSLKERN_CUDA=0 leaves the CUDA kernels out. TORCH_CUDA_ARCH_LIST and MAX_JOBS mean the same as for torch's own
+extensions.
 """
 
 import fcntl
@@ -28,10 +29,10 @@ TORCH_FIRST = (
 
 
 def find_torch() -> tuple[Path, dict[str, str | None]]:
-    """Torch's folder, and what its version.py says. To import torch would take longer than all else that is asked."""
+    """The folder of torch and the variables of its version.py, read without importing torch, which is slow."""
     found = find_spec("torch")
     if found is None or found.origin is None:
-        raise SystemExit(f"{TORCH_FIRST}; there is none.")
+        raise SystemExit(f"{TORCH_FIRST}; torch was not found.")
     folder = Path(found.origin).parent
     told = runpy.run_path(str(folder / "version.py"))
     if tuple(map(int, told["__version__"].split(".")[:2])) < (2, 11):
@@ -45,7 +46,7 @@ BUILD = ROOT / "build"
 
 
 def files(suffix: str) -> list[str]:
-    """Sources below csrc/, from the root."""
+    """The sources in csrc/ with this suffix, relative to the root of the repository."""
     return [str(path.relative_to(ROOT)) for path in sorted((ROOT / "csrc").rglob(f"*.{suffix}"))]
 
 
@@ -53,43 +54,43 @@ INCLUDES = (TORCH / "include", TORCH / "include" / "torch" / "csrc" / "api" / "i
 COMMON = ["-O3", "-std=c++20", "-DTORCH_TARGET_VERSION=0x020b000000000000"]
 FLAGS = [
     *COMMON,
-    "-falign-loops=64",  # else a loop's speed, by a fifth for tiles, is a matter of what the linker put before it
+    "-falign-loops=64",  # otherwise the tile loops vary by a fifth in speed with their placement by the linker
     "-DPy_LIMITED_API=0x030A0000",
     "-fvisibility=hidden",
     "-fopenmp-simd",
     "-fno-math-errno",
-    "-fno-trapping-math",  # nobody asks for traps, and a choice between two sums may be a vector's, not a branch
+    "-fno-trapping-math",  # no code uses traps; a choice between two sums becomes a vector select, not a branch
     "-Wall",
     "-Wno-unknown-pragmas",
-    "-g0",  # after python's own -g: half of the binary would be debug information
+    "-g0",  # overrides Python's -g: debug information would be half of the binary
 ]
 LINK_FLAGS = ["-Wl,--strip-all"] if sys.platform == "linux" else []
 NVCC_FLAGS = [
     *COMMON,
     "--expt-relaxed-constexpr",
-    "--threads=4",  # the architectures at once
+    "--threads=4",  # compiles the architectures in parallel
     "-Xcompiler=-fPIC,-fvisibility=hidden",
 ]
-ARCHITECTURES = "8.0;9.0;10.0+PTX"  # those of them that nvcc knows
+ARCHITECTURES = "8.0;9.0;10.0+PTX"  # by default, the ones that nvcc supports
 
 
 def nvcc() -> tuple[str, str]:
-    """The compiler's path, or why there is none."""
+    """The path of nvcc and "", or "" and the reason why the CUDA kernels are not built."""
     asked = os.environ.get("SSLKERN_CUDA", "")
     if asked not in ("", "0", "1"):
         raise SystemExit(f"SSLKERN_CUDA must be 0 or 1, got {asked!r}.")
     if asked == "0":
-        return "", "SSLKERN_CUDA=0 left them out when it was compiled"
+        return "", "it was built with SSLKERN_CUDA=0"
     if not asked and not TORCH_VERSION["cuda"]:
-        return "", "it was compiled for a torch without CUDA; SSLKERN_CUDA=1 asks for them all the same"
+        return "", "it was built for a torch without CUDA; SSLKERN_CUDA=1 builds them anyway"
     home = os.environ.get("CUDA_HOME") or os.environ.get("CUDA_PATH")
     path = shutil.which("nvcc", path=str(Path(home) / "bin")) if home else shutil.which("nvcc")
     path = path or shutil.which("nvcc", path="/usr/local/cuda/bin")
-    return path or "", "" if path else "no nvcc was found when it was compiled, by CUDA_HOME or on the PATH"
+    return path or "", "" if path else "nvcc was not found when it was built, in CUDA_HOME or on the PATH"
 
 
 def known_architectures(compiler: str) -> str:
-    """Our architectures without those that are newer than the compiler; PTX of the last."""
+    """ARCHITECTURES without the ones that this nvcc does not support, with PTX for the last one left."""
     told = subprocess.run([compiler, "--list-gpu-arch"], capture_output=True, text=True).stdout
     numbers = [entry.removesuffix("+PTX") for entry in ARCHITECTURES.split(";")]
     known = [number for number in numbers if f"compute_{number.replace('.', '')}\n" in told]
@@ -97,7 +98,7 @@ def known_architectures(compiler: str) -> str:
 
 
 def code_generation(compiler: str) -> list[str]:
-    """nvcc's -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX"."""
+    """The -gencode flags for TORCH_CUDA_ARCH_LIST, e.g. "8.0;9.0+PTX", or for the default architectures."""
     flags = []
     asked = os.environ.get("TORCH_CUDA_ARCH_LIST", "").strip() or known_architectures(compiler)
     for entry in re.split(r"[;\s]+", asked):
@@ -112,7 +113,7 @@ def code_generation(compiler: str) -> list[str]:
 
 
 class BuildPython(build_py):
-    """setuptools', without the modules that an earlier build left in build/lib: they would go into the wheel."""
+    """build_py that first deletes the modules of an earlier build from build/lib, which would go into the wheel."""
 
     def run(self) -> None:
         if not self.editable_mode:
@@ -121,13 +122,13 @@ class BuildPython(build_py):
 
 
 class Build(build_ext):
-    """setuptools', with sources compiled side by side, and where they have changed; those of CUDA by nvcc itself."""
+    """build_ext that compiles only changed sources, in parallel, and CUDA sources with nvcc."""
 
     def finalize_options(self) -> None:
-        # kept, one folder per torch and python, since pip builds elsewhere each time
+        # objects are kept in one folder per torch and Python, because pip uses a new temporary folder for each build
         kept = f"{sys.implementation.cache_tag}-torch-{TORCH_VERSION['__version__']}"
         self.build_temp = self.build_temp or str(BUILD / kept)
-        self.force = True  # links anew: setuptools compares dates, and does not see with what it was linked
+        self.force = True  # always link: setuptools compares file dates and does not notice changed link options
         super().finalize_options()
 
     def build_extensions(self) -> None:
@@ -147,7 +148,7 @@ class Build(build_ext):
         workers = int(os.environ.get("MAX_JOBS") or os.cpu_count() or 1)
         BUILD.mkdir(exist_ok=True)
         with open(BUILD / "lock", "w") as lock, ThreadPoolExecutor(workers) as pool:
-            fcntl.flock(lock, fcntl.LOCK_EX)  # of builds side by side, one compiles
+            fcntl.flock(lock, fcntl.LOCK_EX)  # one of several concurrent builds compiles, the others wait
             self.tell(note, folder / "cuda_note.h")
             list(pool.map(lambda job: compile_if_changed(*job), cuda + cxx))
         extension.sources = []
@@ -155,7 +156,7 @@ class Build(build_ext):
         super().build_extensions()
 
     def tell(self, note: str, header: Path) -> None:
-        """Write the note where csrc/module.cpp includes it, unless it is there."""
+        """Write the note to the header that csrc/module.cpp includes, unless the header already has it."""
         text = f'#define SSLKERN_CUDA_NOTE "{note}"\n'
         if not header.exists() or header.read_text() != text:
             header.parent.mkdir(parents=True, exist_ok=True)
@@ -163,7 +164,7 @@ class Build(build_ext):
 
 
 def jobs(suffix: str, compiler: list[str], folder: Path) -> list[tuple[Path, list[str]]]:
-    """An object in the folder, and the command that makes it, for each of these sources."""
+    """An object file in `folder` and the command that compiles it, for each source with this suffix."""
     found = []
     for source in files(suffix):
         target = folder / Path(source).with_suffix(".o")
@@ -173,7 +174,7 @@ def jobs(suffix: str, compiler: list[str], folder: Path) -> list[tuple[Path, lis
 
 
 def compile_if_changed(target: Path, command: list[str]) -> None:
-    """Run the compiler unless the object is newer than all that went into it, and by this very command."""
+    """Run the command, unless the same command made the object and the object is newer than all its sources."""
     record, line = target.with_suffix(".command"), shlex.join(command)
     if target.exists() and record.exists() and record.read_text() == line:
         made, read = target.stat().st_mtime, target.with_suffix(".d").read_text().replace("\\\n", " ")
@@ -188,7 +189,7 @@ def compile_if_changed(target: Path, command: list[str]) -> None:
 
 
 def cudart_folders(compiler: str) -> list[str]:
-    """Where this nvcc's toolkit keeps the static runtime."""
+    """The folders of this nvcc's toolkit that contain the static CUDA runtime."""
     told = subprocess.run([compiler, "--dryrun", "-c", "none.cu"], capture_output=True, text=True).stderr
     top = re.search(r"TOP=(.*)", told)
     root = Path(top[1].strip() if top else Path(compiler).resolve().parent.parent)
@@ -199,7 +200,7 @@ def cudart_folders(compiler: str) -> list[str]:
 if __name__ == "__main__":
     setup(
         packages=sorted({*find_packages(include=["sslkern", "sslkern.*"]), "sslkern.triton_kernels"}),
-        # `triton_kernels` is also the import name of a package of the Triton project, so ours installs below sslkern
+        # the Triton project also has a package named `triton_kernels`, so this one is installed as a subpackage
         package_dir={"sslkern.triton_kernels": "triton_kernels"},
         package_data={"sslkern": ["py.typed"]},
         include_package_data=False,

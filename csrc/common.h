@@ -1,4 +1,4 @@
-// What every kernel of the package shares: the stable-ABI includes, fresh memory, slices of a stack.
+// Shared by all kernels: the stable-ABI includes, tensor allocation, and access to the slices of a stack.
 #pragma once
 
 #include <torch/csrc/stable/library.h>
@@ -28,8 +28,9 @@ using torch::headeronly::ScalarType;
 using torch::stable::Tensor;
 using Shape = std::vector<int64_t>;
 
-// Huge pages for a large allocation: page by page, touching 51 MB takes 12 ms, and the pass that fills it 1.8 ms. Each
-// thread touches what it writes, when it writes it, and finds it in cache. Advice only: where it fails, nothing does.
+// Asks for huge pages for a large allocation. With small pages, touching 51 MB takes 12 ms, and the pass that fills it
+// takes 1.8 ms. Each thread touches the pages that it writes, so they are in its cache. This is only advice to the
+// kernel: a failure is harmless.
 inline void prepare_pages(void* memory, int64_t bytes) {
 #if defined(__linux__) && defined(MADV_HUGEPAGE)
   constexpr uintptr_t page = 4096, huge = 1 << 21;
@@ -39,14 +40,14 @@ inline void prepare_pages(void* memory, int64_t bytes) {
 #endif
 }
 
-// Memory of a kernel's own, uninitialised.
+// Uninitialised scratch memory.
 template <class T>
 std::unique_ptr<T[]> room_for(int64_t numbers) {
   return std::unique_ptr<T[]>(new T[numbers]);
 }
 
-// f(begin, end) over a range of pieces of `work` multiplications each: in parallel unless a thread of others does this
-// already, or waking them would take longer.
+// Calls f(begin, end) over [0, count), where each item costs `work` multiplications. Runs serially inside another
+// parallel region, or where waking the threads would take longer than the work.
 template <class F>
 void in_parallel(int64_t count, int64_t work, const F& f) {
   stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
@@ -58,21 +59,22 @@ inline double sum_of(const std::vector<double>& x) {
   return total;
 }
 
-// A new tensor, uninitialised, about to be written in full.
+// A new, uninitialised tensor. The caller writes all of it.
 inline Tensor fresh(const Tensor& like, const Shape& shape, ScalarType dtype) {
   Tensor out = stable::new_empty(like, shape, dtype);
   prepare_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   return out;
 }
 
-// The same, with shape, dtype and strides of an input.
+// The same, with the shape, dtype and strides of `like`.
 inline Tensor fresh_like(const Tensor& like) {
   Tensor out = stable::empty_like(like);
   prepare_pages(out.mutable_data_ptr(), out.numel() * out.element_size());
   return out;
 }
 
-// The numbers of a tensor. What the kernels write is new, so no lazy copy of an input is ever made real for a reader.
+// Pointer to the elements of a tensor. Kernels write only to new tensors, so the const access is safe: it never
+// materialises a lazy copy of an input.
 template <class T>
 T* data(const Tensor& t) {
   return static_cast<T*>(const_cast<void*>(t.const_data_ptr()));
@@ -87,7 +89,7 @@ inline bool is_double(const Tensor& t) {
   return t.scalar_type() == ScalarType::Double;
 }
 
-// fp64 for fp64, fp32 for the rest.
+// fp64 for fp64 inputs, fp32 for all others.
 inline ScalarType accumulation_dtype(const Tensor& t) {
   return is_double(t) ? ScalarType::Double : ScalarType::Float;
 }
@@ -104,9 +106,9 @@ struct Matrix {
   }
 };
 
-// x (N, C, ...) as its memory goes: contiguous, or channels-last, which is one row per position.
+// x (N, C, ...) in memory order. A channels-last x has one row per position and a length of 1.
 struct Channels {
-  int64_t rows, channels, length;  // `length` numbers of a channel in each row
+  int64_t rows, channels, length;  // each row holds `length` elements of every channel
 };
 
 inline Channels channels_of(const Tensor& x) {
@@ -126,7 +128,7 @@ inline Channels channels_of(const Tensor& x) {
   return {x.size(0) * positions, x.size(1), 1};
 }
 
-// How many (N, D) matrices a tensor (..., N, D) stacks.
+// Number of (N, D) matrices in a tensor (..., N, D).
 inline int64_t stack_size(const Tensor& t) {
   int64_t count = 1;
   for (int64_t k = 0; k + 2 < t.dim(); ++k) count *= t.size(k);
@@ -145,8 +147,9 @@ inline Matrix slice(const Tensor& t, int64_t index) {
   return {base, t.size(dims - 2), t.size(dims - 1), t.stride(dims - 2), t.stride(dims - 1), t.scalar_type(), element};
 }
 
-// f(index) for every slice of a stack. Small slices run one per thread, and there their products run on that thread
-// alone: 16 slices of (128, 192) take half the time. A lone small slice is given an idle neighbour, for the same bits.
+// Calls f(index) for every slice of a stack. Small slices run one per thread, and the products inside each one run
+// serially: 16 slices of (128, 192) take half the time. A single small slice runs in the same parallel region, beside
+// an idle thread, so that its bits are the same as in a stack.
 template <class F>
 void for_slices(int64_t count, int64_t numbers, const F& f) {
   constexpr int64_t small = 1 << 16;
@@ -159,7 +162,7 @@ void for_slices(int64_t count, int64_t numbers, const F& f) {
   });
 }
 
-// Sizes of the leading dimensions of (..., N, D), followed by `tail`; with `front` before them.
+// Shape with the leading dimensions of t (..., N, D), `front` before them and `tail` after them.
 inline Shape stacked(const Tensor& t, const Shape& tail, const Shape& front = {}) {
   Shape shape = front;
   for (int64_t k = 0; k + 2 < t.dim(); ++k) shape.push_back(t.size(k));

@@ -1,4 +1,5 @@
-// What loops over numbers need. Nothing of torch's, whose headers take longer to read than some files to compile.
+// Macros and integer helpers for loops. Includes no torch headers, because they take longer to parse than some files
+// take to compile.
 #pragma once
 
 #include <algorithm>
@@ -6,8 +7,8 @@
 #include <cstdint>
 #include <type_traits>
 
-// One binary, three instruction sets, chosen at load time. Only `static`, non-template functions may carry it. By level
-// or feature: a clone for arch=haswell serves that Intel processor and no other.
+// Compiles a function for three instruction sets; the loader picks one. Works for `static`, non-template functions
+// only. The targets are levels or features, because a clone for arch=haswell would run on that Intel processor only.
 #if defined(__x86_64__) && defined(__linux__) && defined(__GNUC__) && !defined(__clang__)
 #if __GNUC__ >= 12
 #define SSLKERN_CLONES __attribute__((unused, target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))

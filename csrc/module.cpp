@@ -1,4 +1,4 @@
-// A module that says what is in the binary. The operators register themselves when the library is loaded.
+// Python module that describes the binary. The operators register themselves when the library is loaded.
 #include <Python.h>
 
 #include "cpu/gemm.h"
@@ -14,8 +14,8 @@ static PyObject* cuda(PyObject*, PyObject*) {
 
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
-      {"products", products, METH_NOARGS, "Who multiplies fp32 matrices."},
-      {"cuda", cuda, METH_NOARGS, "What the CUDA kernels are compiled for, or why there are none."},
+      {"products", products, METH_NOARGS, "The implementation of fp32 matrix products."},
+      {"cuda", cuda, METH_NOARGS, "The architectures of the CUDA kernels, or why there are none."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};
   return PyModule_Create(&module);

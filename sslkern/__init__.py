@@ -1,6 +1,7 @@
-"""sslkern: exact self-supervised losses without the matrix they are written with."""
+"""sslkern: fast, exact losses for self-supervised learning, with the values and gradients of the published formulas."""
 
-from . import backend
+from . import backend, installed
+from . import distributed as distributed
 from . import losses as losses
 from . import metrics as metrics
 from . import nn as nn
@@ -17,12 +18,13 @@ from .losses import (
 )
 from .train import large_batch as large_batch
 
-backend.load()
+installed.load()
 
 __version__ = "0.1.0"
 __all__ = [
     "backend",
     "barlow_twins_loss",
+    "distributed",
     "info_nce_loss",
     "large_batch",
     "losses",

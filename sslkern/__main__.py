@@ -1,4 +1,4 @@
-"""`python -m sslkern`: what is installed, which back-end serves which op, and why another does not."""
+"""`python -m sslkern`: what is installed, which back-end serves which kernel, and why the others do not."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 import sslkern
-from sslkern import backend
+from sslkern import backend, installed
 
 CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (2, 2, 1 << 20)})  # plain, exact, wide
 
@@ -30,11 +30,11 @@ def _where(kernel: str, device: str, **call: Any) -> str:
 
 
 def _left_to_the_reference() -> dict[str, list[str]]:
-    """The reason why nothing better runs a call -> the kernels. A kernel is told once for each device and reason."""
+    """The kernels that only the reference runs, by the reason. Each kernel appears once per device and reason."""
     found: dict[str, list[str]] = {}
     forced = backend.forced()
     better = backend.NAMES[:-1] if forced is None else (forced,)
-    for device in ("cpu", "cuda"):
+    for device in backend.devices():
         for kernel in backend.declared():
             told: set[str] = set()
             for call in CALLS:
@@ -47,6 +47,10 @@ def _left_to_the_reference() -> dict[str, list[str]]:
                     found.setdefault(reason, []).append(kernel)
                 told.add(reason)
     return found
+
+
+def _print_row(kernel: str, *cells: str) -> None:
+    print(f"{kernel:<24} {' '.join(f'{cell:<12}' for cell in cells)}".rstrip())
 
 
 def main() -> None:
@@ -67,14 +71,15 @@ def main() -> None:
         state = f"missing: {missing[name]}" if name in missing else "available"
         print(f"  {name:<10} {state}")
         if name == "native" and name not in missing:
-            print(f"  {'':<10} CPU products: {backend.products()}\n  {'':<10} {backend.cuda_build()}")
+            print(f"  {'':<10} CPU products: {installed.products()}\n  {'':<10} {installed.cuda_build()}")
     if backend.forced() is not None:
         print(f"  forced to {backend.forced()!r}")
     if backend.strict():
-        print("  SSLKERN_STRICT=1: the reference is an error for CUDA tensors")
-    print(f"\n{'kernel':<24} {'cpu tensor':<12} cuda tensor")
+        print("  SSLKERN_STRICT=1: the reference is an error for tensors that are not on a CPU")
+    print()
+    _print_row("kernel", *(f"{device} tensor" for device in backend.devices()))
     for kernel in backend.declared():
-        print(f"{kernel:<24} {_where(kernel, 'cpu'):<12} {_where(kernel, 'cuda')}")
+        _print_row(kernel, *(_where(kernel, device) for device in backend.devices()))
     left = _left_to_the_reference()
     print("\nleft to the reference, or refused where a back-end is forced" if left else "")
     for reason, kernels in left.items():

@@ -9,16 +9,22 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
-import torch.nn.functional as F
+from formulas import covariance_published, cross_correlation_published, vicreg_published
 from torch import Tensor
 
-from bench.baselines import covariance_published, offdiag_sum, vicreg_published
 from sslkern import backend
-from sslkern.ops.covariance import covariance, vicreg
+from sslkern.core.ranks import ALONE
+from sslkern.ops.covariance import covariance
 from sslkern.ops.cross_correlation import cross_correlation
+from sslkern.ops.vicreg import vicreg_of
 
 VICREG = (25.0, 25.0, 1.0, 1.0, 1e-4)  # sim, std, cov, gamma, eps
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+
+
+def vicreg(a: Tensor, b: Tensor, estimator: str = "plugin", form: str = "auto") -> tuple[Tensor, Tensor]:
+    """The loss of every slice and its terms, with the settings of `VICREG`."""
+    return vicreg_of(a, b, VICREG, estimator, ALONE, form)
 
 
 def same(x: Tensor) -> Tensor:
@@ -140,12 +146,6 @@ def _covariance_unbiased_plain(z: Tensor) -> tuple[Tensor, ...]:
     return v, c * ((n - 1) * (n - 2) * plugin + pairs - n / (n - 1) * fourth)
 
 
-def _cross_correlation_plain(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
-    x, y = (F.batch_norm(z, None, None, training=True, eps=1e-5) for z in (a, b))
-    c = x.T @ y / a.shape[0]
-    return c.diagonal(), offdiag_sum(c)
-
-
 def _cross_correlation_total(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
     """||A'A|| ||B'B|| bounds the terms that the dual adds up with both signs."""
     norms = []
@@ -156,7 +156,7 @@ def _cross_correlation_total(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
 
 
 def _vicreg(estimator: str) -> Callable[..., tuple[Tensor, ...]]:
-    return lambda a, b, form="auto": vicreg(a, b, *VICREG, estimator, form)[:1]
+    return lambda a, b, form="auto": vicreg(a, b, estimator, form)[:1]
 
 
 def _vicreg_unbiased_plain(a: Tensor, b: Tensor) -> tuple[Tensor, ...]:
@@ -184,7 +184,7 @@ OPS = {
     ),
     "cross_correlation": Op(
         lambda a, b, form="auto": cross_correlation(a, b, form=form),
-        _cross_correlation_plain,
+        cross_correlation_published,
         2,
         cross_correlation,
         _cross_correlation_total,
@@ -228,6 +228,17 @@ def value_and_grad(function, inputs: list[Tensor], weights: tuple[Tensor, ...] |
     upstream = [w.to(out.device, out.dtype) for w, out in zip(weights, outputs, strict=True)]
     grads = torch.autograd.grad(outputs, inputs, upstream)
     return tuple(out.detach() for out in outputs), grads
+
+
+def check_compiled(function, views, compiler):
+    """Compiled whole, values and gradients equal eager's, in training and without grad."""
+    torch._dynamo.reset()
+    compiled = torch.compile(function, fullgraph=True, backend=compiler)
+    eager = value_and_grad(lambda *x: (function(*x),), views)
+    ours = value_and_grad(lambda *x: (compiled(*x),), views)
+    assert all(map(torch.equal, ours[0] + ours[1], eager[0] + eager[1]))
+    with torch.no_grad():
+        assert torch.equal(compiled(*views), eager[0][0])
 
 
 @cache

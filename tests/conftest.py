@@ -20,12 +20,14 @@ if not torch.cuda.is_available():
 
 import sslkern
 
+pytest.register_assert_rewrite("cases", "large_batches", "rules")  # their assertions show numbers as a test's do
+
 if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
     import quick_interpreter  # noqa: F401
 
 ROOT = Path(__file__).parents[1]
 # Tests of a file, or of an architecture in it, that share what is costly to make: one process runs them
-TOGETHER = re.compile(r"test_(?:bench_ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
+TOGETHER = re.compile(r"test_(?:ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
 
 
 def settings(**environment: str) -> dict[str, str]:
@@ -127,6 +129,12 @@ def native():
     """The native back-end alone, for what only it promises."""
     with sslkern.backend.use(available("native")):
         yield "native"
+
+
+@pytest.fixture
+def interpreted():
+    """The Triton kernels, whatever runs them."""
+    return available("triton")
 
 
 @pytest.fixture

@@ -1,4 +1,4 @@
-"""Matrices for tests of optimization over orthogonal and unitary ones, and distances between them."""
+"""Matrices for tests of optimization over orthogonal and unitary ones, distances between them, and steps of them."""
 
 import pytest
 import torch
@@ -49,3 +49,22 @@ def error(left, right, g):
 def captured(left, right, g):
     """The share of the energy of G in its factors."""
     return 1 - error(left, right, g) ** 2
+
+
+def steps(optimizer, params, grads):
+    """One for each row of gradients, which has one, or None, for each parameter."""
+    for row in grads:
+        for p, g in zip(params, row, strict=True):
+            p.grad = None if g is None else g.clone()
+        optimizer.step()
+
+
+def dense_step(u, e, retraction, riemannian=True):
+    """The retraction of U + E, in O(n^3)."""
+    if retraction == "direct":
+        inner = u.mH @ e
+        e = e - u @ (inner + inner.mH) / 2 if riemannian else e
+        s = torch.linalg.svd(u + e, full_matrices=False)
+        return s.U @ s.Vh
+    x = u.mH @ e
+    return u @ torch.linalg.matrix_exp((x - x.mH) / 2)

@@ -7,11 +7,20 @@ from functools import partial
 from typing import Any, NamedTuple
 
 import contrastive
+import pytest
 import torch
+from conftest import running_on
 from torch import Tensor
 
 from sslkern import metrics
 from sslkern.ops import kernel_matmul, pairwise_reduce
+
+
+@pytest.fixture(params=("reference", "native"), autouse=True)
+def on_each(request):
+    """Everything runs on each back-end of a CPU."""
+    with running_on(request.param):
+        yield
 
 
 class Call(NamedTuple):
@@ -65,19 +74,19 @@ def hsic(x: Tensor, y: Tensor, *widths: Tensor, **settings: Any) -> Tensor:
 
 CALLS = {
     "logsumexp": Call(own("logsumexp", "dot"), lambda n: [randn(n, 4), one()]),
-    "logsumexp, cosine": Call(reduce("logsumexp", "cosine", "others"), lambda n: two(n, one())),
+    "logsumexp, cosine": Call(reduce("logsumexp", "cosine", "offdiag"), lambda n: two(n, one())),
     "logsumexp, both sides": Call(reduce("logsumexp", "dot", both_sides=True), lambda n: two(n, one())),
     "logsumexp, distances": Call(
-        reduce("logsumexp", "sqeuclidean", "same others"), lambda n: two(n, one(), labels(n), labels(n + 3))
+        reduce("logsumexp", "sqeuclidean", "same offdiag"), lambda n: two(n, one(), labels(n), labels(n + 3))
     ),
     "logsumexp, stack": Call(
         own("logsumexp", "dot", "different"), lambda n: [randn(3, n, 4), one(3), labels(1, n).expand(3, n)]
     ),
     "logsumexp, n slices": Call(own("logsumexp", "sqeuclidean"), lambda n: [randn(n, 6, 4), one(n)]),
     "max": Call(reduce("max", "dot"), lambda n: two(n, one()), once=False),
-    "max, distances": Call(reduce("max", "sqeuclidean", "others"), lambda n: two(n, one()), once=False),
-    "sum, softplus": Call(reduce("sum", "softplus", "others"), lambda n: two(n, one())),
-    "sum, rbf": Call(own("sum", "rbf", "others"), lambda n: [randn(n, 4), one()]),
+    "max, distances": Call(reduce("max", "sqeuclidean", "offdiag"), lambda n: two(n, one()), once=False),
+    "sum, softplus": Call(reduce("sum", "softplus", "offdiag"), lambda n: two(n, one())),
+    "sum, rbf": Call(own("sum", "rbf", "offdiag"), lambda n: [randn(n, 4), one()]),
     "matmul, rbf": Call(
         reduce("matmul", "rbf", "same"),
         lambda n: two(n, one(), randn(n + 3, 2), labels(n), labels(n + 3)),

@@ -10,6 +10,7 @@ from unittest.mock import patch
 import torch
 import torch.distributed as dist
 from torch.multiprocessing import start_processes
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import sslkern
 
@@ -52,6 +53,19 @@ def _child(rank, size, store, checks, backend, timeout):
             )
             raise
     dist.destroy_process_group()
+
+
+class Collectives(TorchDispatchMode):
+    """The names of the collectives that were called inside."""
+
+    def __enter__(self):
+        self.names = []
+        return super().__enter__()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.namespace in ("c10d", "_c10d_functional") and "wait_tensor" not in str(function):
+            self.names.append(str(function).split(".")[1])
+        return function(*args, **(kwargs or {}))
 
 
 def normal(*shape, seed=0, dtype=torch.float64):

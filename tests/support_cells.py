@@ -12,8 +12,8 @@ from fnmatch import fnmatch
 
 from support_layers import SUBJECTS
 from support_ranks import STATES as GROUP_STATES
-from support_seen import BAD, BREAK, NONE, REFUSED, TORCH, VALUE, Cell
 from support_transforms import STATES
+from support_verdicts import BAD, BREAK, NONE, REFUSED, TORCH, VALUE, Cell
 
 
 @dataclass(frozen=True)

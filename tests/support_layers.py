@@ -6,7 +6,7 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-import support_formulas as plain
+import support_layer_formulas as plain
 import torch
 from support import JOINT, OWN, ROWS, STACK, SUBJECTS, WHOLE, A, D, Leaf, add
 from support_functions import MOVED, TALL
@@ -257,6 +257,7 @@ for name, make in (("large_batch", Chunked), ("LargeBatch", lambda: train.LargeB
 
 HELD = {  # public names that compute nothing on tensors, and where they are tested
     "backend": "chooses kernels",
+    "distributed": "names the ranks of a group",
     "losses": "a room",
     "metrics": "a room",
     "nn": "a room",

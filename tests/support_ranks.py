@@ -15,16 +15,12 @@ import torch.distributed as dist
 from support import JOINT, MEAN, N, Subject
 from support_layers import SUBJECTS
 from support_seen import (
-    CRASH,
-    Cell,
     Seen,
-    attempt,
     buffers_of,
     built,
     clones,
     flat,
     gradients,
-    judged,
     load,
     plain_of,
     prepared,
@@ -32,8 +28,8 @@ from support_seen import (
     wanted_of,
     weights_of,
     wide,
-    worst,
 )
+from support_verdicts import CRASH, Cell, attempt, judged, worst
 from torch import Tensor
 
 STATES = {"group": False, "compiled group": True}

@@ -11,7 +11,8 @@ import pytest
 import torch
 from conftest import load_setup, make
 
-from sslkern import backend as backends
+from sslkern import installed
+from sslkern.backend.registry import kernels
 
 ROOT = Path(__file__).parent.parent
 SPILLING = """
@@ -42,22 +43,22 @@ def nvcc(setup):
 @pytest.fixture
 def binary():
     """The built extension; one without CUDA kernels skips."""
-    if not backends.cuda_build().startswith("CUDA kernels:"):
-        pytest.skip(backends.cuda_build())
+    if not installed.cuda_build().startswith("CUDA kernels:"):
+        pytest.skip(installed.cuda_build())
     return Path(importlib.util.find_spec("sslkern._C").origin)
 
 
 def test_the_binary_has_them_where_there_is_an_nvcc(nvcc):
     """Built by `make build`, for a torch with or without CUDA; and `python -m sslkern` says for which processors."""
-    assert backends.cuda_build().startswith("CUDA kernels: sm_"), backends.cuda_build()
-    assert ("native", "batch_norm_fwd", "cuda") in backends._kernels
-    assert ("native", "rank_k_update_", "cuda") in backends._kernels
+    assert installed.cuda_build().startswith("CUDA kernels: sm_"), installed.cuda_build()
+    assert ("native", "batch_norm_fwd", "cuda") in kernels
+    assert ("native", "rank_k_update_", "cuda") in kernels
 
 
 def test_a_cpu_tensor_is_refused():
     """The CUDA kernel itself, called past the dispatcher with a CPU tensor, says what is wrong."""
-    if ("native", "batch_moments_fwd", "cuda") not in backends._kernels:
-        pytest.skip(backends.cuda_build())
+    if ("native", "batch_moments_fwd", "cuda") not in kernels:
+        pytest.skip(installed.cuda_build())
     ops, on_cuda, x = torch.ops.sslkern_native, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
         ops.batch_moments_fwd.default.redispatch(on_cuda, x)
@@ -102,7 +103,7 @@ def test_a_spilling_kernel_is_found(nvcc, tmp_path):
 def test_without_nvcc_the_build_goes_on(setup, monkeypatch):
     """A reason instead of a compiler; CUDA_HOME and a torch without CUDA likewise."""
     monkeypatch.setattr(setup.shutil, "which", lambda *_, **__: None)
-    assert setup.nvcc() == ("", "no nvcc was found when it was compiled, by CUDA_HOME or on the PATH")
+    assert setup.nvcc() == ("", "nvcc was not found when it was built, in CUDA_HOME or on the PATH")
     monkeypatch.setenv("SSLKERN_CUDA", "0")
     assert setup.nvcc()[0] == "" and "SSLKERN_CUDA=0" in setup.nvcc()[1]
     monkeypatch.delenv("SSLKERN_CUDA")

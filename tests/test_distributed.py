@@ -8,10 +8,9 @@ import ranks
 import torch
 import torch.distributed as dist
 from conftest import available
-from ranks import mine, normal
+from ranks import Collectives, mine, normal
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern import backend, ops
 from sslkern.nn import BatchNorm1d, BatchNormReLU, SyncBatchNorm
@@ -31,19 +30,6 @@ SETTINGS = (
     {"track_running_stats": False, "activation": "relu"},
 )
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6, torch.bfloat16: 2**-8}
-
-
-class Collectives(TorchDispatchMode):
-    """The names of the collectives that were called inside."""
-
-    def __enter__(self):
-        self.names = []
-        return super().__enter__()
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        if function.namespace in ("c10d", "_c10d_functional") and "wait_tensor" not in str(function):
-            self.names.append(str(function).split(".")[1])
-        return function(*args, **(kwargs or {}))
 
 
 def summed(values):

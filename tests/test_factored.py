@@ -8,8 +8,8 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.nn import OrthogonalLinear, OrthogonalRNN, UnitaryRNN, orthogonal_parameters
+from sslkern.ops.factored_linear import pending
 from sslkern.optim import ProjUNN, orthogonality_error
-from sslkern.optim.factored import pending
 
 
 def first(output):
@@ -100,13 +100,13 @@ def test_factors_are_those_of_the_weight_alone(monkeypatch):
     optimizer.step()  # they are forgotten
     scaler = torch.amp.GradScaler("cpu")
     scaler.scale(layer(x).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"^A GradScaler does not see the factors of a gradient"):
+    with pytest.raises(RuntimeError, match=r"^A GradScaler cannot unscale factored gradients"):
         scaler.step(optimizer)
     optimizer.zero_grad()
     layer(x).sum().backward()
     with (
         monkeypatch.context() as patch,
-        pytest.raises(RuntimeError, match=r"^Factors of a gradient stay in their process"),
+        pytest.raises(RuntimeError, match=r"^Factored gradients are not reduced across processes"),
     ):
         patch.setattr(torch.distributed, "is_initialized", lambda: True)
         patch.setattr(torch.distributed, "get_world_size", lambda: 2)
@@ -155,12 +155,12 @@ def test_factors_are_used_up_or_refused():
     assert not torch.equal(layer.weight_u, moved) and orthogonality_error(layer.weight_u) < 5e-7
     for option, value in (("momentum", 0.9), ("second_moment", "scalar")):
         backward()
-        with pytest.raises(RuntimeError, match=f"^{option} needs a gradient that is formed: with {option}={value!r}, "):
+        with pytest.raises(RuntimeError, match=f"^{option} needs a dense gradient: with {option}={value!r}, "):
             ProjUNN([layer.weight_u], 0.1, **{option: value}).step()
     with pytest.raises(RuntimeError, match=r"^factored layers need method='sketch', got 'svd'\.$"):
         ProjUNN([layer.weight_u], 0.1, method="svd").step()
     (layer.weight_u.sum() + layer(x).sum()).backward()
-    with pytest.raises(RuntimeError, match=r"^A parameter of shape \(4, 4\) has a gradient and factors of one"):
+    with pytest.raises(RuntimeError, match=r"^A parameter of shape \(4, 4\) has a dense and a factored gradient"):
         optimizer.step()
 
 

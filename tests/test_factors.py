@@ -1,12 +1,15 @@
 """Low-rank factors of gradients, dense and never formed, against dense fp64 truths."""
 
+import matrices
 import pytest
 import torch
-from matrices import DTYPES, METHODS, captured, eps, error, everywhere, generator, haar, of_rank, wide  # noqa: F401
+from matrices import DTYPES, METHODS, captured, eps, error, generator, haar, of_rank, wide
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern import optim
 from sslkern.optim import factors, linear_factors, low_rank_factors, orthogonality_error
+
+everywhere = matrices.everywhere
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

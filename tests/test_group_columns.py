@@ -1,6 +1,5 @@
 """Covariance and cross-correlation losses of several ranks against one process on the joint batch."""
 
-import re
 from functools import partial
 
 import pytest
@@ -9,10 +8,8 @@ import torch.distributed as dist
 from ranks import TOLERANCE, assert_joint, close, divisions, mean_over_ranks, mine, normal, run
 
 import sslkern
-from sslkern import ops
-from sslkern.losses import BarlowTwinsLoss, VCRegLoss, VICRegLoss, spectral_contrastive_loss
-from sslkern.metrics import hsic
-from sslkern.train import distributed
+from sslkern import distributed, ops
+from sslkern.losses import BarlowTwinsLoss, VCRegLoss, VICRegLoss
 
 ROWS = 24
 SHAPES = {"dual": (ROWS, 40), "primal": (ROWS, 7), "one column": (ROWS, 1), "stack": (ROWS, 3, 30)}
@@ -138,60 +135,6 @@ def compiled():
             close(found, expected, 1e-12, "compiled")
 
 
-REFUSED = {
-    "gamma": lambda a, b, bad: sslkern.vcreg_loss(a, gamma="x" if bad else 1.0, group="world"),
-    "lambd": lambda a, b, bad: sslkern.barlow_twins_loss(a, b, torch.inf if bad else 0.1, group="world"),
-    "stats": lambda a, b, bad: sslkern.barlow_twins_loss(a, b, stats="all" if bad else "sync", group="world"),
-    "eps": lambda a, b, bad: sslkern.vicreg_loss(a, b, eps=-1.0 if bad else 1e-4, group="world"),
-    "dim": lambda a, b, bad: sslkern.vicreg_loss(a, b, dim=5 if bad else -1, group="world"),
-    "positions": lambda a, b, bad: sslkern.vcreg_loss(a, positions="all" if bad else "pooled", group="world"),
-    "estimator": lambda a, b, bad: sslkern.vcreg_loss(a, estimator="no" if bad else "unbiased", group="world"),
-    "form": lambda a, b, bad: ops.covariance(a, form="no" if bad else "auto", group="world")[0].sum(),
-    "rows": lambda a, b, bad: sslkern.vicreg_loss(a[: 0 if bad else None], b[: 0 if bad else None], group="world"),
-    "rows, info_nce": lambda a, b, bad: sslkern.info_nce_loss(a, b[: 1 if bad else None], group="world"),
-    "rows, hsic": lambda a, b, bad: hsic(a[: 0 if bad else None], b[: 0 if bad else None], group="world"),
-    "temperature": lambda a, b, bad: sslkern.nt_xent_loss(a, b, True if bad else 0.5, group="world"),
-}
-
-
-def refused_on_one_rank():
-    """Whatever it is, and compiled or not: an error on every rank, and the next collective is the same on all."""
-    first, views = dist.get_rank() == 0, [normal(6, 5, seed=k) for k in range(2)]
-    for name, loss in REFUSED.items():
-        torch._dynamo.reset()
-        whole = torch.compile(loss, fullgraph=True, backend="eager")
-        for function in (loss, whole, torch.compile(loss, backend="eager")):
-            if function is not loss or not name.startswith("rows"):  # eager ranks may have different rows
-                with pytest.raises((TypeError, ValueError, RuntimeError)) as caught:
-                    function(*views, bad=first)
-                said = r"must (be|have|differ)|rank 0 was given bad input|equally many rows"
-                assert re.search(said, str(caught.value)), (name, caught.value)
-            ranks = torch.tensor([dist.get_rank()])
-            dist.all_reduce(ranks)
-            assert ranks.item() == dist.get_world_size() * (dist.get_world_size() - 1) // 2
-        assert torch.isfinite(loss(*views, bad=False))
-
-
-UNEVEN = {  # "aot_eager", which may drop and move calls, where rows are gathered and where sums are reduced
-    "vicreg": (sslkern.vicreg_loss, "aot_eager"),
-    "barlow": (sslkern.barlow_twins_loss, "eager"),
-    "nt_xent": (sslkern.nt_xent_loss, "aot_eager"),
-    "spectral": (spectral_contrastive_loss, "aot_eager"),
-    "hsic": (hsic, "eager"),
-}
-
-
-def compiled_on_uneven_rows():
-    """No rank gets a number, and none waits: all raise, when the graph runs, whatever the loss does next."""
-    counts = [5] * (dist.get_world_size() - 1) + [7]
-    own = [mine(normal(sum(counts), 6, seed=k), counts) for k in range(2)]
-    for name, (loss, compiler) in UNEVEN.items():
-        torch._dynamo.reset()
-        with pytest.raises(RuntimeError, match=r"Under torch\.compile all ranks of a group must be given equally"):
-            torch.compile(partial(loss, group="world"), fullgraph=True, backend=compiler)(*own)
-        assert torch.isfinite(loss(*own, group="world")), name  # the ranks are still in step, and eager has the value
-
-
 def transformed():
     """torch.func.grad of a joint loss is autograd's; a second derivative is refused on all ranks."""
     own = [mine(z, divisions(ROWS)[1]).requires_grad_() for z in views((ROWS, 9))]
@@ -235,9 +178,13 @@ def refused():
     """On one rank: an error on all. Of all ranks together: too few rows."""
     x = normal(4, 3)
     first = dist.get_rank() == 0
-    with pytest.raises(ValueError if first else RuntimeError, match="at least one column" if first else "rank 0 was"):
+    with pytest.raises(
+        ValueError if first else RuntimeError, match="at least one column" if first else "Invalid input on rank 0"
+    ):
         ops.covariance(x[:, :0] if first else x, group="world")
-    with pytest.raises(TypeError if first else RuntimeError, match="must be a torch" if first else "rank 0 was given"):
+    with pytest.raises(
+        TypeError if first else RuntimeError, match="must be a torch" if first else "Invalid input on rank 0"
+    ):
         sslkern.vicreg_loss(None if first else x, x, group="world")
     for other in (x[:, :2], x.float(), x[None], x.clone().requires_grad_()):
         with pytest.raises(ValueError, match="all ranks of a group must be given tensors of one dtype and shape"):
@@ -252,15 +199,6 @@ def refused():
         gradient.sum().backward()
 
 
-def dead_peer():
-    """Who waits for a process that has ended gets an error, not a number."""
-    if dist.get_rank() == dist.get_world_size() - 1:
-        return
-    with pytest.raises(RuntimeError):
-        for _ in range(2):  # the first all-gather may have been sent before the peer was gone
-            sslkern.vcreg_loss(normal(4, 3), group="world")
-
-
 CHECKS = (vicreg, vcreg, barlow_twins, both_forms, local_statistics, large_means, transport, half_precision)
 CHECKS += (modules_and_terms, compiled, transformed, settings_with_gradients, forced_back_ends, refused)
 
@@ -270,31 +208,9 @@ def test_ranks_are_one_process(size, tmp_path):
     run(size, CHECKS, tmp_path)
 
 
-def test_uneven_rows_under_compile(tmp_path):
-    run(2, (compiled_on_uneven_rows,), tmp_path)
-
-
-def test_bad_input_on_one_rank(tmp_path):
-    run(2, (refused_on_one_rank,), tmp_path)
-
-
-def test_who_waits_for_the_dead_gets_an_error(tmp_path):
-    run(2, (dead_peer,), tmp_path, timeout=10)
-
-
 def test_alone():
     """A world of one costs nothing: the bits of no group, whether torch.distributed is initialised or not."""
     a, b = views((ROWS, 10))
     for loss in (sslkern.vicreg_loss, sslkern.barlow_twins_loss):
         assert torch.equal(loss(a, b, group="world"), loss(a, b))
         assert torch.equal(loss(a, b, group=distributed.over()), loss(a, b))
-
-
-def test_wrong_groups():
-    x = normal(4, 3)
-    with pytest.raises(TypeError, match=r"group must be None, 'world', a torch.*got int"):
-        sslkern.vcreg_loss(x, group=3)
-    with pytest.raises(ValueError, match=r"transport must be torch.bfloat16, torch.float16 or None"):
-        distributed.over(transport=torch.int8)
-    with pytest.raises(TypeError, match=r"group must be 'world' or a torch.distributed.ProcessGroup, got NoneType"):
-        distributed.over(None)

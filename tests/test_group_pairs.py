@@ -8,80 +8,14 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive import cosines
-from ranks import TOLERANCE, assert_joint, close, divisions, mean_over_ranks, mine, normal, run
-from test_distributed import Collectives
+from group_pairs import COLUMNS, LABELS, LOSSES, ROWS, no_rows, rows, value_and_grad
+from ranks import TOLERANCE, Collectives, assert_joint, close, divisions, mean_over_ranks, mine, normal, run
 from torch.nn import functional as F
 
-from sslkern import losses, metrics
+from sslkern import metrics
+from sslkern.distributed import over
 from sslkern.losses import info_nce_loss, nt_xent_loss, sigmoid_loss, spectral_contrastive_loss
 from sslkern.losses import supervised_contrastive_loss as supervised
-from sslkern.train.distributed import over
-
-ROWS, COLUMNS = 13, 5
-
-
-def rows(number, n=ROWS, d=COLUMNS):
-    """Views that resemble each other."""
-    return [normal(n, d) + 0.3 * normal(n, d, seed=1 + k) for k in range(number)]
-
-
-def three(a, b, c, group, **settings):
-    return nt_xent_loss(a, b, 0.3, others=[c], group=group, **settings)
-
-
-def to_bank(a, b, group, **settings):
-    return nt_xent_loss(a, b, 0.3, negatives=normal(7, a.shape[1], dtype=a.dtype), group=group, **settings)
-
-
-def labelled(z, labels, group, **settings):
-    return supervised(z, labels, temperature=0.3, group=group, **settings)
-
-
-LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
-LOSSES = {
-    "nt_xent": (partial(nt_xent_loss, temperature=0.3), rows(2)),
-    "nt_xent, 3 views": (three, rows(3)),
-    "nt_xent, 3 views inside": (partial(three, inside=True), rows(3)),
-    "nt_xent, decoupled": (partial(nt_xent_loss, temperature=0.3, decoupled=True), rows(2)),
-    "nt_xent, 3 views decoupled inside": (partial(three, decoupled=True, inside=True), rows(3)),
-    "nt_xent, bank": (to_bank, rows(2)),
-    "nt_xent, decoupled bank": (partial(to_bank, decoupled=True), rows(2)),
-    "info_nce": (partial(info_nce_loss, temperature=0.3), rows(2)),
-    "info_nce, symmetric": (partial(info_nce_loss, temperature=0.3, symmetric=True), rows(2)),
-    "info_nce, symmetric, as they are": (
-        partial(info_nce_loss, scale=0.4, symmetric=True, normalize=False),
-        rows(2),
-    ),
-    "supervised": (labelled, [*rows(1), LABELS]),
-    "supervised, inside": (partial(labelled, inside=True), [*rows(1), LABELS]),
-    "supervised, no positives": (labelled, [*rows(1), torch.arange(ROWS)]),
-    "supervised, inside, no positives": (partial(labelled, inside=True), [*rows(1), torch.arange(ROWS)]),
-    "sigmoid": (sigmoid_loss, rows(2)),
-    "sigmoid, warm": (partial(sigmoid_loss, scale=-3.0, bias=2.0), rows(2)),
-    "spectral by rows": (partial(spectral_contrastive_loss, mu=2.0), rows(2, d=8)),
-    "spectral by columns": (partial(spectral_contrastive_loss, mu=2.0), rows(2)),
-    "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
-    "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
-    "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),
-    "hsic, linear": (partial(metrics.hsic, kernel="linear"), [normal(ROWS, 3), normal(ROWS, 4)]),
-    "hsic, linear by rows": (partial(metrics.hsic, kernel="linear"), [normal(ROWS, 30), normal(ROWS, 40)]),
-    "hsic, linear unbiased": (
-        partial(metrics.hsic, kernel="linear", estimator="unbiased"),
-        [normal(ROWS, 3), normal(ROWS, 4)],
-    ),
-    "hsic, linear unbiased by rows": (
-        partial(metrics.hsic, kernel="linear", estimator="unbiased"),
-        [normal(ROWS, 30), normal(ROWS, 40)],
-    ),
-    "dhsic": (metrics.dhsic, [normal(ROWS, 3), normal(ROWS, 4), normal(ROWS, 1)]),
-    "dhsic, bandwidths": (partial(metrics.dhsic, bandwidth=(0.7, 1.3)), [normal(ROWS, 3), normal(ROWS, 4)]),
-}
-
-
-def no_rows(rows):
-    """Divisions with ranks that have none."""
-    none = [0] * (dist.get_world_size() - 1)
-    return ([*none, rows], [rows, *none])
 
 
 def joint():
@@ -185,12 +119,6 @@ def transported():
             own = [mine(z, counts) for z in (q, k)]
             value = info_nce_loss(*own, 0.3, symmetric=symmetric, group=group)
             close(mean_over_ranks(value), expected, 1e-12, (symmetric, counts, "rounded keys"))
-
-
-def value_and_grad(loss, inputs, group):
-    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
-    value = loss(*leaves, group=group)
-    return [value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.is_floating_point()])]
 
 
 def alone():
@@ -306,7 +234,7 @@ def refused():
             with pytest.raises(error, match=sentence):
                 bad("world")
         else:
-            with pytest.raises(RuntimeError, match="rank 0 was given bad input"):
+            with pytest.raises(RuntimeError, match="Invalid input on rank 0"):
                 FINE.get(case, nt_xent_loss)(A, A, group="world")
     for call in DIFFERENT.values():
         with pytest.raises(ValueError, match="all ranks of a group must be given"):
@@ -342,31 +270,3 @@ CHECKS = (joint, half, own_places, coefficients, transported, alone, stacked, co
 def test_ranks_are_one(size, checks, tmp_path):
     """All of CHECKS, in some processes over gloo."""
     run(size, checks, tmp_path)
-
-
-@pytest.mark.parametrize("case", LOSSES)
-def test_without_processes_a_group_is_none(case):
-    """Where torch.distributed is not initialised, "world" is this process, and the bits are those of no group."""
-    assert all(map(torch.equal, *(value_and_grad(*LOSSES[case], group) for group in ("world", None))))
-
-
-MODULES = (
-    losses.NTXentLoss,
-    losses.InfoNCELoss,
-    losses.SupervisedContrastiveLoss,
-    losses.SigmoidLoss,
-    losses.SpectralContrastiveLoss,
-)
-
-
-@pytest.mark.parametrize("module", MODULES)
-def test_modules_hold_the_group(module):
-    """It is shown if there is one, and taken by the call."""
-    made = module(group="world")
-    assert "group='world'" in repr(made) and "group" not in repr(module())
-    a, b = rows(2)
-    inputs = (a, LABELS) if module is losses.SupervisedContrastiveLoss else (a, b)
-    assert torch.equal(made(*inputs), module()(*inputs))
-    made.group = "everyone"
-    with pytest.raises(TypeError, match="group must be None, 'world'"):
-        made(*inputs)

@@ -1,37 +1,14 @@
-"""Large batches by chunks: the gradient of the full batch, in every setting that a training step knows."""
+"""Large batches by chunks: the gradient of the full batch, of every loss, view, argument and parameter."""
 
 import copy
 
 import pytest
-import ranks
 import torch
+from large_batches import LIMITS, Net, assert_same, by_chunks, gradients, images, whole
 from torch import nn
-from torch._dynamo.backends.debugging import aot_eager
-from torch.utils.checkpoint import checkpoint
 
 import sslkern
 from sslkern.train.large_batch import LargeBatch, large_batch
-
-LIMITS = {torch.float32: 1e-6, torch.float64: 1e-12}
-
-
-class Net(nn.Module):
-    """Convolutions with GroupNorm, by default exact by chunks; 12 numbers per image."""
-
-    def __init__(self, *, middle=None, dtype=torch.float64):
-        super().__init__()
-        self.stem = nn.Sequential(nn.Conv2d(2, 6, 3, padding=1), nn.GroupNorm(3, 6), nn.SiLU())
-        self.middle = middle or nn.Identity()
-        self.head = nn.Sequential(nn.Conv2d(6, 12, 3, stride=2), nn.GELU(), Mean(), nn.Linear(12, 12))
-        self.to(dtype)
-
-    def forward(self, x):
-        return self.head(self.middle(self.stem(x)))
-
-
-class Mean(nn.Module):
-    def forward(self, x):
-        return x.mean((2, 3))
 
 
 class Augment(nn.Module):
@@ -40,19 +17,6 @@ class Augment(nn.Module):
     def forward(self, x):
         signs = torch.randint(0, 2, (len(x), 1, 1, 1)) * 2 - 1
         return x * signs + 0.1 * torch.randn_like(x)
-
-
-def sines(*outputs):
-    return sum(f.sin().sum() for f in outputs)
-
-
-class Checkpointed(nn.Module):
-    def __init__(self, module, reentrant=False):
-        super().__init__()
-        self.module, self.reentrant = module, reentrant
-
-    def forward(self, x):
-        return checkpoint(self.module, x, use_reentrant=self.reentrant)
 
 
 class Padded(nn.Module):
@@ -68,60 +32,6 @@ class Padded(nn.Module):
         h = (self.table(tokens) + prompt) * mask[..., None]
         pooled = h.sum(1) / mask.sum(1, keepdim=True)
         return {"pooled": self.out(pooled), "rest": (h, tokens.sum(1))}
-
-
-def by_chunks(backbone, *views, chunk_size, **kwargs):
-    """The same chunks with grad, put together: what `large_batch` must equal where chunks differ from the batch."""
-    outputs = []
-    for x in views:
-        parts = x.tensor_split(-(-len(x) // chunk_size))
-        outputs.append(torch.cat([backbone(part, **kwargs) for part in parts]))
-    return outputs[0] if len(outputs) == 1 else tuple(outputs)
-
-
-def whole(backbone, *views, chunk_size=None, **kwargs):
-    outputs = tuple(backbone(*(v if isinstance(v, tuple) else (v,)), **kwargs) for v in views)
-    return outputs[0] if len(outputs) == 1 else outputs
-
-
-def images(*shape, seed=0, dtype=torch.float64):
-    return ranks.normal(*shape, seed=seed, dtype=dtype)
-
-
-def gradients(how, net, views, loss, **settings):
-    """Of the views that require it and of all parameters, by name; and the loss."""
-    net.zero_grad()
-    views = [x.detach().clone().requires_grad_(x.requires_grad) for x in views]
-    value = loss(*torch.utils._pytree.tree_leaves(how(net, *views, **settings)))
-    value.backward()
-    found = {name: p.grad for name, p in net.named_parameters()}
-    found.update({f"view {k}": x.grad for k, x in enumerate(views)})
-    return {name: g if g is None else g.clone() for name, g in found.items()}, value.detach()
-
-
-def assert_close(found, expected, limit):
-    """In units of the largest of each gradient, or of a tenth of the largest of all: what cancels keeps its error."""
-    largest = max(float(g.abs().max()) for g in expected.values() if g is not None)
-    for name, e in expected.items():
-        assert (found[name] is None) == (e is None), name
-        if e is not None:
-            scale = max(float(e.abs().max()), 0.1 * largest)
-            error = float((found[name] - e).abs().max())
-            assert error <= limit * scale, f"{name}: error {error:.1e} of {scale:.1e}, limit {limit:.0e}"
-
-
-def assert_same(net, views, loss, limit=1e-12, expected=whole, **settings):
-    """Gradients and loss as those of another way, from the same random numbers, which go on in the same way."""
-    other, state = copy.deepcopy(net), torch.get_rng_state()
-    reference, value = gradients(expected, other, views, loss, **settings)
-    after = torch.get_rng_state()
-    torch.set_rng_state(state)
-    found, ours = gradients(large_batch, net, views, loss, **settings)
-    assert_close(found, reference, limit)
-    assert abs(float(ours - value)) <= limit * max(1, abs(float(value)))
-    assert torch.equal(torch.get_rng_state(), after)
-    for (name, b), e in zip(net.named_buffers(), other.buffers(), strict=True):
-        assert torch.allclose(b, e, rtol=1e-12), name
 
 
 def projector(dtype):
@@ -225,96 +135,6 @@ def test_module():
         assert torch.allclose(f, e, rtol=1e-12)
 
 
-def test_autocast():
-    """bf16 in the replay as in the first pass, no cast weight left without its gradient, and a scaled loss."""
-    net = Net(dtype=torch.float32)
-    views = [images(11, 2, 7, 7, dtype=torch.float32)]
-
-    def autocast(how):
-        def run(*args, **settings):
-            with torch.autocast("cpu", torch.bfloat16):
-                out = how(*args, **settings)
-                assert out.dtype == torch.bfloat16
-            return out.float()
-
-        return run
-
-    loss = lambda f: f.sin().sum() * 1024  # noqa: E731
-    found = gradients(autocast(large_batch), net, views, loss, chunk_size=4)[0]
-    exact = gradients(autocast(by_chunks), net, views, loss, chunk_size=4)[0]
-    assert_close(found, exact, 2**-7)
-    assert_close(found, gradients(whole, net, views, loss)[0], 0.05)
-    with torch.autocast("cpu", torch.bfloat16):
-        f = large_batch(net, views[0], chunk_size=4)
-        g = net(views[0])
-    together = torch.autograd.grad(f.float().sum() + g.float().sum(), list(net.parameters()))
-    with torch.autocast("cpu", torch.bfloat16):
-        alone = torch.autograd.grad(net(views[0]).float().sum(), list(net.parameters()))
-    for t, a in zip(together, alone, strict=True):
-        assert float((t - 2 * a).abs().max()) <= 0.05 * float(t.abs().max())
-
-
-def test_grad_scaler():
-    """Steps by GradScaler are those of the full batch."""
-    nets = [Net(dtype=torch.float32)]
-    nets.append(copy.deepcopy(nets[0]))
-    for net, how in zip(nets, (large_batch, whole), strict=True):
-        optimizer, scaler = torch.optim.SGD(net.parameters(), 0.1), torch.amp.GradScaler("cpu", init_scale=512)
-        for turn in range(3):
-            optimizer.zero_grad()
-            f = how(net, images(9, 2, 7, 7, seed=turn, dtype=torch.float32), chunk_size=4)
-            scaler.scale(f.sin().mean()).backward()
-            scaler.step(optimizer)
-            scaler.update()
-    for p, q in zip(*(net.parameters() for net in nets), strict=True):
-        assert torch.allclose(p, q, rtol=1e-5, atol=1e-6)
-
-
-def test_low_precision_parameters():
-    """bf16 gradients are summed over chunks in fp32, and rounded once."""
-    net, exact = nn.Linear(4, 3, bias=False, dtype=torch.bfloat16), nn.Linear(4, 3, bias=False)
-    exact.load_state_dict(net.state_dict())
-    x = torch.ones(300, 4, dtype=torch.bfloat16)
-    large_batch(net, x, chunk_size=1).sum().backward()
-    exact(x.float()).sum().backward()
-    assert torch.equal(net.weight.grad, exact.weight.grad.bfloat16()) and net.weight.grad.dtype == torch.bfloat16
-
-
-def test_checkpointing():
-    """Non-reentrant works, with dropout in it; reentrant raises one sentence."""
-    inner = lambda: nn.Sequential(nn.Conv2d(6, 6, 1), nn.Dropout(0.3), nn.Tanh())  # noqa: E731
-    x = images(10, 2, 6, 6).requires_grad_()
-    assert_same(Net(middle=Checkpointed(inner())), [x], lambda f: f.sin().sum(), expected=by_chunks, chunk_size=4)
-    net = Net(middle=Checkpointed(inner(), reentrant=True))
-    with pytest.raises(RuntimeError, match=r"^backbone must not use reentrant activation checkpointing"):
-        large_batch(net, x, chunk_size=4).sum().backward()
-
-
-def test_compiled():
-    """A compiled backbone, which stays so inside of a compiled step, and a compiled step alone."""
-    torch._dynamo.reset()
-    calls = []
-
-    def compiler(graph, inputs):
-        run = aot_eager(graph, inputs)
-        return lambda *args: (calls.append(1), run(*args))[1]
-
-    def step(net, x, chunk_size):
-        return large_batch(net, x * 1, chunk_size=chunk_size) * 1
-
-    net = Net()
-    x = images(8, 2, 6, 6).requires_grad_()
-    expected = gradients(whole, net, [x], sines)[0]
-    compiled = torch.compile(net, backend=compiler)
-    for how in (large_batch, torch.compile(step, backend=aot_eager)):
-        calls.clear()
-        found = gradients(how, compiled, [x], sines, chunk_size=4)[0]
-        assert_close({k.removeprefix("_orig_mod."): g for k, g in found.items()}, expected, 1e-12)
-        assert len(calls) == 4  # two chunks, twice
-    assert_close(gradients(torch.compile(step, backend=aot_eager), net, [x], sines, chunk_size=4)[0], expected, 1e-12)
-    torch._dynamo.reset()
-
-
 def test_frozen_and_unused():
     """What gets no gradient with the full batch gets none; a shared gradient is not summed into by its other owner."""
     net = Net()
@@ -349,33 +169,6 @@ def test_without_grad():
             assert out.grad_fn is None and torch.allclose(out, net(x), rtol=1e-12)
 
 
-def bad(kind):
-    x, net = images(4, 2, 6, 6), Net()
-    return {
-        "module": lambda: large_batch(len, x, chunk_size=2),
-        "no view": lambda: large_batch(net, chunk_size=2),
-        "zero": lambda: large_batch(net, x, chunk_size=0),
-        "float": lambda: large_batch(net, x, chunk_size=2.0),
-        "bool": lambda: LargeBatch(net, True),
-        "lengths": lambda: large_batch(net, x, (x, x[:3]), chunk_size=2),
-        "scalar": lambda: large_batch(net, (x, x.sum()), chunk_size=2),
-        "no tensor": lambda: large_batch(net, ("x", [x]), chunk_size=2),
-        "output": lambda: large_batch(Lambda(lambda x: (x, None)), x, chunk_size=2),
-        "nothing": lambda: large_batch(Lambda(lambda x: ()), x, chunk_size=2),
-        "loss": lambda: large_batch(Lambda(lambda x: (x, x.sum())), x, chunk_size=2),
-        "lengths out": lambda: large_batch(Lambda(lambda x: x.flatten()[None].expand(len(x), -1)), x[:3], chunk_size=2),
-    }[kind]
-
-
-class Lambda(nn.Module):
-    def __init__(self, function):
-        super().__init__()
-        self.function = function
-
-    def forward(self, x):
-        return self.function(x)
-
-
 def test_views_of_views():
     """A leaf of any strides has its gradient, whatever the tensor requires of which it is a view."""
     net = nn.Linear(5, 4).double()
@@ -405,45 +198,3 @@ def test_no_rows():
             assert torch.equal(f, e)
         with torch.no_grad():
             assert function(x).shape == (0, 4)
-
-
-def test_transforms_are_refused():
-    """In one sentence that names no internals; and the module's errors name its own arguments."""
-    net, x = nn.Linear(5, 4), torch.randn(6, 5)
-    calls = [lambda x: large_batch(net, x, chunk_size=3).sum(), lambda x: LargeBatch(net, 3)(x).sum()]
-    for call in calls:
-        for transformed in (
-            torch.func.grad(call),
-            torch.func.vmap(lambda x, f=call: f(x[None])),
-            torch.func.jacfwd(call),
-        ):
-            with pytest.raises(RuntimeError, match=r"^large_batch runs its backbone twice, [^\n]*\.$"):
-                transformed(x)
-    with pytest.raises(TypeError, match=r"^args must be a tensor \(N, \.\.\.\) or a tuple"):
-        LargeBatch(net, 3)(1)
-
-
-@pytest.mark.parametrize(
-    "kind, error, sentence",
-    [
-        ("module", TypeError, r"backbone must be a torch\.nn\.Module, got builtin"),
-        ("no view", ValueError, r"views must be at least one tensor"),
-        ("zero", ValueError, r"chunk_size must be at least 1, got 0\."),
-        ("float", TypeError, r"chunk_size must be an int, got float\."),
-        ("bool", TypeError, r"chunk_size must be an int, got bool\."),
-        ("lengths", ValueError, r"views\[1\] must have tensors with the same number of rows .* \(3, 2, 6, 6\)\]\."),
-        ("scalar", ValueError, r"views\[0\] must have tensors with the same number of rows .* \(\)\]\."),
-        ("no tensor", TypeError, r"views\[0\] must be a tensor \(N, \.\.\.\) or a tuple"),
-        ("output", TypeError, r"backbone must return a tensor or a pytree of tensors, got NoneType in it\."),
-        ("nothing", TypeError, r"backbone must return a tensor or a pytree of tensors, got none\."),
-        (
-            "loss",
-            ValueError,
-            r"backbone must return tensors with one row per sample .* got shape \(\) for a chunk of 2\.",
-        ),
-        ("lengths out", ValueError, r"backbone must return the same structure, shapes and dtypes for every chunk"),
-    ],
-)
-def test_errors(kind, error, sentence):
-    with pytest.raises(error, match=f"^{sentence}"):
-        bad(kind)()

@@ -6,8 +6,8 @@ import pytest
 import ranks
 import torch
 import torch.distributed as dist
-from test_distributed import Collectives
-from test_large_batch import Net, assert_close, gradients, images, whole
+from large_batches import Net, assert_close, gradients, images, whole
+from ranks import Collectives
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard

@@ -6,7 +6,7 @@ import weakref
 
 import pytest
 import torch
-from test_large_batch import Net, assert_close, assert_same, by_chunks, gradients, images, sines, whole
+from large_batches import Net, assert_close, assert_same, by_chunks, gradients, images, sines, whole
 from torch import nn
 
 from sslkern.train.large_batch import LargeBatch, large_batch

@@ -5,8 +5,7 @@ import sys
 import cases
 import pytest
 import torch
-
-from bench.run import allocated
+from memory import allocated, resident
 
 SMALL = 64 << 10  # bytes, per view and slice, beside 4 numbers per row and column
 
@@ -38,23 +37,18 @@ def test_extra_memory(op_name, shape, dtype, native):
         with torch.no_grad():
             return op.call(*views)
 
-    peak, left = allocated(training)[:2]
+    peak, left = allocated(training)
     assert gradients <= peak <= workspace + gradients
     assert left <= gradients + SMALL
-    peak, left = allocated(inference)[:2]
+    peak, left = allocated(inference)
     assert peak <= workspace
     assert left <= sum(out.numel() * out.element_size() for out in inference()) + SMALL
 
 
 def test_the_count_sees_workspaces():
     """A temporary and a result count as such."""
-    peak, left, _ = allocated(lambda: torch.empty(1000, 1000).add(1))
+    peak, left = allocated(lambda: torch.empty(1000, 1000).add(1))
     assert 8_000_000 <= peak < 8_100_000 and 4_000_000 <= left < 4_100_000
-
-
-def resident():
-    with open("/proc/self/statm") as statm:
-        return int(statm.read().split()[1]) * 4096
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")

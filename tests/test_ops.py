@@ -3,29 +3,9 @@
 import cases
 import pytest
 import torch
+from rules import complaints
 
 from sslkern import backend as backends
-
-
-def complaints(op_name, case_name, dtype, device, form="auto", forced=False):
-    """What in one call, values and gradients, lies outside the rule."""
-    op, case = cases.OPS[op_name], cases.CASES[case_name]
-    weights, truth, plain, scale = cases.expected(op_name, case_name, dtype, forced)
-    inputs = cases.inputs_of(case, op.inputs, dtype, device)
-    outputs, grads = cases.value_and_grad(lambda *views: op.call(*views, form), inputs, weights)
-    found = []
-    for what, *parts in (
-        ("output", outputs, truth[0], plain[0], scale[0]),
-        ("gradient", grads, truth[1], plain[1], scale[1]),
-    ):
-        for index, (ours, *rest) in enumerate(zip(*parts, strict=True)):
-            reason = cases.outside_rule(ours, *rest, inputs[0].dim() - 2)
-            found += [f"{case_name} {form}: {what} {index}: {reason}"] if reason else []
-    wanted = [torch.float32] * len(outputs) + [dtype] * len(grads)
-    tensors = (*outputs, *grads)
-    found += [f"{case_name}: dtype {t.dtype}" for t, w in zip(tensors, wanted, strict=True) if t.dtype != w]
-    found += [f"{case_name}: strides {t.stride()}" for t in tensors if not t.is_contiguous()]
-    return found
 
 
 def in_turn(names, op_name, turn, special=False):

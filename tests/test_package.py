@@ -1,61 +1,15 @@
 """The package from outside: `python -m sslkern`, environment variables, and what is said where something is missing."""
 
-import json
 import re
-import subprocess
 import sys
 
 import pytest
 import torch
-from conftest import ROOT, make, settings
+from conftest import make
+from interpreters import HIDE_NATIVE, python, pythons
 
 import sslkern
 from sslkern import backend as backends
-
-HIDE_NATIVE = """
-import sys
-class Hide:
-    def find_spec(self, name, path=None, target=None):
-        if name == "sslkern._C":
-            raise ImportError("hidden by the test")
-sys.meta_path.insert(0, Hide())
-"""
-
-
-def python(*arguments, timeout=120, **environment):
-    """Run a fresh interpreter in the repository's root."""
-    options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True, "timeout": timeout}
-    return subprocess.run([sys.executable, *arguments], **options)
-
-
-FORKS = """
-import json, os, sys, tempfile
-import torch
-done = []
-for code, environment in json.load(sys.stdin):
-    streams = [tempfile.TemporaryFile("w+") for _ in range(2)]
-    if not (child := os.fork()):
-        for number, stream in enumerate(streams, 1):
-            os.dup2(stream.fileno(), number)
-        os.environ |= environment
-        sys.argv = ["-c"]
-        exec(code, {"__name__": "__main__"})
-        sys.stdout.flush(), sys.stderr.flush()
-        os._exit(0)  # a fork's own end takes a second
-    status = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    done.append([status, *(stream.seek(0) or stream.read() for stream in streams)])
-print(json.dumps(done))
-"""
-
-
-def pythons(*runs, first="import torch", **environment):
-    """Codes, each with its environment, in interpreters that have torch, or what `first` imports, and nothing else:
-    one start for all of them, which then forks."""
-    options = {"cwd": ROOT, "env": settings(**environment), "capture_output": True, "text": True, "timeout": 300}
-    command = [sys.executable, "-c", FORKS.replace("import torch", first, 1)]
-    done = subprocess.run(command, input=json.dumps(runs), **options)
-    assert done.returncode == 0, done.stderr
-    return [subprocess.CompletedProcess(run[0], *told) for run, told in zip(runs, json.loads(done.stdout), strict=True)]
 
 
 def table(output):
@@ -126,22 +80,22 @@ def test_the_folder_is_not_the_triton_projects_package():
 ROUTE = """
 import sys
 sys.path.insert(0, "tests")
-import cases, test_edges, test_ops
-from sslkern import backend
+import cases, rules
+from sslkern import backend, installed
 
-print(backend.products())
+print(installed.products())
 found = []
 with backend.use("native"):
     for turn, op in enumerate(name for name in cases.OPS if "unbiased" not in name):
         for k, case in enumerate(cases.cases_for(cases.OPS[op])):
             n, d = cases.inputs_of(cases.CASES[case], 1, cases.DTYPES[0])[0].shape[-2:]
             form = "primal" if n < cases.OPS[op].threshold * d else "dual"
-            found += test_ops.complaints(op, case, cases.DTYPES[(k + turn) % 3], "cpu")
-            found += test_ops.complaints(op, case, cases.DTYPES[0], "cpu", form, forced=True)
-        for value in (test_edges.NAN, test_edges.INF, -test_edges.INF):
-            test_edges.test_nan_and_inf_propagate(op, value, "native", "cpu")
+            found += rules.complaints(op, case, cases.DTYPES[(k + turn) % 3], "cpu")
+            found += rules.complaints(op, case, cases.DTYPES[0], "cpu", form, forced=True)
+        for value in (rules.NAN, rules.INF, -rules.INF):
+            rules.check_bad_number(op, value, "native", "cpu")
         for form in ("primal", "dual"):
-            test_edges.test_fp16_does_not_overflow(op, form, "native", "cpu")
+            rules.check_range_of_fp16(op, form, "native", "cpu")
 print(*found, sep="\\n")
 """
 

@@ -1,8 +1,8 @@
 """Functions over pairs of rows through torch.func, differentiated twice, and compiled with symbolic sizes."""
 
+import pairs
 import pytest
 import torch
-from conftest import running_on
 from pairs import CALLS, detached, floating, total, value_and_gradients
 from torch import nn
 from torch.func import functional_call, grad, hessian, jacrev, vmap
@@ -10,13 +10,8 @@ from torch.func import functional_call, grad, hessian, jacrev, vmap
 from sslkern import losses
 from sslkern.ops import pairwise_reduce
 
+on_each = pairs.on_each
 CLOSE = {"rtol": 1e-9, "atol": 1e-11}
-
-
-@pytest.fixture(params=("reference", "native"), autouse=True)
-def on_each(request):
-    with running_on(request.param):
-        yield
 
 
 def slices_of(tensors, count=3):
@@ -80,10 +75,10 @@ def test_vmap_of_vmap_and_of_labels():
     x, ids = torch.randn(2, 3, 6, 4), torch.randint(3, (2, 3, 6))
 
     def same(z, labels):
-        return pairwise_reduce(z, mask="same others", labels=labels)
+        return pairwise_reduce(z, mask="same offdiag", labels=labels)
 
     twice = vmap(vmap(same))(x, ids)
-    assert torch.equal(twice, pairwise_reduce(x, mask="same others", labels=ids))
+    assert torch.equal(twice, pairwise_reduce(x, mask="same offdiag", labels=ids))
     assert torch.equal(vmap(same, (None, 0))(x[0, 0], ids[0]), vmap(same)(x[0, :1].expand(3, 6, 4), ids[0]))
     assert torch.equal(vmap(same, (0, None))(x[0], ids[0, 0]), vmap(same)(x[0], ids[0, :1].expand(3, 6)))
 
@@ -133,7 +128,7 @@ def test_second_derivatives_are_right_or_refused(name):
 def test_second_derivatives_through_torch_func():
     """One sentence: hessian goes by forward mode, and grad of grad by a second backward."""
     x = torch.randn(5, 3, dtype=torch.float64)
-    loss = lambda z: pairwise_reduce(z, mask="others").sum()  # noqa: E731
+    loss = lambda z: pairwise_reduce(z, mask="offdiag").sum()  # noqa: E731
     with pytest.raises(RuntimeError, match="differentiated once, not twice"):
         grad(lambda z: grad(loss)(z).square().sum())(x)
     with pytest.raises(NotImplementedError, match="no forward-mode derivatives"):

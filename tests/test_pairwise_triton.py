@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import available
-from test_pairwise_reduce import SHAPES, compare, settings
+from pairwise import SHAPES, compare, settings
 
 from sslkern import backend
 from sslkern.ops import pairwise_reduce
@@ -16,7 +16,7 @@ RAGGED = {
     "stack": ((2,), 6, 5, 4),
     "own stack": ((2,), 9, 0, 2),
 }
-LOGSUMEXP = [("logsumexp", kernel, mask) for kernel in ("dot", "sqeuclidean") for mask in (None, "same others")]
+LOGSUMEXP = [("logsumexp", kernel, mask) for kernel in ("dot", "sqeuclidean") for mask in (None, "same offdiag")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
 
@@ -54,14 +54,14 @@ def test_every_kernel_and_mask(reduction):
 
 def test_smallest_shapes():
     small = {key: SHAPES[key] for key in ("1 x 1", "1 x 3", "own 2 x 1", "7 x 4")}
-    assert not differences([s for s in settings() if s[2] in (None, "others")], small)
+    assert not differences([s for s in settings() if s[2] in (None, "offdiag")], small)
 
 
 @pytest.mark.parametrize("kernel, scale", (("dot", 30.0), ("dot", -30.0), ("sqeuclidean", -30.0), ("cosine", 1e3)))
 def test_exponents_of_a_thousand(kernel, scale):
     """Every row has a maximum of its own; against itself and against others."""
     for key in ("own 70", "70 x 81"):
-        for mask in (None, "same others"):
+        for mask in (None, "same offdiag"):
             # t = 1e3 to 4e3 is rounded to 1e-4, and the interpreter's x y' is not (y x')' to the last bit
             assert not differences([("logsumexp", kernel, mask)], {key: RAGGED[key]}, (scale,), 3e-4)
 
@@ -91,7 +91,7 @@ def test_several_tiles_per_program(monkeypatch):
         monkeypatch.setattr(module, "strips_of", lambda n, m, step: (3, -(-m // (3 * step))))
     for module in (pairwise_gram, pairwise_matmul):
         monkeypatch.setattr(module, "PROGRAMS", 1)
-    cases = [*LOGSUMEXP, ("max", "dot", "others"), ("matmul", "rbf", None), ("gram", "rbf", None)]
+    cases = [*LOGSUMEXP, ("max", "dot", "offdiag"), ("matmul", "rbf", None), ("gram", "rbf", None)]
     assert not differences(cases, {"own 200": ((), 200, 0, 6)}, (0.3,))
     x = torch.randn(2, 140, 5, device=DEVICE)
     for kernel in ("rbf", "dot"):
@@ -109,7 +109,7 @@ def test_tiles_without_wgmma(monkeypatch):
     assert [pairwise_matmul.tile_of(3, 128, 0, 0, wgmma=wgmma)["BK"] > 0 for wgmma in (True, False)] == [False, True]
     for module in (pairwise_matmul, pairwise_reduce):
         monkeypatch.setattr(module, "has_wgmma", lambda _: False)
-    cases = [*LOGSUMEXP, ("sum", "rbf", None), ("matmul", "rbf", None), ("matmul", "softplus", "others")]
+    cases = [*LOGSUMEXP, ("sum", "rbf", None), ("matmul", "rbf", None), ("matmul", "softplus", "offdiag")]
     assert not differences(cases, {"own 70": ((), 70, 0, 120), "70 x 81": ((), 70, 81, 120)}, (0.05,))
 
 
@@ -125,7 +125,7 @@ def by_chunks(monkeypatch) -> None:
 def test_wide_rows(setting, precision, monkeypatch):
     by_chunks(monkeypatch)
     precision(setting)
-    cases = [s for s in settings() if s[0] != "gram" and s[2] in (None, "same others")]
+    cases = [s for s in settings() if s[0] != "gram" and s[2] in (None, "same offdiag")]
     assert not differences(cases, RAGGED, tolerance=1e-5 if setting == "highest" else 1e-4)
 
 
@@ -138,7 +138,7 @@ def test_wide_tiles(precision):
         for name in ("triton", "reference"):
             with backend.use(name):
                 gram, sums = pairwise_reduce(x, kernel="rbf", reduction="gram")
-                over = pairwise_reduce(x, scale=2.0, mask="others")
+                over = pairwise_reduce(x, scale=2.0, mask="offdiag")
                 outputs = gram.mean() + sums.mean() + over.mean()
                 results.append((gram, sums, over, *torch.autograd.grad(outputs, x)))
         for a, b in zip(*results, strict=True):

@@ -8,7 +8,7 @@ import torch
 from conftest import ROOT
 from torch import nn
 
-from sslkern import _torch
+from sslkern.core import internals
 
 # Private to torch's objects: reached through any name, while what a subclass overrides is reached through self
 STATE = ("_version", "_buffers", "_parameters", "_modules", "_backward_hooks", "_forward_hooks", "_get_fsdp_state")
@@ -37,14 +37,14 @@ def private(source):
 
 
 def test_what_is_private_in_torch_is_in_one_file():
-    """Only sslkern/_torch.py reaches for what torch does not promise; a test of the search itself beside it."""
+    """Only sslkern/core/internals.py reaches for what torch does not promise; a test of the search itself beside it."""
     seen = "import torch.distributed as dist\nfrom torch.utils import _pytree\nx._version; torch._C.f; dist.a._b; y._b"
     assert {text for _, text in private(seen)} == {"torch.utils._pytree", "x._version", "torch._C", "dist.a._b"}
     files = [*(ROOT / "sslkern").rglob("*.py"), *(ROOT / "triton_kernels").glob("*.py")]
     found = [
         f"{path.relative_to(ROOT)}:{line}: {text}"
         for path in files
-        if path != ROOT / "sslkern" / "_torch.py"
+        if path != ROOT / "sslkern" / "core" / "internals.py"
         for line, text in private(path.read_text())
     ]
     assert not found, "\n".join(found)
@@ -58,7 +58,7 @@ def test_groups_of_sharded_parameters(form):
         state._fsdp_param_groups = ["a", "b"]
     else:
         state._fsdp_param_group = {"one": "a", "none": None}[form]
-    sharded = _torch.Sharded(SimpleNamespace(_get_fsdp_state=lambda: state))
+    sharded = internals.Sharded(SimpleNamespace(_get_fsdp_state=lambda: state))
     assert list(sharded.groups) == {"one": ["a"], "none": [], "several": ["a", "b"]}[form]
     assert sharded.inside_another
 
@@ -68,15 +68,15 @@ def test_private_parts_are_what_they_are_said_to_be():
     x, layer = torch.zeros(2, requires_grad=True), nn.BatchNorm1d(2)
     with torch.no_grad():
         x.add_(1)
-    assert _torch.version(x) == 1 and _torch.running_backward() == -1
-    assert set(_torch.buffers(layer)) == {"running_mean", "running_var", "num_batches_tracked"}
-    assert set(_torch.parameters(layer)) == {"weight", "bias"} and not _torch.backward_hooks(x)
+    assert internals.version(x) == 1 and internals.running_backward() == -1
+    assert set(internals.buffers(layer)) == {"running_mean", "running_var", "num_batches_tracked"}
+    assert set(internals.parameters(layer)) == {"weight", "bias"} and not internals.backward_hooks(x)
     x.register_hook(lambda grad: None)
-    assert len(_torch.backward_hooks(x)) == 1
-    assert not _torch.forward_mode() and not _torch.transforms_active()
+    assert len(internals.backward_hooks(x)) == 1
+    assert not internals.forward_mode() and not internals.transforms_active()
     with torch.autograd.forward_ad.dual_level():
-        assert _torch.forward_mode()
+        assert internals.forward_mode()
     seen = []
-    torch.func.vmap(lambda row: seen.append(_torch.transforms_active()) or row)(x)
+    torch.func.vmap(lambda row: seen.append(internals.transforms_active()) or row)(x)
     assert seen == [True]
-    assert _torch.has_kernel("aten::mm", "CPU") and not _torch.has_kernel("aten::mm", "FPGA")
+    assert internals.has_kernel("aten::mm", "CPU") and not internals.has_kernel("aten::mm", "FPGA")

@@ -3,7 +3,7 @@
 import cases
 import pytest
 import torch
-from test_ops import complaints
+from rules import complaints
 
 ROWS, COLUMNS = 271, 19  # three programs, of 128 rows in 4 strands; the second slice of a stack starts anywhere
 

@@ -7,11 +7,11 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import running_on
+from formulas import barlow_published, vicreg_published
 from sklearn.datasets import load_digits
 from torch import nn
 
 import sslkern
-from bench.baselines import barlow_published, vicreg_published
 
 ROOT = Path(__file__).parents[1]
 STEPS, BATCH = 50, 64
@@ -98,4 +98,4 @@ def test_an_example_goes_on_where_it_stopped(name, tmp_path, monkeypatch, capsys
     assert whole["losses"] == parts["losses"] and len(whole["losses"]) == 6
     assert whole["scores"] == parts["scores"] and whole["worst"] == parts["worst"] < 1e-5
     assert all(torch.equal(whole["network"][key], parts["network"][key]) for key in whole["network"])
-    assert "is of another setting" in run("parts", 7, "--lr", "1")
+    assert "has different settings" in run("parts", 7, "--lr", "1")

@@ -196,7 +196,7 @@ def test_a_build_without_torch_says_what_to_do(version, tmp_path):
     assert done.returncode != 0 and not done.stdout
     (line,) = done.stderr.strip().splitlines()
     assert "install torch >= 2.11 first" in line and "`pip install --no-build-isolation .`" in line
-    assert line.endswith(f"; got torch {version}." if version else "; there is none.")
+    assert line.endswith(f"; got torch {version}." if version else "; torch was not found.")
 
 
 if __name__ == "__main__":

@@ -8,3 +8,4 @@ if __name__ == "triton_kernels":
 from . import covariance as covariance
 from . import cross_correlation as cross_correlation
 from . import pairwise_reduce as pairwise_reduce
+from . import vicreg as vicreg

@@ -1,7 +1,7 @@
-"""How a pass goes through the columns of a slice: its tiles of rows, and its sums over chunks of them.
+"""Tiling of a pass over the columns of a slice, and sums over chunks of rows.
 
-One warp holds whole columns: alignment changes no bits. Where columns are few, its lanes take FOLD rows side by side,
-each lane every FOLD-th row.
+One warp holds whole columns, so alignment changes no bits. If there are few columns, the lanes of the warp take FOLD
+rows side by side, and each lane takes every FOLD-th row (a strand).
 """
 
 from __future__ import annotations
@@ -15,22 +15,22 @@ from torch import Tensor
 
 from . import launch
 
-CHUNKS = 32  # most partial sums of a column that every reader merges itself, which saves a launch
-PROGRAMS = 2048  # of a reducing pass over a slice of many rows: 15 warps per SM
+CHUNKS = 32  # most partial sums per column that a reader merges itself, which saves a launch
+PROGRAMS = 2048  # programs of a reducing pass over a slice of many rows: 15 warps per SM
 
 
 class Tiling(NamedTuple):
-    """How a pass walks a slice, from its sizes and dtype alone: a stack changes no bits."""
+    """The tiling of a pass over a slice. It depends on the sizes and the dtype alone, so a stack changes no bits."""
 
     cols: int  # lanes of a program
     fold: int  # rows side by side
     blocks: int  # programs across the columns
-    rows: int  # of a chunk
+    rows: int  # rows per chunk
     chunks: int
 
 
 def tiling(z: Tensor, programs: int | None = None) -> Tiling:
-    """Of (S, N, D), in at most `programs` chunks, or as a pass that sums up."""
+    """The tiling of (S, N, D), with at most `programs` chunks; by default, the tiling of a reducing pass."""
     n, d = z.shape[-2:]
     cols = launch.columns_per_program(z)
     fold = max(1, cols // max(8, triton.next_power_of_2(d)))
@@ -41,8 +41,8 @@ def tiling(z: Tensor, programs: int | None = None) -> Tiling:
 
 @triton.jit
 def place(d, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Slice of this program, and column and strand (which of FOLD rows) of its lanes; the first grid axis runs over
-    slices and blocks of columns."""
+    """The slice of this program, and the column and strand of each lane. The first grid axis runs over slices and
+    blocks of columns."""
     width: tl.constexpr = COLS // FOLD
     blocks = tl.cdiv(d, width)
     pid = tl.program_id(0)
@@ -53,20 +53,21 @@ def place(d, COLS: tl.constexpr, FOLD: tl.constexpr):
 
 @triton.jit
 def rows_of(steps, strand, FOLD: tl.constexpr):
-    """Rows that the lanes reach by these steps."""
+    """The rows that the lanes read at these steps."""
     return steps + strand[None, :] if FOLD > 1 else steps
 
 
 @triton.jit
 def tile_of(start, last, cols, strand, d, ROWS: tl.constexpr, FOLD: tl.constexpr):
-    """Steps of ROWS rows from `start` on, from a lane's row of the first FOLD, and the mask of their tile."""
+    """Row offsets of a tile of ROWS steps from `start`, relative to the first row of each strand, and the mask of the
+    tile."""
     steps = (start + FOLD * tl.arange(0, ROWS)).to(tl.int64)[:, None]
     return steps, (rows_of(steps, strand, FOLD) < last) & (cols[None, :] < d)
 
 
 @triton.jit
 def store_sums(out, x, d, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Store the sums of the lanes, strands added in halves: an order that no layout changes."""
+    """Store the sums of the lanes. Strands are added in halves, an order that no layout changes."""
     width: tl.constexpr = COLS // FOLD
     for k in tl.static_range(6):
         if FOLD >> k > 1:
@@ -100,7 +101,8 @@ def merge_kernel(
 
 
 def merged(parts: Tensor) -> Tensor:
-    """Fp64 partial sums (..., chunks, WIDTH) in at most CHUNKS groups; as they are where they are few."""
+    """Merge fp64 partial sums (..., chunks, WIDTH) into at most CHUNKS groups. Returns the input if it has no more
+    chunks."""
     *lead, chunks, width = parts.shape
     if chunks <= CHUNKS:
         return parts
@@ -116,13 +118,13 @@ def merged(parts: Tensor) -> Tensor:
 
 @triton.jit
 def load_rows(z, rows, row_stride, here):
-    """The tile of these rows and the columns at `z`, in fp32; zero outside."""
+    """Load these rows of the columns at `z`, in fp32; zero outside."""
     return tl.load(z[None, :] + rows * row_stride, mask=here, other=0.0).to(tl.float32)
 
 
 @triton.jit
 def sum_chunks(parts, chunks, step, inside):
-    """Sum over the row chunks of fp64 partials, `step` apart, in order."""
+    """Sum of fp64 partials over the chunks, `step` apart, in order."""
     total = tl.full(inside.shape, 0.0, tl.float64)
     for chunk in range(chunks):
         total += tl.load(parts + tl.cast(chunk, tl.int64) * step, mask=inside, other=0.0)

@@ -17,7 +17,7 @@ from .gemm import empty_operand, store_planes
 
 @triton.jit
 def _moments_of(z, row_stride, first, last, cols, strand, out, d, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Sum of z - pivot, and of its square, over rows first..last; the pivot is row 0."""
+    """Sums of z - pivot and of its square, over rows first..last; the pivot is row 0."""
     inside = cols < d
     pivot = tl.load(z, mask=inside, other=0.0).to(tl.float32)
     z += strand * row_stride
@@ -27,14 +27,14 @@ def _moments_of(z, row_stride, first, last, cols, strand, out, d, COLS: tl.const
         step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
         x = tl.where(here, load_rows(z, step, row_stride, here) - pivot[None, :], 0.0)
         part = tl.sum(x, 0)
-        if FOLD > 1:  # not all strands have a row in the last tile
+        if FOLD > 1:  # some strands may have no row in the last tile
             count = tl.minimum(8, tl.maximum(1, (last - start - strand + FOLD - 1) // FOLD)).to(tl.float32)
         else:
             count = tl.minimum(8, last - start).to(tl.float32)
         mean = part / count
-        rest = tl.where(here, x - mean[None, :], 0.0)  # about the mean of 8 rows nothing is lost to the pivot
+        rest = tl.where(here, x - mean[None, :], 0.0)  # squares about the mean of 8 rows lose nothing to a poor pivot
         total += part.to(tl.float64)
-        about = mean.to(tl.float64)  # the squares about any number add up exactly, without a division in fp64
+        about = mean.to(tl.float64)  # shifts the squares to the pivot without an fp64 division
         square += about * (2 * part.to(tl.float64) - about * count.to(tl.float64))
         square += tl.sum(rest * rest, 0).to(tl.float64)
     store_sums(out, total, d, COLS, FOLD)
@@ -79,7 +79,7 @@ def standardised(z, row, row_stride, here, high, low, factor):
 
 @triton.jit
 def load_statistics(centre, spread, s, d, cols, STANDARDISE: tl.constexpr):
-    """Mean as high + low, and the factor of the operand, as the forward kept them."""
+    """Load the mean as high + low, and the factor of the operand, as the forward stored them."""
     inside = cols < d
     high = tl.load(centre + s * 2 * d + cols, mask=inside, other=0.0)
     low = tl.load(centre + s * 2 * d + d + cols, mask=inside, other=0.0)
@@ -91,7 +91,7 @@ def load_statistics(centre, spread, s, d, cols, STANDARDISE: tl.constexpr):
 
 @triton.jit
 def statistics(z, moments, chunks, centre, spread, s, n, d, cols, eps, STANDARDISE: tl.constexpr):
-    """The same from moments and row 0 at `z`; the first chunk's program keeps them."""
+    """The same, computed from moments and from row 0 at `z`. The program of the first chunk stores the results."""
     if moments is None:
         return load_statistics(centre, spread, s, d, cols, STANDARDISE)
     else:
@@ -137,7 +137,7 @@ def operands_kernel(
     n,
     d,
     rows,
-    chunks,  # of `moments`
+    chunks,  # chunks of `moments`
     eps,
     PLANES_A: tl.constexpr,
     PLANES_B: tl.constexpr,
@@ -162,7 +162,7 @@ def operands_kernel(
     total_a = tl.full(cols.shape, 0.0, tl.float64)
     total_b = tl.full(cols.shape, 0.0, tl.float64)
     total_d = tl.full(cols.shape, 0.0, tl.float64)
-    for start in range(first, last, 4 * FOLD):  # 8 rows of two views spill
+    for start in range(first, last, 4 * FOLD):  # with 8 rows, two views would spill
         step, here = tile_of(start, last, cols, strand, d, 4, FOLD)
         x = standardised(a, step, a_row, here, high_a, low_a, factor_a)
         x = store_planes(planes_a[None, :] + step * plane_row, x, here, plane_step, PLANES_A)
@@ -189,7 +189,7 @@ def operands_kernel(
 
 
 def moments(views: list[Tensor]) -> Tensor:
-    """Sums of the (S, N, D) views about their first rows and of their squares, merged, (V, S, chunks, 2 D)."""
+    """Sums of the (S, N, D) views about their first rows, and of the squares, merged: (V, S, chunks, 2 D)."""
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape
     cut = tiling(a)
@@ -209,9 +209,9 @@ def operands(
     along: str,
     eps: float | None = None,
 ) -> tuple[Tensor, Tensor | None]:
-    """Operands of the GEMM, (V S, ., .), and products, merged. Standardises where eps is given.
+    """Operands of the GEMM, (V S, ., .), and merged products. Standardises if eps is given.
 
-    With `sums` (the forward) centre and spread are written, without (the backward) they are read.
+    With `sums` (the forward), centre and spread are written. Without (the backward), they are read.
     """
     a, b = views[0], views[1] if len(views) == 2 else None
     s, n, d = a.shape

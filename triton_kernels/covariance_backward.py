@@ -1,4 +1,4 @@
-"""Backward of covariance and VICReg: one GEMM per view, and one pass that makes the gradient of it."""
+"""Backward of covariance and VICReg: one GEMM per view, and one pass that writes the gradient."""
 
 from __future__ import annotations
 
@@ -10,29 +10,30 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .column_walk import load_rows, merged, place, rows_of, store_sums, sum_chunks, tile_of, tiling
+from .column_walk import load_rows, place, rows_of, sum_chunks, tile_of, tiling
 from .columns import load_statistics, operands, standardised
+from .cubic_sums import cubic_sums
 from .gemm import multiply, planes_for, split
 from .gram import row_sums
 from .launch import inverse, rounded
 
 
 class Coefficients(NamedTuple):
-    """Factors of the terms of the gradient, each to be multiplied by the incoming gradient of its slice."""
+    """Factors of the terms of the gradient. Each is multiplied by the incoming gradient of its slice."""
 
-    product: float  # of Gram times Zc
-    variance: float  # of v_j z_ij
-    trace: float  # of (sum v - v_j) z_ij
-    cubic: float  # of |z_i|^2 z_ij - z_ij^3, centred
-    direct: float  # of grad_variance_j z_ij
-    pull: float = 0.0  # of this - other
-    hinge: float = 0.0  # of [std < gamma] / std z_ij
+    product: float  # factor of Gram times Zc
+    variance: float  # factor of v_j z_ij
+    trace: float  # factor of (sum v - v_j) z_ij
+    cubic: float  # factor of the centred |z_i|^2 z_ij - z_ij^3
+    direct: float  # factor of grad_variance_j z_ij
+    pull: float = 0.0  # factor of this - other
+    hinge: float = 0.0  # factor of [std < gamma] / std z_ij
     gamma: float = 0.0
     eps: float = 0.0
 
     @classmethod
     def of(cls, n: int, unbiased: bool, dual: bool, weight: float = 1.0) -> Coefficients:
-        """Those of `weight` times offdiag."""
+        """The coefficients of `weight` times offdiag."""
         c = (n - 1) / (n * (n - 2) * (n - 3)) if unbiased else 0.0
         plugin = weight * (c * (n - 1) * (n - 2) if unbiased else 1.0)
         return cls(
@@ -45,60 +46,15 @@ class Coefficients(NamedTuple):
 
 
 @triton.jit
-def _sum_cubic(z, z_row, centre, row_sq, out, at, n, d, rows, cols, strand, COLS: tl.constexpr, FOLD: tl.constexpr):
-    """Sum over a chunk of rows of |z_i|^2 z_ij - z_ij^3, for the view and slice `at`."""
-    first = tl.program_id(1) * rows
-    last = tl.minimum(first + rows, n)
-    high, low, factor = load_statistics(centre, centre, at, d, cols, False)
-    z += strand * z_row
-    acc = tl.full(cols.shape, 0.0, tl.float64)
-    for start in range(first, last, 8 * FOLD):
-        step, here = tile_of(start, last, cols, strand, d, 8, FOLD)
-        x = standardised(z, step, z_row, here, high, low, factor)
-        row = rows_of(step, strand, FOLD)
-        norm = tl.load(row_sq + at * n + row, mask=row < last, other=0.0)
-        acc += tl.sum(norm * x - x * x * x, 0).to(tl.float64)
-    store_sums(out + (at * tl.num_programs(1) + tl.program_id(1)) * d, acc, d, COLS, FOLD)
-
-
-@triton.jit
-def cubic_kernel(
-    a,  # (S, N, D)
-    a_slice,
-    a_row,
-    a_col,
-    b,  # (S, N, D) or None
-    b_slice,
-    b_row,
-    b_col,
-    centre,  # (V, S, 2, D)
-    row_sq,  # (V, S, N)
-    cubic,  # (V, S, chunks, D) fp64
-    slices,
-    n,
-    d,
-    rows,
-    COLS: tl.constexpr,
-    FOLD: tl.constexpr,
-):
-    s, cols, strand = place(d, COLS, FOLD)
-    a += s * a_slice + cols * a_col
-    _sum_cubic(a, a_row, centre, row_sq, cubic, s, n, d, rows, cols, strand, COLS, FOLD)
-    if b is not None:
-        b += s * b_slice + cols * b_col
-        _sum_cubic(b, b_row, centre, row_sq, cubic, s + slices, n, d, rows, cols, strand, COLS, FOLD)
-
-
-@triton.jit
 def _hinge_slope(variance, at, d, cols, gamma, eps):
-    """[std < gamma] / std, minus twice the derivative of the hinge with respect to the variance."""
+    """[std < gamma] / std, which is -2 times the derivative of the hinge with respect to the variance."""
     std = tl.sqrt(tl.load(variance + at * d + cols, mask=cols < d, other=0.0) + eps)
     return tl.where(std < gamma, 1.0 / std, 0.0)
 
 
 @triton.jit
 def _column_factor(column, variance, trace, at, d, cols, variance_coeff, trace_coeff):
-    """What multiplies z_ij beside the Gram product; `column` is the part of the incoming variance gradient."""
+    """The factor of z_ij, without the Gram product. `column` is its part from the incoming variance gradient."""
     v = tl.load(variance + at * d + cols, mask=cols < d, other=0.0)
     column += variance_coeff * v
     if trace is not None:
@@ -179,7 +135,7 @@ def gradient_kernel(
     d,
     rows,
     chunks,
-    product_coeff,  # the Coefficients, in their order
+    product_coeff,  # the fields of Coefficients, in order
     variance_coeff,
     trace_coeff,
     cubic_coeff,
@@ -220,7 +176,7 @@ def gradient_kernel(
 
 
 def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: Tensor, dual: bool) -> Tensor:
-    """Gram times Zc (dual) or Zc times Gram of every view, (V S, N, D)."""
+    """Gram times Zc (dual), or Zc times Gram, for every view: (V S, N, D)."""
     s, n, d = views[0].shape
     role, along = ("right", "rows") if dual else ("left", "columns")
     operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
@@ -228,19 +184,6 @@ def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: 
     if dual:
         return multiply(split(gram, "left", "columns"), operand, product)
     return multiply(operand, split(gram, "right", "rows"), product)
-
-
-def _cubic_sums(views: list[Tensor], centre: Tensor, row_sq: Tensor) -> Tensor:
-    """Column sums of |z_i|^2 z_ij - z_ij^3, merged, (V, S, chunks, D)."""
-    a, b = views[0], views[1] if len(views) == 2 else None
-    s, n, d = a.shape
-    cut = tiling(a)
-    cubic = launch.workspace(a, len(views), s, cut.chunks, d, dtype=torch.float64)
-    cubic_kernel[(s * cut.blocks, cut.chunks)](
-        *launch.strided(a), *launch.strided(b), centre, row_sq, cubic, s, n, d, cut.rows,
-        COLS=cut.cols, FOLD=cut.fold, num_warps=1,
-    )  # fmt: skip
-    return merged(cubic)
 
 
 def backward(
@@ -253,14 +196,14 @@ def backward(
     unbiased: bool,
     dual: bool,
 ) -> list[Tensor]:
-    """Gradients of the (..., N, D) views that are needed, empty ones for the others."""
+    """Gradients of the (..., N, D) views; empty where they are not needed."""
     grads = [torch.empty_like(z, memory_format=torch.contiguous_format) if w else z.new_empty(0)
              for z, w in zip(views, needed, strict=True)]  # fmt: skip
     if not any(needed):
         return grads
     centre, variance, gram, row_sq = (t.contiguous() for t in saved)
     views, outputs = [launch.slices(z) for z in views], [g for g, w in zip(grads, needed, strict=True) if w]
-    if not all(needed):  # the needed view first; of the other nothing but its rows is read
+    if not all(needed):  # the needed view first; only the rows of the other are read
         k = needed.index(True)
         views = [views[k], views[1 - k]]
         centre, variance, gram, row_sq = (t[k : k + 1] for t in (centre, variance, gram, row_sq))
@@ -270,13 +213,13 @@ def backward(
     grad, cut = grad.reshape(-1), tiling(a, 4096)
     with launch.on_device(a):
         product = _gram_products(own, centre, variance, gram.view(-1, *gram.shape[-2:]), dual)
-        cubic = _cubic_sums(own, centre, row_sq) if unbiased else None
+        cubic = cubic_sums(own, centre, row_sq) if unbiased else None
         gradient_kernel[(s * cut.blocks, cut.chunks)](
             *launch.strided(a), *launch.strided(b), outputs[0], outputs[1] if len(outputs) == 2 else None,
             product, product.stride(0), product.stride(1), centre, variance,
             row_sq if unbiased else None, cubic, row_sums(variance) if unbiased else None, grad, grad.stride(0),
             *((None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())),
-            s, n, d, cut.rows, cubic.shape[2] if unbiased else 0, *coefficients,
+            s, n, d, cut.rows, 0 if cubic is None else cubic.shape[2], *coefficients,
             COLS=cut.cols, FOLD=cut.fold, num_warps=1,
         )  # fmt: skip
     return grads
@@ -295,7 +238,6 @@ def _gradient_case(
 
 
 _PLUGIN = {"row_sq": None, "cubic": None, "trace": None}
-_CUBIC = {"centre": "*fp32", "row_sq": "*fp32", "cubic": "*fp64"}
 _NO_VARIANCE = {"grad_variance": None, "gv_slice": 0, "gv_col": 0}
 _BOTH = {"grad_a": "*fp32", "grad_b": "*fp32"}
 _ONE = {"grad_b": None, "gv_col": 1}
@@ -305,10 +247,4 @@ COMPILE_CASES = [
     _gradient_case("covariance_gradient_tall", launch.one_view("*fp32"), 128, {"grad_a": "*fp32"}, _ONE | _PLUGIN, 8),
     _gradient_case("vicreg_gradient", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE | _PLUGIN),
     _gradient_case("vicreg_gradient_unbiased", launch.two_views("*fp32"), 128, _BOTH, _NO_VARIANCE),
-    launch.CompileCase(
-        "cubic",
-        cubic_kernel,
-        {"a": "*fp32", "b": "*fp32", **_CUBIC},
-        {"a_col": 1, "b_col": 1, "COLS": 128, "FOLD": 1},
-    ),
 ]

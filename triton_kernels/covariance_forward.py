@@ -1,4 +1,4 @@
-"""Forward of covariance and VICReg: fused passes around the vendor's Gram."""
+"""Forward of covariance and VICReg: fused passes before and after the vendor's Gram."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .gemm import planes_for, symmetric_product
 from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, row_norms, total
 from .launch import inverse
 
-PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge, and once (a - b)^2
+PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge; and (a - b)^2, for the first view only
 
 
 @triton.jit
@@ -48,7 +48,7 @@ def second_moments_kernel(
     for v in tl.static_range(VIEWS):
         at = s + v * slices
         out = parts + (s * VIEWS + v) * 5 * programs + p
-        # the variances that the rounded operands have, as the Gram has them: they are subtracted from it
+        # variances of the rounded operands: they are subtracted from the Gram, which has the same rounding
         rounded = sum_chunks(products + v * step, chunks, d, inside) * inverse(n - 1)
         tl.store(out + programs, tl.sum(rounded * rounded, 0))
         tl.store(out + 2 * programs, tl.sum(rounded, 0))
@@ -65,7 +65,7 @@ def second_moments_kernel(
 
 @triton.jit
 def _offdiag(parts, fourth, n, programs, DUAL: tl.constexpr):
-    """Sum of squared off-diagonal covariances of one slice of one view; `fourth` asks for the U-statistic."""
+    """Sum of squared off-diagonal covariances of one slice of one view. If `fourth` is given, its U-statistic."""
     plugin = total(parts, programs)
     squared = total(parts + programs, programs)
     n = tl.cast(n, tl.float64)
@@ -116,8 +116,13 @@ def finish_kernel(
         tl.store(loss + s, (sim_coeff * invariance + std_coeff * hinge + cov_coeff * value).to(tl.float32))
 
 
-def forward(views: list[Tensor], unbiased: bool, dual: bool, settings: tuple[float, ...]) -> tuple[Tensor, ...]:
-    """Scalars of every slice, and centre, variance, gram, row_sq of every view; `settings` are those of VICReg."""
+def forward(
+    views: list[Tensor], unbiased: bool, dual: bool, settings: tuple[float, ...]
+) -> tuple[Tensor, Tensor | None, Tensor, Tensor, Tensor, Tensor]:
+    """The scalar and the VICReg terms of every slice, and centre, variance, gram, row_sq of every view.
+
+    `settings` are sim_coeff, std_coeff, cov_coeff, gamma and eps of VICReg.
+    """
     a, count = views[0], len(views)
     s, n, d = a.shape
     m = n if dual else d
@@ -126,6 +131,7 @@ def forward(views: list[Tensor], unbiased: bool, dual: bool, settings: tuple[flo
         centre, variance = launch.workspace(a, count, s, 2, d), launch.workspace(a, count, s, d)
         along = "columns" if dual else "rows"
         operand, products = operands(views, moments(views), centre, variance, (planes, planes), along)
+        assert products is not None
         row_sq, fourth = row_norms(operand, n, d, dual) if unbiased else (launch.workspace(a, count, s, 0), None)
         raw = symmetric_product(operand, n, d, dual)
         symmetrise = planes == "lhd"

@@ -1,4 +1,4 @@
-"""Cross-correlation of two standardised views. `sslkern.reference.cross_correlation` has the formulas."""
+"""Cross-correlation of two standardised views. The formulas are in `sslkern.reference.cross_correlation`."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ def off_correlations_kernel(
 
 
 def _raw_gram(operand: Tensor, s: int, n: int, d: int, dual: bool) -> Tensor:
-    """AA' and BB' (2 S, N, N), up to symmetrising; or A'B (S, D, D). Pitched."""
+    """Pitched AA' and BB' (2 S, N, N), not yet symmetrised; or A'B (S, D, D)."""
     if dual:
         return symmetric_product(operand, n, d, dual)
     return multiply(operand[:s].mT, operand[s:], launch.pitched(operand, s, d, d))
@@ -83,6 +83,7 @@ def cross_correlation_fwd(
         centre, inv_std = launch.workspace(a, 2, s, 2, d), launch.workspace(a, 2, s, d)
         along = "columns" if dual else "rows"
         operand, products = operands(views, moments(views), centre, inv_std, planes, along, eps)
+        assert products is not None
         raw = _raw_gram(operand, s, n, d, dual)
         gram = empty_gram(raw, symmetrise)
         p, chunks = programs(m, d), products.shape[2]

@@ -16,7 +16,7 @@ from .launch import rounded
 
 @triton.jit
 def _column_factor(grad_diagonal, gd_col, grad, diagonal, s, n, d, cols, DUAL: tl.constexpr):
-    """What multiplies the other view beside the Gram product."""
+    """The factor of the other view, without the Gram product."""
     inside = cols < d
     factor = tl.load(grad_diagonal + cols * gd_col, mask=inside, other=0.0).to(tl.float32) / n
     if DUAL:
@@ -106,7 +106,8 @@ def _view(
     COLS: tl.constexpr,
     FOLD: tl.constexpr,
 ):
-    """Column sums of g = scale * product + column * other over a chunk; or, from them, the gradient of the view."""
+    """With SUM, column sums of g = scale * product + column * other over a chunk. Without, the gradient of the view,
+    from these sums."""
     first = tl.program_id(1) * rows
     last = tl.minimum(first + rows, n)
     high, low, factor = load_statistics(centre, inv_std, at, d, cols, True)
@@ -138,11 +139,12 @@ def _view(
 def _gram_products(
     views: list[Tensor], centre: Tensor, inv_std: Tensor, gram: Tensor, dual: bool, need_a: bool, need_b: bool
 ) -> Tensor:
-    """Gram of the other view times this view, or the other view times the correlation: (V S, N, D), of needed views."""
+    """The Gram of the other view times this view (dual), or the other view times the correlation: (V S, N, D), for the
+    needed views."""
     s, n, d = views[0].shape
     these, others = slice(1 - need_a, 1 + need_b), slice(1 - need_b, 1 + need_a)
     used, role, along = (these, "right", "rows") if dual else (others, "left", "columns")
-    # the presence of eps asks for standardised operands; its value is in inv_std
+    # passing eps makes the operands standardised; its value is already in inv_std
     operand, _ = operands(views[used], None, centre[used], inv_std[used], (planes_for(role),) * 2, along, 0.0)
     pairs = []
     if dual:
@@ -152,7 +154,7 @@ def _gram_products(
     else:
         right = split(gram[0], "right", "columns" if need_a else "rows")
         pairs += [(operand[-s:], right.mT)] if need_a else []
-        if need_a and need_b and right.shape[-1] > d:  # planes side by side suit only the transposed
+        if need_a and need_b and right.shape[-1] > d:  # planes side by side suit only the transposed product
             right = split(gram[0], "right", "rows")
         pairs += [(operand[:s], right)] if need_b else []
     product = launch.pitched(operand, len(pairs) * s, n, d)
@@ -171,7 +173,7 @@ def backward(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the (..., N, D) views that are needed, empty ones for the others."""
+    """Gradients of the (..., N, D) views; empty where they are not needed."""
     centre, inv_std, diagonal, gram = (t.contiguous() for t in saved)
     grad_a, grad_b = (torch.empty_like(z, memory_format=torch.contiguous_format) if needed else z.new_empty(0)
                       for z, needed in ((a, need_a), (b, need_b)))  # fmt: skip

@@ -1,7 +1,7 @@
-"""Vendor GEMMs in the precision that torch's own switch asks for, and the bf16 planes they take.
+"""Vendor GEMMs in the precision of torch's own switch, and the bf16 planes that they take.
 
-An fp32 matrix is handed over as fp32 (ieee), as one bf16 plane, or (bf16x3) as bf16 planes of its high and low halves
-laid side by side along the summed index, so that one GEMM with fp32 output sums all their products.
+An fp32 matrix is passed as fp32 (ieee), as one bf16 plane, or (bf16x3) as bf16 planes of its high and low halves. The
+planes lie side by side along the summed index, so that one GEMM with fp32 output sums all their products.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from torch import Tensor
 from . import launch
 from .launch import rounded
 
-# per role, the planes along the summed index: f fp32, h high, l low, d half of high
+# per role, the planes along the summed index: f is fp32, h high, l low, d half of high
 PLANES = {
     "ieee": {"symmetric": "f", "left": "f", "right": "f"},
     "bf16x3": {"symmetric": "lhd", "left": "hhl", "right": "hlh"},
@@ -23,13 +23,13 @@ PLANES = {
 
 
 def precision() -> str:
-    """ieee, bf16x3 or bf16, from torch's switch; torch 2.11 to 2.13 report "medium" as tf32 in the newer setting."""
+    """ieee, bf16x3 or bf16, from torch's switch. Torch 2.11 to 2.13 report "medium" as tf32 in the newer setting."""
     setting = getattr(torch.backends.cuda.matmul, "fp32_precision", "none")
     if setting in ("ieee", "bf16"):
         return setting
     try:
         legacy = torch.get_float32_matmul_precision()
-    except RuntimeError:  # torch refuses once the newer setting was used
+    except RuntimeError:  # torch raises once the newer setting was used
         legacy = "high"
     if setting == "tf32" and legacy == "highest":
         legacy = "high"
@@ -41,7 +41,8 @@ def planes_for(role: str) -> str:
 
 
 def empty_operand(z: Tensor, slices: int, n: int, d: int, planes: str, along: str) -> tuple[Tensor, int]:
-    """Room for an operand, planes side by side ("columns") or below each other ("rows"), and a plane's step."""
+    """Allocate an operand, with its planes side by side ("columns") or one below the other ("rows"), and return the
+    step between planes."""
     dtype = torch.float32 if planes == "f" else torch.bfloat16
     if along == "columns":
         return launch.pitched(z, slices, n, len(planes) * d, dtype), d
@@ -51,7 +52,7 @@ def empty_operand(z: Tensor, slices: int, n: int, d: int, planes: str, along: st
 
 @triton.jit
 def store_planes(out, x, here, step, PLANES: tl.constexpr):
-    """Store the planes of fp32 x, and return what they hold together."""
+    """Store the planes of fp32 x, and return their sum."""
     if PLANES == "f":
         tl.store(out, x, mask=here)
         return x
@@ -95,7 +96,8 @@ def split_kernel(
 
 
 def split(gram: Tensor, role: str, along: str) -> Tensor:
-    """The operand of a contiguous (S, M, M) fp32 matrix; itself where it is taken as fp32 and has aligned slices."""
+    """The operand of a contiguous (S, M, M) fp32 matrix. Returns the matrix itself if it is used as fp32 and its slices
+    are aligned."""
     planes = planes_for(role)
     count, m = gram.shape[:2]
     if planes == "f" and m % 8 == 0:
@@ -110,9 +112,9 @@ def split(gram: Tensor, role: str, along: str) -> Tensor:
 
 
 def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """x y of (S, ., .) fp32 or bf16 operands, in fp32. The `out` overloads are left alone by autocast.
+    """x y of (S, ., .) fp32 or bf16 operands, in fp32. Autocast leaves the `out` overloads alone.
 
-    One GEMM per slice gives the bits of the slice alone, and may split its sum over the SMs.
+    One GEMM per slice gives the same bits as the slice alone, and may split its sum over the SMs.
     """
     for s in range(x.shape[0]):
         if x.dtype == torch.float32:
@@ -127,7 +129,7 @@ def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
 def _tall_product(z: Tensor) -> Tensor:
     """Z'Z of (S, N, D) fp32 with few columns: products of 512 rows each, summed in fp64.
 
-    One GEMM has too few tiles for a GPU, and its threads wait for their loads: 150 us for 64 MB.
+    A single GEMM has too few tiles for a GPU and waits for its loads: 150 us for 64 MB.
     """
     count, n, d = z.shape
     out = launch.pitched(z, count, d, d)
@@ -142,7 +144,7 @@ def _tall_product(z: Tensor) -> Tensor:
 
 
 def symmetric_product(z: Tensor, n: int, d: int, dual: bool) -> Tensor:
-    """ZZ' (dual) or Z'Z of a "symmetric" operand; of bf16x3 planes the M = LH' + HH'/2 with M + M' = ZZ'. Pitched."""
+    """ZZ' (dual) or Z'Z of a "symmetric" operand, pitched. For bf16x3 planes, the M = LH' + HH'/2 with M + M' = ZZ'."""
     m = n if dual else d
     if z.dtype == torch.float32 and not dual and d <= 64 and n >= 1024 * d:
         return _tall_product(z)

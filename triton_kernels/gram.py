@@ -1,4 +1,5 @@
-"""Passes over a Gram matrix: scale, mask its diagonal, symmetrise, and sum its squares; row norms; sums of partials."""
+"""Passes over a Gram matrix: scale, mask the diagonal, symmetrise, sum the squares. Also row norms and sums of
+partials."""
 
 from __future__ import annotations
 
@@ -9,17 +10,18 @@ from torch import Tensor
 
 from . import launch
 
-TILE = 64  # of the Gram, per program of 4 warps
-COLS = 256  # columns per program, whose chunks are merged in the same launch
+TILE = 64  # side of a Gram tile, per program of 4 warps
+COLS = 256  # columns per program; the same launch merges their chunks
 
 
 def programs(m: int, d: int) -> int:
-    """Programs per slice, so that each takes at most one tile and one block of columns."""
+    """Programs per slice. Each takes at most one tile and one block of columns."""
     return max(triton.cdiv(m, TILE) ** 2, triton.cdiv(d, COLS))
 
 
 def empty_gram(raw: Tensor, symmetrise: bool) -> Tensor:
-    """Room for the finished Gram of a pitched product, which is its own where that is contiguous in every stack."""
+    """Memory for the finished Gram of a pitched product. The product itself, if it is contiguous and needs no
+    symmetrising."""
     return torch.empty_like(raw, memory_format=torch.contiguous_format) if symmetrise or raw.shape[-1] % 8 else raw
 
 
@@ -37,7 +39,7 @@ def gram_tile(
     SYMMETRISE: tl.constexpr,
     TILE: tl.constexpr,
 ):
-    """Tile p of slice s, finished and kept in `gram`; zero past the last tile."""
+    """Finish tile p of slice s, and store it in `gram`; zero past the last tile."""
     tiles = tl.cdiv(m, TILE)
     i = ((p // tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
     j = ((p % tiles) * TILE + tl.arange(0, TILE)).to(tl.int64)
@@ -56,7 +58,7 @@ def gram_tile(
 
 @triton.jit
 def block_sum(x):
-    """Sum of a tile: rows in fp32, across rows in fp64."""
+    """Sum of a tile: within rows in fp32, across rows in fp64."""
     return tl.sum(tl.sum(x, 1).to(tl.float64), 0)
 
 

@@ -1,4 +1,4 @@
-"""The first of the largest similarities of every row, by tiles."""
+"""Argmax of similarities over every row, by tiles. Of equal similarities, the first wins."""
 
 from __future__ import annotations
 
@@ -41,11 +41,11 @@ def argmax_kernel(
     m,
     n_padded,
     m_padded,
-    first_block,  # of rows, which are those of `raw`
+    first_block,  # first block of rows in `raw`
     blocks,
     strips,
     tiles,
-    OWN: tl.constexpr,
+    SELF_PAIRS: tl.constexpr,
     SQUARED: tl.constexpr,
     MASK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -80,9 +80,9 @@ def argmax_kernel(
             here = (i - first_block * BI)[:, None].to(tl.int64) * raw_row + j[None, :]
             t = tl.load(raw + here, mask=(i[:, None] < n) & (j[None, :] < m), other=0.0)
         if SQUARED:
-            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), OWN)
+            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), SELF_PAIRS)
         t = c * t
-        t = tl.where(t != t, float("inf"), t)  # as torch.argmax, NaN is the largest
+        t = tl.where(t != t, float("inf"), t)  # NaN counts as the largest, as in torch.argmax
         t = tl.where(kept(i, j, n, m, label_i, y_labels, s, MASK), t, float("-inf"))
         high, where = tl.max(t, 1, return_indices=True, return_indices_tie_break_left=True)
         better = high > top
@@ -126,10 +126,11 @@ def argmax(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """(S, N) int64, -1 where the mask keeps no pair."""
+    """The index of the largest similarity, (S, N) int64; -1 if the mask keeps no pair."""
     z, (n, m) = (x if y is None else y), sizes
     s, planes = x.planes.shape[:2]
     tile = table(planes, x.width, x.width)
+    assert tile is not None
     tiles, strips = strips_of(n, m, tile["BJ"])
     blocks = x.padded // PAD
     best = launch.workspace(scale, s, strips, x.padded)
@@ -137,16 +138,16 @@ def argmax(
     argmax_kernel[(s * blocks * strips,)](
         x.planes, z.planes, None, 0, x.squares, z.squares, *labels, scale, best, index,
         n, m, x.padded, z.padded, 0, blocks, strips, tiles,
-        OWN=y is None, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
+        SELF_PAIRS=y is None, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
     )  # fmt: skip
     return _first(best, index, n)
 
 
 def argmax_of_products(
-    products, squares: tuple[Tensor, Tensor], own: bool, sizes: tuple[int, int], scale: Tensor,
+    products, squares: tuple[Tensor, Tensor], self_pairs: bool, sizes: tuple[int, int], scale: Tensor,
     labels: tuple[Tensor | None, Tensor | None], mask: int, kernel: str,
 ) -> Tensor:  # fmt: skip
-    """The same for one slice, from an iterator over (first row, products of some rows with all)."""
+    """The same for one slice, from an iterator over (first row, products of some rows with all rows)."""
     n, m = sizes
     tiles, strips = strips_of(n, m, PAD)
     best = launch.workspace(scale, 1, strips, padded_rows(n))
@@ -156,7 +157,8 @@ def argmax_of_products(
         argmax_kernel[(blocks * strips,)](
             None, None, raw, raw.stride(0), *squares, *labels, scale, best, index,
             n, m, padded_rows(n), padded_rows(m), start // PAD, blocks, strips, tiles,
-            OWN=own, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=PAD, BD=16, BK=0, STAGES=1, num_warps=4,
+            SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=PAD, BD=16, BK=0,
+            STAGES=1, num_warps=4,
         )  # fmt: skip
     return _first(best, index, n)
 
@@ -170,6 +172,7 @@ def _first(best: Tensor, index: Tensor, n: int) -> Tensor:
 
 def _case(width: int, planes: int) -> launch.CompileCase:
     tile = table(planes, width, width)
+    assert tile is not None
     warps = tile.pop("num_warps")
     pointers = {
         **dict.fromkeys(("x", "y"), "*bf16"),
@@ -177,7 +180,7 @@ def _case(width: int, planes: int) -> launch.CompileCase:
         "index": "*i32",
     }
     constants = {
-        "raw": None, "raw_row": 0, "x_labels": None, "y_labels": None, "OWN": True, "SQUARED": False, "MASK": 1,
+        "raw": None, "raw_row": 0, "x_labels": None, "y_labels": None, "SELF_PAIRS": True, "SQUARED": False, "MASK": 1,
         "PLANES": planes, "BD": width, **tile,
     }  # fmt: skip
     return launch.CompileCase(f"pairwise_argmax_{width}_{planes}", argmax_kernel, pointers, constants, warps)

@@ -1,6 +1,6 @@
-"""Pairs of wide rows: products of some rows with all by the vendor's GEMM, and one fused pass over them.
+"""Pairs of rows that are too wide for tiles: the vendor's GEMM multiplies some rows with all, and one pass reads it.
 
-Slice by slice, through a workspace of bounded size; sums over the chunks of rows are taken in order.
+Runs slice by slice, with a workspace of bounded size. Sums over the chunks of rows run in order.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .pairwise_logsumexp import forward_of_products
 from .pairwise_tiles import PAD, SQUARED, distances, kept, padded_rows
 from .pairwise_weights import VALUES, pair_weights
 
-NUMBERS = 1 << 24  # of a workspace: 64 MB
+NUMBERS = 1 << 24  # elements of a workspace: 64 MB
 
 
 @triton.jit
@@ -35,11 +35,11 @@ def weights_kernel(
     row_pairs,  # (padded, 2) or None
     column_pairs,  # (padded, 2) or None
     scale,  # (1,)
-    first,  # row of `raw`
+    first,  # first row of `raw`
     n,
     m,
     FUNCTION: tl.constexpr,
-    OWN: tl.constexpr,
+    SELF_PAIRS: tl.constexpr,
     SQUARED: tl.constexpr,
     MASK: tl.constexpr,
     ROWS: tl.constexpr,
@@ -54,7 +54,7 @@ def weights_kernel(
     t = tl.load(at, mask=inside, other=0.0)
     if SQUARED:
         square_i = tl.load(x_squares + i, mask=i < n, other=0.0)
-        t = distances(t, i, j, square_i, tl.load(y_squares + j, mask=j < m, other=0.0), OWN)
+        t = distances(t, i, j, square_i, tl.load(y_squares + j, mask=j < m, other=0.0), SELF_PAIRS)
     label_i = tl.load(x_labels + i, mask=i < n, other=0) if MASK & 6 else i
     keep = kept(i, j, n, m, label_i, y_labels, 0, MASK)
     factor = None
@@ -66,7 +66,7 @@ def weights_kernel(
 
 
 def cut(z: Tensor, role: str, dim: int, kernel: str = "dot") -> Tensor:
-    """The planes of a fp32 matrix, side by side along the summed index."""
+    """The planes of an fp32 matrix, side by side along the summed index."""
     setting = precision()
     if setting == "bf16" and kernel in SQUARED:
         setting = "bf16x3"  # a distance is a difference of large numbers
@@ -86,7 +86,7 @@ def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
 
 
 def products(x: Tensor, y: Tensor, kernel: str = "dot") -> Iterator[tuple[int, Tensor]]:
-    """(first row, <x_i, y_j> of some rows with all); each overwrites the one before."""
+    """Yield (first row, products <x_i, y_j> of some rows with all rows). Each overwrites the one before."""
     n, m = x.shape[0], y.shape[0]
     step = min(padded_rows(n), max(PAD, NUMBERS // m // PAD * PAD))
     left, right = cut(x, "left", -1, kernel), cut(y, "right", -1, kernel).mT
@@ -101,12 +101,12 @@ def squares(z: Tensor) -> Tensor:
 
 
 def _slice(v: Tensor | None, s: int) -> Tensor | None:
-    """One slice of a stack, aligned as if it were alone: vendor GEMMs choose by that."""
+    """One slice of a stack, aligned like a slice alone: vendor GEMMs choose by alignment."""
     return None if v is None else v[s : s + 1].clone()
 
 
 def _each(function: Callable, x: Tensor, *stacks: Tensor | None) -> list[Tensor | None]:
-    """The results of every slice, stacked."""
+    """Call `function` on every slice, and stack the results."""
     results = [function(*(_slice(v, s) for v in (x, *stacks))) for s in range(x.shape[0])]
     return [None if parts[0] is None else torch.cat(parts) for parts in zip(*results, strict=True)]
 
@@ -116,63 +116,71 @@ def _sides(x: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, bool]:
 
 
 def logsumexp(x, y, scale, labels, mask: int, kernel: str, columns: bool) -> tuple[Tensor, Tensor | None]:
-    """Over rows (S, N), and over columns (S, M) where they are asked for."""
+    """Log-sum-exp over rows (S, N), and over columns (S, M) if `columns` is set."""
 
     def one(x, y, scale, *labels):
-        a, b, own = _sides(x, y)
+        a, b, self_pairs = _sides(x, y)
         some = products(a, b, kernel)
         sizes = a.shape[0], b.shape[0]
-        return forward_of_products(some, squares(a), squares(b), own, sizes, scale, labels, mask, kernel, columns)
+        return forward_of_products(
+            some, squares(a), squares(b), self_pairs, sizes, scale, labels, mask, kernel, columns
+        )
 
-    return tuple(_each(one, x, y, scale, *labels))
+    rows, over = _each(one, x, y, scale, *labels)
+    assert rows is not None
+    return rows, over
 
 
 def argmax(x, y, scale, labels, mask: int, kernel: str) -> Tensor:
-    """(S, N) int64, -1 where the mask keeps no pair."""
+    """The index of the largest similarity, (S, N) int64; -1 if the mask keeps no pair."""
 
     def one(x, y, scale, *labels):
-        a, b, own = _sides(x, y)
+        a, b, self_pairs = _sides(x, y)
         norms = squares(a), squares(b)
         sizes = a.shape[0], b.shape[0]
-        return (argmax_of_products(products(a, b, kernel), norms, own, sizes, scale, labels, mask, kernel),)
+        return (argmax_of_products(products(a, b, kernel), norms, self_pairs, sizes, scale, labels, mask, kernel),)
 
-    return _each(one, x, y, scale, *labels)[0]
+    (index,) = _each(one, x, y, scale, *labels)
+    assert index is not None
+    return index
 
 
-def _weigh(raw, mixed, start, norms, labels, weights, scale, sizes, function, own, mask, kernel) -> None:
-    """Weights in place of products."""
+def _weigh(raw, mixed, start, norms, labels, weights, scale, sizes, function, self_pairs, mask, kernel) -> None:
+    """Replace products by weights, in place."""
     rows, m = raw.shape
     weights_kernel[(triton.cdiv(rows, 64) * triton.cdiv(m, 64),)](
         raw, raw.stride(0), mixed, 0 if mixed is None else mixed.stride(0), *norms, *labels, *weights, scale, start,
-        min(start + rows, sizes[0]), m, FUNCTION=function, OWN=own, SQUARED=kernel in SQUARED, MASK=mask,
+        min(start + rows, sizes[0]), m, FUNCTION=function, SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask,
         ROWS=64, COLS=64, num_warps=4,
     )  # fmt: skip
 
 
 def matmul(x, y, scale, rhs, labels, mask: int, kernel: str) -> Tensor:
-    """sum_j k_ij rhs_j (S, N, P); rhs None is a column of ones."""
+    """sum_j k_ij rhs_j (S, N, P). If rhs is None, it is a column of ones."""
 
     def one(x, y, scale, rhs, *labels):
-        a, b, own = _sides(x, y)
+        a, b, self_pairs = _sides(x, y)
         out = launch.workspace(a, a.shape[0], 1 if rhs is None else rhs.shape[-1])
         right = None if rhs is None else cut(rhs[0], "right", 0)
         norms, sizes = (squares(a), squares(b)), (a.shape[0], b.shape[0])
         for start, k in products(a, b, kernel):
-            _weigh(k, None, start, norms, labels, (None, None), scale, sizes, VALUES[kernel], own, mask, kernel)
+            _weigh(k, None, start, norms, labels, (None, None), scale, sizes, VALUES[kernel], self_pairs, mask, kernel)
             at = out[start : start + k.shape[0]]
             at.copy_(k.sum(-1, keepdim=True) if right is None else product(cut(k, "left", -1), right))
         return (out[None],)
 
-    return _each(one, x, y, scale, rhs, *labels)[0]
+    (out,) = _each(one, x, y, scale, rhs, *labels)
+    assert out is not None
+    return out
 
 
 def gradients(
     x, y, scale, labels, weights, factors, mask: int, kernel: str, function: str, needs: tuple[bool, bool]
 ) -> list[Tensor | None]:
-    """By x (S, N, D) and y (S, M, D) per unit of scale; None where not needed."""
+    """Gradients with respect to x (S, N, D) and y (S, M, D), per unit of scale; None where not needed."""
 
     def one(x, y, scale, left, right, *rest):
-        a, b, own = _sides(x, y)
+        a, b, self_pairs = _sides(x, y)
         labels, weights = rest[:2], rest[2:]
         norms, sizes = (squares(a), squares(b)), (a.shape[0], b.shape[0])
         grad_x = torch.empty_like(a) if needs[0] else None
@@ -181,9 +189,9 @@ def gradients(
         both = products(left[0], right[0]) if left is not None else None
         for start, w in products(a, b, kernel):
             mixed = next(both)[1] if both is not None else None
-            _weigh(w, mixed, start, norms, labels, weights, scale, sizes, function, own, mask, kernel)
+            _weigh(w, mixed, start, norms, labels, weights, scale, sizes, function, self_pairs, mask, kernel)
             rows = slice(start, start + w.shape[0])
-            if grad_x is not None:
+            if grad_x is not None and other is not None:
                 part = product(cut(w, "left", -1), other)
                 grad_x[rows] = _around(part, a[rows], w.sum(-1), kernel)
             if grad_y is not None:
@@ -196,7 +204,7 @@ def gradients(
 
 
 def _around(part: Tensor, z: Tensor, total: Tensor, kernel: str) -> Tensor:
-    """2 sum_j w_ij (z_i - y_j) of sum_j w_ij y_j where the kernel is of a distance."""
+    """`part` is sum_j w_ij y_j. For kernels of a distance, turn it into 2 sum_j w_ij (z_i - y_j)."""
     return torch.addcmul(-2 * part, z, total[:, None], value=2) if kernel in SQUARED else part
 
 
@@ -208,7 +216,7 @@ COMPILE_CASES = [
             ("raw", "mixed", "x_squares", "y_squares", "row_pairs", "column_pairs", "scale"), "*fp32"
         ),
         {
-            "x_labels": None, "y_labels": None, "FUNCTION": function, "OWN": True, "SQUARED": function == "-exp",
+            "x_labels": None, "y_labels": None, "FUNCTION": function, "SELF_PAIRS": True, "SQUARED": function == "-exp",
             "MASK": 1, "ROWS": 64, "COLS": 64, **absent,
         },
         warps=4,

@@ -1,4 +1,4 @@
-"""Shifts that exponents are taken relative to, and sums of partial sums of exponentials."""
+"""Shifts that exponents are taken relative to, and the merging of partial sums of exponentials."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def shifts_kernel(
 
 
 def fixed_shifts(x: Operand, y: Operand, scale: Tensor, kernel: str) -> Tensor:
-    """(S,): the shift of every slice; infinite where none serves all of its pairs."""
+    """The shift of every slice (S,); infinite if no shift serves all its pairs."""
     out = launch.workspace(scale, scale.numel())
     shifts_kernel[(scale.numel(),)](
         x.squares, y.squares, scale, out, x.padded, y.padded, SQUARED=kernel in SQUARED, num_warps=4
@@ -49,13 +49,13 @@ def fixed_shifts(x: Operand, y: Operand, scale: Tensor, kernel: str) -> Tensor:
 
 @triton.jit
 def finite(maximum):
-    """What exponents are taken relative to: 0 for a maximum of no pairs, or of an infinite similarity."""
+    """The base of exponents: the maximum, or 0 if there is no pair or an infinite similarity."""
     return tl.where(tl.abs(maximum) == float("inf"), 0.0, maximum)
 
 
 @triton.jit
 def merge(top, total, parts, step, first, last, fixed, AT_ONCE: tl.constexpr):
-    """Partials `first` to `last` of a row: sums where the shift is fixed, logarithms otherwise."""
+    """Merge partials `first` to `last` of a row: sums if the shift is fixed, logarithms otherwise."""
     k = tl.arange(0, AT_ONCE)[:, None]
     absent = tl.where(fixed, 0.0, float("-inf"))
     for start in range(first, last, AT_ONCE):
@@ -79,7 +79,7 @@ def collect_kernel(
     n,
     padded,
     strips,
-    width,  # of a strip
+    width,  # columns per strip
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
@@ -102,7 +102,7 @@ def collect_kernel(
 
 
 def collect(parts: Tensor, above: Tensor | None, shifts: Tensor | None, n: int, width: int) -> Tensor:
-    """(S, N) logarithms of the sums."""
+    """The logarithms of the sums, (S, N)."""
     s, strips, padded = parts.shape
     out = launch.workspace(parts, s, n)
     collect_kernel[(s * padded // PAD,)](

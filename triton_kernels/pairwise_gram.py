@@ -1,4 +1,4 @@
-"""Sums of products of the kernels of several groups of rows, by tiles of the upper triangle, and their gradient."""
+"""Gram matrix of the kernel matrices of several groups of rows, by tiles of the upper triangle, and its gradient."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from torch import Tensor
 
 from . import launch
 from .gram import block_sum, total
+from .pairwise_gather import gather
 from .pairwise_logsumexp import strips_of
-from .pairwise_matmul import PROGRAMS, gather
+from .pairwise_matmul import PROGRAMS
 from .pairwise_tiles import CASES, PAD, SQUARED, Operand, add_weighted, distances, products_by_steps
 from .pairwise_weights import VALUES, value_of
 
-NARROWEST = 16  # of a tile's columns
+NARROWEST = 16  # least columns of a tile
 
 
 def tile_of(width: int, planes: int) -> dict[str, int]:
-    """Two tiles and their products stay in the registers of 8 warps."""
+    """The tile: two of them and their products stay in the registers of 8 warps."""
     columns, step = (32, min(width, 32)) if width <= 128 else (16, 32) if planes < 3 else (32, 16)
     return {"BI": PAD, "BJ": columns, "BK": step, "BD": width, "STAGES": 2, "num_warps": 4 if width <= 64 else 8}
 
 
 def too_many_programs(x: Tensor) -> str | None:
-    """Why a (..., G, N, D) is not taken: one grid has a program for every pair of groups, block of rows and strip."""
+    """Why (..., G, N, D) is refused, if it is: the grid has a program for every pair of groups, block of rows and
+    strip."""
     groups, n = x.shape[-3:-1]
     programs = x.shape[:-3].numel() * groups**2 * triton.cdiv(n, PAD) * strips_of(n, n, NARROWEST)[1]
     return (
@@ -40,7 +42,7 @@ def kernel_tile(
     FUNCTION: tl.constexpr, SQUARED: tl.constexpr, PLANES: tl.constexpr, BI: tl.constexpr, BJ: tl.constexpr,
     BD: tl.constexpr, BK: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
-    """k_ij of one group, 0 past its rows."""
+    """k_ij of one group; 0 past its rows."""
     i, j = first_i + tl.arange(0, BI), first_j + tl.arange(0, BJ)
     t = products_by_steps(x, x, at, first_i, first_j, padded, padded, BI, BJ, BD, BK, PLANES, STAGES)
     if SQUARED:
@@ -62,8 +64,8 @@ def gram_kernel(
     padded,
     strips,
     tiles,
-    ALONE: tl.constexpr,  # a program has one group and its sums over rows; otherwise two groups
-    SUMS: tl.constexpr,  # sums over rows, of both groups if there are no more
+    ALONE: tl.constexpr,  # a program takes one group and its row sums; otherwise, two groups
+    SUMS: tl.constexpr,  # compute row sums; of both groups, if there are two in all
     FUNCTION: tl.constexpr,
     SQUARED: tl.constexpr,
     PLANES: tl.constexpr,
@@ -79,7 +81,7 @@ def gram_kernel(
     block, strip = part // strips, part % strips
     pair = tl.program_id(0) // per
     s, g, h = (pair // groups).to(tl.int64), pair % groups, pair % groups
-    if not ALONE:  # all ordered pairs are launched, half of them have nothing to do
+    if not ALONE:  # all ordered pairs are launched; half of them return at once
         s, g, h = (pair // (groups * groups)).to(tl.int64), pair // groups % groups, pair % groups
         if g >= h:
             return
@@ -90,7 +92,7 @@ def gram_kernel(
     sum_g, sum_h = tl.zeros((BI,), tl.float64), tl.zeros((BI,), tl.float64)
     for start in tl.range(first, last, BJ, num_stages=1):
         j = start + tl.arange(0, BJ)
-        twice = tl.where(start >= block * BI + BI, 2.0, 1.0)  # a tile above the diagonal stands for its mirror image
+        twice = tl.where(start >= block * BI + BI, 2.0, 1.0)  # tiles above the diagonal count for their mirror image
         above = (j < n) & (j >= block * BI + BI)
         a = kernel_tile(
             x, squares, scale, at_g, block * BI, start, n, padded, FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES
@@ -155,7 +157,7 @@ def collect_sums_kernel(
 
 
 def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """(S, G, G) and (S G, N), in fp64, of S stacks of G groups of N rows."""
+    """The Gram (S, G, G) and the row sums (S G, N) in fp64, for S stacks of G groups of N rows."""
     s, groups, n = sizes
     planes = x.planes.shape[1]
     tile = tile_of(x.width, planes)
@@ -243,7 +245,7 @@ def gram_gradient_kernel(
 def backward(
     z: Tensor, x: Operand, groups: int, scale: Tensor, grad_gram: Tensor, grad_sums: Tensor, kernel: str
 ) -> Tensor:
-    """(S G, N, D), the gradient by z per unit of scale."""
+    """The gradient with respect to z, (S G, N, D), per unit of scale."""
     (count, n, d), planes = z.shape, x.planes.shape[1]
     tile = tile_of(x.width, planes)
     blocks, tiles = x.padded // PAD, triton.cdiv(n, tile["BJ"])

@@ -1,8 +1,8 @@
 """Log-sum-exp over rows and columns of similarities, by tiles.
 
-Where norms bound all exponents within 40 of a shift, sums relative to it are exact enough and e^t is formed once per
-pair; elsewhere every row and column keeps its own maximum. The choice is read from the device: both are launched, and
-one of them returns at once.
+If the norms bound all exponents within 40 of a shift, sums relative to that shift are exact enough, and e^t is formed
+once per pair. Otherwise every row and column has its own maximum. The choice is made on the device: both kernels are
+launched, and one of them returns at once.
 """
 
 from __future__ import annotations
@@ -47,12 +47,12 @@ def logsumexp_kernel(
     m,
     n_padded,
     m_padded,
-    first_block,  # of rows, which are those of `raw`
+    first_block,  # first block of rows in `raw`
     blocks,
     strips,
     tiles,
     FIXED: tl.constexpr,
-    OWN: tl.constexpr,
+    SELF_PAIRS: tl.constexpr,
     SQUARED: tl.constexpr,
     MASK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -66,7 +66,7 @@ def logsumexp_kernel(
     block = first_block + tl.program_id(0) % (blocks * strips) // strips
     strip = tl.program_id(0) % strips
     first, last = strip * tiles * BJ, tl.minimum((strip + 1) * tiles * BJ, m)
-    if OWN:
+    if SELF_PAIRS:
         first = tl.maximum(first, block * BI)  # each pair once
     if first >= last:
         return
@@ -96,7 +96,7 @@ def logsumexp_kernel(
             at = (i - first_block * BI)[:, None].to(tl.int64) * raw_row + j[None, :]
             t = tl.load(raw + at, mask=(i[:, None] < n) & (j[None, :] < m), other=0.0)
         if SQUARED:
-            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), OWN)
+            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), SELF_PAIRS)
         if FIXED:
             e = tl.where(keep, tl.exp2(c * LOG2E * t - shift * LOG2E), 0.0)
             total += tl.sum(e, 1)
@@ -111,7 +111,7 @@ def logsumexp_kernel(
             column = relative + tl.log(tl.sum(tl.exp(t - relative[None, :]), 0))
         if columns is not None:
             out = columns + (s * (n_padded // BI) + block) * m_padded + j
-            if OWN:
+            if SELF_PAIRS:
                 tl.store(out, column, mask=(j < m) & (j >= block * BI + BI))
             else:
                 tl.store(out, column, mask=j < m)
@@ -121,7 +121,7 @@ def logsumexp_kernel(
 
 
 def strips_of(n: int, m: int, step: int) -> tuple[int, int]:
-    """(tiles per program, programs per block of rows), from the sizes of a slice alone."""
+    """(tiles per program, programs per block of rows). Depends on the sizes of a slice alone."""
     tiles = triton.cdiv(m, step)
     each = max(1, min(16, triton.cdiv(n, PAD) * tiles // 1024))
     return each, triton.cdiv(tiles, each)
@@ -137,47 +137,48 @@ def forward(
     kernel: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor | None]:
-    """Over rows (S, N), and over columns (S, M) where they are asked for."""
-    z, own, (n, m) = (x if y is None else y), y is None, sizes
+    """Log-sum-exp over rows (S, N), and over columns (S, M) if `columns` is set."""
+    z, self_pairs, (n, m) = (x if y is None else y), y is None, sizes
     s, planes = x.planes.shape[:2]
     tile = table(planes, x.width, x.width)
+    assert tile is not None
     tiles, strips = strips_of(n, m, tile["BJ"])
     blocks = x.padded // PAD
     rows = launch.workspace(scale, s, strips, x.padded)
-    below = launch.workspace(scale, s, blocks, z.padded) if own or columns else None
-    shifts = fixed_shifts(x, z, scale, kernel) if own or columns else None
+    below = launch.workspace(scale, s, blocks, z.padded) if self_pairs or columns else None
+    shifts = fixed_shifts(x, z, scale, kernel) if self_pairs or columns else None
     for fixed in (True, False) if shifts is not None else (False,):
         logsumexp_kernel[(s * blocks * strips,)](
             x.planes, z.planes, None, 0, x.squares, z.squares, *labels, scale, shifts, rows, below,
             n, m, x.padded, z.padded, 0, blocks, strips, tiles,
-            FIXED=fixed, OWN=own, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
+            FIXED=fixed, SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
         )  # fmt: skip
     width = tiles * tile["BJ"]
-    over_rows = collect(rows, below if own else None, shifts, n, width)
-    return over_rows, collect(below, None, shifts, m, width) if columns and not own else None
+    over_rows = collect(rows, below if self_pairs else None, shifts, n, width)
+    return over_rows, None if self_pairs or below is None else collect(below, None, shifts, m, width)
 
 
 def forward_of_products(
-    products, x_squares: Tensor, y_squares: Tensor, own: bool, sizes: tuple[int, int], scale: Tensor,
+    products, x_squares: Tensor, y_squares: Tensor, self_pairs: bool, sizes: tuple[int, int], scale: Tensor,
     labels: tuple[Tensor | None, Tensor | None], mask: int, kernel: str, columns: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
-    """The same for one slice, from an iterator over (first row, products of some rows with all)."""
+    """The same for one slice, from an iterator over (first row, products of some rows with all rows)."""
     n, m = sizes
     step = PAD
     tiles, strips = strips_of(n, m, step)
     n_padded, m_padded = padded_rows(n), padded_rows(m)
     rows = launch.workspace(scale, 1, strips, n_padded)
-    below = launch.workspace(scale, 1, n_padded // PAD, m_padded) if own or columns else None
+    below = launch.workspace(scale, 1, n_padded // PAD, m_padded) if self_pairs or columns else None
     for start, raw in products:
         blocks = triton.cdiv(raw.shape[0], PAD)
         logsumexp_kernel[(blocks * strips,)](
             None, None, raw, raw.stride(0), x_squares, y_squares, *labels, scale, None, rows, below,
             n, m, n_padded, m_padded, start // PAD, blocks, strips, tiles,
-            FIXED=False, OWN=own, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=step, BD=16, BK=0,
-            STAGES=1, num_warps=4,
+            FIXED=False, SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=step, BD=16,
+            BK=0, STAGES=1, num_warps=4,
         )  # fmt: skip
-    over_rows = collect(rows, below if own else None, None, n, tiles * step)
-    return over_rows, collect(below, None, None, m, tiles * step) if columns and not own else None
+    over_rows = collect(rows, below if self_pairs else None, None, n, tiles * step)
+    return over_rows, None if self_pairs or below is None else collect(below, None, None, m, tiles * step)
 
 
 _POINTERS = {
@@ -189,10 +190,11 @@ _POINTERS = {
 
 def _case(name: str, fixed: bool, width: int, planes: int, squared: bool = False, mask: int = 0) -> launch.CompileCase:
     tile = table(planes, width, width)
+    assert tile is not None
     warps = tile.pop("num_warps")
     constants = {
-        "raw": None, "raw_row": 0, "FIXED": fixed, "OWN": True, "SQUARED": squared, "MASK": mask, "PLANES": planes,
-        "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}), **tile,
+        "raw": None, "raw_row": 0, "FIXED": fixed, "SELF_PAIRS": True, "SQUARED": squared, "MASK": mask,
+        "PLANES": planes, "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}), **tile,
     }  # fmt: skip
     return launch.CompileCase(f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS, constants, warps)
 

@@ -1,4 +1,4 @@
-"""Weights of pairs times rows, by tiles: products with a matrix, and every gradient. One program owns the rows it sums.
+"""Weights of pairs times rows, by tiles: products with a matrix, and all gradients. One program owns the rows it sums.
 
 out_i = sum_j w_ij v_j,    or 2 sum_j w_ij (x_i - y_j) for the gradients of distances
 """
@@ -13,6 +13,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
+from .pairwise_gather import gather
 from .pairwise_tiles import (
     CASES,
     PAD,
@@ -31,14 +32,14 @@ from .pairwise_tiles import (
 )
 from .pairwise_weights import pair_weights
 
-PROGRAMS = 264  # that fill a large GPU twice: fewer blocks of rows share out the columns
+PROGRAMS = 264  # programs that fill a large GPU twice; with fewer blocks of rows, the columns are split
 
 
 class Side(NamedTuple):
-    """The rows of one side, and what is known of each."""
+    """The rows of one side, and their labels, weights and factors."""
 
     rows: Operand
-    count: int
+    length: int
     labels: Tensor | None = None  # (S, N)
     pairs: Tensor | None = None  # (S, padded, 2): weights of a row, and what its exponents are relative to
     factor: Operand | None = None  # (S, N, Q): factors that are products of two rows
@@ -69,7 +70,7 @@ def weighted_rows_kernel(
     splits,
     width,  # columns per split
     FUNCTION: tl.constexpr,
-    OWN: tl.constexpr,
+    SELF_PAIRS: tl.constexpr,
     SQUARED: tl.constexpr,
     MASK: tl.constexpr,
     PLANES: tl.constexpr,
@@ -113,7 +114,7 @@ def weighted_rows_kernel(
             t = tl.zeros((BI, BJ), tl.float32)
             t = products(x0, x1, x2, y0, y1, y2, t, PLANES)
         if SQUARED:
-            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), OWN)
+            t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), SELF_PAIRS)
         mixed = None
         if left is not None:
             r0, r1, r2 = load_planes(right, s, start, m_padded, BJ, BQ, PLANES)
@@ -139,47 +140,10 @@ def weighted_rows_kernel(
         tl.store(out + at * BV + row[:, None] * BV + tl.arange(0, BV)[None, :], acc)
 
 
-@triton.jit
-def gather_kernel(
-    parts,  # (splits, S, padded, WIDTH), or None for the sums
-    sums,  # (splits, S, padded) or None
-    x,  # (S, N, D) or None
-    out,  # (S, N, D)
-    slices,
-    n,
-    d,
-    padded,
-    splits,
-    ROWS: tl.constexpr,
-    WIDTH: tl.constexpr,
-):
-    blocks = padded // ROWS
-    s = (tl.program_id(0) // blocks).to(tl.int64)
-    i = (tl.program_id(0) % blocks) * ROWS + tl.arange(0, ROWS)
-    col = tl.arange(0, WIDTH)
-    at = s * padded + i
-    step = tl.cast(slices, tl.int64) * padded
-    acc = tl.zeros((ROWS, WIDTH), tl.float32)
-    if parts is not None:
-        for k in range(splits):
-            acc += tl.load(parts + (k * step + at[:, None]) * WIDTH + col[None, :])
-    inside = (i[:, None] < n) & (col[None, :] < d)
-    here = (s * n + i[:, None]) * d + col[None, :]
-    if sums is not None:
-        total = tl.zeros((ROWS,), tl.float32)
-        for k in range(splits):
-            total += tl.load(sums + k * step + at)
-        if x is None:
-            acc = acc + total[:, None]
-        else:
-            acc = 2.0 * (total[:, None] * tl.load(x + here, mask=inside, other=0.0) - acc)
-    tl.store(out + here, acc, mask=inside)
-
-
 def tile_of(
     planes: int, width: int, factor: int, values: int, only_sums: bool = False, around: bool = False, wgmma: bool = True
 ) -> dict[str, int] | None:
-    """The tile of padded widths, 0 for what is absent; None where it does not fit, or would spill."""
+    """The tile for padded widths, where 0 is an absent operand. None if it does not fit or would spill."""
     if planes * width > (384 if factor or around else 768):
         return None
     return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width, around, wgmma)
@@ -192,23 +156,24 @@ def weighted_rows(
     mask: int,
     kernel: str,
     functions: tuple[str, ...],
-    own: bool,
+    self_pairs: bool,
     values: Operand | None = None,
     shifts: Tensor | None = None,
     around: Tensor | None = None,
     only_sums: bool = False,
     columns: int = 1,
 ) -> Tensor:
-    """sum_j w_ij v_j (S, N, columns), v being `values` or the other side's rows.
+    """sum_j w_ij v_j (S, N, columns), where v is `values` or the rows of the other side.
 
-    With `around`, the rows themselves in fp32, the gradient of distances; with `only_sums`, v = 1.
+    With `around`, the rows of this side in fp32, it is the gradient of distances. With `only_sums`, v = 1.
     """
-    x, y, n, m = this.rows, other.rows, this.count, other.count
+    x, y, n, m = this.rows, other.rows, this.length, other.length
     s, planes = x.planes.shape[:2]
     bq = this.factor.width if this.factor is not None else 16
     bv = 16 if only_sums else (y if values is None else values).width
     wide = bq if this.factor is not None else 0, bv if values is not None else 0
     tile = tile_of(planes, x.width, *wide, only_sums, around is not None, has_wgmma(x.planes))
+    assert tile is not None
     blocks, tiles = x.padded // PAD, triton.cdiv(m, tile["BJ"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
@@ -219,22 +184,10 @@ def weighted_rows(
         weighted_rows_kernel[(s * blocks * splits,)](
             x.planes, y.planes, None if values is None else values.planes, *factors, x.squares, y.squares,
             this.labels, other.labels, this.pairs, other.pairs, scale, shifts, parts, sums,
-            s, n, m, x.padded, y.padded, splits, each * tile["BJ"], FUNCTION=function, OWN=own,
+            s, n, m, x.padded, y.padded, splits, each * tile["BJ"], FUNCTION=function, SELF_PAIRS=self_pairs,
             SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, BV=bv, BQ=bq, **tile,
         )  # fmt: skip
     return gather(parts, sums, around, n, columns)
-
-
-def gather(parts: Tensor | None, sums: Tensor | None, around: Tensor | None, n: int, columns: int) -> Tensor:
-    """(S, N, columns): the splits' parts summed up, and with `around` the gradient of distances made of them."""
-    splits, s, padded = (sums if parts is None else parts).shape[:3]
-    bv = 16 if parts is None else parts.shape[3]
-    out = launch.workspace(sums if parts is None else parts, s, n, columns)
-    rows = max(8, min(32, 4096 // bv))
-    gather_kernel[(s * padded // rows,)](
-        parts, sums, around, out, s, n, columns, padded, splits, ROWS=rows, WIDTH=bv, num_warps=4
-    )
-    return out
 
 
 _PLANES = ("x", "y", "values", "left", "right")
@@ -249,34 +202,31 @@ _POINTERS = {
 def _cases(
     name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
 ) -> list[launch.CompileCase]:
-    """One for all architectures, or two where the tiles of those with wgmma differ."""
-    found, cases = {}, []
+    """One case for all architectures, or two if the tiles with and without wgmma differ."""
+    found: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    cases = []
     for architecture in launch.ARCHITECTURES:
-        sizes = planes, width, factor, values, "out" in absent, not {"sums", "out"} & set(absent), architecture == 90
-        found.setdefault(tuple(tile_of(*sizes).items()), []).append(architecture)
+        around = not {"sums", "out"} & set(absent)
+        fitting = tile_of(planes, width, factor, values, "out" in absent, around, architecture == 90)
+        assert fitting is not None
+        found.setdefault(tuple(fitting.items()), []).append(architecture)
     for tile, architectures in found.items():
+        sizes = dict(tile)
+        warps = sizes.pop("num_warps")
         constants = {
-            "FUNCTION": function, "OWN": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes,
+            "FUNCTION": function, "SELF_PAIRS": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes,
             "BD": width, "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None,
-            **dict.fromkeys(absent), **dict(tile),
+            **dict.fromkeys(absent), **sizes,
         }  # fmt: skip
         what = f"pairwise_{name}_{width}_{planes}", weighted_rows_kernel, _POINTERS
-        warps = constants.pop("num_warps")
         cases.append(launch.CompileCase(*what, constants, warps, architectures=tuple(architectures)))
     return cases
 
 
 _FACTORS = ("left", "right")
 _WEIGHTS = ("row_pairs", "column_pairs", "shifts")
-COMPILE_CASES = [
-    launch.CompileCase(
-        "pairwise_gather",
-        gather_kernel,
-        dict.fromkeys(("parts", "sums", "x", "out"), "*fp32"),
-        {"ROWS": 16, "WIDTH": 256},
-        warps=4,
-    ),
-    *chain(
+COMPILE_CASES = list(
+    chain(
         *(
             _cases(f"gradient_{function}", function, width, planes, ("values", "sums", *_FACTORS))
             for function in ("fixed", "online")
@@ -296,5 +246,5 @@ COMPILE_CASES = [
             _cases("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)
             for width, planes in ((64, 3), (128, 2), (128, 3), (256, 1))
         ),
-    ),
-]
+    )
+)

@@ -1,11 +1,14 @@
-"""Reductions over pairs of rows. `sslkern.reference.pairwise_reduce` has the formulas."""
+"""Reductions over pairs of rows. The formulas are in `sslkern.reference.pairwise_reduce`."""
 
 from __future__ import annotations
+
+from collections.abc import Callable
+from typing import overload
 
 import torch
 from torch import Tensor
 
-from sslkern.reference.pairwise_reduce import OTHERS
+from sslkern.reference.pairwise_reduce import OFFDIAG
 
 from . import launch, pairwise_chunks, pairwise_gram, pairwise_logsumexp
 from .pairwise_argmax import argmax
@@ -14,8 +17,12 @@ from .pairwise_tiles import SQUARED, WIDEST, Operand, has_wgmma, operand, padded
 from .pairwise_weights import SLOPES, VALUES, pairs
 
 
+@overload
+def _flat(v: Tensor, *tail: int) -> Tensor: ...
+@overload
+def _flat(v: None, *tail: int) -> None: ...
 def _flat(v: Tensor | None, *tail: int) -> Tensor | None:
-    """Of a stack (..., tail) the contiguous (S, tail)."""
+    """(..., tail) as a contiguous (S, tail)."""
     return None if v is None else v.reshape(-1, *tail).contiguous()
 
 
@@ -29,12 +36,12 @@ def _operands(x: Tensor, y: Tensor | None, kernel: str) -> tuple[Operand, Operan
 
 
 def _too_wide(x: Tensor, planes: int, factor: int = 0, values: int = 0, around: bool = False) -> bool:
-    """Whether no tile fits; of 0 columns nothing is there; `around` as `weighted_rows` has it."""
+    """Whether no tile fits. A width of 0 is an absent operand; `around` is as in `weighted_rows`."""
     d = x.shape[-1]
     if d > WIDEST or factor > WIDEST // 4 or values > WIDEST // 2:
         return True
-    widths = [padded_columns(v) if v else 0 for v in (d, factor, values)]
-    return tile_of(planes, *widths, around=around, wgmma=has_wgmma(x)) is None
+    width, factor, values = (padded_columns(v) if v else 0 for v in (d, factor, values))
+    return tile_of(planes, width, factor, values, around=around, wgmma=has_wgmma(x)) is None
 
 
 def pairwise_logsumexp_fwd(
@@ -78,18 +85,18 @@ def pairwise_logsumexp_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    own = y is None
-    z = x if own else y
+    self_pairs, z = y is None, x if y is None else y
     n, m = x.shape[-2], z.shape[-2]
-    a, b, c = _rows(x), None if own else _rows(y), _flat(scale)
-    rows, over = (_flat(grad_rows, n), _flat(over_rows, n)), (None, None)
-    if own:
+    a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
+    rows = _flat(grad_rows, n), _flat(over_rows, n)
+    over: tuple[Tensor | None, Tensor | None] = (None, None)
+    if self_pairs:
         over = rows
     elif columns:
         over = _flat(grad_columns, m), _flat(over_columns, m)
-    labels = _flat(x_labels, n), _flat(x_labels if own else y_labels, m)
-    needs = need_x, need_y and not own
-    dropped = _without_own(mask, kernel, own)
+    labels = _flat(x_labels, n), _flat(x_labels if self_pairs else y_labels, m)
+    needs = need_x, need_y and not self_pairs
+    dropped = _without_diagonal(mask, kernel, self_pairs)
     with launch.on_device(x):
         if _too_wide(x, plane_count(kernel), around=kernel in SQUARED):
             weights = pairs(*rows, None), pairs(*over, None)
@@ -97,27 +104,27 @@ def pairwise_logsumexp_bwd(
         else:
             first, second = _operands(a, b, kernel)
             second = first if second is None else second
-            both = own or columns
+            both = self_pairs or columns
             shifts = pairwise_logsumexp.fixed_shifts(first, second, c, kernel) if both else None
             sides = (
                 Side(first, n, labels[0], pairs(*rows, shifts)),
                 Side(second, m, labels[1], pairs(*over, shifts)),
             )
             functions = ("fixed", "online") if both else ("online",)
-            grads = _gradients(sides, (a, b), c, dropped, kernel, functions, own, needs, shifts)
-    return _shaped(grads, (x, z))
+            grads = _gradients(sides, (a, b), c, dropped, kernel, functions, self_pairs, needs, shifts)
+    return _shaped(grads[0], x), _shaped(grads[1], z)
 
 
-def _without_own(mask: int, kernel: str, own: bool) -> int:
-    """The mask of a gradient: a row's distance to itself has none, but rounding would leave some."""
-    return mask | OTHERS if own and kernel in SQUARED else mask
+def _without_diagonal(mask: int, kernel: str, self_pairs: bool) -> int:
+    """The mask of a gradient. A row's distance to itself has no gradient, but rounding would leave some."""
+    return mask | OFFDIAG if self_pairs and kernel in SQUARED else mask
 
 
-def _gradients(sides, inputs, scale, mask, kernel, functions, own, needs, shifts=None) -> list[Tensor | None]:
-    """By the rows of the first side, and by those of the second, whose programs own what the first's go through."""
+def _gradients(sides, inputs, scale, mask, kernel, functions, self_pairs, needs, shifts=None) -> list[Tensor | None]:
+    """Gradients with respect to the rows of each side; None where not needed. Every program owns rows of its side."""
     return [
         weighted_rows(
-            this, other, scale, mask, kernel, functions, own,
+            this, other, scale, mask, kernel, functions, self_pairs,
             shifts=shifts, around=z if kernel in SQUARED else None, columns=z.shape[-1],
         )
         if need
@@ -126,9 +133,9 @@ def _gradients(sides, inputs, scale, mask, kernel, functions, own, needs, shifts
     ]  # fmt: skip
 
 
-def _shaped(grads, inputs) -> tuple[Tensor, ...]:
-    """Of the stacks' shapes, and empty where a gradient is not needed."""
-    return tuple(z.new_empty(0) if g is None else g.view(z.shape) for g, z in zip(grads, inputs, strict=True))
+def _shaped(grad: Tensor | None, z: Tensor) -> Tensor:
+    """The gradient in the shape of its input; empty where it is not needed."""
+    return z.new_empty(0) if grad is None else grad.view(z.shape)
 
 
 def pairwise_argmax(
@@ -162,13 +169,12 @@ def pairwise_matmul_fwd(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    own = y is None
-    z = x if own else y
+    self_pairs, z = y is None, x if y is None else y
     n, m = x.shape[-2], z.shape[-2]
     p = 1 if rhs is None else rhs.shape[-1]
-    labels = _flat(x_labels, n), _flat(x_labels if own else y_labels, m)
+    labels = _flat(x_labels, n), _flat(x_labels if self_pairs else y_labels, m)
     with launch.on_device(x):
-        a, b, c = _rows(x), None if own else _rows(y), _flat(scale)
+        a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
         right = None if rhs is None else _rows(rhs)
         planes = plane_count(kernel)
         if _too_wide(x, planes, 0, p):
@@ -178,7 +184,7 @@ def pairwise_matmul_fwd(
             sides = Side(first, n, labels[0]), Side(first if second is None else second, m, labels[1])
             values = None if right is None else operand(right, planes)
             out = weighted_rows(
-                *sides, c, mask, kernel, (VALUES[kernel],), own, values, only_sums=right is None, columns=p
+                *sides, c, mask, kernel, (VALUES[kernel],), self_pairs, values, only_sums=right is None, columns=p
             )
     return out.view(*x.shape[:-1], p)
 
@@ -197,31 +203,33 @@ def pairwise_matmul_bwd(
     need_y: bool,
     need_rhs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    own = y is None
-    z = x if own else y
+    self_pairs, z = y is None, x if y is None else y
     n, m = x.shape[-2], z.shape[-2]
-    labels = _flat(x_labels, n), _flat(x_labels if own else y_labels, m)
-    needs = need_x, need_y and not own
-    dropped = _without_own(mask, kernel, own)
+    labels = _flat(x_labels, n), _flat(x_labels if self_pairs else y_labels, m)
+    needs = need_x, need_y and not self_pairs
+    dropped = _without_diagonal(mask, kernel, self_pairs)
     need_rhs = need_rhs and rhs is not None
     with launch.on_device(x):
-        a, b, c = _rows(x), None if own else _rows(y), _flat(scale)
+        a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
         g, right = _rows(grad), None if rhs is None else _rows(rhs)
         planes = plane_count(kernel)
         p = g.shape[-1]
-        weights, factors = (None, None), None
+        weights: tuple[Tensor | None, Tensor | None] = (None, None)
+        factors = None
         if right is None:
             one = pairs(g.view(-1, n), None, None)
-            weights = one, one if own else None
-        else:  # both terms of a symmetric matrix are one product of twice the columns
-            factors = (torch.cat([g, right], -1), torch.cat([right, g], -1)) if own else (g, right)
+            weights = one, one if self_pairs else None
+        else:  # both terms of a symmetric matrix form one product of twice the columns
+            factors = (torch.cat([g, right], -1), torch.cat([right, g], -1)) if self_pairs else (g, right)
         q = 0 if factors is None else factors[0].shape[-1]
         if _too_wide(x, planes, q, around=kernel in SQUARED) or (need_rhs and _too_wide(x, planes, 0, p)):
             grads = pairwise_chunks.gradients(a, b, c, labels, weights, factors, dropped, kernel, SLOPES[kernel], needs)
             grad_rhs = None
             if need_rhs:
-                turned = (a, None, c, g, labels) if own else (b, a, c, g, labels[::-1])
-                grad_rhs = pairwise_chunks.matmul(*turned, mask, kernel)
+                if b is None:
+                    grad_rhs = pairwise_chunks.matmul(a, None, c, g, labels, mask, kernel)
+                else:
+                    grad_rhs = pairwise_chunks.matmul(b, a, c, g, labels[::-1], mask, kernel)
         else:
             first, second = _operands(a, b, kernel)
             second = first if second is None else second
@@ -230,13 +238,13 @@ def pairwise_matmul_bwd(
                 Side(first, n, labels[0], weights[0], left),
                 Side(second, m, labels[1], weights[1], mirrored),
             )
-            grads = _gradients(sides, (a, b), c, dropped, kernel, (SLOPES[kernel],), own, needs)
+            grads = _gradients(sides, (a, b), c, dropped, kernel, (SLOPES[kernel],), self_pairs, needs)
             grad_rhs = None
             if need_rhs:
                 bare = Side(second, m, labels[1]), Side(first, n, labels[0])
                 values = operand(g, planes)
-                grad_rhs = weighted_rows(*bare, c, mask, kernel, (VALUES[kernel],), own, values, columns=p)
-    return _shaped((*grads, grad_rhs), (x, z, x if rhs is None else rhs))
+                grad_rhs = weighted_rows(*bare, c, mask, kernel, (VALUES[kernel],), self_pairs, values, columns=p)
+    return _shaped(grads[0], x), _shaped(grads[1], z), _shaped(grad_rhs, x if rhs is None else rhs)
 
 
 def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
@@ -257,7 +265,7 @@ def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Te
 
 
 def _too_many_columns(x: Tensor) -> str | None:
-    """The Gram has no kernel by chunks: its sums of products of kernels need every column of a tile at once."""
+    """Why the Gram refuses x, if it does: it has no kernel by chunks, so every column of a tile must fit on chip."""
     return (
         f"D > {WIDEST}: the Gram's tiles keep at most {WIDEST} columns on chip"
         if x.shape[-1] > WIDEST
@@ -265,13 +273,14 @@ def _too_many_columns(x: Tensor) -> str | None:
     )
 
 
-for _function in (
+_FUNCTIONS: tuple[Callable, ...] = (
     pairwise_logsumexp_fwd,
     pairwise_logsumexp_bwd,
     pairwise_argmax,
     pairwise_matmul_fwd,
     pairwise_matmul_bwd,
-):
+)
+for _function in _FUNCTIONS:
     launch.register(_function.__name__, _function)
-for _function in (pairwise_gram_fwd, pairwise_gram_bwd):
-    launch.register(_function.__name__, _function, _too_many_columns)
+launch.register("pairwise_gram_fwd", pairwise_gram_fwd, _too_many_columns)
+launch.register("pairwise_gram_bwd", pairwise_gram_bwd, _too_many_columns)

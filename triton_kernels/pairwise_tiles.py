@@ -1,7 +1,8 @@
-"""What kernels over pairs of rows share: operands cut into bf16 planes, tiles of similarities, and masks.
+"""Shared by the kernels over pairs of rows: operands cut into bf16 planes, tiles of similarities, and masks.
 
-fp32 rows are handed to the tensor cores as bf16 planes that sum to them: three planes and six products err as fp32
-does ("ieee"), two and three are bf16x3, one is bf16. Planes are padded with zeros, so tiles are loaded without masks.
+The tensor cores get fp32 rows as bf16 planes that sum to them. Three planes and six products are as accurate as fp32
+("ieee"); two planes and three products are bf16x3; one plane is bf16. Planes are padded with zeros, so tiles are loaded
+without masks.
 """
 
 from __future__ import annotations
@@ -17,15 +18,15 @@ from . import launch
 from .gemm import precision
 from .launch import INTERPRETED, rounded
 
-PAD = 64  # rows of an operand are a multiple of it, which the sides of every tile divide
-WIDEST = 256  # columns that tiles keep on chip
+PAD = 64  # the rows of an operand are padded to a multiple of it, and every side of a tile divides it
+WIDEST = 256  # most columns that a tile keeps on chip
 LOG2E = tl.constexpr(1.4426950408889634)
-PLANE_DTYPE = torch.float32 if INTERPRETED.value else torch.bfloat16  # the interpreter's bf16 is garbage
+PLANE_DTYPE = torch.float32 if INTERPRETED.value else torch.bfloat16  # the interpreter has no working bf16
 SQUARED = ("sqeuclidean", "rbf")
 
 
 class Operand(NamedTuple):
-    """Rows as the tiles take them."""
+    """Rows in the form that tiles take."""
 
     planes: Tensor  # (S, planes, padded rows, padded columns)
     squares: Tensor  # (S, padded rows)
@@ -40,7 +41,7 @@ class Operand(NamedTuple):
 
 
 def plane_count(kernel: str) -> int:
-    """Planes that torch's switch asks for; a distance is a difference of large numbers and takes two at least."""
+    """Number of planes for torch's switch. A distance is a difference of large numbers, and takes at least two."""
     return {"ieee": 3, "bf16x3": 2, "bf16": 2 if kernel in SQUARED else 1}[precision()]
 
 
@@ -54,7 +55,7 @@ def padded_columns(d: int) -> int:
 
 @triton.jit
 def cut(x, PLANES: tl.constexpr):
-    """The planes of fp32 x, highest first, as the tensor cores take them; absent ones repeat the first."""
+    """The planes of fp32 x for the tensor cores, highest first; absent ones repeat the first."""
     high = rounded(x, tl.bfloat16).to(tl.float32)
     middle, low = high, high
     if PLANES > 1:
@@ -108,28 +109,29 @@ def operand(z: Tensor, planes: int) -> Operand:
 
 
 def has_wgmma(z: Tensor) -> bool:
-    """Whether products of the device of `z` are those of Hopper, which read shared memory; the interpreter takes its
-    tiles."""
+    """Whether the device of `z` has the products of Hopper (wgmma), which read shared memory. The interpreter uses the
+    same tiles."""
     return not z.is_cuda or torch.cuda.get_device_capability(z.device)[0] == 9
 
 
 def table(
     planes: int, resident: int, loaded: int, summed: int = 0, around: bool = False, wgmma: bool = True
 ) -> dict[str, int] | None:
-    """Rows and columns of a tile, stages of its loads and columns of a step, or None where an SM has no room.
+    """The tile: its rows and columns, stages of its loads, and columns per step. None if it does not fit an SM.
 
-    In columns: what 64 rows keep on chip, what every tile loads, and what it adds up. Wide rows do not stay on chip:
-    a tile goes through them by steps of BK. `around` is where there are sums of weights as well, `wgmma` where
-    products are. Chosen by what Triton 3.6 and 3.9 compile without spills, and without wgmma that waits.
+    Sizes are in columns: `resident` stays on chip for 64 rows, `loaded` is read for every tile, `summed` is
+    accumulated. Wide rows do not stay on chip; a tile takes them in steps of BK. `around` is set if weights are summed
+    too, `wgmma` if products are Hopper's. The table has tiles that Triton 3.6 and 3.9 compile without spills, and
+    without waiting for each wgmma.
     """
     held = planes * resident
     if not summed:
         most, four = 512, 384
     elif wgmma:
-        # eight warps would split a sum's columns: narrower products, 35 barriers in a tile of two planes for 5, and
-        # ptxas makes the products wait for each other
+        # Eight warps would split the columns of a sum. Products would be narrower, a tile of two planes would have 35
+        # barriers, not 5, and ptxas would make the products wait for each other.
         most, four = (384, 384) if summed <= 128 else (256, 0)
-    else:  # operands in registers: less of them fits
+    else:  # operands are in registers, so fewer fit
         most, four = 256 - around, 192
     if held > most:
         if planes * max(loaded, summed) > 1152:
@@ -148,7 +150,7 @@ def table(
 def load_planes(
     z, s, first, padded, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, start=0, COLS: tl.constexpr = 0
 ):
-    """The planes of a block of rows, of COLS columns from `start` or all; absent ones repeat the first."""
+    """The planes of a block of rows: all columns, or COLS columns from `start`. Absent planes repeat the first."""
     z += (s * PLANES * padded + first) * WIDTH + start
     at = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, COLS if COLS else WIDTH)[None, :]
     step = tl.cast(padded, tl.int64) * WIDTH
@@ -163,7 +165,7 @@ def load_planes(
 
 @triton.jit
 def add_product(a0, a1, a2, b0, b1, b2, acc, PLANES: tl.constexpr):
-    """acc + a b from their planes, the smallest products first."""
+    """acc + a b from their planes, smallest products first."""
     if PLANES > 2:
         acc = tl.dot(a2, b0, acc, input_precision="ieee")
         acc = tl.dot(a0, b2, acc, input_precision="ieee")
@@ -176,7 +178,7 @@ def add_product(a0, a1, a2, b0, b1, b2, acc, PLANES: tl.constexpr):
 
 @triton.jit
 def products(x0, x1, x2, y0, y1, y2, t, PLANES: tl.constexpr):
-    """t + <x_i, y_j> of a tile; the same bits for <y_j, x_i>, which large exponents need to cancel."""
+    """t + <x_i, y_j> of a tile. <y_j, x_i> has the same bits, so that large exponents cancel."""
     y0, y1, y2 = tl.trans(y0), tl.trans(y1), tl.trans(y2)
     if PLANES > 2:
         t += tl.dot(x2, y0, input_precision="ieee") + tl.dot(x0, y2, input_precision="ieee")
@@ -202,7 +204,7 @@ def products_by_steps(
 
 @triton.jit
 def add_weighted(w, z, s, first, padded, acc, BJ: tl.constexpr, BV: tl.constexpr, PLANES: tl.constexpr):
-    """acc + w z, one plane of z after the other: few registers hold them on their way to shared memory."""
+    """acc + w z, one plane of z at a time, so that few registers hold planes on their way to shared memory."""
     w0, w1, w2 = cut(w, PLANES)
     z += (s * PLANES * padded + first) * BV
     at = tl.arange(0, BJ)[:, None] * BV + tl.arange(0, BV)[None, :]
@@ -223,18 +225,18 @@ def add_weighted(w, z, s, first, padded, acc, BJ: tl.constexpr, BV: tl.constexpr
 
 
 @triton.jit
-def distances(products, i, j, square_i, square_j, OWN: tl.constexpr):
-    """|x_i - y_j|^2 of products <x_i, y_j>; exactly 0 where a row meets itself."""
+def distances(products, i, j, square_i, square_j, SELF_PAIRS: tl.constexpr):
+    """|x_i - y_j|^2 from products <x_i, y_j>; exactly 0 for a row with itself."""
     t = square_i[:, None] + square_j[None, :] - 2.0 * products
     t = tl.where(t < 0, 0.0, t)  # keeps NaN
-    if OWN:
+    if SELF_PAIRS:
         t = tl.where(i[:, None] == j[None, :], 0.0, t)
     return t
 
 
 @triton.jit
 def kept(i, j, n, m, label_i, y_labels, s, MASK: tl.constexpr):
-    """Pairs that are there and that the mask keeps."""
+    """The pairs that exist and that the mask keeps."""
     keep = (i[:, None] < n) & (j[None, :] < m)
     if MASK & 1:
         keep &= i[:, None] != j[None, :]

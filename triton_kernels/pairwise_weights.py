@@ -1,4 +1,4 @@
-"""Weights of pairs: the kernels, their derivatives, and shares of a log-sum-exp."""
+"""Weights of pairs: kernels, their derivatives, and shares of a log-sum-exp."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ SLOPES = {"dot": "one", "sqeuclidean": "one", "rbf": "-exp", "softplus": "sigmoi
 
 @triton.jit
 def value_of(t, FUNCTION: tl.constexpr):
-    """A kernel, or its derivative, of scaled similarities."""
+    """A kernel of scaled similarities, or its derivative."""
     if FUNCTION == "exp":
         t = tl.exp2(t * -LOG2E)
     elif FUNCTION == "-exp":
@@ -48,7 +48,7 @@ def pair_kernel(
     over = tl.zeros((BLOCK,), tl.float32)
     if base is not None:
         over = tl.load(base + s * n + i, mask=i < n, other=0.0)
-        none = over == float("-inf")  # of no pairs at all, the shares are 0
+        none = over == float("-inf")  # without pairs, the shares are 0
         g, over = tl.where(none, 0.0, g), tl.where(none, 0.0, over)
     if shifts is not None:
         shift = tl.load(shifts + s)
@@ -60,7 +60,7 @@ def pair_kernel(
 
 
 def pairs(weight: Tensor | None, base: Tensor | None, shifts: Tensor | None) -> Tensor | None:
-    """(S, padded, 2): g and b of g e^(t - b); g e^(shift - b) and 0 where the shift is fixed."""
+    """(S, padded, 2): g and b of g e^(t - b); if the shift is fixed, g e^(shift - b) and 0."""
     if weight is None:
         return None
     s, n = weight.shape
@@ -77,7 +77,7 @@ def load_pairs(pairs, at):
 
 @triton.jit
 def load_weights(pairs, at):
-    """The first of both, the second being 0: without it Triton would load them by 4 bytes."""
+    """The first of each pair, whose second is 0. Loading only the first would make Triton use 4-byte loads."""
     first, second = load_pairs(pairs, at)
     return first + second
 
@@ -88,14 +88,14 @@ def pair_weights(
     keep,
     c,
     shift,
-    row_pairs,  # of these rows, or None
+    row_pairs,  # pairs of these rows, or None
     column_pairs,
     i,
     j,
-    mixed,  # products of the sides' factors, or None
+    mixed,  # products of the factors of both sides, or None
     FUNCTION: tl.constexpr,
 ):
-    """Weights of pairs; 0 where the mask drops one."""
+    """The weights of pairs; 0 where the mask drops a pair."""
     if FUNCTION == "online":
         t *= c
         w = tl.zeros(t.shape, tl.float32)

@@ -1,5 +1,5 @@
-// The loops of batch moments and batch norm: sums column by column or plane by plane, and maps of number to number, of
-// numbers stored as S and counted as T.
+// Inner loops of batch moments and batch norm: sums per column or per plane, and elementwise maps. S is the storage
+// type and T the type of the arithmetic.
 #pragma once
 
 #include <algorithm>
@@ -9,14 +9,14 @@
 
 namespace sslkern {
 
-// Columns are walked some rows at once: what belongs to a column is loaded, and stored, once for all of them. (Written
-// out, not as a loop over the rows, which the compiler would not make vectors of.) Maps of bf16 gain nothing: the
+// The column loops take several rows per step, so each per-column value is loaded and stored once for all of them. The
+// rows are unrolled by hand, because the compiler does not vectorise a loop over rows. Maps of bf16 gain nothing: the
 // conversions take longer than the loads.
 constexpr int64_t kAtOnce = 4;
 template <class S>
 constexpr int64_t kMapped = sizeof(S) > 2 ? kAtOnce : 1;
 
-// f(row) for R rows
+// Calls f(row) for R rows.
 template <int64_t R, class F>
 SSLKERN_INLINE void each_row(const F& f) {
   f(0);
@@ -25,7 +25,7 @@ SSLKERN_INLINE void each_row(const F& f) {
   if constexpr (R > 3) f(3);
 }
 
-// sum += x - pivot, square += (x - pivot)^2, column by column, over R rows
+// Per column, over R rows: sum += x - pivot, square += (x - pivot)^2.
 template <int64_t R, class S, class T>
 SSLKERN_INLINE void add_powers_of(const S* x, int64_t ld, int64_t cols, const T* pivot, T* sum, T* square) {
 #pragma omp simd
@@ -53,7 +53,7 @@ SSLKERN_INLINE void add_powers_body(const S* x, int64_t ld, int64_t rows, int64_
   for (; i < rows; ++i, x += ld) add_powers_of<1>(x, ld, cols, pivot, sum, square);
 }
 
-// square += ((x - pivot) - shift)^2, column by column
+// Per column: square += ((x - pivot) - shift)^2.
 template <class S, class T>
 SSLKERN_INLINE void add_squares_body(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, const T* shift,
                                      T* square) {
@@ -66,14 +66,14 @@ SSLKERN_INLINE void add_squares_body(const S* x, int64_t ld, int64_t rows, int64
   }
 }
 
-// What each channel does to its numbers: y = (x - mean) * scale + bias, below zero cut off where relu.
+// The map of each channel: y = (x - mean) * scale + bias, followed by a relu where `relu` is set.
 template <class T>
 struct Affine {
   const T *mean, *scale, *bias;
   bool relu;
 };
 
-// sum += dy, dot += dy (x - mean), with dy zero where the relu was; NaN passes, as in torch
+// sum += dy, dot += dy (x - mean). With kRelu, dy is zero where the relu is off; NaN passes, as in torch.
 template <int64_t R, bool kRelu, class S, class T>
 SSLKERN_INLINE void add_gradients_of(const S* dy, const S* x, int64_t ld, int64_t cols, const Affine<T>& f, T* sum,
                                      T* dot) {
@@ -112,7 +112,7 @@ SSLKERN_INLINE void add_gradients_body(const S* dy, const S* x, int64_t ld, int6
          : add_gradients_if<false>(dy, x, ld, rows, cols, f, sum, dot);
 }
 
-// Sums over a plane run in this many lanes, added up in pairs.
+// Sums over a plane use this many lanes, which are then added in pairs.
 constexpr int64_t kLanes = 64;
 
 template <class T>
@@ -165,7 +165,7 @@ SSLKERN_INLINE void plane_gradients_body(const S* dy, const S* x, int64_t n, T m
   dot += fold_lanes(dots);
 }
 
-// A channel's number at each of its numbers, or one number per column.
+// Yields the same value at every index. Lets one loop serve both a single channel and one channel per column.
 template <class T>
 struct Same {
   T value;
@@ -187,7 +187,8 @@ SSLKERN_INLINE void affine_of_rows(const S* x, int64_t ld, int64_t n, V mean, V 
   }
 }
 
-// out = scale dy - (slope (x - mean) + offset); kConstant: every slope is 0, and a NaN or inf of x stays out
+// out = scale dy - (slope (x - mean) + offset). With kConstant every slope is 0, and a NaN or inf in x does not reach
+// the output.
 template <int64_t R, bool kRelu, bool kConstant, class S, class V>
 SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, int64_t n, V mean, V scale, V bias,
                                            V slope, V offset, S* out) {
@@ -203,7 +204,8 @@ SSLKERN_INLINE void input_gradient_of_rows(const S* dy, const S* x, int64_t ld, 
   }
 }
 
-// A piece of `for_pieces_in_order`, with the channels' numbers from its first channel on; `runs`: one channel per row.
+// Maps one piece of `for_pieces_in_order`. The coefficients start at the first channel of the piece. With `runs`, each
+// row is one channel.
 template <bool kRelu, class S, class T>
 SSLKERN_INLINE void affine_if(const S* x, int64_t ld, int64_t rows, int64_t cols, bool runs, const Affine<T>& f,
                               S* out) {
@@ -245,7 +247,7 @@ SSLKERN_INLINE void input_gradient_body(const S* dy, const S* x, int64_t ld, int
            : input_gradient_if<true, false>(dy, x, ld, rows, cols, runs, f, slope, offset, out);
 }
 
-// The clones of what reads x, stored as S.
+// Clones of the loops that read x, stored as S.
 #define SSLKERN_KERNELS(S, T)                                                                                          \
   SSLKERN_CLONES static void add_powers(const S* x, int64_t ld, int64_t rows, int64_t cols, const T* pivot, T* sum,    \
                                         T* square) {                                                                   \

@@ -1,4 +1,4 @@
-// What batch moments and batch norm do per channel, between one pass over x and the next.
+// Per-channel arithmetic of batch moments and batch norm, between the passes over x.
 #pragma once
 
 #include <cmath>
@@ -7,8 +7,8 @@
 
 namespace sslkern {
 
-// Squares about the pivot, in place, into squares about the mean. False where a column would lose more than a bit: its
-// pivot is a standard deviation from its mean.
+// Turns sums of squares about the pivot into sums of squares about the mean, in place. Returns false if a column would
+// lose more than one bit, which happens when its pivot is more than a standard deviation from its mean.
 template <class T>
 SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* sum, T* square) {
   const double each = 1. / count;
@@ -22,14 +22,15 @@ SSLKERN_INLINE bool centre_squares_body(int64_t count, int64_t cols, const T* su
   return safe == cols;
 }
 
-// Chan's merge of `more` numbers, of this mean and sum of squares about it, into (count, mean, m2).
+// Chan's merge: adds `more` elements, with their mean and sum of squares about it, to (count, mean, m2).
 SSLKERN_INLINE void merge(int64_t count, int64_t more, double more_mean, double more_m2, double& mean, double& m2) {
   const double delta = more_mean - mean, share = static_cast<double>(more) / (count + more);
   mean += delta * share;
   m2 += more_m2 + delta * delta * count * share;
 }
 
-// The same for columns of sums about a pivot, and of squares about their means; the mean is the next pivot.
+// The same for columns, from sums about a pivot and squares about their own means. The merged mean becomes the next
+// pivot.
 template <class T>
 SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols, const T* sum, const T* square,
                                        T* pivot, double* mean, double* m2) {
@@ -41,7 +42,7 @@ SSLKERN_INLINE void merge_columns_body(int64_t count, int64_t more, int64_t cols
   }
 }
 
-// The mean as high + low, and the biased variance.
+// Writes the mean as high + low, and the biased variance.
 template <class T>
 SSLKERN_INLINE void finish_moments_body(int64_t n, int64_t count, const double* mean, const double* m2, T* high, T* low,
                                         T* variance) {
@@ -53,7 +54,7 @@ SSLKERN_INLINE void finish_moments_body(int64_t n, int64_t count, const double* 
   }
 }
 
-// What `Affine` needs, per channel, from the mean as high + low: the bias makes up for what rounding took from it.
+// Per-channel scale and bias for `Affine`. The mean is high + low; the bias corrects for low.
 template <class T>
 SSLKERN_INLINE void affine_of_body(int64_t n, const T* low, const T* variance, const T* weight, const T* beta, T eps,
                                    T* inverse_std, T* scale, T* bias) {
@@ -65,7 +66,7 @@ SSLKERN_INLINE void affine_of_body(int64_t n, const T* low, const T* variance, c
   }
 }
 
-// Per channel: the sums of dy, and of dy x_hat, from those of dy (x - high).
+// Per channel: the sums of dy and of dy x_hat, from the sums of dy and of dy (x - high).
 template <class T>
 SSLKERN_INLINE void finish_sums_body(int64_t n, const double* sum, const double* dot, const T* low,
                                      const T* inverse_std, T* sum_out, T* dot_out) {
@@ -76,7 +77,8 @@ SSLKERN_INLINE void finish_sums_body(int64_t n, const double* sum, const double*
   }
 }
 
-// dx = scale (dy - mean of dy - x_hat mean of dy x_hat) = scale dy - (slope (x - high) + offset); means are `each` sum
+// dx = scale (dy - mean(dy) - x_hat mean(dy x_hat)) = scale dy - (slope (x - high) + offset). A mean is `each` times
+// its sum.
 template <class T>
 SSLKERN_INLINE void slopes_body(int64_t n, const T* sum, const T* dot, double each, const T* low, const T* inverse_std,
                                 const T* scale, T* slope, T* offset) {
@@ -88,7 +90,7 @@ SSLKERN_INLINE void slopes_body(int64_t n, const T* sum, const T* dot, double ea
   }
 }
 
-// The clones of what works per channel.
+// Clones of the per-channel loops.
 #define SSLKERN_KERNELS(T)                                                                                           \
   SSLKERN_CLONES static bool centre_squares(int64_t count, int64_t cols, const T* sum, T* square) {                  \
     return centre_squares_body(count, cols, sum, square);                                                            \

@@ -1,16 +1,16 @@
-// The loops of batch norm over fp16: it is counted as fp32, some rows at a time, in memory that stays in the first
-// cache, for its conversions are instructions of their own. Those of bf16 are so short that they are part of the loops.
+// Loops of batch norm over fp16. A few rows at a time are converted to fp32 in a buffer that stays in L1, because the
+// conversions are separate instructions. Conversions of bf16 are so short that they are part of the loops.
 #pragma once
 
 #include "batch_norm.h"
 
 namespace sslkern {
 
-constexpr int64_t kStaged = 4096;  // numbers that are converted at a time
+constexpr int64_t kStaged = 4096;  // elements converted at a time
 static_assert(kStaged >= kPiece && kStaged >= kBlockCols, "a row of a piece must fit");
 
-// f(i, some): rows [i, i + some) of a piece are converted; a multiple of `kAtOnce`, where so many fit, for the sums not
-// to know of it.
+// Calls f(i, some) for rows [i, i + some) of a piece. Where it fits, `some` is a multiple of `kAtOnce`, so the sums are
+// grouped as without conversion.
 template <class F>
 void for_staged(int64_t rows, int64_t cols, const F& f) {
   const int64_t fit = kStaged / cols, step = fit < kAtOnce ? 1 : fit / kAtOnce * kAtOnce;

@@ -1,20 +1,21 @@
-// Walks over the channels of x, (M, C) or (N, C, L) as its memory goes. Long runs of one channel are planes; everything
-// else is columns: M rows, or N rows of C * L columns of which L make a channel.
+// Walks over the channels of x, (M, C) or (N, C, L), in memory order. Long runs of one channel are planes. Everything
+// else is columns: M rows of C columns, or N rows of C * L columns, of which L form a channel.
 #pragma once
 
-#include "columns.h"
+#include "../common.h"
+#include "column_loops.h"
 
 namespace sslkern {
 
-constexpr int64_t kChunk = 1 << 16;      // numbers of a block of columns that stay in L2 for a second look
-constexpr int64_t kPilot = 32;           // rows whose mean is a good pivot for the rest
-constexpr int64_t kPiece = 4096;         // numbers of a plane, likewise in L1
-constexpr int64_t kMapRows = 32;         // rows of a piece of a map
-constexpr int64_t kLine = 64;            // columns at least, where a block of them can be chosen
-constexpr int64_t kShortPlane = 64;      // numbers; shorter runs are columns
-constexpr int64_t kInOrder = 256 << 10;  // bytes that a thread writes in the order of memory before others go on
-constexpr int64_t kTasks = 64;           // for the threads to share, where x is that large; they are merged in order
-constexpr int64_t kFused = 4 << 20;      // bytes of x that are worth one parallel region of two passes, not two of one
+constexpr int64_t kColumnChunk = 1 << 16;  // elements of a block of columns: it stays in L2 for a second pass
+constexpr int64_t kPilot = 32;             // rows of the first piece; its mean is the pivot of the next
+constexpr int64_t kPiece = 4096;           // elements of a piece of a plane: it stays in L1
+constexpr int64_t kMapRows = 32;           // rows per piece of a map
+constexpr int64_t kLine = 64;              // least width of a block of columns, where the width can be chosen
+constexpr int64_t kShortPlane = 64;        // elements; shorter runs are treated as columns
+constexpr int64_t kInOrder = 256 << 10;    // bytes that a thread writes in sequence
+constexpr int64_t kTasks = 64;             // parallel tasks for a large x; their results are merged in order
+constexpr int64_t kFused = 4 << 20;        // largest x, in bytes, for which two passes share one parallel region
 
 struct Layout : Channels {
   bool planes;
@@ -27,11 +28,11 @@ struct Layout : Channels {
   int64_t count() const {
     return rows * length;
   }
-  // What has a mean of its own while sums are taken: channels of planes, or columns.
+  // Number of separate means: one per channel for planes, one per column otherwise.
   int64_t sums() const {
     return planes ? channels : width();
   }
-  // Narrow rows that a map walks as one row, with its channels' numbers repeated.
+  // Number of narrow rows that a map processes as one row, with the coefficients of the channels repeated.
   int64_t fold() const {
     return length == 1 ? std::max<int64_t>(1, kBlockCols / width()) : 1;
   }
@@ -45,9 +46,10 @@ struct Layout : Channels {
     return ceil_div(sums(), unit());
   }
   int64_t chunk_rows() const {
-    return planes ? 1 : std::clamp<int64_t>(kChunk / unit(), 128, 512);
+    return planes ? 1 : std::clamp<int64_t>(kColumnChunk / unit(), 128, 512);
   }
-  // Parts of one size, for the threads to share evenly: 7 of 512 rows leave one of two threads with 2/3 of 3136.
+  // Rows per part. The parts have one size, so that threads share them evenly: 7 parts of 512 rows would give one of
+  // two threads 2/3 of 3136 rows.
   int64_t part_rows() const {
     const int64_t wanted = ceil_div(rows, ceil_div(kTasks, units()));
     if (planes) return wanted;
@@ -64,7 +66,7 @@ struct Range {
   int64_t part, row0, row1, begin, end;
 };
 
-// f(range) in parallel, `parts` of them for every sum.
+// Calls f(range) in parallel, with `parts()` ranges for every sum.
 template <class F>
 void for_ranges(const Layout& v, const F& f) {
   const int64_t step = v.part_rows(), units = v.units(), unit = v.unit();
@@ -77,8 +79,8 @@ void for_ranges(const Layout& v, const F& f) {
   });
 }
 
-// f(range) in parallel, every range with all rows of its channels, for passes that need the sums of the one before.
-// False, and nothing is done, where x is too large or too narrow for it.
+// Calls f(range) in parallel, where a range has all rows of its channels. This serves passes that need the sums of the
+// pass before. Returns false, without any call, if x is too large or too narrow.
 template <class F>
 bool for_whole_channels(const Layout& v, int64_t bytes, const F& f) {
   const int64_t unit = v.planes ? 1 : std::min(kBlockCols, round_up(ceil_div(v.channels, 8), kLine));
@@ -90,13 +92,13 @@ bool for_whole_channels(const Layout& v, int64_t bytes, const F& f) {
   return true;
 }
 
-// Where a piece lies: `rows` of `cols` numbers, `ld` apart.
+// Position of a piece: `rows` rows of `cols` elements, `ld` apart.
 struct Piece {
   int64_t offset, rows, cols, ld;
 };
 
-// f(piece, sum) over a range, in the order of memory, by what fits in L1 or L2: rows of columns from `sum` on, few of
-// them first, or one run of a plane of channel `sum`.
+// Calls f(piece, sum) over a range in memory order. A piece fits L1 or L2. It is a block of rows whose first column is
+// `sum` (the first piece has few rows), or a run of one plane of channel `sum`.
 template <class F>
 void for_pieces(const Layout& v, const Range& r, const F& f) {
   if (!v.planes) {
@@ -112,9 +114,9 @@ void for_pieces(const Layout& v, const Range& r, const F& f) {
       }
 }
 
-// f(piece, channel) in parallel and in the order of memory, for maps of number to number: what a thread writes it
-// writes whole, since a huge page that is left half written goes to memory and comes back. Over (M, C) a piece is rows
-// of columns from `channel` on; over (N, C, L), `rows` runs of `cols` numbers, of the channels from `channel` on.
+// Calls f(piece, channel) in parallel and in memory order, for elementwise maps. Each thread writes whole huge pages: a
+// half-written one would go to memory and come back. For (M, C), a piece is a block of rows whose first column is
+// `channel`. For (N, C, L), it is `rows` runs of `cols` elements, one per channel from `channel` on.
 template <class F>
 void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   if (v.length == 1) {
@@ -143,7 +145,7 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   });
 }
 
-// One number per column of a range, from one per channel.
+// One value per column of a range, expanded from one per channel.
 template <class T>
 struct PerColumn {
   T spread[kBlockCols];

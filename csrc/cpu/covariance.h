@@ -1,35 +1,77 @@
-// One slice of covariance: its moments forward, its gradient backward.
+// Covariance of one slice: moments in the forward, the gradient in the backward. Shared by covariance and VICReg.
 #pragma once
 
-#include "blocks.h"
+#include "column_blocks.h"
+#include "gradient_tiles.h"
+#include "row_pass.h"
 
 namespace sslkern {
 
 template <class T>
-struct Slice {
+struct ColumnSlice {
   Matrix z;
-  T* high;      // [D] column means, and
-  T* low;       // [D] what `high` cannot hold of them
+  T* high;      // [D] column means
+  T* low;       // [D] rounding error of `high`
   T* variance;  // [D]
   T* gram;      // [m, m]
-  T* row_sq;    // [N] squared row norms, where unbiased
+  T* row_sq;    // [N] squared row norms; unbiased only
   bool unbiased, dual;
 };
 
-// The invariance term's share of a gradient: coeff * (z - other).
+// Tensors that the forward saves for the backward. `views` is the leading shape for several views of the shape of z.
+struct SavedMoments {
+  Tensor centre, variance, gram, row_sq;
+  int64_t n, d, m, stack;
+  bool unbiased, dual;
+
+  template <class T>
+  ColumnSlice<T> at(const Matrix& z, int64_t index) const {
+    return {z,
+            data<T>(centre) + index * 2 * d,
+            data<T>(centre) + index * 2 * d + d,
+            data<T>(variance) + index * d,
+            data<T>(gram) + index * m * m,
+            data<T>(row_sq) + (unbiased ? index * n : 0),
+            unbiased,
+            dual};
+  }
+};
+
+inline SavedMoments allocate_moments(const Tensor& z, bool unbiased, bool dual, const Shape& views) {
+  const auto dtype = accumulation_dtype(z);
+  const int64_t n = z.size(z.dim() - 2), d = z.size(z.dim() - 1), m = dual ? n : d;
+  return {fresh(z, stacked(z, {2, d}, views), dtype),
+          fresh(z, stacked(z, {d}, views), dtype),
+          fresh(z, stacked(z, {m, m}, views), dtype),
+          fresh(z, stacked(z, {unbiased ? n : 0}, views), dtype),
+          n,
+          d,
+          m,
+          stack_size(z),
+          unbiased,
+          dual};
+}
+
+inline SavedMoments restore_moments(const Tensor& z, const Tensor& centre, const Tensor& variance, const Tensor& gram,
+                                    const Tensor& row_sq, bool unbiased, bool dual) {
+  const int64_t n = z.size(z.dim() - 2), d = z.size(z.dim() - 1);
+  return {centre, variance, gram, row_sq, n, d, dual ? n : d, stack_size(z), unbiased, dual};
+}
+
+// Gradient of the invariance term: coeff * (z - other).
 struct Pull {
   Matrix other;
   double coeff;
 };
 
-// c of the unbiased estimator: (N-1)/(N(N-2)(N-3))
+// The factor c of the unbiased estimator: (N-1)/(N(N-2)(N-3)).
 inline double unbiased_factor(int64_t n) {
   return (n - 1.) / (static_cast<double>(n) * (n - 2) * (n - 3));
 }
 
-// sum_i |z_i|^4 - sum_ij z_ij^4 turns the plug-in sum of squares into its U-statistic.
+// Turns the plug-in sum of squares into its U-statistic, with sum_i |z_i|^4 - sum_ij z_ij^4.
 template <class T>
-double unbiased_offdiag(const Slice<T>& s, double plugin, double fourth_powers) {
+double unbiased_offdiag(const ColumnSlice<T>& s, double plugin, double fourth_powers) {
   const int64_t n = s.z.rows, d = s.z.cols;
   double trace = 0, square = 0, norms = 0;
   for (int64_t j = 0; j < d; ++j) {
@@ -42,7 +84,7 @@ double unbiased_offdiag(const Slice<T>& s, double plugin, double fourth_powers) 
 }
 
 template <class T>
-double dual_moments(const Tensor& like, const Slice<T>& s) {
+double dual_moments(const Tensor& like, const ColumnSlice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
   const Gemm gemm = gemm_for<T>(n, d);
   const Cut cut = cut_columns(n, d, gemm);
@@ -54,7 +96,8 @@ double dual_moments(const Tensor& like, const Slice<T>& s) {
     products.add(block[0], block[0], grams.at(span.part), span.first);
   });
   grams.add_up(true);
-  if (powers) {  // the Gram's own diagonal too: the estimator's difference of the two must not be one of roundings
+  if (powers) {  // also as the diagonal of the Gram: the estimator subtracts one from the other, and their rounding
+                 // must agree
     powers->squares(s.row_sq);
     for (int64_t i = 0; i < n; ++i) s.gram[i * n + i] = s.row_sq[i];
   }
@@ -66,7 +109,7 @@ double dual_moments(const Tensor& like, const Slice<T>& s) {
 }
 
 template <class T>
-double primal_moments(const Tensor& like, const Slice<T>& s) {
+double primal_moments(const Tensor& like, const ColumnSlice<T>& s) {
   const int64_t n = s.z.rows, d = s.z.cols;
   const Gemm gemm = gemm_for<T>(d, n);
   const Cut cut = cut_rows(n, d, gemm);
@@ -84,9 +127,9 @@ double primal_moments(const Tensor& like, const Slice<T>& s) {
   return s.unbiased ? unbiased_offdiag(s, plugin, pass.fourth_powers()) : plugin;
 }
 
-// Fills the slice's workspaces and returns the sum of squared off-diagonal covariances.
+// Fills the saved tensors of a slice and returns the sum of squared off-diagonal covariances.
 template <class T>
-double second_moments(const Tensor& like, const Slice<T>& s) {
+double second_moments(const Tensor& like, const ColumnSlice<T>& s) {
   return s.dual ? dual_moments(like, s) : primal_moments(like, s);
 }
 
@@ -97,7 +140,8 @@ struct Epilogue {
   std::vector<T> column, shift;
   T cubic = 0;
 
-  Epilogue(const Slice<T>& s, const std::vector<double>& grad_variance, double g) : column(s.z.cols), shift(s.z.cols) {
+  Epilogue(const ColumnSlice<T>& s, const std::vector<double>& grad_variance, double g)
+      : column(s.z.cols), shift(s.z.cols) {
     const double n = s.z.rows, c = s.unbiased ? unbiased_factor(s.z.rows) : 0;
     const double plugin = s.unbiased ? c * (n - 1) * (n - 2) * g : g;
     double trace = 0;
@@ -113,9 +157,9 @@ struct Epilogue {
   }
 };
 
-// Rows [i0, i1) of columns [j0, j1) of the gradient, from the product and the centred values of the same block.
+// Writes rows [i0, i1) of columns [j0, j1) of the gradient, from the product and the centred values of that block.
 template <class T>
-void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, int64_t i0, int64_t i1, int64_t j0,
+void write_gradient(const ColumnSlice<T>& s, const Epilogue<T>& e, const Pull* pull, int64_t i0, int64_t i1, int64_t j0,
                     int64_t j1, const T* product, const T* block, const Matrix& grad) {
   const int64_t ld = j1 - j0;
   stable::parallel_for(i0, i1, ceil_div(8192, ld), [&](int64_t begin, int64_t end) {
@@ -142,10 +186,11 @@ void write_gradient(const Slice<T>& s, const Epilogue<T>& e, const Pull* pull, i
   });
 }
 
-// The gradient of one slice, given those of its variances and of its offdiag.
+// The gradient of one slice, given the gradients of its variances and of its offdiag.
 template <class T>
-void input_gradient(const Tensor& grams, int64_t index, const Slice<T>& s, const std::vector<double>& grad_variance,
-                    double grad_offdiag, const Pull* pull, const Matrix& grad) {
+void input_gradient(const Tensor& grams, int64_t index, const ColumnSlice<T>& s,
+                    const std::vector<double>& grad_variance, double grad_offdiag, const Pull* pull,
+                    const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
   const Gemm gemm = gemm_for<T>(m, s.dual ? d : n);
   const Operand<T> gram = square_of<T>(grams, index, m, gemm);

@@ -1,11 +1,13 @@
-// Cross-correlation on the CPU: blocks of both views are standardised into cache, multiplied there by tiles of ours or
-// by the vendor library, and forgotten.
-#include "blocks.h"
+// Cross-correlation on the CPU. Blocks of both views are standardised in cache and multiplied there, by our tiles or
+// the vendor library. The standardised matrices are never formed as a whole.
+#include "column_blocks.h"
+#include "gradient_tiles.h"
+#include "row_pass.h"
 
 namespace sslkern {
 namespace {
 
-// What forward and backward share: inputs and the workspaces between them.
+// Inputs, and the tensors that the forward saves for the backward.
 struct Views {
   Tensor input[2];
   Tensor centre, inv_std, diagonal, gram;
@@ -13,7 +15,7 @@ struct Views {
   bool dual;
 };
 
-// One slice of them. gram[1] is null in the primal.
+// One slice of both views. gram[1] is null in the primal.
 template <class T>
 struct Pair {
   Matrix z[2];
@@ -33,14 +35,14 @@ struct Pair {
   }
 };
 
-// Variances (unbiased) to 1 / sqrt(biased + eps), in place.
+// Turns unbiased variances into 1 / sqrt(biased + eps), in place.
 template <class T>
 void invert_std(T* variance, int64_t begin, int64_t end, int64_t n, double eps) {
   for (int64_t j = begin; j < end; ++j)
     variance[j] = static_cast<T>(1. / std::sqrt(variance[j] * ((n - 1.) / n) + eps));
 }
 
-// Standardises columns [j0, j1) of both views into their blocks, and the diagonal of their correlation with them.
+// Standardises columns [j0, j1) of both views into their blocks, and computes the diagonal of their correlation.
 template <class T>
 void standardise_blocks(const Pair<T>& p, int64_t j0, int64_t j1, double eps, T* const* block) {
   const int64_t ld = j1 - j0;
@@ -73,7 +75,8 @@ double dual_forward(const Tensor& like, const Pair<T>& p, double eps) {
   return inner / (static_cast<double>(p.n) * p.n) - square;
 }
 
-// The correlation from the product of centred columns: scaled, split into diagonal and the rest, squares summed.
+// Turns the product of centred columns into the correlation: scales it, moves its diagonal out, and returns the sum of
+// the other squares.
 template <class T>
 double finish_correlation(const Pair<T>& p) {
   std::vector<double> partial(p.d);
@@ -111,8 +114,7 @@ double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
   return finish_correlation(p);
 }
 
-// Gradients with respect to the standardised views are alpha * product + column_j * (the other view); `needed` says
-// whose.
+// The gradient of a standardised view is alpha * product + column_j * (the other view). `needed` selects the views.
 template <class T>
 struct Gradient {
   T alpha;
@@ -151,7 +153,8 @@ void dual_backward(const Operand<T>* gram, const Pair<T>& p, const Gradient<T>& 
       });
 }
 
-// mean_i x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj, over rows of C for a and columns for b.
+// mean_i of x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj. The sum runs over rows of C for a, and
+// over columns for b.
 template <class T>
 std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
   std::vector<double> square(p.d);

@@ -1,5 +1,5 @@
-// Loops over a row of similarities: exponentials, their sums and their weights. An exponential of our own, because
-// neither torch nor libm has one that a compiler vectorises: 8192^2 of torch's take 100 ms.
+// Loops over a row of similarities: exponentials, their sums and their weights. The exponential is our own, because
+// neither torch nor libm has one that a compiler vectorises: torch takes 100 ms for 8192^2 of them.
 #pragma once
 
 #include <bit>
@@ -32,8 +32,8 @@ struct ExpOf<double> {
       1. / 720,        1. / 120,       1. / 24,       1. / 6,       .5,          1.,         1.};
 };
 
-// e^x, 0 where it is below the smallest normal number; NaN stays NaN. x = n log 2 + r, 2^n by its bits and e^r by its
-// series, to 1 ulp or so; at `highest`, and no further, an n that is too large has the bits of infinity.
+// e^x; 0 below the smallest normal number; NaN stays NaN. With x = n log 2 + r, 2^n is formed from its bits and e^r
+// from its series, to about 1 ulp. At `highest`, and no higher, an overflowing n has the bits of infinity.
 template <class T>
 SSLKERN_INLINE T exp_of(T x) {
   using E = ExpOf<T>;
@@ -51,7 +51,7 @@ SSLKERN_INLINE T any_exp_of(T x) {
   return exp_of(x > ExpOf<T>::highest ? ExpOf<T>::highest : x);
 }
 
-// log(1 + u), 0 <= u <= 1, as 2 artanh(u / (2 + u)): no digits are lost where u is small.
+// log(1 + u) for 0 <= u <= 1, as 2 artanh(u / (2 + u)), which keeps full precision for small u.
 template <class T>
 SSLKERN_INLINE T log1p_of(T u) {
   constexpr int terms = sizeof(T) == 4 ? 8 : 17;
@@ -61,7 +61,7 @@ SSLKERN_INLINE T log1p_of(T u) {
   return 2 * s * sum;
 }
 
-// t = scale * t, or with squares of norms, t being a product, scale * max(0, x + y - 2 t).
+// t = scale * t; or, for a product t and squared norms x and y, t = scale * max(0, x + y - 2 t).
 template <class T>
 SSLKERN_INLINE void scale_row_body(T* t, int64_t n, T scale) {
 #pragma omp simd
@@ -76,14 +76,14 @@ SSLKERN_INLINE void distance_row_body(T* t, int64_t n, T scale, T x, const T* y)
   }
 }
 
-// t = value where a label is that of the row, or where it is not.
+// t = value where a label equals that of the row, or where it differs.
 template <class T>
 SSLKERN_INLINE void drop_row_body(T* t, int64_t n, int64_t label, const int64_t* labels, bool equal, T value) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) t[j] = (labels[j] == label) == equal ? value : t[j];
 }
 
-// The sum of exp(c t - shift); the same is added to column sums.
+// The sum of exp(c t - shift). The second form also adds each term to its column sum.
 template <class T>
 SSLKERN_INLINE T exp_row_body(const T* t, int64_t n, T c, T shift) {
   T sum = 0;
@@ -108,7 +108,7 @@ SSLKERN_INLINE void exp_columns_body(const T* t, int64_t n, const T* shifts, T* 
   for (int64_t j = 0; j < n; ++j) columns[j] += exp_of(t[j] - shifts[j]);
 }
 
-// Largest numbers; NaN is passed over.
+// Maxima; NaN is ignored.
 template <class T>
 SSLKERN_INLINE T largest_body(const T* t, int64_t n) {
   T most = -std::numeric_limits<T>::infinity();
@@ -122,7 +122,7 @@ SSLKERN_INLINE void largest_columns_body(const T* t, int64_t n, T* most) {
   for (int64_t j = 0; j < n; ++j) most[j] = t[j] > most[j] ? t[j] : most[j];
 }
 
-// t = exp(c t - shift) (a + b), and t = a exp(t - row) + b exp(t - column): derivatives of logarithms of sums.
+// t = exp(c t - shift) (a + b), and t = a exp(t - row) + b exp(t - column): derivatives of a log-sum-exp.
 template <class T>
 SSLKERN_INLINE void share_row_body(T* t, int64_t n, T shift, T a) {
 #pragma omp simd
@@ -139,7 +139,7 @@ SSLKERN_INLINE void share_each_body(T* t, int64_t n, T row, T a, const T* column
   for (int64_t j = 0; j < n; ++j) t[j] = exp_of(t[j] - row) * a + exp_of(t[j] - column[j]) * b[j];
 }
 
-// t = exp(-t), log(1 + exp(t)); with v given, v times their derivatives.
+// t = exp(-t) and t = log(1 + exp(t)). The slopes are v times the derivatives.
 template <class T>
 SSLKERN_INLINE void rbf_body(T* t, int64_t n) {
 #pragma omp simd
@@ -164,7 +164,7 @@ SSLKERN_INLINE void softplus_slope_body(T* t, int64_t n, const T* v) {
   }
 }
 
-// Of a block, all rows in one call: short ones would spend their time on calls. k = exp(-scale (x_i - y_j)^2).
+// k = exp(-scale (x_i - y_j)^2) for a block. One call takes all rows, since calls would dominate for short ones.
 template <class T>
 SSLKERN_INLINE void rbf_block_body(const T* x, int64_t rows, const T* y, int64_t cols, T scale, T* k, int64_t ld) {
   for (int64_t i = 0; i < rows; ++i, k += ld) {
@@ -173,7 +173,7 @@ SSLKERN_INLINE void rbf_block_body(const T* x, int64_t rows, const T* y, int64_t
   }
 }
 
-// Sums over rows, and with `of_columns` also over columns.
+// Row sums, and column sums if `of_columns` is given.
 template <class T>
 SSLKERN_INLINE void sum_block_body(const T* t, int64_t rows, int64_t cols, int64_t ld, T* of_rows, T* of_columns) {
   for (int64_t i = 0; i < rows; ++i, t += ld) {
@@ -187,7 +187,7 @@ SSLKERN_INLINE void sum_block_body(const T* t, int64_t rows, int64_t cols, int64
   }
 }
 
-// w = w + a_i + b_j, and with k given, -k times that.
+// w = w + a_i + b_j; if k is given, the result is multiplied by -k.
 template <class T>
 SSLKERN_INLINE void weigh_block_body(T* w, int64_t rows, int64_t cols, int64_t ld, const T* a, const T* b, const T* k) {
   for (int64_t i = 0; i < rows; ++i, w += ld) {

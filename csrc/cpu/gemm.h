@@ -1,4 +1,4 @@
-// Matrix products: small ones by tiles in registers, the rest by the vendor library, through torch's dispatcher.
+// Matrix products: small ones by our register tiles, the rest by the vendor library through torch's dispatcher.
 #pragma once
 
 #include <optional>
@@ -21,7 +21,7 @@ inline Tensor onednn_linear(const Tensor& x, const Tensor& w) {
   return torch::stable::detail::to<Tensor>(stack[0]);
 }
 
-// `.out`, because autocast rewrites plain `mm` to bf16 and leaves this overload alone.
+// Uses the `.out` overload, which autocast leaves alone; plain `mm` would be rewritten to bf16.
 inline Tensor aten_mm(const Tensor& x, const Tensor& y) {
   using torch::stable::detail::from;
   Tensor out = fresh(x, {x.size(0), y.size(1)}, x.scalar_type());
@@ -38,12 +38,12 @@ inline bool is_amd() {
 #endif
 }
 
-// On AMD, oneDNN runs fp32 at twice the rate of the MKL behind torch.mm (470 against 200 GF/s on 2 cores). Chosen by
-// vendor, never by timing.
+// On AMD, oneDNN runs fp32 at twice the rate of the MKL behind torch.mm (470 against 200 GFLOP/s on 2 cores). The
+// choice is by vendor, never by timing.
 inline bool use_onednn() {
   static const bool chosen = [] {
     if (asked("mm") || (!is_amd() && !asked("onednn"))) return false;
-    try {  // a private operator of torch: absent, it leaves us with mm
+    try {  // a private operator of torch; without it, mm is used
       const auto cpu = torch::stable::Device(torch::headeronly::DeviceType::CPU);
       Tensor one = stable::empty({1, 1}, ScalarType::Float, std::nullopt, cpu);
       *data<float>(one) = 1.f;
@@ -57,19 +57,19 @@ inline bool use_onednn() {
 
 enum class Gemm { tiles, onednn, mm };
 
-// Up to this many rows of a Gram matrix, it and a block beside it stay in a core's L2.
+// Largest side of a Gram matrix that stays in a core's L2 together with a block.
 constexpr int64_t kTiled = 256;
 
-// Who multiplies where the Gram matrix is (m, m), of a matrix whose other side is `other`. A form that was asked for
-// and takes a far larger Gram than need be adds up m products of few rows: torch.mm, which sums in blocks, is 2 to 5
-// times more exact there than oneDNN's single chain.
+// The implementation of products, for a Gram matrix (m, m) of a matrix whose other side is `other`. When the caller
+// forces the form with the much larger Gram, each entry is a sum of many short products. torch.mm sums in blocks, and
+// is 2 to 5 times more accurate there than oneDNN's single chain.
 template <class T>
 Gemm gemm_for(int64_t m, int64_t other) {
   if (m <= kTiled && tiles<T>().one != nullptr) return Gemm::tiles;
   return std::is_same_v<T, float> && use_onednn() && m <= 2 * other ? Gemm::onednn : Gemm::mm;
 }
 
-// The same in words.
+// Describes the choice in words.
 template <class T>
 std::string products_of() {
   const std::string library = gemm_for<T>(kTiled + 1, kTiled + 1) == Gemm::onednn ? "oneDNN" : "torch.mm";
@@ -77,7 +77,7 @@ std::string products_of() {
   return tiles<T>().name + (" tiles up to a side of " + std::to_string(kTiled)) + ", " + library + " above";
 }
 
-// A (rows, cols) matrix that lies contiguous in `memory`, or the transpose of one that does.
+// A (rows, cols) matrix that is contiguous in `memory`, or the transpose of a contiguous one.
 template <class T>
 struct Operand {
   Tensor memory;
@@ -102,9 +102,9 @@ struct Operand {
   }
 };
 
-// The square matrix `index` of a stack (..., m, m) as an operand. A vendor library's order of summation may follow the
-// address, and every new tensor starts at a multiple of 64 bytes: a slice that does not is copied for it, so that it
-// has the bits of the slice alone.
+// Matrix `index` of a stack (..., m, m) as an operand. A vendor library may choose its order of summation by the
+// address. New tensors start at a multiple of 64 bytes, so a slice that does not is copied. Its bits are then those of
+// the slice alone.
 template <class T>
 Operand<T> square_of(const Tensor& stack, int64_t index, int64_t m, Gemm gemm) {
   const Tensor square = stable::select(stable::view(const_cast<Tensor&>(stack), {-1, m * m}), 0, index);
@@ -120,19 +120,18 @@ inline Tensor row_range(const Tensor& t, int64_t begin, int64_t end) {
   return stable::narrow(const_cast<Tensor&>(t), 0, begin, end - begin);
 }
 
-// x w' in a new tensor. With oneDNN both may be whole transposed views, never narrowed ones: it takes seconds over
-// those.
+// x w' in a new tensor. With oneDNN, both may be whole transposed views but not narrowed ones, which take it seconds.
 inline Tensor matmul_nt(const Tensor& x, const Tensor& w, bool onednn) {
   return onednn ? onednn_linear(x, w) : aten_mm(x, stable::transpose(const_cast<Tensor&>(w), 0, 1));
 }
 
-// Rows per panel of a symmetric product: 4 panels are best at 256 rows, 8 from 512 on; below, one product.
+// Rows per panel of a symmetric product: 4 panels are best at 256 rows, 8 from 512 on; below 192 rows, one product.
 inline int64_t panel_rows(int64_t n) {
   const int64_t panels = n < 192 ? 1 : n < 512 ? 4 : 8;
   return ceil_div(ceil_div(n, panels), 8) * 8;
 }
 
-// gram (m, m) = or += x y', by row panels of the vendor library; with `symmetric` only its lower triangle.
+// gram (m, m) = or += x y', by row panels of the vendor library. With `symmetric`, only the lower triangle.
 template <class T>
 void add_panels(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool first, bool onednn) {
   const int64_t m = x.size(0), step = panel_rows(m);
@@ -154,7 +153,7 @@ void add_panels(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool 
   }
 }
 
-// Products of one thread and their memory: what tiles pack and write, or the vendor library's last result.
+// Products and their memory, for one thread: packed operands and results of tiles, or the library's last result.
 template <class T>
 class Products {
  public:
@@ -163,7 +162,7 @@ class Products {
   // x w'
   const T* nt(const Operand<T>& x, const Operand<T>& w) {
     if (gemm_ != Gemm::tiles) {
-      result_ = x.memory;  // lets go of the last one first
+      result_ = x.memory;  // frees the last result first
       result_ = matmul_nt(x.tensor(), w.tensor(), gemm_ == Gemm::onednn);
       return data<T>(result_);
     }
@@ -172,7 +171,7 @@ class Products {
     return out;
   }
 
-  // gram (m, m) = or += x y', with y = x only its lower triangle; x and y (m, k) may lie transposed, but not for
+  // gram (m, m) = or += x y'; for y = x, only the lower triangle. x and y (m, k) may be stored transposed, except for
   // oneDNN.
   void add(const Operand<T>& x, const Operand<T>& y, T* gram, bool first) {
     const bool symmetric = x.data == y.data;
@@ -198,7 +197,7 @@ class Products {
   int64_t packed_size_ = 0, result_size_ = 0;
 };
 
-// A sum of products per part of the matrix, the first of them in the Gram matrix itself.
+// Partial Grams, one per part of the matrix. The first is the Gram matrix itself.
 template <class T>
 class PartialGrams {
  public:
@@ -227,8 +226,8 @@ class PartialGrams {
   Tensor rest_;
 };
 
-// Scales gram, mirrors its lower triangle, zeroes the diagonal if asked, and returns <gram, other>, the sum of squares
-// if `other` is gram itself.
+// Scales gram, mirrors its lower triangle, and zeroes the diagonal if asked. Returns <gram, other>, which is the sum of
+// squares if `other` is gram.
 template <class T>
 double finish_gram(T* gram, const T* other, int64_t m, T scale, bool zero_diagonal) {
   constexpr int64_t strip = 32;
@@ -257,7 +256,7 @@ double finish_gram(T* gram, const T* other, int64_t m, T scale, bool zero_diagon
     }
     partial[s] = total;
   };
-  // a short strip with a long one, so that equal shares of pairs are equal shares of work
+  // each task takes a short strip and a long one, so tasks are equal
   const int64_t pairs = ceil_div(strips, 2);
   stable::parallel_for(0, pairs, ceil_div(16, pairs), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {

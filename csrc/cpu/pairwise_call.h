@@ -1,5 +1,7 @@
-// A call of a kernel over pairs of rows, and one slice of it.
+// The arguments of a pairwise operator, and one slice of them.
 #pragma once
+
+#include <string>
 
 #include "pairwise.h"
 
@@ -7,10 +9,10 @@ namespace sslkern {
 
 using Labels = std::optional<Tensor>;
 
-// What a call of any of the kernels is about; a slice of a stack at a time.
+// The arguments that all pairwise operators share.
 struct Call {
   const Tensor x, y, scale;
-  const bool own, squared;
+  const bool self_pairs, squared;
   const std::string kernel;
   const Labels x_labels, y_labels;
   const int64_t mask;
@@ -20,11 +22,11 @@ struct Call {
       : x(dense(x)),
         y(y.has_value() ? dense(*y) : this->x),
         scale(dense(scale)),
-        own(!y.has_value()),
+        self_pairs(!y.has_value()),
         squared(kernel == "sqeuclidean" || kernel == "rbf"),
         kernel(kernel),
         x_labels(dense(x_labels)),
-        y_labels(own ? this->x_labels : dense(y_labels)),
+        y_labels(self_pairs ? this->x_labels : dense(y_labels)),
         mask(mask) {}
 
   int64_t n() const {
@@ -44,31 +46,31 @@ struct Call {
   }
 };
 
-// One slice of a call.
+// One slice of the arguments, packed for tiles.
 template <class T>
-struct Slice {
+struct PairSlice {
   const Rows<T> x;
   const std::optional<Rows<T>> other;
   const Rows<T>& y;
   const Pairs<T> pairs;
   const Similarity<T> similarity;
   const Mask mask;
-  const bool own;
+  const bool self_pairs;
 
-  Slice(const Call& c, int64_t s, bool for_sums)
+  PairSlice(const Call& c, int64_t s, bool for_sums)
       : x(c.x, data<T>(c.x) + s * c.n() * c.d(), c.n(), c.d(), true, for_sums, c.squared),
-        other(c.own ? std::nullopt
-                    : std::make_optional<Rows<T>>(c.y, data<T>(c.y) + s * c.m() * c.d(), c.m(), c.d(), true, for_sums,
-                                                  c.squared)),
-        y(c.own ? x : *other),
-        pairs(x, y, c.own),
-        similarity{data<T>(c.scale)[s], c.squared, c.own, x.squares.data(), y.squares.data()},
+        other(c.self_pairs ? std::nullopt
+                           : std::make_optional<Rows<T>>(c.y, data<T>(c.y) + s * c.m() * c.d(), c.m(), c.d(), true,
+                                                         for_sums, c.squared)),
+        y(c.self_pairs ? x : *other),
+        pairs(x, y, c.self_pairs),
+        similarity{data<T>(c.scale)[s], c.squared, c.self_pairs, x.squares.data(), y.squares.data()},
         mask(c.mask, labels(c.x_labels, s, c.n()), labels(c.y_labels, s, c.m()), c.m(), pairs.size()),
-        own(c.own) {}
+        self_pairs(c.self_pairs) {}
 
-  // Numbers between which all exponents lie.
+  // Bounds of all exponents.
   std::pair<T, T> bounds() const {
-    const T a = x.largest_norm(), b = own ? a : y.largest_norm();
+    const T a = x.largest_norm(), b = self_pairs ? a : y.largest_norm();
     const T most = std::abs(similarity.scale) * (similarity.squared ? (a + b) * (a + b) : a * b);
     if (!similarity.squared) return {-most, most};
     return similarity.scale < 0 ? std::pair<T, T>(-most, 0) : std::pair<T, T>(0, most);
@@ -80,12 +82,12 @@ struct Slice {
   }
 };
 
-// Where gradients of x and y go, empty ones where they are not needed.
+// Allocates the gradients of x and y; empty ones where they are not needed.
 inline std::pair<Tensor, Tensor> room_for_gradients(const Call& c, bool need_x, bool need_y) {
   const auto room = [](const Tensor& z, bool needed) {
     return needed ? fresh(z, stacked(z, {z.size(-2), z.size(-1)}), z.scalar_type()) : fresh(z, {0}, z.scalar_type());
   };
-  return {room(c.x, need_x), room(c.y, need_y && !c.own)};
+  return {room(c.x, need_x), room(c.y, need_y && !c.self_pairs)};
 }
 
 template <class T>

@@ -1,10 +1,13 @@
-// Gram matrices of several kernels' matrices, and their gradients.
+// Gram matrix of several kernel matrices, and its gradient.
+#include <string>
+
 #include "pairwise.h"
 
 namespace sslkern {
 namespace {
 
-// G kernels of the same rows; of a block, their matrices one after the other, (G, size, size), zeros beyond its edges.
+// Kernel matrices of G groups of the same rows. For a block, the G matrices lie in sequence, (G, size, size), with
+// zeros beyond its edges.
 template <class T>
 class Groups {
  public:
@@ -33,7 +36,7 @@ class Groups {
   int64_t numbers() const {
     return pairs_->size() * pairs_->size();
   }
-  // From a group's to the next one's: 2^n numbers apart, all would meet in the same lines of L1.
+  // Distance between two groups. At a distance of 2^n elements, all groups would map to the same lines of L1.
   int64_t stride() const {
     return numbers() + kTile;
   }
@@ -51,7 +54,7 @@ class Groups {
     const int64_t size = pairs_->size();
     for (int64_t g = 0; g < count_; ++g, k += stride()) {
       const Rows<T>& side = sides_[g];
-      if (rbf_ && side.d == 1) {  // a product and a square of one number each would cost more than this
+      if (rbf_ && side.d == 1) {  // products and squared norms would cost more
         rbf_block(side.x + b.i0, b.rows, side.x + b.j0, b.cols, similarities_[g].scale, k, size);
       } else {
         pairs_->products(side, side, b, k);
@@ -78,8 +81,8 @@ class Groups {
   std::optional<Pairs<T>> pairs_;
 };
 
-constexpr int64_t kFewGroups = 8;   // whose Gram matrix is not worth a tile
-constexpr int64_t kGramDepth = 64;  // numbers that a product adds up in its precision; sums of these are in fp64
+constexpr int64_t kFewGroups = 8;   // groups; up to this many, dot products are faster than tiles
+constexpr int64_t kGramDepth = 64;  // terms per product in T; partial sums are added in fp64
 
 template <class T>
 void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64_t s, double* gram, double* sums) {
@@ -118,7 +121,7 @@ void gram(const Tensor& x, const Tensor& scale, const std::string& kernel, int64
     }
 }
 
-// f(slice) for stacks (..., G, N, D).
+// Calls f<T>(slice) for every slice of a stack (..., G, N, D).
 template <class F>
 void for_group_slices(const Tensor& x, const F& f) {
   const int64_t n = x.size(-2), count = stack_size(x) / std::max<int64_t>(1, x.size(-3));
@@ -138,7 +141,7 @@ std::tuple<Tensor, Tensor> pairwise_gram_fwd(const Tensor x_any, const Tensor sc
   return {of_pairs, sums};
 }
 
-// The weight of a pair (i, j) in group g, of both orders: 2 sum_h (G + G')_gh k^h_ij + r^g_i + r^g_j.
+// The weight of a pair (i, j) in group g, for both orders: 2 sum_h (G + G')_gh k^h_ij + r^g_i + r^g_j.
 template <class T>
 void gram_gradients(const Tensor& x, const Tensor& scale, const std::string& kernel, int64_t s, const double* of_gram,
                     const double* of_sums, T* grad) {

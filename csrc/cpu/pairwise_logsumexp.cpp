@@ -1,29 +1,29 @@
-// Logarithms of sums of exponentials over pairs of rows, and their gradients; largest similarities.
+// Log-sum-exp over pairs of rows and its gradients, and the argmax of similarities.
 #include "pairwise_call.h"
 
 namespace sslkern {
 namespace {
 
-// Of no pairs at all the sum is 0, and any base will do.
+// The base that exponents are taken relative to. A row without pairs has a sum of 0, and any finite base works.
 template <class T>
 T base_of(T x) {
   return x == -std::numeric_limits<T>::infinity() ? T(0) : x;
 }
 
-// May all exponentials be taken relative to the largest there can be? They would have to stay normal numbers.
+// Whether all exponentials can be taken relative to the largest possible exponent and stay normal numbers.
 template <class T>
 bool in_range(const std::pair<T, T>& bounds) {
   return bounds.second - bounds.first <= (sizeof(T) == 4 ? T(80) : T(690));
 }
 
-// Rows of exponents with -inf where a pair is dropped, but for a factor, which exponentials then take in their stride.
+// Rows of exponents, with -inf for dropped pairs. Where possible, the scale is left to the exponential as `factor`.
 template <class T>
 struct Exponents {
-  const Slice<T>& slice;
+  const PairSlice<T>& slice;
   const bool folded;
   const T factor, dropped;
 
-  Exponents(const Slice<T>& slice, bool fold)
+  Exponents(const PairSlice<T>& slice, bool fold)
       : slice(slice),
         folded(fold && !slice.similarity.squared && slice.similarity.scale != 0),
         factor(folded ? slice.similarity.scale : T(1)),
@@ -35,7 +35,7 @@ struct Exponents {
   }
 };
 
-// Sums of exponentials, relative to a number per row.
+// Sums of exponentials, each relative to the base of its row.
 template <class T>
 struct Sums {
   std::vector<double> sum;
@@ -43,7 +43,7 @@ struct Sums {
 
   explicit Sums(int64_t n) : sum(n), most(n, -std::numeric_limits<T>::infinity()) {}
 
-  // The row's base becomes at least `at`; returns it.
+  // Raises the base of row i to at least `at`, and returns it.
   T raise(int64_t i, T at) {
     if (at > most[i]) {
       if (most[i] != -std::numeric_limits<T>::infinity())
@@ -60,13 +60,13 @@ struct Sums {
 
 template <class T>
 void logsumexp(const Call& c, int64_t s, bool columns, T* over_rows, T* over_columns) {
-  const Slice<T> slice(c, s, false);
+  const PairSlice<T> slice(c, s, false);
   const auto bounds = slice.bounds();
-  const bool fixed = in_range(bounds), both = c.own || columns;
+  const bool fixed = in_range(bounds), both = c.self_pairs || columns;
   const T shift = bounds.second;
   const Exponents<T> exponents(slice, fixed);
   Sums<T> of_rows(c.n()), of_columns(columns ? c.m() : 0);
-  Sums<T>& below = c.own ? of_rows : of_columns;
+  Sums<T>& below = c.self_pairs ? of_rows : of_columns;
   slice.pairs.run([&](const Block& b, T* tile, T* spare) {
     const bool down = both && !b.diagonal;
     T *sums = spare, *most = spare + b.cols;
@@ -109,7 +109,7 @@ std::tuple<Tensor, Tensor> pairwise_logsumexp_fwd(const Tensor x, const std::opt
   return {over_rows, over_columns};
 }
 
-// A vector of a slice, and what each of its numbers is as a share of a sum relative to `shift`.
+// The gradient and log-sum-exp of every row. For a fixed shift, `share` is the row's factor of exp(t - shift).
 template <class T>
 struct Shares {
   const T *grad, *over;
@@ -127,16 +127,17 @@ struct Shares {
 template <class T>
 void logsumexp_gradients(const Call& c, int64_t s, bool columns, const T* grad_rows, const T* grad_columns,
                          const T* over_rows, const T* over_columns, bool need_x, bool need_y, T* grad_x, T* grad_y) {
-  const Slice<T> slice(c, s, true);
+  const PairSlice<T> slice(c, s, true);
   const auto bounds = slice.bounds();
-  const bool both = c.own || columns, fixed = both && in_range(bounds);
+  const bool both = c.self_pairs || columns, fixed = both && in_range(bounds);
   const T shift = bounds.second;
   const Exponents<T> exponents(slice, fixed);
   const Shares<T> of_rows(grad_rows, over_rows, c.n(), shift, fixed);
   const std::optional<Shares<T>> of_columns =
-      columns && !c.own ? std::make_optional<Shares<T>>(grad_columns, over_columns, c.m(), shift, fixed) : std::nullopt;
+      columns && !c.self_pairs ? std::make_optional<Shares<T>>(grad_columns, over_columns, c.m(), shift, fixed)
+                               : std::nullopt;
   const Shares<T>& other = of_columns.has_value() ? *of_columns : of_rows;
-  Gradients<T> gradients(c.x, slice.x, slice.y, c.own, c.squared, need_x, need_y);
+  Gradients<T> gradients(c.x, slice.x, slice.y, c.self_pairs, c.squared, need_x, need_y);
   slice.pairs.run([&](const Block& b, T* tile, T*) {
     for (int64_t r = 0; r < b.rows; ++r) {
       T* t = tile + r * slice.pairs.ld();
@@ -171,10 +172,10 @@ std::tuple<Tensor, Tensor> pairwise_logsumexp_bwd(const Tensor grad_rows, const 
   return {grad_x, grad_y};
 }
 
-// Each row's largest similarity, block after block from the left: the first of equal ones stays.
+// Index of each row's largest similarity. Blocks run from the left, so the first of equal values wins.
 template <class T>
 void argmax(const Call& c, int64_t s, int64_t* index) {
-  const Slice<T> slice(c, s, false);
+  const PairSlice<T> slice(c, s, false);
   const Pairs<T> pairs(slice.x, slice.y, false);
   const int64_t size = pairs.size(), n = c.n(), m = c.m();
   in_parallel(ceil_div(n, size), size * m * c.d(), [&](int64_t first, int64_t last) {
@@ -184,7 +185,7 @@ void argmax(const Call& c, int64_t s, int64_t* index) {
       std::vector<T> most(rows, -std::numeric_limits<T>::infinity());
       std::fill_n(index + i0, rows, int64_t(-1));
       for (int64_t j0 = 0; j0 < m; j0 += size) {
-        const Block b{i0, rows, j0, std::min(size, m - j0), c.own && i0 == j0};
+        const Block b{i0, rows, j0, std::min(size, m - j0), c.self_pairs && i0 == j0};
         pairs.products(slice.x, slice.y, b, tile.get());
         for (int64_t r = 0; r < rows; ++r) {
           T* t = tile.get() + r * pairs.ld();

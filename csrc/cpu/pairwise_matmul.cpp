@@ -1,4 +1,4 @@
-// Products with the matrix of a kernel, and their gradients.
+// Products with a kernel matrix, and their gradients.
 #include "pairwise_call.h"
 
 namespace sslkern {
@@ -16,7 +16,7 @@ void apply(Kernel kernel, T* t, int64_t n) {
   if (kernel == Kernel::softplus) softplus(t, n);
 }
 
-// t = v times the kernel's derivative at t.
+// t = v times the derivative of the kernel at t.
 template <class T>
 void apply_slope(Kernel kernel, T* t, int64_t n, const T* v) {
   if (kernel == Kernel::rbf) return rbf_slope(t, n, v);
@@ -26,7 +26,7 @@ void apply_slope(Kernel kernel, T* t, int64_t n, const T* v) {
 
 template <class T>
 void matmul(const Call& c, int64_t s, const T* rhs, int64_t p, T* out) {
-  const Slice<T> slice(c, s, false);
+  const PairSlice<T> slice(c, s, false);
   const Kernel kernel = kernel_of(c.kernel);
   const bool ones = rhs == nullptr;
   const Rows<T> right(c.x, rhs, ones ? 0 : c.m(), p, false, !ones, false);
@@ -38,7 +38,7 @@ void matmul(const Call& c, int64_t s, const T* rhs, int64_t p, T* out) {
       apply(kernel, t, b.cols);
       slice.mask.drop(t, b, r, T(0));
     }
-    const bool down = c.own && !b.diagonal;
+    const bool down = c.self_pairs && !b.diagonal;
     if (ones) return slice.pairs.add_weights(tile, b, &sums.weights, down ? &sums.weights : nullptr);
     slice.pairs.add(tile, b, right, sums);
     if (down) slice.pairs.add_transposed(tile, b, right, sums);
@@ -65,7 +65,7 @@ Tensor pairwise_matmul_fwd(const Tensor x, const std::optional<Tensor> y, const 
   return out;
 }
 
-// Two matrices of p columns side by side, ones where there is none.
+// Two matrices of p columns side by side; a null matrix counts as ones.
 template <class T>
 std::unique_ptr<T[]> beside(const T* a, const T* b, int64_t n, int64_t p) {
   auto out = room_for<T>(2 * n * p);
@@ -77,25 +77,25 @@ std::unique_ptr<T[]> beside(const T* a, const T* b, int64_t n, int64_t p) {
   return out;
 }
 
-// The weight of a pair is <grad_i, rhs_j>, and of a matrix with itself that of both orders.
+// The weight of a pair is <grad_i, rhs_j>. For a matrix with itself, it is the sum for both orders.
 template <class T>
 void matmul_gradients(const Call& c, int64_t s, const T* grad, const T* rhs, int64_t p, bool need_x, bool need_y,
                       T* grad_x, T* grad_y, T* grad_rhs) {
-  const bool weights = need_x || need_y, own = c.own;
-  const Slice<T> slice(c, s, weights);
+  const bool weights = need_x || need_y, self_pairs = c.self_pairs;
+  const PairSlice<T> slice(c, s, weights);
   const Kernel kernel = kernel_of(c.kernel);
-  const int64_t n = c.n(), m = c.m(), width = own ? 2 * p : p;
-  const std::vector<T> ones(rhs == nullptr && !own ? m : 0, T(1));
-  const auto left_memory = own ? beside(grad, rhs, n, p) : nullptr,
-             right_memory = own ? beside(rhs, grad, n, p) : nullptr;
-  const Rows<T> left(c.x, own ? left_memory.get() : grad, n, width, weights, false, false);
+  const int64_t n = c.n(), m = c.m(), width = self_pairs ? 2 * p : p;
+  const std::vector<T> ones(rhs == nullptr && !self_pairs ? m : 0, T(1));
+  const auto left_memory = self_pairs ? beside(grad, rhs, n, p) : nullptr,
+             right_memory = self_pairs ? beside(rhs, grad, n, p) : nullptr;
+  const Rows<T> left(c.x, self_pairs ? left_memory.get() : grad, n, width, weights, false, false);
   const Rows<T> right(c.x,
-                      own              ? right_memory.get()
+                      self_pairs       ? right_memory.get()
                       : rhs == nullptr ? ones.data()
                                        : rhs,
                       m, width, weights, false, false);
   const Rows<T> upstream(c.x, grad, n, p, false, grad_rhs != nullptr, false);
-  Gradients<T> gradients(c.x, slice.x, slice.y, own, c.squared, need_x, need_y);
+  Gradients<T> gradients(c.x, slice.x, slice.y, self_pairs, c.squared, need_x, need_y);
   RowSums<T> of_rhs(c.x, grad_rhs == nullptr ? 0 : slice.y.padded, p);
   slice.pairs.run([&](const Block& b, T* tile, T* spare) {
     const auto each_row = [&](const auto& f) {
@@ -110,7 +110,7 @@ void matmul_gradients(const Call& c, int64_t s, const T* grad, const T* rhs, int
     });
     if (grad_rhs != nullptr) {
       slice.pairs.add_transposed(spare, b, upstream, of_rhs);
-      if (own && !b.diagonal) slice.pairs.add(spare, b, upstream, of_rhs);
+      if (self_pairs && !b.diagonal) slice.pairs.add(spare, b, upstream, of_rhs);
     }
     if (!weights) return;
     slice.pairs.products(left, right, b, spare);
@@ -138,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor> pairwise_matmul_bwd(const Tensor grad, const 
   const Tensor g = dense(grad);
   c.for_each_slice([&]<class T>(int64_t s) {
     matmul_gradients<T>(c, s, at<T>(g, s, n * p), given ? at<T>(*right, s, m * p) : nullptr, p, need_x,
-                        need_y && !c.own, at<T>(grad_x, s, n * d), at<T>(grad_y, s, m * d), at<T>(grad_rhs, s, m * p));
+                        need_y && !c.self_pairs, at<T>(grad_x, s, n * d), at<T>(grad_y, s, m * d),
+                        at<T>(grad_rhs, s, m * p));
   });
   return {grad_x, grad_y, grad_rhs};
 }

@@ -1,9 +1,10 @@
-// X right and X^H left on the CPU. A complex X (n, p) is a real one (n, 2p), its real and imaginary parts side by side.
+// X right and X^H left on the CPU. A complex X (n, p) is a real one (n, 2p), with real and imaginary parts side by
+// side.
 #include "skinny_products.h"
 
 namespace sslkern {
 
-// The loops of few columns, which are read and written at the speed of memory.
+// Loops for few columns. They run at memory speed.
 template <int Q, class T>
 SSLKERN_INLINE T mixed(const T* c, T x, T y, T z, T w) {
   if constexpr (Q == 1) return c[0] * x;
@@ -11,8 +12,8 @@ SSLKERN_INLINE T mixed(const T* c, T x, T y, T z, T w) {
   return (c[0] * x + c[1] * y) + (c[2] * z + c[3] * w);
 }
 
-// out_r += sum_q c_rq in_q, at once for R rows and Q others, 4, 2 or 1 each. All is read before anything is written, by
-// names and not by indices: so the compiler keeps it in registers.
+// out_r += sum_q c_rq in_q for R rows r and Q rows q, each 1, 2 or 4. All inputs are read into named variables before
+// any output is written, which keeps them in registers.
 template <int R, int Q, class T>
 SSLKERN_INLINE void add_mixed(T* out, int64_t out_ld, const T* in, int64_t in_ld, const T* c, int64_t c_row,
                               int64_t c_col, int64_t n) {
@@ -102,7 +103,7 @@ template void dots(const double*, int64_t, const double*, int64_t, int64_t, doub
 
 namespace {
 
-// Column r of a complex matrix as two real ones, whose products with X's row are the real and the imaginary part.
+// Each column of a complex matrix as two real ones. Their products with a row of X are the real and the imaginary part.
 template <class T>
 std::unique_ptr<T[]> both_parts(const T* right, int64_t p, int64_t m) {
   auto out = room_for<T>(4 * p * m);
@@ -117,7 +118,7 @@ std::unique_ptr<T[]> both_parts(const T* right, int64_t p, int64_t m) {
   return out;
 }
 
-// Real parts before imaginary ones, in each row.
+// Each row with all real parts before the imaginary parts.
 template <class T>
 std::unique_ptr<T[]> parted(const T* left, int64_t n, int64_t k) {
   auto out = room_for<T>(2 * n * k);

@@ -6,14 +6,14 @@
 
 namespace sslkern {
 
-constexpr int64_t kChunk = 256;   // columns that one thread reads at once, at most
-constexpr int64_t kDepth = 32;    // rows of them that stay in L1
-constexpr int64_t kFew = 4;       // columns for which a tile would be mostly zeros
-constexpr int64_t kPieces = 16;   // of a tall matrix, for threads to share
-constexpr int64_t kSplit = 1024;  // rows of one, or more
+constexpr int64_t kChunk = 256;   // most columns per chunk; one thread processes a chunk
+constexpr int64_t kDepth = 32;    // rows of a chunk that stay in L1
+constexpr int64_t kFew = 4;       // up to this many columns, a tile would be mostly zeros
+constexpr int64_t kPieces = 16;   // tasks for the threads to share in a tall matrix
+constexpr int64_t kSplit = 1024;  // least rows per task
 constexpr int64_t kPadded = kChunk + kTile;
 
-// Has some rows of a matrix come closer while others are worked on.
+// Prefetches some rows of a matrix.
 template <class T>
 inline void fetch(const T* from, int64_t ld, int64_t rows, int64_t cols) {
   for (int64_t i = 0; i < rows; ++i)
@@ -21,16 +21,16 @@ inline void fetch(const T* from, int64_t ld, int64_t rows, int64_t cols) {
       __builtin_prefetch(from + i * ld + j, 0, 2);
 }
 
-// out (rows, n) += c in, `in` being (count, n).
+// out (rows, n) += c in, where `in` is (count, n).
 template <class T>
 void add_product(T* out, int64_t out_ld, int64_t rows, const T* in, int64_t in_ld, int64_t count, const T* c,
                  int64_t c_row, int64_t c_col, int64_t n);
 
-// out (4, 2), the products of 4 rows of u with 2 of w.
+// out (4, 2) = the products of 4 rows of u with 2 rows of w.
 template <class T>
 void dots(const T* u, int64_t u_ld, const T* w, int64_t w_ld, int64_t n, T* out);
 
-// out (rows, count) = the products of rows of u with those of w.
+// out (rows, count) = the products of rows of u with rows of w.
 template <class T>
 void dots_with(const T* u, int64_t u_ld, int64_t rows, const T* w, int64_t w_ld, int64_t count, int64_t n, T* out,
                int64_t out_ld) {
@@ -43,8 +43,8 @@ void dots_with(const T* u, int64_t u_ld, int64_t rows, const T* w, int64_t w_ld,
     }
 }
 
-// X (n, p), left (n, k), right (p, m), all row by row; k or m may be 0. Sums over rows are taken in order, those over
-// columns by chunks of a size that follows from p, so the bits do not depend on the number of threads.
+// X (n, p), left (n, k), right (p, m), all row-major; k or m may be 0. Sums over rows run in order. Sums over columns
+// run by chunks whose size depends on p alone, so the bits do not depend on the number of threads.
 template <class T>
 class SkinnyProducts {
  public:
@@ -76,8 +76,8 @@ class SkinnyProducts {
     return ceil_div(p_, chunk_);
   }
 
-  // use(chunk, j0, cols, sums) with all columns j0 ... of X, many at a time: `sums` are X'left, read by `sum`. Where X
-  // is tall, its rows are split too.
+  // Calls use(chunk, j0, cols, sums) for chunks of the columns of X. `sums` has X'left for these columns; `sum` reads
+  // it. The rows of a tall X are split too.
   template <class F>
   void run(const F& use) const {
     const int64_t size = std::max<int64_t>(k_tiles_, 1) * kChunk * kTile,
@@ -111,7 +111,7 @@ class SkinnyProducts {
     return few ? sums[r * kChunk + j] : sums[(r / kTile * kChunk + j) * kTile + r % kTile];
   }
 
-  // use(i, row) with all rows of X right, many at a time, after `run`.
+  // Calls use(i, row) for every row of X right, in parallel. Only after `run`.
   template <class F>
   void rows(const F& use) const {
     if (m_ == 0) return;
@@ -136,12 +136,12 @@ class SkinnyProducts {
   const int64_t n_, p_, k_, m_;
   const bool few_;
   const int64_t chunk_, splits_, k_tiles_, m_tiles_, rows_;
-  const std::unique_ptr<T[]> left_, right_;  // in tiles of 16 columns; few columns of `right` one after the other
-  const std::unique_ptr<T[]> parts_;         // (chunks, rows, m): X right, of each chunk's columns
+  const std::unique_ptr<T[]> left_, right_;  // in tiles of 16 columns; with few columns, `right` is transposed
+  const std::unique_ptr<T[]> parts_;         // (chunks, rows, m): X right, summed over the columns of a chunk
   const T* const given_;
 
-  // Some rows of a chunk, by a copy of them: the lines of a column of X, in rows of 2^n numbers, would drive each other
-  // out of L1.
+  // Processes some rows of a chunk through a copy of them. In place, the lines of a column of X with rows of 2^n
+  // elements would evict each other from L1.
   void tile(int64_t chunk, int64_t i0, int64_t j0, int64_t cols, T* slab, T* sums, bool add) const {
     const TileProduct<T> product;
     const int64_t depth = std::min(kDepth, n_ - i0), side = m_tiles_ * kTile;

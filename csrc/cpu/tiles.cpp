@@ -1,4 +1,4 @@
-// Tiles for each instruction set, and products of matrices by them. Compiled once for all that multiply.
+// Tiles for each instruction set, and matrix products by them.
 #include "tiles.h"
 
 #include <cstdlib>
@@ -11,9 +11,9 @@ bool asked(const char* name) {
   return value != nullptr && std::strcmp(value, name) == 0;
 }
 
-// R rows at a time, in vectors of `Bytes`, keep their sums in registers; a pointer for every four of them, hidden from
-// the compiler, which otherwise runs out of registers for addresses. Two panels read each number of `a` half as often:
-// where a vector takes 64 bytes, loads are as dear as products.
+// A tile keeps the sums of R rows in registers, in vectors of `Bytes`. There is one pointer for every four rows, hidden
+// from the compiler, which would otherwise run out of registers for addresses. With two panels, each element of `a` is
+// read half as often, which matters with 64-byte vectors, where loads cost as much as products.
 #define SSLKERN_TILE(name, arch, T, Bytes, R, P)                                                                     \
   __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
                                                                  int64_t b_panel, int64_t depth, T* out, int64_t ld, \
@@ -46,7 +46,7 @@ bool asked(const char* name) {
     }                                                                                                                \
   }
 
-// Not by target_clones: GCC lowers wide vectors before it makes the clones, for the poorest of them.
+// target_clones would not work: GCC lowers wide vectors before it makes the clones, for the weakest target.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
 SSLKERN_TILE(tile_avx512, "skylake-avx512", float, 64, 16, 1)
 SSLKERN_TILE(wide_avx512, "skylake-avx512", float, 64, 8, 2)

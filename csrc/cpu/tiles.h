@@ -1,5 +1,5 @@
-// Small products by tiles of 16 x 16 in registers: where one side is short, a vendor library spends its time on calls,
-// packing and new memory. Serial; the callers run many at a time.
+// Small products by 16 x 16 tiles in registers. Where one side is short, a vendor library spends its time on calls,
+// packing and allocation. Serial: callers run many products in parallel.
 #pragma once
 
 #include "../loops.h"
@@ -8,31 +8,32 @@ namespace sslkern {
 
 constexpr int64_t kTile = 16;
 
-// SSLKERN_CPU_GEMM: "avx2" keeps tiles from AVX-512, "mm" and "onednn" give every product to that library.
+// Whether SSLKERN_CPU_GEMM is `name`. "avx2" disables AVX-512 tiles; "mm" and "onednn" give every product to that
+// library.
 bool asked(const char* name);
 
-// out (16, 16 P) = or += sum_k a[r * a_row + k * a_k] b[16 k + c], of P panels of b that lie b_panel apart.
+// out (16, 16 P) = or += sum_k a[r * a_row + k * a_k] b[16 k + c], for P panels of b that are b_panel apart.
 template <class T>
 using Tile = void (*)(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_panel, int64_t depth, T* out,
                       int64_t ld, bool add);
 
-// The tiles of one instruction set; `one` is null where only a vendor library will do, `two` where it gains nothing.
+// The tiles of one instruction set. `one` is null if only a vendor library will do; `two` is null if it gains nothing.
 template <class T>
 struct Tiles {
   const char* name;
   Tile<T> one, two;
 };
 
-// Those of the processor.
+// The tiles of this processor.
 template <class T>
 const Tiles<T>& tiles();
 
-// One of them in plain C++, for what has no library to turn to.
+// A tile in plain C++, for code that has no vendor library to fall back to.
 template <class T>
 void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t, int64_t depth, T* out, int64_t ld,
                    bool add);
 
-// Products by tiles of whatever the processor has.
+// Products by the tiles of this processor, or by the portable tile.
 template <class T>
 class TileProduct {
  public:
@@ -43,7 +44,7 @@ class TileProduct {
     one_(a, a_row, a_k, b, 0, depth, out, ld, add);
   }
 
-  // Of `panels` of b, one or two.
+  // The same for one or two panels of b.
   void operator()(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t b_panel, int64_t panels, int64_t depth,
                   T* out, int64_t ld, bool add) const {
     if (panels == 2 && two_ != nullptr) return two_(a, a_row, a_k, b, b_panel, depth, out, ld, add);
@@ -61,17 +62,17 @@ struct Strided {
   int64_t row, col;
 };
 
-// `count` rows (or columns) of `depth` numbers side by side, 16 to a step, zeros where there are fewer than 16.
+// Packs `count` rows (or columns) of `depth` elements, 16 per step, padded with zeros.
 template <class T>
 void pack(const T* from, int64_t across, int64_t along, int64_t count, int64_t depth, T* to);
 
-// Numbers that `multiply` packs.
+// Elements of the scratch memory of `multiply`.
 inline int64_t packed_size(int64_t cols, int64_t depth) {
   return (ceil_div(cols, kTile) + 1) * kTile * depth;
 }
 
-// out (rows, cols) = or += a b, a (rows, depth), b (depth, cols); with `lower` only the tiles that reach the diagonal
-// or below it. `room` holds packed_size(cols, depth) numbers.
+// out (rows, cols) = or += a b, for a (rows, depth) and b (depth, cols). With `lower`, only the tiles that reach the
+// diagonal or lie below it. `room` holds packed_size(cols, depth) elements.
 template <class T>
 void multiply(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t cols, int64_t depth, T* out, int64_t ld,
               bool lower, bool add, T* room);

@@ -1,4 +1,4 @@
-// Between fp32 and the 16-bit types. Halves by the processor's instructions where it has them, as nearly all do.
+// Conversions between fp32 and the 16-bit types. fp16 uses the F16C instructions where the processor has them.
 #include "types.h"
 
 #if defined(__x86_64__) && defined(__GNUC__)
@@ -41,7 +41,7 @@ __attribute__((target("f16c"))) void narrow(const float* x, int64_t n, HalfBits*
                      _mm256_cvtps_ph(_mm256_loadu_ps(x + j), _MM_FROUND_TO_NEAREST_INT));
   for (; j < n; ++j) out[j].bits = _cvtss_sh(x[j], _MM_FROUND_TO_NEAREST_INT);
 }
-// Not by __builtin_cpu_supports("f16c"), which older compilers do not know.
+// Reads cpuid, because older compilers do not know __builtin_cpu_supports("f16c").
 bool finds_halves() {
   unsigned a, b, c = 0, d;
   return __builtin_cpu_supports("avx") && __get_cpuid(1, &a, &b, &c, &d) != 0 && (c & bit_F16C) != 0;

@@ -1,11 +1,12 @@
-// What numbers are stored as and counted in: fp64, fp32, and two types of 16 bits that are read and written by vectors.
+// Storage and arithmetic types: fp64, fp32, and two 16-bit types that are converted in vectors.
 #pragma once
 
 #include "../loops.h"
 
 namespace sslkern {
 
-// Between fp32 and the 16-bit types, by their bits: without a branch, for the compiler to make vectors of.
+// Conversions between fp32 and the 16-bit types by bit arithmetic, without branches, so that the compiler vectorises
+// them.
 SSLKERN_INLINE uint32_t bits_of(float x) {
   return __builtin_bit_cast(uint32_t, x);
 }
@@ -13,7 +14,8 @@ SSLKERN_INLINE float float_of(uint32_t bits) {
   return __builtin_bit_cast(float, bits);
 }
 
-// A half below 2^-14 has no leading one; a subtraction finds it. Infinity and NaN keep the largest exponent.
+// fp16 to fp32. A half below 2^-14 has no leading one; a subtraction normalises it. Infinity and NaN keep the largest
+// exponent.
 SSLKERN_INLINE float widen_half(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, magnitude = (half & 0x7fffu) << 13;
   const uint32_t small = bits_of(float_of(magnitude + (113u << 23)) - 0x1p-14f);
@@ -21,7 +23,7 @@ SSLKERN_INLINE float widen_half(uint16_t half) {
   return float_of(sign | (magnitude < 1u << 23 ? small : usual));
 }
 
-// To the nearest, ties to even. Below 2^-14 a half counts in steps of 2^-24, which are those of fp32 at .5.
+// fp32 to fp16, to nearest even. Below 2^-14 a half has steps of 2^-24, as fp32 has at 0.5.
 SSLKERN_INLINE uint16_t narrow_half(float x) {
   const uint32_t bits = bits_of(x), sign = bits >> 16 & 0x8000u, magnitude = bits & 0x7fffffffu;
   const uint32_t small = bits_of(float_of(magnitude) + .5f) - bits_of(.5f);
@@ -36,7 +38,7 @@ SSLKERN_INLINE uint16_t narrow_bfloat(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 255u << 23 ? 0x7fc0u : nearest);
 }
 
-// The 16-bit types as loops see them: aggregates, whose every operation is inlined into vectors.
+// The 16-bit types in loops: aggregates, whose operations inline into vector code.
 struct BFloatBits {
   uint16_t bits;
 };
@@ -57,7 +59,7 @@ SSLKERN_INLINE float wide(HalfBits x) {
   return widen_half(x.bits);
 }
 
-// What sums of numbers of type S are taken in.
+// The type of arithmetic on values stored as S.
 template <class S>
 using Wide = decltype(wide(S{}));
 
@@ -68,7 +70,7 @@ SSLKERN_INLINE S narrow(Wide<S> x) {
   if constexpr (std::is_same_v<S, Wide<S>>) return x;
 }
 
-// `n` numbers from one type to the other; compiled once, in types.cpp.
+// Converts `n` elements. The 16-bit versions are compiled once, in types.cpp.
 void convert(const BFloatBits* x, int64_t n, float* out);
 void convert(const HalfBits* x, int64_t n, float* out);
 void convert(const float* x, int64_t n, BFloatBits* out);
@@ -78,7 +80,7 @@ void convert(const From* x, int64_t n, To* out) {
   for (int64_t j = 0; j < n; ++j) out[j] = static_cast<To>(wide(x[j]));
 }
 
-// The same for rows that lie ld and out_ld apart.
+// The same for rows with strides ld and out_ld.
 template <class From, class To>
 void convert_rows(const From* x, int64_t ld, int64_t rows, int64_t cols, To* out, int64_t out_ld) {
   if (rows == 1 || (ld == cols && out_ld == cols)) return convert(x, rows * cols, out);

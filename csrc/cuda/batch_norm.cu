@@ -1,6 +1,6 @@
-// Batch moments and batch norm for CUDA tensors.
+// Operators for batch moments and batch norm on CUDA tensors.
 #include "batch_norm.cuh"
-#include "torch.h"
+#include "bindings.h"
 
 namespace sslkern::cuda {
 namespace {
@@ -11,7 +11,7 @@ Layout layout_of(const Tensor& x) {
 }
 
 template <class... Tensors>
-Plan plan_for(const Tensor& x, int64_t blocks, const Tensors&... others) {
+ChannelPlan plan_for(const Tensor& x, int64_t blocks, const Tensors&... others) {
   const bool all_aligned = (aligned(x.const_data_ptr()) && ... && aligned(others.const_data_ptr()));
   return plan(layout_of(x), x.element_size(), all_aligned, blocks);
 }
@@ -26,7 +26,7 @@ Tensor channel_tensor(const Tensor& x, const Shape& front = {}) {
   return stable::new_empty(x, shape, accumulation_dtype(x));
 }
 
-// The parameters of a normalisation, as the kernels take them.
+// The parameters of a normalisation, in the form that the kernels take.
 struct Given {
   const Tensor &weight, &bias, &centre, &variance;
   double eps;
@@ -42,7 +42,7 @@ void run_moments(const Tensor& x, const Tensor& centre, const Tensor& variance,
                  const std::optional<Tensor>& running_mean = {}, const std::optional<Tensor>& running_var = {},
                  double momentum = 0) {
   const Layout v = layout_of(x);
-  const Plan p = plan_for(x, kReducingBlocks);
+  const ChannelPlan p = plan_for(x, kReducingBlocks);
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
@@ -56,7 +56,7 @@ void run_moments(const Tensor& x, const Tensor& centre, const Tensor& variance,
 }
 
 void run_apply(const Tensor& x, const Given& given, const Tensor& y) {
-  const Plan p = plan_for(x, kMappingBlocks, y);
+  const ChannelPlan p = plan_for(x, kMappingBlocks, y);
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     check(apply<T>(layout_of(x), p, data<T>(x), given.as<Accumulator<T>>(), data<T>(y), current_stream(x)),
@@ -66,11 +66,11 @@ void run_apply(const Tensor& x, const Given& given, const Tensor& y) {
 
 void run_sums(const Tensor& dy, const Tensor& x, const Given& given, const Tensor& sums) {
   const Layout v = layout_of(x);
-  const Plan p = plan_for(x, kReducingBlocks, dy);
+  const ChannelPlan p = plan_for(x, kReducingBlocks, dy);
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
-    const Tensor splits = bytes(x, split_bytes<Pair>(v, p));
+    const Tensor splits = bytes(x, split_bytes<GradientSums>(v, p));
     check(gradient_sums<T>(v, p, data<T>(dy), data<T>(x), given.as<A>(), data<void>(splits), data<A>(sums),
                            current_stream(x)),
           "batch_norm_sums");
@@ -79,7 +79,7 @@ void run_sums(const Tensor& dy, const Tensor& x, const Given& given, const Tenso
 
 void run_input_grad(const Tensor& dy, const Tensor& x, const Given& given, const Tensor& sums, double each,
                     const Tensor& dx) {
-  const Plan p = plan_for(x, kMappingBlocks, dy, dx);
+  const ChannelPlan p = plan_for(x, kMappingBlocks, dy, dx);
   as_stored(x, [&](auto zero) {
     using T = decltype(zero);
     using A = Accumulator<T>;
@@ -89,7 +89,7 @@ void run_input_grad(const Tensor& dy, const Tensor& x, const Given& given, const
   });
 }
 
-// Every operator: the tensors must be on a GPU, which is the current one while it runs.
+// Called first by every operator: checks that x is on a GPU, and makes that GPU current for the call.
 stable::accelerator::DeviceGuard on_device_of(const Tensor& x) {
   check_cuda(x, "x");
   return stable::accelerator::DeviceGuard(x.get_device_index());

@@ -1,125 +1,14 @@
-// Batch moments and batch norm on a GPU, over x (M, C), whose channels are columns, or (N, C, L), whose channels are
-// planes. A block walks a channel, or a tile of columns, through its split of the numbers; sums run in fp32 over what a
-// thread loads at once and in fp64 from there on, and a second kernel merges the splits in a fixed order: the same bits
-// every time, and no atomics.
+// Batch moments and batch norm on a GPU. x is (M, C), whose channels are columns, or (N, C, L), whose channels are
+// planes. A block processes one split of a channel or of a tile of columns. Sums run in fp32 over the vectors that a
+// thread loads at once, and in fp64 across them. A second kernel merges the splits in a fixed order. There are no
+// atomics, so results are deterministic.
 #pragma once
 
-#include "channels.cuh"
+#include "batch_moments.cuh"
 
 namespace sslkern::cuda {
 
-// What a slot has summed up: count numbers of this mean, and squares about it.
-template <class A>
-struct Moments {
-  double count = 0, mean = 0, m2 = 0;
-
-  __device__ void merge(const Moments& more) {
-    const double total = count + more.count;
-    if (total == 0) return;
-    add(more.mean, more.m2, static_cast<A>(more.count) / static_cast<A>(total), count);
-    count = total;
-  }
-  // Chan's merge of numbers that are this share of all, with `before` ones. A share in fp32 errs relative to a
-  // difference of means, and spares a division in fp64.
-  __device__ void add(double its_mean, double its_m2, double share, double before) {
-    const double delta = its_mean - mean;
-    mean += delta * share;
-    m2 += its_m2 + delta * delta * share * before;
-  }
-};
-
-struct Pair {
-  double sum = 0, dot = 0;
-
-  __device__ void merge(const Pair& more) {
-    sum += more.sum;
-    dot += more.dot;
-  }
-};
-
-// Running statistics, (C) or nullptr, which move towards those of a batch.
-template <class A>
-struct Running {
-  A *mean = nullptr, *variance = nullptr;
-  A momentum = 0;
-
-  __device__ void track(A* running, int64_t channel, A batch) const {
-    if (running != nullptr) running[channel] += momentum * (batch - running[channel]);
-  }
-};
-
-// Where a channel's moments go. centre (2, C): the mean as high + low; variance (C): biased, unbiased where it goes
-// into a running one. Moments are about the channel's first number, `pitch` after the one before's.
-template <class T>
-struct MomentsOutput {
-  using A = Accumulator<T>;
-  const T* x;
-  int64_t pitch, channels;
-  A *centre, *variance;
-  Running<A> running;
-
-  __device__ A pivot(int64_t channel) const {
-    return static_cast<A>(x[channel * pitch]);
-  }
-  __device__ void operator()(int64_t c, const Moments<A>& found) const {
-    const double mean = pivot(c) + found.mean;
-    const A high = static_cast<A>(mean);
-    centre[c] = high;
-    centre[channels + c] = static_cast<A>(static_cast<double>(pivot(c)) - high + found.mean);
-    variance[c] = static_cast<A>(found.m2 / found.count);
-    running.track(running.mean, c, high);
-    running.track(running.variance, c, static_cast<A>(found.m2 / (found.count - 1)));
-  }
-};
-
-// Two passes over what a thread loads at once. The slots of a thread count the same, so that they share a division.
-template <class T, int V, bool kColumns>
-__global__ void __launch_bounds__(kThreads)
-    moments_kernel(Layout v, Plan p, const T* __restrict__ x, Moments<Accumulator<T>>* splits, MomentsOutput<T> out) {
-  using A = Accumulator<T>;
-  Walk<V, kColumns> walk(v, p);
-  constexpr int S = Walk<V, kColumns>::kSlots;
-  A pivot[S] = {};
-  Moments<A> own[S];
-  if (walk.inside)
-    for (int s = 0; s < S; ++s) pivot[s] = out.pivot(walk.channel + s);
-  double count = 0;
-  int64_t offsets[kAtOnce];
-  T raw[kAtOnce][V];
-  int valid = walk.next(offsets);
-  load_all(x, offsets, valid, raw);
-  while (valid > 0) {
-    A sum[S] = {}, square[S] = {};
-    A d[kAtOnce][V];
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-      for (int lane = 0; lane < V; ++lane) {
-        d[k][lane] = k < valid ? static_cast<A>(raw[k][lane]) - pivot[walk.slot(lane)] : A(0);
-        sum[walk.slot(lane)] += d[k][lane];
-      }
-    const int here = valid;
-    const A numbers = walk.each(here), each = A(1) / numbers;
-    valid = walk.next(offsets);
-    load_all(x, offsets, valid, raw);  // the next are under way while these are summed up
-#pragma unroll
-    for (int k = 0; k < kAtOnce; ++k)
-#pragma unroll
-      for (int lane = 0; lane < V; ++lane) {
-        const A e = k < here ? d[k][lane] - sum[walk.slot(lane)] * each : A(0);
-        square[walk.slot(lane)] += e * e;
-      }
-    const double total = count + numbers, share = numbers / static_cast<A>(total);
-#pragma unroll
-    for (int s = 0; s < S; ++s) own[s].add(sum[s] * each, square[s], share, count);
-    count = total;
-  }
-#pragma unroll
-  for (int s = 0; s < S; ++s) own[s].count = count;
-  finish_block(own, walk.inside, walk.channel, v.channels, splits, out);
-}
-
-// What normalises: parameters of shape (C,), in the accumulator's type; centre is (2, C).
+// The parameters of a normalisation: (C,) in the accumulator's type; centre is (2, C).
 template <class A>
 struct Statistics {
   const A *weight, *bias, *centre, *variance;
@@ -127,7 +16,7 @@ struct Statistics {
   bool relu;
 };
 
-// A channel's y = (x - mean) * scale + bias; the bias makes up for what rounding took from the mean.
+// The map of a channel: y = (x - mean) * scale + bias. The bias corrects for the low part of the mean.
 template <class A>
 struct Affine {
   A mean, scale, bias;
@@ -150,7 +39,7 @@ __device__ Affine<A> affine_of(const Statistics<A>& f, int64_t channel, int64_t 
 
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
-    apply_kernel(Layout v, Plan p, const T* __restrict__ x, Statistics<Accumulator<T>> f, T* __restrict__ out) {
+    apply_kernel(Layout v, ChannelPlan p, const T* __restrict__ x, Statistics<Accumulator<T>> f, T* __restrict__ out) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   if (walk.left == 0) return;
@@ -174,14 +63,23 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// sums (2, C): of dy behind the relu, and of dy (x - mean) / sqrt(var + eps)
+struct GradientSums {
+  double sum = 0, dot = 0;
+
+  __device__ void merge(const GradientSums& more) {
+    sum += more.sum;
+    dot += more.dot;
+  }
+};
+
+// sums (2, C): the sum of dy behind the relu, and of dy (x - mean) / sqrt(var + eps).
 template <class A>
 struct SumsOutput {
   Statistics<A> f;
   int64_t channels;
   A* sums;
 
-  __device__ void operator()(int64_t c, const Pair& found) const {
+  __device__ void operator()(int64_t c, const GradientSums& found) const {
     const double dot = found.dot - f.centre[channels + c] * found.sum;
     sums[c] = static_cast<A>(found.sum);
     sums[channels + c] = static_cast<A>(dot * inverse_std(f, c));
@@ -190,14 +88,14 @@ struct SumsOutput {
 
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
-    sums_kernel(Layout v, Plan p, const T* __restrict__ dy, const T* __restrict__ x, Pair* splits,
+    sums_kernel(Layout v, ChannelPlan p, const T* __restrict__ dy, const T* __restrict__ x, GradientSums* splits,
                 SumsOutput<Accumulator<T>> out) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   constexpr int S = Walk<V, kColumns>::kSlots;
   const Statistics<A>& f = out.f;
   Affine<A> affine[S] = {};
-  Pair own[S];
+  GradientSums own[S];
   if (walk.inside)
     for (int s = 0; s < S; ++s) affine[s] = affine_of(f, walk.channel + s, v.channels);
   while (walk.left > 0) {
@@ -228,12 +126,12 @@ __global__ void __launch_bounds__(kThreads)
   finish_block(own, walk.inside, walk.channel, v.channels, splits, out);
 }
 
-// dx = scale (dy - mean of dy - x_hat mean of dy x_hat), the means being `sums` (2, C) times `each`; where they are 0,
-// as by given statistics, a NaN or inf of x stays out
+// dx = scale (dy - mean(dy) - x_hat mean(dy x_hat)), where the means are `each` times `sums` (2, C). If the means are
+// 0, as with given statistics, a NaN or inf in x does not reach dx.
 template <class T, int V, bool kColumns>
 __global__ void __launch_bounds__(kThreads)
-    input_grad_kernel(Layout v, Plan p, const T* __restrict__ dy, const T* __restrict__ x, Statistics<Accumulator<T>> f,
-                      const Accumulator<T>* sums, double each, T* __restrict__ out) {
+    input_grad_kernel(Layout v, ChannelPlan p, const T* __restrict__ dy, const T* __restrict__ x,
+                      Statistics<Accumulator<T>> f, const Accumulator<T>* sums, double each, T* __restrict__ out) {
   using A = Accumulator<T>;
   Walk<V, kColumns> walk(v, p);
   if (walk.left == 0) return;
@@ -269,7 +167,7 @@ __global__ void __launch_bounds__(kThreads)
   }
 }
 
-// The kernel of a plan: 16-byte vectors or single numbers, columns or planes.
+// The kernel of a plan: 16-byte vectors or single elements, columns or planes.
 #define SSLKERN_KERNEL(name, T, p, v)                                                      \
   ((p).wide ? ((v).columns ? name<T, wide_lanes<T>, true> : name<T, wide_lanes<T>, false>) \
             : ((v).columns ? name<T, 1, true> : name<T, 1, false>))
@@ -277,9 +175,9 @@ __global__ void __launch_bounds__(kThreads)
 template <class T>
 constexpr int wide_lanes = sizeof(T) < 8 ? kVectorBytes / sizeof(T) : 1;
 
-// The launchers. `splits` has `split_bytes` of the reducing plan.
+// Launchers. `splits` has `split_bytes` bytes for the reducing plan.
 template <class T>
-cudaError_t moments(const Layout& v, const Plan& p, const T* x, void* splits, Accumulator<T>* centre,
+cudaError_t moments(const Layout& v, const ChannelPlan& p, const T* x, void* splits, Accumulator<T>* centre,
                     Accumulator<T>* variance, const Running<Accumulator<T>>& running, cudaStream_t stream) {
   using State = Moments<Accumulator<T>>;
   const MomentsOutput<T> out{x, v.columns ? 1 : v.length, v.channels, centre, variance, running};
@@ -291,25 +189,27 @@ cudaError_t moments(const Layout& v, const Plan& p, const T* x, void* splits, Ac
 }
 
 template <class T>
-cudaError_t apply(const Layout& v, const Plan& p, const T* x, const Statistics<Accumulator<T>>& f, T* y,
+cudaError_t apply(const Layout& v, const ChannelPlan& p, const T* x, const Statistics<Accumulator<T>>& f, T* y,
                   cudaStream_t stream) {
   return launch(SSLKERN_KERNEL(apply_kernel, T, p, v), p.grid, p.block, 0, stream, v, p, x, f, y);
 }
 
 template <class T>
-cudaError_t gradient_sums(const Layout& v, const Plan& p, const T* dy, const T* x, const Statistics<Accumulator<T>>& f,
-                          void* splits, Accumulator<T>* sums, cudaStream_t stream) {
+cudaError_t gradient_sums(const Layout& v, const ChannelPlan& p, const T* dy, const T* x,
+                          const Statistics<Accumulator<T>>& f, void* splits, Accumulator<T>* sums,
+                          cudaStream_t stream) {
   const SumsOutput<Accumulator<T>> out{f, v.channels, sums};
   const int slots = v.columns && p.wide ? wide_lanes<T> : 1;
   const cudaError_t error =
-      launch(SSLKERN_KERNEL(sums_kernel, T, p, v), p.grid, p.block, merging_bytes<Pair>(p.block, slots), stream, v, p,
-             dy, x, static_cast<Pair*>(splits), out);
-  return error == cudaSuccess ? merge_splits(v, p, static_cast<const Pair*>(splits), out, stream) : error;
+      launch(SSLKERN_KERNEL(sums_kernel, T, p, v), p.grid, p.block, merging_bytes<GradientSums>(p.block, slots), stream,
+             v, p, dy, x, static_cast<GradientSums*>(splits), out);
+  return error == cudaSuccess ? merge_splits(v, p, static_cast<const GradientSums*>(splits), out, stream) : error;
 }
 
 template <class T>
-cudaError_t input_grad(const Layout& v, const Plan& p, const T* dy, const T* x, const Statistics<Accumulator<T>>& f,
-                       const Accumulator<T>* sums, double each, T* dx, cudaStream_t stream) {
+cudaError_t input_grad(const Layout& v, const ChannelPlan& p, const T* dy, const T* x,
+                       const Statistics<Accumulator<T>>& f, const Accumulator<T>* sums, double each, T* dx,
+                       cudaStream_t stream) {
   return launch(SSLKERN_KERNEL(input_grad_kernel, T, p, v), p.grid, p.block, 0, stream, v, p, dy, x, f, sums, each, dx);
 }
 

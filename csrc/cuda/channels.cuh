@@ -1,5 +1,5 @@
-// Walks over the channels of x, (M, C), whose channels are columns, or (N, C, L), whose channels are planes, and sums
-// that come together from threads, blocks and splits in a fixed order.
+// Walks over the channels of x, (M, C), whose channels are columns, or (N, C, L), whose channels are planes. Sums of
+// threads, blocks and splits are merged in a fixed order.
 #pragma once
 
 #include "launch.cuh"
@@ -7,8 +7,8 @@
 namespace sslkern::cuda {
 
 constexpr int kThreads = 256;
-constexpr int kAtOnce = 4;                 // vectors that a thread has under way
-constexpr int64_t kReducingBlocks = 1024;  // of a grid: about one wave
+constexpr int kAtOnce = 4;                 // vectors that a thread loads at once
+constexpr int64_t kReducingBlocks = 1024;  // blocks of a reducing grid: about one wave
 constexpr int64_t kMappingBlocks = 8192;
 
 struct Layout {
@@ -20,15 +20,15 @@ struct Layout {
   }
 };
 
-// How a layout is cut. A unit is a vector's width of a row in a tile of columns, or a vector of a channel's planes;
-// threads walk through them `down` at a time.
-struct Plan {
+// How a layout is cut. A unit is one row of a tile of columns, or one vector of a channel's planes. A block processes
+// `down` units at a time.
+struct ChannelPlan {
   bool wide;  // 16-byte vectors
   int64_t units, per_split;
   dim3 grid, block;  // (tiles of columns or channels, splits), (vectors across, down)
 };
 
-inline Plan plan(const Layout& v, int64_t element_size, bool all_aligned, int64_t blocks) {
+inline ChannelPlan plan(const Layout& v, int64_t element_size, bool all_aligned, int64_t blocks) {
   const int64_t lanes = kVectorBytes / element_size, run = v.columns ? v.channels : v.length;
   const bool wide = element_size < 8 && all_aligned && run % lanes == 0;
   const int64_t vectors = wide ? run / lanes : run, units = v.columns ? v.rows : v.rows * vectors;
@@ -40,17 +40,17 @@ inline Plan plan(const Layout& v, int64_t element_size, bool all_aligned, int64_
   return {wide, units, per_split, dim3(tiles, ceil_div(units, per_split)), dim3(across, down)};
 }
 
-// A thread's way through its split: `left` more vectors, the next one at `offset`. Their lanes belong to one channel of
-// planes, or to V channels of columns, from `channel` on.
+// A thread's position in its split: `left` more vectors, the next one at `offset`. The lanes of a vector belong to one
+// channel (planes), or to V channels from `channel` on (columns).
 template <int V, bool kColumns>
 struct Walk {
   static constexpr int kSlots = kColumns ? V : 1;
 
-  bool inside = true;  // a tile may be wider than what is left of the columns
+  bool inside = true;  // false past the last column of x
   int64_t channel, left, offset, step;
-  int64_t place = 0, place_step = 0, places = 1, jump = 0;  // in a plane, in vectors; and to the channel's next plane
+  int64_t place = 0, place_step = 0, places = 1, jump = 0;  // position in a plane, in vectors; step to its next plane
 
-  __device__ Walk(const Layout& v, const Plan& p) {
+  __device__ Walk(const Layout& v, const ChannelPlan& p) {
     const int64_t begin = blockIdx.y * p.per_split + threadIdx.y, down = blockDim.y;
     const int64_t end = blockIdx.y + 1 < gridDim.y ? (blockIdx.y + 1) * p.per_split : p.units;
     left = begin < end ? ceil_div(end - begin, down) : 0;
@@ -73,11 +73,11 @@ struct Walk {
   __device__ static constexpr int slot(int lane) {
     return kColumns ? lane : 0;
   }
-  // Numbers of a slot in so many vectors.
+  // Elements that `vectors` vectors hold for one slot.
   __device__ static constexpr int each(int vectors) {
     return kColumns ? vectors : vectors * V;
   }
-  // The offsets of the next vectors, at most kAtOnce; how many there are.
+  // Writes the offsets of the next vectors, at most kAtOnce, and returns their number.
   __device__ int next(int64_t (&offsets)[kAtOnce]) {
     const int valid = left < kAtOnce ? static_cast<int>(left) : kAtOnce;
 #pragma unroll
@@ -103,12 +103,12 @@ __device__ __forceinline__ void load_all(const T* from, const int64_t (&offsets)
     if (k < valid) load(from + offsets[k], to[k]);
 }
 
-// Merges `own` down the block, in pairs; the result is right where threadIdx.y is 0. All threads take part.
+// Merges `own` along y in pairs. The result is valid where threadIdx.y is 0. All threads take part.
 template <class State, int S>
 __device__ void merge_block(State (&own)[S]) {
   State* shared = reinterpret_cast<State*>(shared_memory());
   const int across = blockDim.x, y = threadIdx.y, at = y * across + threadIdx.x;
-  const int given = across * (blockDim.y - 1);  // the first row gives nothing away
+  const int given = across * (blockDim.y - 1);  // the first row of threads only receives
   for (int half = blockDim.y / 2; half > 0; half /= 2) {
     if (y >= half && y < 2 * half)
       for (int s = 0; s < S; ++s) shared[s * given + at - across] = own[s];
@@ -123,7 +123,7 @@ size_t merging_bytes(dim3 block, int slots) {
   return sizeof(State) * block.x * (block.y - 1) * slots;
 }
 
-// Hands what a channel's only block found to `finish`, or leaves a split's part in `splits`, (gridDim.y, channels), to
+// Passes the result to `finish` if a channel has one block. Otherwise stores it in `splits`, (gridDim.y, channels), for
 // `merge_kernel`.
 template <class State, int S, class Finish>
 __device__ void finish_block(State (&own)[S], bool inside, int64_t channel, int64_t channels, State* splits,
@@ -138,8 +138,8 @@ __device__ void finish_block(State (&own)[S], bool inside, int64_t channel, int6
   }
 }
 
-// Merges the `count` splits of each channel. A channel has a column of threads: one thread would take a thousand
-// splits of a layer of 64 channels one after the other.
+// Merges the `count` splits of each channel, with a column of threads per channel. A single thread would read up to a
+// thousand splits one after the other.
 template <class State, class Finish>
 __global__ void __launch_bounds__(kThreads)
     merge_kernel(int64_t channels, int64_t count, const State* __restrict__ splits, Finish finish) {
@@ -152,14 +152,14 @@ __global__ void __launch_bounds__(kThreads)
   if (channel < channels && threadIdx.y == 0) finish(channel, own[0]);
 }
 
-// Device memory for the splits of a reduction, if there are any.
+// Bytes of device memory for the splits of a reduction; 0 for one split.
 template <class State>
-int64_t split_bytes(const Layout& v, const Plan& p) {
+int64_t split_bytes(const Layout& v, const ChannelPlan& p) {
   return p.grid.y > 1 ? p.grid.y * v.channels * sizeof(State) : 0;
 }
 
 template <class State, class Finish>
-cudaError_t merge_splits(const Layout& v, const Plan& p, const State* splits, const Finish& finish,
+cudaError_t merge_splits(const Layout& v, const ChannelPlan& p, const State* splits, const Finish& finish,
                          cudaStream_t stream) {
   if (p.grid.y == 1) return cudaSuccess;
   const int64_t down = std::min<int64_t>(power_of_two_from(p.grid.y), kThreads / 4), across = kThreads / down;

@@ -1,18 +1,18 @@
-// The small matrices of a rank-k update: C and D from K and A, in fp64, by one block. Every function is called by all
-// of its threads, and what it has written is there for all of them when it returns. Complex matrices come as real ones
-// of twice the side, of blocks [[Re, Im], [-Im, Re]].
+// The coefficients C and D of a rank-k update, from K and A, in fp64 by one block. All threads of the block call every
+// function; its results are visible to all of them when it returns. A complex matrix is a real one of twice the side,
+// with blocks [[Re, Im], [-Im, Re]].
 #pragma once
 
-#include "launch.cuh"
+#include "small_matrices.cuh"
 
 namespace sslkern::cuda {
 
 enum Retraction : int { kTangent, kDirect, kCayley };
 
-constexpr int kTerms = 24;  // of a power series; a step that needs more takes a closed form
+constexpr int kTerms = 24;  // terms of a power series; a larger step takes a closed form
 
-// What the retractions make of a small step, by powers of Z: phi_1(z), -1 / (s (1 + s)) with s = sqrt(1 + z), which is
-// a difference of binomial series, (s - 1) / z - 1 / s, and 1 / (1 - z).
+// Power series of the retractions for small Z: phi_1(z); -1 / (s (1 + s)) with s = sqrt(1 + z), which equals (s - 1) /
+// z - 1 / s, a difference of binomial series; and 1 / (1 - z).
 struct Series {
   double at[3][kTerms] = {};
 
@@ -31,74 +31,13 @@ struct Series {
 
 __constant__ constexpr Series kSeries;
 
-// f(0), f(1), ... of a count, by all threads.
-template <class F>
-__device__ void each(int count, const F& f) {
-  for (int index = threadIdx.x; index < count; index += blockDim.x) f(index);
-  __syncthreads();
-}
-
-// f(0) + f(1) + ..., so many of them under way at once.
-template <int kAtOnce, class F>
-__device__ double sum_of(int count, const F& f) {
-  double sum = 0;
-  for (int first = 0; first < count; first += kAtOnce) {
-    double terms[kAtOnce];
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) terms[e] = first + e < count ? static_cast<double>(f(first + e)) : 0.;
-#pragma unroll
-    for (int e = 0; e < kAtOnce; ++e) sum += terms[e];
-  }
-  return sum;
-}
-
-// put(i, j, sum over q of x(i, q) y(q, j)), in tiles of (S, S), which divide rows and columns.
-template <int S, class X, class Y, class Put>
-__device__ void products(int rows, int columns, int depth, const X& x, const Y& y, const Put& put) {
-  const int across = columns / S;
-  each(rows / S * across, [&](int tile) {
-    const int i = tile / across * S, j = tile % across * S;
-    double sums[S][S] = {};
-#pragma unroll 2
-    for (int q = 0; q < depth; ++q) {
-      double left[S], right[S];
-#pragma unroll
-      for (int s = 0; s < S; ++s) left[s] = x(i + s, q), right[s] = y(q, j + s);
-#pragma unroll
-      for (int s = 0; s < S; ++s)
-#pragma unroll
-        for (int t = 0; t < S; ++t) sums[s][t] += left[s] * right[t];
-    }
-#pragma unroll
-    for (int s = 0; s < S; ++s)
-#pragma unroll
-      for (int t = 0; t < S; ++t) put(i + s, j + t, sums[s][t]);
-  });
-}
-
-// Memory for the small matrices of an update of rank k, in real columns.
-struct SmallMatrices {
-  double *gram, *outer;  // K (2k, 2k) and A (k, k)
-  double* free[5];       // (2k, 2k)
-  double* scratch;
-
-  static __host__ __device__ int64_t numbers(int64_t k) {
-    return 6 * 4 * k * k + k * k + 4 * k + 16;
-  }
-  __device__ SmallMatrices(double* memory, int k) : gram(memory) {
-    for (double*& each : free) each = memory += 4 * k * k;
-    outer = memory + 4 * k * k;
-    scratch = outer + k * k;
-  }
-};
-
 class Solver {
  public:
-  // `tolerance`: of a coefficient, relative to the largest one.
+  // `tolerance` bounds the neglected terms, relative to the largest coefficient.
   __device__ Solver(const SmallMatrices& memory, int k, double tolerance)
       : a_(memory), k_(k), n_(2 * k), tolerance_(tolerance) {}
 
-  // put(i, j, number) for C's 2k rows and for D's k rows below, those only where the retraction has a D.
+  // Calls put(i, j, value) for the 2k rows of C, and for the k rows of D below if the retraction has a D.
   template <class Put>
   __device__ void solve(int retraction, const Put& put) {
     const int k = k_, n = n_;
@@ -155,7 +94,7 @@ class Solver {
   const int k_, n_;
   const double tolerance_;
 
-  // put(i, j, number) for what x y holds.
+  // Calls put(i, j, value) for every element of x y.
   template <class Put>
   __device__ void multiply(const double* x, const double* y, const Put& put) {
     const int n = n_;
@@ -167,7 +106,7 @@ class Solver {
       products<2>(n, n, n, left, right, put);
   }
 
-  // Some threads may still read its scratch when others return: a barrier comes before it is written again.
+  // Threads may still read the scratch when others return. A barrier must come before it is written again.
   template <class F>
   __device__ double norm(const F& f) {
     double sum = 0, *sums = a_.scratch + 2 * n_;
@@ -180,7 +119,7 @@ class Solver {
     return sqrt(sum);
   }
 
-  // The powers of Z that count where Z has this norm; more than there are where it is too large.
+  // Number of terms to sum for a Z of this norm; kTerms + 1 if the norm is too large for the series.
   __device__ int terms(int retraction, double norm) const {
     double power = 1;
     for (int n = 1; n < kTerms; ++n)
@@ -188,7 +127,7 @@ class Solver {
     return kTerms + 1;
   }
 
-  // The sum of c_i Z^i J, or nullptr.
+  // The sum of c_i Z^i J, or nullptr if the series is too long.
   template <class J>
   __device__ double* series(int retraction, const double* z, const J& j) {
     const int n = n_;
@@ -207,8 +146,8 @@ class Solver {
     return s;
   }
 
-  // S with exp(W J W') = I + W S W', J = [[0, I], [-I, 0]] / 2 and Z = J K: phi_1(Z) J for a 2^s-th of the step, and s
-  // times S <- 2 S + S K S.
+  // S with exp(W J W') = I + W S W', for J = [[0, I], [-I, 0]] / 2 and Z = J K. S starts as phi_1(Z) J for 1 / 2^s of
+  // the step, followed by s doublings S <- 2 S + S K S.
   __device__ double* exponential(double* z) {
     const int n = n_, k = k_;
     const double* gram = a_.gram;
@@ -229,8 +168,8 @@ class Solver {
     return s;
   }
 
-  // -(Y + X)^-1 theta, X = I + Z and Y its root, by the product form of Denman and Beavers' iteration, scaled by the
-  // determinant while that is far from one.
+  // -(Y + X)^-1 theta, where X = I + Z and Y is its square root: the product form of the Denman-Beavers iteration,
+  // scaled by the determinant while the matrix is far from one.
   template <class Theta>
   __device__ double* inverse_root(double* x, const Theta& theta) {
     const int n = n_, k = k_;
@@ -251,7 +190,7 @@ class Solver {
       double* const made = next;
       next = y;
       y = made;
-      if (distance < 1e-8) break;  // quadratic: the step just made was the last one
+      if (distance < 1e-8) break;  // convergence is quadratic, so this step was the last
     }
     each(n * n, [&](int at) { x[at] += y[at]; });
     invert(x);
@@ -264,7 +203,7 @@ class Solver {
     return m;
   }
 
-  // Gauss and Jordan's inverse, in place, with partial pivoting: log |det|. Singular matrices give infinities.
+  // Gauss-Jordan inverse, in place, with partial pivoting. Returns log |det|. A singular matrix gives infinities.
   __device__ double invert(double* a) {
     const int n = n_, lane = threadIdx.x % 32, warp = threadIdx.x / 32;
     double *shares = a_.scratch, *found = a_.scratch + 2 * n;

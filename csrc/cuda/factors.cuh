@@ -1,5 +1,5 @@
-// The first steps of a rank-k update: M = U'a, W = [M b], K = W'W and A = a'a, and from them C and D. How a matrix is
-// cut, and where the steps leave their results.
+// The first steps of a rank-k update: M = U'a, W = [M b], K = W'W, A = a'a, and the coefficients C and D. Also how a
+// matrix is cut, and the workspace between the steps.
 #pragma once
 
 #include "coefficients.cuh"
@@ -7,28 +7,28 @@
 namespace sslkern::cuda {
 
 constexpr int kWarps = 8, kThreads = 32 * kWarps;
-constexpr int kColumns = 32;         // of U, whose part of W is made at once
-constexpr int kDepth = 8 * kWarps;   // rows of a that lie in shared memory
-constexpr int64_t kBlocks = 264;     // of a pass over a large matrix: two for each processor of an H100
-constexpr int64_t kGathers = 32;     // shares of K and A, which one block adds up
-constexpr int64_t kShare = 512;      // rows of a for one of them, or more
-constexpr int64_t kSmall = 1 << 16;  // numbers of a matrix that one block may take
-constexpr int64_t kAlone = 1 << 14;  // and of one that it takes where few others keep the GPU busy
-constexpr int64_t kMany = 256;       // others that do
-constexpr int64_t kResident = 1024;  // matrices that have memory to work in at a time, where one block takes one
-constexpr int64_t kTogether = 64;    // the same for large ones
+constexpr int kColumns = 32;         // columns of U per step of `gather`
+constexpr int kDepth = 8 * kWarps;   // rows of a in shared memory
+constexpr int64_t kBlocks = 264;     // blocks of a pass over a large matrix: two per SM of an H100
+constexpr int64_t kGathers = 32;     // most partial sums of K and A; one block adds them up
+constexpr int64_t kShare = 512;      // least rows of a per partial sum
+constexpr int64_t kSmall = 1 << 16;  // most elements of a matrix that one block updates
+constexpr int64_t kAlone = 1 << 14;  // the same for a small stack, which leaves the GPU idle
+constexpr int64_t kMany = 256;       // matrices of a stack that keep the GPU busy
+constexpr int64_t kResident = 1024;  // matrices per launch, where one block updates one
+constexpr int64_t kTogether = 64;    // the same for large matrices
 
 template <class T>
 constexpr int kLanes = kVectorBytes / sizeof(T);
 template <class T>
-constexpr int kStep = 8 * kLanes<T>;  // columns of U that a warp takes at once
+constexpr int kStep = 8 * kLanes<T>;  // columns of U per step of a warp
 template <class T, bool kWide>
-constexpr int kTile = (kWide ? 8 : 4) * kLanes<T>;  // columns of W, likewise
+constexpr int kTile = (kWide ? 8 : 4) * kLanes<T>;  // columns of W per step of a warp
 template <class T, bool kWide>
-constexpr int kProjected = kWide ? 16 : 2 * kLanes<T>;  // columns of a whose products with U a thread sums up
+constexpr int kProjected = kWide ? 16 : 2 * kLanes<T>;  // columns of a per thread in `project`
 
-// A stack of matrices: U (n, p), a (n, k), b (p, k) or, of pairs, (p / 2, k). As n is at least p, what counts columns
-// or places in a panel of rows is an int.
+// A stack of matrices: U (n, p), a (n, k), b (p, k). With `pairs`, elements are complex and b is (p / 2, k). Since n >=
+// p, indices of columns and of places in a panel fit an int.
 template <class T>
 struct Problem {
   T* u;
@@ -47,12 +47,13 @@ struct Problem {
   }
 };
 
-// How a matrix is cut, by its shape alone. W has m columns, in memory `ld` and `padded` rows, the rest zeros.
+// How a matrix is cut, from its shape alone. W has m columns and p rows, stored with ld columns and `padded` rows; the
+// padding is zero.
 struct Cut {
   int m, ld, tiles, padded, splits, gathers, per_gather;
-  int64_t per_split, per_share;  // rows of U, and of a for A
-  int slices, team;  // of a panel's columns, whose products with W different warps take; and warps of a panel
-  bool wide;         // W has more columns than the narrow tile
+  int64_t per_split, per_share;  // rows of U per split; rows of a per partial sum of A
+  int slices, team;              // slices of U's columns, each for one warp; warps per panel
+  bool wide;                     // W has more columns than the narrow tile
 };
 
 template <class T>
@@ -77,11 +78,11 @@ Cut cut_of(int64_t n, int64_t p, int64_t k) {
   return c;
 }
 
-// Where the steps of one matrix leave what the next ones take; `each` bytes further, that of the next matrix.
+// Workspace of one matrix. The workspace of the next matrix is `each` bytes further.
 template <class T>
 struct Room {
   T *partial, *w, *transposed, *factor, *scale;  // (splits, k, padded), (padded, ld), (ld, padded), (m + k, ld), (m)
-  double *grams, *small;                         // (gathers, m m + k k), and the small matrices
+  double *grams, *small;                         // (gathers, m m + k k); memory of SmallMatrices
   unsigned* arrived;
   int64_t each;
 
@@ -110,8 +111,8 @@ struct Room {
   }
 };
 
-// Partial sums of M's columns k0, k0 + 1, ... over a split's rows of U, for a tile of its columns: V for each lane, and
-// every eighth 8 rows for each warp.
+// Partial sums of columns k0, k0 + 1, ... of M over a split of the rows, for a tile of its rows (columns of U). Each
+// lane has V columns; each warp has 8 of every 64 rows.
 template <class T, int V, bool kWide>
 __device__ void project(const Problem<T>& q, const Cut& c, int tile, int split, int k0, T* partial) {
   constexpr int K = kProjected<T, kWide>, L = kLanes<T>, kRows = kDepth / kWarps, kAtOnce = 4;
@@ -134,7 +135,7 @@ __device__ void project(const Problem<T>& q, const Cut& c, int tile, int split, 
       }
     };
     fetch(0);
-    __syncthreads();  // the rows before have been read
+    __syncthreads();  // all threads have read the rows before
     for (int at = threadIdx.x; at < kDepth * K; at += kThreads) {
       const int i = i0 + at / K, r = at % K;
       shared[at] = i < rows && k0 + r < q.k ? a[static_cast<int64_t>(i) * q.k + r] : T(0);
@@ -173,7 +174,7 @@ __device__ void project(const Problem<T>& q, const Cut& c, int tile, int split, 
     if (k0 + r < q.k) store(sums[r], partial + static_cast<int64_t>(split * q.k + k0 + r) * c.padded + j);
 }
 
-// a'a of some rows, in tiles of (S, S); where those are few, several threads share the rows of each.
+// a'a of some rows, in tiles of (S, S). With few tiles, several threads share the rows of each.
 template <int S, class T>
 __device__ void square(const T* a, int rows, int k, double* out) {
   const int across = k / S, tiles = across * across, parts = tiles < kThreads ? kThreads / tiles : 1;
@@ -197,7 +198,7 @@ __device__ void square(const T* a, int rows, int k, double* out) {
     each(k * k, [&](int at) { out[at] = sum_of<8>(parts, [&](int part) { return shares[part * k * k + at]; }); });
 }
 
-// W's rows of some columns of U, and the share that these have in K; and that of some rows of a in A.
+// Computes the rows of W for some columns of U and their part of K, and the part of A from some rows of a.
 template <class T>
 __device__ void gather(const Problem<T>& q, const Cut& c, int index, const Room<T>& room) {
   const int k = q.k, m = c.m, w_stride = m + 1;
@@ -217,7 +218,7 @@ __device__ void gather(const Problem<T>& q, const Cut& c, int index, const Room<
       T number = 0;
       if (x < m && j0 + row < q.p && !q.pairs) {
         number = x < k ? sums[r * (kColumns + 1) + row] : q.b[(j0 + row) * k + r];
-      } else if (x < m && j0 + row < q.p) {  // conj(u) a and b, of which u takes the real part and the imaginary one
+      } else if (x < m && j0 + row < q.p) {  // conj(u) a, or b: a column for the real part and one for the imaginary
         const T *first = sums + (r - r % 2) * (kColumns + 1) + row - part, *second = first + kColumns + 1;
         const T* b = q.b + (j0 + row) / 2 * k + r - r % 2;
         const T real = x < k ? first[0] + second[1] : b[0], imaginary = x < k ? second[0] - first[1] : b[1];
@@ -244,12 +245,12 @@ __device__ void gather(const Problem<T>& q, const Cut& c, int index, const Room<
     square<1>(q.a + first * k, rows, k, gram + m * m);
 }
 
-// C and D, one below the other, and the factors that make columns of a and b equally long.
+// C above D, and the scales that make the columns of a and b equally long.
 template <class T>
 __device__ void coefficients(const Problem<T>& q, const Cut& c, const Room<T>& room, double* memory) {
   const SmallMatrices small(memory, q.k);
   const int k = q.k, m = c.m;
-  double *const raw = small.free[0], *const scale = small.free[1];  // A as it is, (k, k), and (m)
+  double *const raw = small.free[0], *const scale = small.free[1];  // unscaled A (k, k), and the scales (m)
   each(m * m + k * k, [&](int at) {
     const double sum = sum_of<16>(c.gathers, [&](int64_t g) { return room.grams[g * (m * m + k * k) + at]; });
     (at < m * m ? small.gram[at] : raw[at - m * m]) = sum;

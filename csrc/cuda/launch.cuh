@@ -1,5 +1,5 @@
-// What every CUDA kernel of the package shares. Kernels and their launchers know pointers and the CUDA runtime alone,
-// so that a C++ compiler takes them too, against a runtime that is simulated on a CPU.
+// Shared by all CUDA kernels. Kernels and launchers use pointers and the CUDA runtime only. So a C++ compiler can build
+// them too, against a runtime that is simulated on a CPU.
 #pragma once
 
 #include <cuda_runtime.h>
@@ -18,7 +18,7 @@ using torch::headeronly::Half;
 
 constexpr int kVectorBytes = 16;
 
-// Sums are taken in fp64 for fp64, in fp32 for the rest.
+// The type of sums: fp64 for fp64, fp32 for all others.
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 
@@ -36,7 +36,7 @@ inline bool aligned(const void* pointer) {
   return reinterpret_cast<uintptr_t>(pointer) % kVectorBytes == 0;
 }
 
-// The block's dynamic shared memory.
+// The dynamic shared memory of the block.
 __device__ inline unsigned char* shared_memory() {
 #ifdef SSLKERN_SIMULATOR
   return simulator::shared_memory();
@@ -46,7 +46,7 @@ __device__ inline unsigned char* shared_memory() {
 #endif
 }
 
-// V numbers in one access, of 16 bytes where V is more than one.
+// Loads V elements in one access, of 16 bytes if V is more than one.
 template <class T, int V>
 __device__ __forceinline__ void load(const T* from, T (&to)[V]) {
   if constexpr (V == 1) {

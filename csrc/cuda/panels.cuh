@@ -1,12 +1,13 @@
 // The last step of a rank-k update, U += (U W C + a D) W', by panels of rows. A warp multiplies tiles of 8 R rows by 4
-// H vectors of columns: its lanes hold R rows each, 8 apart, and H vectors, 4 apart.
+// H vectors of columns: each lane holds R rows, 8 apart, and H vectors, 4 apart.
 #pragma once
 
 #include "factors.cuh"
 
 namespace sslkern::cuda {
 
-// sums += rows of `left`, each eighth from the lane's first on, by columns of `right`, four lanes' vectors apart.
+// sums += left right. A lane takes every eighth row of `left` from its first row on, and every fourth vector of columns
+// of `right`.
 template <int kInner, class T, int R, int H, int L>
 __device__ __forceinline__ void multiply(const T* left, int left_stride, const T* right, int right_stride,
                                          T (&sums)[R][H][L]) {
@@ -30,7 +31,7 @@ __device__ __forceinline__ void multiply(const T* left, int left_stride, const T
   }
 }
 
-// A warp copies (kRows, kCols), both of whose strides are whole vectors.
+// A warp copies (kRows, kCols). Both strides are multiples of a vector.
 template <int kRows, int kCols, class T>
 __device__ __forceinline__ void copy_tile(const T* from, int from_stride, T* to, int to_stride) {
   constexpr int L = kLanes<T>, kAcross = kCols / L;
@@ -42,7 +43,7 @@ __device__ __forceinline__ void copy_tile(const T* from, int from_stride, T* to,
   }
 }
 
-// The first numbers of a vector, as many as there are: all or none where V is its length.
+// Loads the first `count` elements of a vector; all or none if V is its length.
 template <int V, class T, int L>
 __device__ __forceinline__ void load_some(const T* from, int count, T (&to)[L]) {
 #pragma unroll
@@ -67,12 +68,12 @@ __device__ __forceinline__ void store_some(const T (&from)[L], T* to, int count)
   }
 }
 
-// Shared memory of `update`: for each warp a tile of U and one of W, for each team of warps the panel's factors.
+// Shared memory of `update`: a tile of U and a tile of W per warp, and the factors of the panel per team of warps.
 template <class T, bool kWide, int R>
 struct Stage {
   static constexpr int L = kLanes<T>, kRows = 8 * R;
   static constexpr int kUStride = kStep<T> + L, kWStride = kTile<T, kWide> + L;
-  static constexpr int kWarp = kRows * kUStride + kStep<T> * kWStride;  // numbers
+  static constexpr int kWarp = kRows * kUStride + kStep<T> * kWStride;  // elements
 
   static __host__ __device__ int right_stride(const Cut& c) {
     return c.ld + L;
@@ -88,8 +89,8 @@ struct Stage {
   }
 };
 
-// The panels of 8 R rows from `panel` on, one for each team of warps: left = [U W, a], right = left [C; D] and U +=
-// right W'. Columns go by backwards the second time: those that were read last are in the cache.
+// Updates panels of 8 R rows from `panel` on, one per team of warps: left = [U W, a], right = left [C; D], U += right
+// W'. The second pass takes the columns backwards, because the last ones read are still in cache.
 template <class T, int V, bool kWide, int R>
 __device__ void update(const Problem<T>& q, const Cut& c, int panel, const Room<T>& room) {
   using S = Stage<T, kWide, R>;

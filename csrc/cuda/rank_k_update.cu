@@ -1,11 +1,11 @@
-// Rank-k updates for CUDA tensors.
+// Operators for rank-k updates of CUDA tensors.
+#include "bindings.h"
 #include "rank_k_update.cuh"
-#include "torch.h"
 
 namespace sslkern::cuda {
 namespace {
 
-// Shared memory that a block may have.
+// Bytes of shared memory that a block may use.
 size_t shared_limit(int device) {
   int bytes = 0;
   check(cudaDeviceGetAttribute(&bytes, cudaDevAttrMaxSharedMemoryPerBlockOptin, device), "rank_k_update_");
@@ -24,7 +24,7 @@ void run(const Tensor& u, const Tensor& a, const Tensor& b, int64_t retraction, 
                      pairs,
                      static_cast<int>(retraction)};
   const size_t limit = shared_limit(u.get_device_index());
-  const Plan p = plan_for(q, stack, limit);
+  const UpdatePlan p = plan_for(q, stack, limit);
   STD_TORCH_CHECK(std::max(p.gather, p.update) <= limit, "a and b have too many columns, ", a.size(-1),
                   ", for the shared memory of this GPU: take fewer at a time, or sslkern.backend.use('reference')");
   const Tensor memory = stable::new_empty(u, {workspace_bytes(q, p)}, ScalarType::Byte);

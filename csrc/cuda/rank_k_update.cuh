@@ -1,12 +1,12 @@
-// Rank-k updates of orthogonal and unitary matrices on a GPU, U += (U W C + a D) W' with W = [M b] and M = U'a, in four
-// steps that blocks of threads take: `project` sums up M, `gather` makes W and its shares of K = W'W and A = a'a,
-// `coefficients` finds C and D, `update` moves panels of rows. Large matrices take them in three kernels of many
-// blocks, small ones, of which a stack may have hundreds, in one kernel and one block each: the same work in the same
-// order, so the same bits.
+// Rank-k updates of orthogonal and unitary matrices on a GPU, U += (U W C + a D) W' with W = [M b] and M = U'a. There
+// are four steps. `project` sums up M. `gather` forms W and partial sums of K = W'W and A = a'a. `coefficients` solves
+// for C and D. `update` updates panels of rows. Large matrices take three kernels of many blocks. Small ones, of which
+// a stack may have hundreds, take one kernel with one block each. Both do the same work in the same order, so the bits
+// agree.
 //
-// A complex matrix (n, p) is a real one (n, 2p), its numbers being pairs; a W of twice the columns, [[Re, Im], [-Im,
-// Re]] for each of them, makes the same products of it. Columns of a and b come as they are: C and D belong to columns
-// of equal norms, and `scale` takes the products with W to and from those.
+// A complex matrix (n, p) is a real one (n, 2p), with pairs as elements. A real W with twice the columns, [[Re, Im],
+// [-Im, Re]] per element, gives the same products. C and D belong to columns of a and b with equal norms; a and b
+// themselves are not rescaled, so `scale` converts the products with W.
 #pragma once
 
 #include "panels.cuh"
@@ -20,7 +20,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
   const Room<T> room = rooms.at(blockIdx.z);
   constexpr int K = kProjected<T, kWide>;
   const int across = (q.k + K - 1) / K;
-  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *room.arrived = 0;  // of the next kernel's blocks
+  if (blockIdx.x == 0 && blockIdx.y == 0 && threadIdx.x == 0) *room.arrived = 0;  // a counter of the next kernel
   project<T, V, kWide>(q, c, blockIdx.x / across, blockIdx.y, blockIdx.x % across * K, room.partial);
 }
 
@@ -48,7 +48,7 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 && R == 2 ? 2 : 1)
   update<T, V, kWide, R>(all.at(blockIdx.z), c, blockIdx.x, rooms.at(blockIdx.z));
 }
 
-// All steps of one matrix after another.
+// All steps of one matrix, in one block.
 template <class T, int V, bool kWide>
 __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     small_kernel(Problem<T> all, Cut c, Room<T> rooms, bool in_shared) {
@@ -66,17 +66,17 @@ __global__ void __launch_bounds__(kThreads, sizeof(T) == 4 ? 2 : 1)
     update<T, V, kWide, 2>(q, c, panel, room);
 }
 
-// How a stack is worked through.
-struct Plan {
+// How a stack is processed.
+struct UpdatePlan {
   Cut cut;
-  bool vectors, small, tall, in_shared;  // 16-byte vectors; a block for each matrix; panels of 32 rows; small matrices
-  int64_t together;                      // matrices that have memory to work in at a time
-  size_t project, gather, update;        // shared memory of the kernels, or of the steps
+  bool vectors, small, tall, in_shared;  // 16-byte vectors; one block per matrix; panels of 32 rows; SmallMatrices
+  int64_t together;                      // matrices per launch, each with a workspace
+  size_t project, gather, update;        // bytes of shared memory per step
 };
 
 template <class T>
-Plan plan_for(const Problem<T>& q, int64_t stack, size_t shared_limit, bool small, int64_t together) {
-  Plan p{};
+UpdatePlan plan_for(const Problem<T>& q, int64_t stack, size_t shared_limit, bool small, int64_t together) {
+  UpdatePlan p{};
   p.cut = cut_of<T>(q.n, q.p, q.k);
   const Cut& c = p.cut;
   p.vectors = aligned(q.u) && q.p % kLanes<T> == 0;
@@ -99,17 +99,17 @@ Plan plan_for(const Problem<T>& q, int64_t stack, size_t shared_limit, bool smal
 }
 
 template <class T>
-Plan plan_for(const Problem<T>& q, int64_t stack, size_t shared_limit) {
+UpdatePlan plan_for(const Problem<T>& q, int64_t stack, size_t shared_limit) {
   const bool small = q.n * q.p <= (stack < kMany ? kAlone : kSmall);
   return plan_for(q, stack, shared_limit, small, small ? kResident : kTogether);
 }
 
 template <class T>
-int64_t workspace_bytes(const Problem<T>& q, const Plan& p) {
+int64_t workspace_bytes(const Problem<T>& q, const UpdatePlan& p) {
   return p.together * Room<T>(nullptr, p.cut, q.k).each;
 }
 
-// As `launch`, of a kernel that may need more shared memory than any kernel has.
+// Like `launch`, for a kernel that may need more shared memory than the default limit.
 template <class... P, class... A>
 cudaError_t launch_large(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
                          const A&... arguments) {
@@ -121,7 +121,8 @@ cudaError_t launch_large(void (*kernel)(P...), dim3 grid, dim3 block, size_t sha
 }
 
 template <class T, int V, bool kWide>
-cudaError_t some_updates(const Problem<T>& q, unsigned count, const Plan& p, const Room<T>& room, cudaStream_t stream) {
+cudaError_t some_updates(const Problem<T>& q, unsigned count, const UpdatePlan& p, const Room<T>& room,
+                         cudaStream_t stream) {
   const Cut& c = p.cut;
   if (p.small)
     return launch_large(small_kernel<T, V, kWide>, count, kThreads, std::max({p.project, p.gather, p.update}), stream,
@@ -137,9 +138,9 @@ cudaError_t some_updates(const Problem<T>& q, unsigned count, const Plan& p, con
                       dim3(ceil_div(q.n, p.tall ? 32 : 16), 1, count), 32 * c.team, p.update, stream, q, c, room);
 }
 
-// `memory` holds workspace_bytes.
+// `memory` has workspace_bytes bytes.
 template <class T>
-cudaError_t rank_k_update(const Problem<T>& q, int64_t stack, const Plan& p, void* memory, cudaStream_t stream) {
+cudaError_t rank_k_update(const Problem<T>& q, int64_t stack, const UpdatePlan& p, void* memory, cudaStream_t stream) {
   constexpr int L = kLanes<T>;
   const auto run = p.vectors ? (p.cut.wide ? some_updates<T, L, true> : some_updates<T, L, false>)
                              : (p.cut.wide ? some_updates<T, 1, true> : some_updates<T, 1, false>);

@@ -1,4 +1,4 @@
-"""From the embeddings people have, (N, D), (B, T, D), (B, C, H, W), to the (..., N, D) of the ops, without a copy."""
+"""Views of embeddings (N, D), (B, T, D), (B, C, H, W), ... as the (..., N, D) that the ops take."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..ops import _checks
+from ..core import checks
 
 Positions = Literal["separate", "pooled"]
 
@@ -14,15 +14,15 @@ Positions = Literal["separate", "pooled"]
 def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> Tensor:
     """A (..., N, D) view of z: features along `dim`, samples along `batch_dim`, all other dimensions positions.
 
-    "separate" makes every position a slice with statistics of its own; "pooled" counts positions as samples. Pooling
-    copies only where the layout has no such view (contiguous (B, C, H, W); channels-last has one).
+    "separate" makes every position a slice with its own statistics; "pooled" counts positions as samples. Pooling
+    copies z only if its layout has no such view: contiguous (B, C, H, W) has none, channels-last has one.
     """
     plain = type(dim) is type(batch_dim) is int and dim == -1 and batch_dim == 0 and positions == "separate"
     if plain and isinstance(z, Tensor) and z.dim() == 2:
-        return z  # a view of it would take longer than all checks
+        return z  # making a view takes longer than all checks
     check_positions(dim, batch_dim, positions)
     if not isinstance(z, Tensor) or z.dim() < 2:
-        return z  # the op says what is wrong with it
+        return z  # the op raises
     if not (-z.dim() <= dim < z.dim() and -z.dim() <= batch_dim < z.dim()):
         raise ValueError(
             f"dim={dim} and batch_dim={batch_dim} must be dimensions of {name}, got shape {tuple(z.shape)}."
@@ -35,8 +35,8 @@ def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> 
 
 
 def check_positions(dim: object, batch_dim: object, positions: object) -> None:
-    """What can be said of them before there is a tensor."""
+    """Check the arguments that do not depend on a tensor."""
     for name, value in (("dim", dim), ("batch_dim", batch_dim)):
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
-    _checks.one_of("positions", positions, get_args(Positions))
+    checks.one_of("positions", positions, get_args(Positions))

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
-
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops.cross_correlation import Statistics, cross_correlation
-from ..train import distributed
+from ..core import checks, ranks
+from ..core.ranks import Group
+from ..ops.cross_correlation import STATISTICS, Statistics, check_pair, cross_correlation_of
 from ._pairs import shown
 from ._positions import Positions, check_positions, to_stack
 
@@ -23,7 +21,7 @@ def barlow_twins_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
-    group: distributed.Group = None,
+    group: Group = None,
     stats: Statistics = "sync",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Barlow Twins of two views, exact, without the D x D cross-correlation where N is smaller.
@@ -44,30 +42,30 @@ def barlow_twins_loss(
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the two unweighted terms, detached, for logging.
-        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
-            `sslkern.train.distributed.over` of one. Each rank gives its rows, equally many or not, and the mean over
-            the ranks of the losses is that of the joint batch; so are gradients averaged over ranks, as
-            DistributedDataParallel and FSDP do it. All ranks have the same value.
+        group: the ranks that hold the batch; see `sslkern.distributed`. All ranks return the
+            same value.
         stats: with a group, "sync" standardises over the joint batch, as the official script's SyncBatchNorm does, and
-            "local" over the rank's own rows.
+            "local" over this rank's rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.cross_correlation`; a lambd that is no finite number, such as a bool, or
-            a tensor of several; an eps that is a tensor: it has no gradient.
+        TypeError, ValueError: as `sslkern.ops.cross_correlation`; also where lambd is not a finite number (a bool is
+        none) or a tensor of one, and where eps is a tensor, since it has no gradient.
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """
-    first: Any
-    try:
-        first = to_stack("a", a, dim, batch_dim, positions)
-        b = to_stack("b", b, dim, batch_dim, positions)
-        lambd = _checks.setting("lambd", lambd, first)
-    except (TypeError, ValueError) as error:
-        first = error
-    diagonal, offdiag = cross_correlation(first, b, eps, group=group, stats=stats)
+
+    def check(least: int) -> tuple[Tensor, Tensor]:
+        nonlocal lambd
+        x, y = to_stack("a", a, dim, batch_dim, positions), to_stack("b", b, dim, batch_dim, positions)
+        check_pair(x, y, eps, stats, least)
+        lambd = checks.setting("lambd", lambd, x)
+        return x, y
+
+    batch, (x, y) = ranks.batch(group, 2, check)
+    diagonal, offdiag = cross_correlation_of(x, y, float(eps), stats, batch)
     invariance = (1 - diagonal).square().sum(-1).mean()
     redundancy = offdiag.mean()
     loss = invariance + lambd * redundancy
@@ -87,14 +85,14 @@ class BarlowTwinsLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
-        group: distributed.Group = None,
+        group: Group = None,
         stats: Statistics = "sync",
     ) -> None:
         super().__init__()
-        self.lambd, self.eps = _checks.setting("lambd", lambd), _checks.non_negative("eps", eps)
+        self.lambd, self.eps = checks.setting("lambd", lambd), checks.non_negative("eps", eps)
         check_positions(dim, batch_dim, positions)
-        distributed.peers_of(group)
-        _checks.one_of("stats", stats, get_args(Statistics))
+        ranks.peers_of(group)
+        checks.one_of("stats", stats, STATISTICS)
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group, self.stats = group, stats
 
@@ -115,5 +113,5 @@ class BarlowTwinsLoss(nn.Module):
     def extra_repr(self) -> str:
         return (
             f"lambd={shown(self.lambd)}, eps={self.eps}, dim={self.dim}, batch_dim={self.batch_dim}, "
-            f"positions={self.positions!r}{distributed.shown(self.group)}"
+            f"positions={self.positions!r}{ranks.shown(self.group)}"
         )

@@ -6,21 +6,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..ops import _checks
-from ..ops._rows import check_eps, precision, unit_rows
-from ..train import distributed
-from ..train.distributed import Peers
-from ._pairs import (
-    against,
-    converted,
-    cross_entropy,
-    inverse,
-    least_rows,
-    mean,
-    row_products,
-    shown,
-    shown_last,
-)
+from ..core import checks, ranks
+from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Group
+from ..ops.pairs import reduce_pairs
+from ..ops.unit_rows import check_eps, unit_rows
+from ._pairs import converted, cross_entropy, inverse, row_products, shown, shown_last
 
 
 def info_nce_loss(
@@ -33,7 +24,7 @@ def info_nce_loss(
     symmetric: bool = False,
     normalize: bool = True,
     eps: float | None = None,
-    group: distributed.Group = None,
+    group: Group = None,
 ) -> Tensor:
     r"""The cross-entropy of the key p(i) of query i among all M keys, without the N x M logits.
 
@@ -52,83 +43,60 @@ def info_nce_loss(
         positives: int64 (N,), the p(i); with a group, places among the rank's own keys.
         symmetric: CLIP's loss, the mean of this one and that of the keys against the queries, from one pass; M = N.
         normalize: False takes the rows as they are.
-        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
-            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
-            of a row of zeros stays in float16's range.
-        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
-            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
-            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
-            DistributedDataParallel does, are those of the joint batch.
-            The keys travel, and the rank's queries meet those of all; M >= N then holds on each rank, and N and M may
-            differ between ranks. Of `symmetric`, sums over columns are joined, 2 M numbers: no query travels.
+        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
+            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The keys are sent to all
+            ranks, and M >= N holds on each of them. `symmetric` joins sums over columns, 2 M numbers, and sends no
+            queries.
 
     Returns:
         The loss, a scalar in float32, or in float64 if q or k is float64; so is all arithmetic.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work. The range of `positives` is looked at on a CPU only. With
-        a group, bad input on one rank raises on all.
+        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ,
+        settings that do not fit together, or, on a CPU alone, positives out of range.
 
     Sources: van den Oord et al., CPC (1807.03748); Radford et al., CLIP (2103.00020).
     """
-    peers = distributed.peers_of(group)
 
-    def check() -> None:
-        _check(q, k, positives, symmetric, least_rows(peers))
+    def check(least: int) -> tuple[Tensor, Tensor]:
+        _check(q, k, positives, symmetric, least)
         _check_settings(temperature, scale, symmetric, normalize, eps, q)
+        return q, k
 
-    counts: tuple[int, ...] = ()
-    if peers is None:
-        check()
-    else:
-        counts, k_counts = distributed.rows_of_all(peers, check, q, k, least=1)
-    dtype = precision(q, k)
+    (batch, key_batch), _ = ranks.batches(group, 1, check)
+    dtype = accumulation_dtype(q, k)
     c = inverse(temperature, dtype) if scale is None else converted(scale, dtype)
     x, y = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (q, k))
-    keys = y
-    if peers is not None:
-        keys = distributed.own_first(y, k_counts, peers)
+    keys = key_batch.every(y)
     if positives is None:
         positive = c * row_products(x, y[: x.shape[0]])
-        negatives = against(x, keys, scale=c, mask="others", both_sides=symmetric)
+        negatives = reduce_pairs(x, keys, c, mask="offdiag", both_sides=symmetric)
     else:
         positive = c * row_products(x, F.embedding(positives, y))  # adds its gradient in a fixed order
         places = torch.arange(keys.shape[0], device=keys.device)
-        negatives = against(x, keys, scale=c, mask="different", labels=(positives, places))
+        negatives = reduce_pairs(x, keys, c, mask="different", labels=(positives.contiguous(), places))
     if symmetric:
         rows, columns = negatives
-        if peers is not None:
-            columns = _own_columns(columns, counts, peers)
-        over_rows, over_columns = (mean(cross_entropy(positive, side), counts, peers) for side in (rows, columns))
+        sides = rows, batch.logsumexp(columns)
+        over_rows, over_columns = (batch.mean(cross_entropy(positive, side)) for side in sides)
         return 0.5 * (over_rows + over_columns)
-    return mean(cross_entropy(positive, negatives), counts, peers)
-
-
-def _own_columns(columns: Tensor, counts: tuple[int, ...], peers: Peers) -> Tensor:
-    """The logsumexp over the ranks of what each has of the columns, own ones first: those of this rank."""
-    before = sum(counts[: peers.rank])
-    columns = columns.roll(before, 0)
-    top = distributed.all_reduce(columns.detach(), peers.name, "max")
-    top = top.masked_fill(top == -torch.inf, 0)
-    total = distributed.summed((columns - top).exp(), peers)
-    none = total == 0  # the one row of a joint batch of one
-    logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
-    return logs.narrow(0, before, counts[peers.rank])
+    return batch.mean(cross_entropy(positive, negatives))
 
 
 def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, least: int) -> None:
-    _checks.matrix("q", q, least)
-    _checks.matrix("k", k, least)
-    _checks.beside("q", q, "k", k)
+    checks.matrix("q", q, least)
+    checks.matrix("k", k, least)
+    checks.beside("q", q, "k", k)
     shapes = f"got shapes {tuple(q.shape)} for q and {tuple(k.shape)} for k."
     if q.shape[1] != k.shape[1]:
         raise ValueError(f"q and k must have the same columns (D), {shapes}")
     if symmetric and (q.shape[0] != k.shape[0] or positives is not None):
         raise ValueError(f"symmetric=True pairs row i of q with row i of k: no positives, as many rows, {shapes}")
     if positives is not None:
-        _checks.indices("positives", positives, q, (q.shape[0],))
+        checks.indices("positives", positives, q, (q.shape[0],))
         if q.shape[0]:
-            _checks.below("positives", positives, k.shape[0])
+            checks.below("positives", positives, k.shape[0])
     elif k.shape[0] < q.shape[0]:
         raise ValueError(f"k must have a row for every row of q unless positives says which, {shapes}")
 
@@ -136,11 +104,11 @@ def _check(q: Tensor, k: Tensor, positives: Tensor | None, symmetric: bool, leas
 def _check_settings(
     temperature: object, scale: object, symmetric: object, normalize: object, eps: object, x: Tensor | None
 ) -> None:
-    _checks.setting("temperature", temperature, x, zero=False)
+    checks.setting("temperature", temperature, x, zero=False)
     if scale is not None:
-        _checks.setting("scale", scale, x)
-    _checks.flag("symmetric", symmetric)
-    _checks.flag("normalize", normalize)
+        checks.setting("scale", scale, x)
+    checks.flag("symmetric", symmetric)
+    checks.flag("normalize", normalize)
     check_eps(eps)
     if eps is not None and not normalize:
         raise ValueError(f"eps is for normalize=True, which divides rows by their length, got eps={eps!r}.")
@@ -160,11 +128,11 @@ class InfoNCELoss(nn.Module):
         symmetric: bool = False,
         normalize: bool = True,
         eps: float | None = None,
-        group: distributed.Group = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
         _check_settings(temperature, scale, symmetric, normalize, eps, None)
-        distributed.peers_of(group)
+        ranks.peers_of(group)
         self.temperature, self.scale = temperature, scale
         self.symmetric, self.normalize, self.eps, self.group = symmetric, normalize, eps, group
 

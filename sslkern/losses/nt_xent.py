@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops._rows import check_eps, least_length, precision, unit_rows
-from ..train import distributed
-from ._pairs import against, cross_entropy, inverse, joint_rows, least_rows, mean, row_products, shown, shown_last
+from ..core import checks, ranks
+from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Group
+from ..ops.pairs import reduce_pairs
+from ..ops.unit_rows import check_eps, least_length, unit_rows
+from ._pairs import cross_entropy, inverse, row_products, shown, shown_last
 
 
 def nt_xent_loss(
@@ -23,7 +25,7 @@ def nt_xent_loss(
     negatives: Tensor | None = None,
     decoupled: bool = False,
     eps: float | None = None,
-    group: distributed.Group = None,
+    group: Group = None,
 ) -> Tensor:
     r"""The cross-entropy of finding the other views of a sample, without the 2N x 2N matrix of similarities.
 
@@ -44,47 +46,42 @@ def nt_xent_loss(
         negatives: (K, D), a memory bank of any of the dtypes. Rows of a alone are then compared, with b's row as the
             positive and the bank as negatives, and averaged over N. The bank's gradient is computed if it requires one.
         decoupled: as above; needs negatives, N >= 2 or a bank.
-        eps: rows of length below it are divided by it, as in `torch.nn.functional.normalize`: their gradient is at most
-            1/eps times what it is for a row of length 1. By default 1e-12; for float16 rows 1e-3, by which the gradient
-            of a row of zeros stays in float16's range.
-        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
-            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
-            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
-            DistributedDataParallel does, are those of the joint batch.
-            All views of a sample are on one rank. A bank does not travel: rows meet that of their own rank.
+        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
+            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
+        group: the ranks that hold the batch; see `sslkern.distributed`. All views of a sample
+            are on one rank. A bank is not sent: rows meet the bank of their own rank.
 
     Returns:
         The loss, a scalar in float32, or in float64 if a view or the bank is float64; so is all arithmetic.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
+        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ, or
+        settings that do not fit together.
 
     Sources: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); He et al., MoCo (1911.05722) for the bank.
     """
-    peers = distributed.peers_of(group)
     views = (a, b, *others) if isinstance(others, list | tuple) else (a, b)
 
-    def check() -> None:
-        _check(a, b, others, negatives, decoupled and peers is None, least_rows(peers))
+    def check(least: int) -> tuple[Tensor, ...]:
+        _check(a, b, others, negatives, decoupled, least)
         _check_settings(temperature, inside, decoupled, eps, a)
+        return views
 
-    counts = joint_rows(peers, 2 if decoupled and negatives is None else 1, check, *views)
-    dtype = precision(*views) if negatives is None else precision(a, b, negatives)
+    batch, _ = ranks.batch(group, 2 if decoupled and negatives is None else 1, check)
+    dtype = accumulation_dtype(*views) if negatives is None else accumulation_dtype(a, b, negatives)
     c = inverse(temperature, dtype)
     if negatives is not None:
         x, y, bank = (unit_rows(z, dtype, eps) for z in (a, b, negatives))
-        rows = _loss(c * row_products(x, y)[None], against(x, bank, scale=c), inside, decoupled)
-        return mean(rows, counts, peers)
+        rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)
+        return batch.mean(rows)
     z = _unit_views(views, dtype, eps)
-    count, n = z.shape[:2]
-    samples, keys = torch.arange(n, device=z.device).repeat(count), None
-    labels: Tensor | tuple[Tensor, Tensor] = samples
-    if peers is not None:
-        every = distributed.own_first(z, counts, peers)
-        keys = every.flatten(0, 1)
-        labels = samples, torch.arange(every.shape[1], device=z.device).repeat(count)
-    total = against(z.flatten(0, 1), keys, scale=c, mask="different", labels=labels)
-    return mean(_loss(c * _positives(z), total.view(count, n), inside, decoupled), counts, peers)
+    every = batch.every(z)
+    x = z.flatten(0, 1)
+    keys = x if every is z else every.flatten(0, 1)
+    samples = torch.arange(every.shape[1], device=z.device).repeat(len(views))
+    mine = samples if every is z else torch.arange(z.shape[1], device=z.device).repeat(len(views))
+    total = reduce_pairs(x, keys, c, mask="different", labels=(mine, samples))
+    return batch.mean(_loss(c * _positives(z), total.view(z.shape[:2]), inside, decoupled))
 
 
 def _check(
@@ -92,13 +89,13 @@ def _check(
 ) -> None:
     if not isinstance(others, list | tuple):
         raise TypeError(f"others must be a list or tuple of further views (N, D), got {type(others).__name__}.")
-    _checks.matrix("a", a, least)
+    checks.matrix("a", a, min(least, 1))
     for i, view in enumerate((b, *others)):
         name = f"others[{i - 1}]" if i else "b"
-        _checks.matrix(name, view, least)
-        _checks.same_shape("a", a, name, view)
+        checks.matrix(name, view, min(least, 1))
+        checks.same_shape("a", a, name, view)
     if negatives is not None:
-        _checks.matrix("negatives", negatives)
+        checks.matrix("negatives", negatives)
         if negatives.shape[1] != a.shape[1] or negatives.device != a.device:
             raise ValueError(
                 f"negatives must have shape (K, {a.shape[1]}) and be on {a.device}, as the views, "
@@ -106,14 +103,14 @@ def _check(
             )
         if others:
             raise ValueError(f"negatives go with the two views a and b, got {len(others)} others.")
-    elif decoupled and a.shape[0] < 2:
+    elif decoupled and a.shape[0] < least:
         raise ValueError(f"decoupled=True needs negatives: a bank or at least 2 rows (N), got shape {tuple(a.shape)}.")
 
 
 def _check_settings(temperature: object, inside: object, decoupled: object, eps: object, x: Tensor | None) -> None:
-    _checks.setting("temperature", temperature, x, zero=False)
-    _checks.flag("inside", inside)
-    _checks.flag("decoupled", decoupled)
+    checks.setting("temperature", temperature, x, zero=False)
+    checks.flag("inside", inside)
+    checks.flag("decoupled", decoupled)
     check_eps(eps)
 
 
@@ -153,11 +150,11 @@ class NTXentLoss(nn.Module):
         inside: bool = False,
         decoupled: bool = False,
         eps: float | None = None,
-        group: distributed.Group = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
         _check_settings(temperature, inside, decoupled, eps, None)
-        distributed.peers_of(group)
+        ranks.peers_of(group)
         self.temperature, self.inside, self.decoupled, self.eps = temperature, inside, decoupled, eps
         self.group = group
 

@@ -5,16 +5,14 @@ from __future__ import annotations
 import torch
 from torch import Tensor, linalg, nn
 
-from ..ops import _checks
-from ..ops._rows import precision
-from ..reference.columns import without_autocast
-from ..train import distributed
-from ._pairs import converted, joint_rows, least_rows, mean, row_products, shown
+from ..core import checks, ranks
+from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Group
+from ..ops.pair_squares import pair_squares
+from ._pairs import converted, row_products, shown
 
 
-def spectral_contrastive_loss(
-    a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *, group: distributed.Group = None
-) -> Tensor:
+def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *, group: Group = None) -> Tensor:
     r"""The spectral contrastive loss of two views, from the smaller of the N x N and the D x D products.
 
         loss = [-2 mean_i <a_i, b_i> + sum_{i != j} <a_i, b_j>^2 / (N (N - 1))] / mu
@@ -22,58 +20,42 @@ def spectral_contrastive_loss(
     with rows longer than sqrt(mu) shortened to it; ||AB'||_F^2 = <A'A, B'B> where D < N. With one sample the second
     term is 0.
 
-    With a group of W ranks, N is that of all. A rank with n rows takes its part of the sum as <A_r'A_r, B'B> where
-    2 D <= N: 4 n D^2 flops, and D^2 numbers are added up over the ranks, 2 D^2 on their way; otherwise from the n x N
-    block against the rows of b of all ranks, which travel: 2 n N D flops and N D numbers. The rule picks the less of
-    both; the backward takes twice the flops and the same numbers. Numbers are float32 (float64 for float64), or for
-    the rows the transport's.
+    With a group of W ranks, N counts the rows of all ranks. A rank with n rows computes its part of the sum as
+    <A_r'A_r, B'B> where 2 D <= N, in 4 n D^2 flops, and the ranks add up D^2 numbers. Otherwise it gathers the rows of
+    b, N D numbers, and computes its n x N block of products in 2 n N D flops. The rule takes the form with less of
+    both. The backward takes twice the flops and the same traffic.
 
     Args:
         a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
         mu: the largest squared length of a row, in units of a^2: a number > 0, or a floating tensor of one element,
             with a gradient.
-        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
-            `sslkern.train.distributed.over` of one. Each rank gives its own rows, equally many or not, or none, and the
-            mean over the ranks of the losses is the loss of the joint batch; so gradients averaged over the ranks, as
-            DistributedDataParallel does, are those of the joint batch.
+        group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
         The loss, a scalar in float32, or in float64 if a or b is float64; so is all arithmetic.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work. With a group, bad input on one rank raises on all.
+        TypeError: not dense floating tensors, or another type of mu. ValueError: shapes or devices differ, or mu is not
+        above 0.
 
     Source: HaoChen et al., spectral contrastive loss (2106.04156).
     """
-    peers = distributed.peers_of(group)
 
-    def check() -> None:
-        _checks.matrix("a", a, least_rows(peers))
-        _checks.matrix("b", b, least_rows(peers))
-        _checks.same_shape("a", a, "b", b)
-        _checks.setting("mu", mu, a, above=0)
+    def check(least: int) -> tuple[Tensor, Tensor]:
+        checks.matrix("a", a, least)
+        checks.matrix("b", b, least)
+        checks.same_shape("a", a, "b", b)
+        checks.setting("mu", mu, a, above=0)
+        return a, b
 
-    counts = joint_rows(peers, 1, check, a, b)
-    n, d = a.shape if peers is None else (sum(counts), a.shape[1])
-    dtype = precision(a, b)
+    batch, _ = ranks.batch(group, 1, check)
+    n, dtype = batch.count(a.shape[0]), accumulation_dtype(a, b)
     mu = converted(mu, dtype)
     x, y = (_clipped(z.to(dtype), mu**0.5) for z in (a, b))
     diagonal = row_products(x, y)
-    loss = -2 * mean(diagonal, counts, peers)
-    if peers is not None and n > 1:
-        own = x.shape[0]
-        with without_autocast(x):
-            if 2 * d <= n:
-                square = ((x.mT @ x) * distributed.summed(y.mT @ y, peers)).sum()
-            else:
-                y = distributed.own_first(y, counts, peers)
-                square = (x @ y.mT).square().sum()
-                diagonal = row_products(x, y[:own])  # as the transport rounded it
-        loss = loss + (square - diagonal.square().sum()) * (peers.size / (n * (n - 1)))
-    elif n > 1:
-        with without_autocast(x):
-            square = ((x.mT @ x) * (y.mT @ y)).sum() if d < n else (x @ y.mT).square().sum()
-        loss = loss + (square - diagonal.square().sum()) / (n * (n - 1))
+    loss = -2 * batch.mean(diagonal)
+    if n > 1:
+        loss = loss + batch.average(pair_squares(x, y, diagonal, batch), a.shape[0], n - 1)
     return loss / mu
 
 
@@ -85,14 +67,14 @@ def _clipped(z: Tensor, length: float | Tensor) -> Tensor:
 class SpectralContrastiveLoss(nn.Module):
     """`spectral_contrastive_loss` as a module; it holds its settings, of which mu may be an `nn.Parameter`."""
 
-    def __init__(self, mu: float | Tensor = 1.0, *, group: distributed.Group = None) -> None:
+    def __init__(self, mu: float | Tensor = 1.0, *, group: Group = None) -> None:
         super().__init__()
-        _checks.setting("mu", mu, above=0)
-        distributed.peers_of(group)
+        checks.setting("mu", mu, above=0)
+        ranks.peers_of(group)
         self.mu, self.group = mu, group
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         return spectral_contrastive_loss(a, b, self.mu, group=self.group)
 
     def extra_repr(self) -> str:
-        return f"mu={shown(self.mu)}{distributed.shown(self.group)}"
+        return f"mu={shown(self.mu)}{ranks.shown(self.group)}"

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops.covariance import Estimator, covariance
-from ..train import distributed
+from ..core import checks, ranks
+from ..core.ranks import Group
+from ..ops.covariance import Estimator, check_views, covariance_of, least_rows
 from ._pairs import shown
 from ._positions import Positions, check_positions, to_stack
 
@@ -25,7 +25,7 @@ def vcreg_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
-    group: distributed.Group = None,
+    group: Group = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Variance-covariance regularization of one batch of features.
 
@@ -33,7 +33,8 @@ def vcreg_loss(
         covariance = sum_{j != k} C_jk^2 / D
         loss       = std_coeff * variance + cov_coeff * covariance
 
-    Args, errors and dtypes are those of `vicreg_loss`, for one tensor z: (N, D), (B, T, D), (B, C, H, W) with dim=1.
+    Arguments, errors and dtypes are as for `vicreg_loss`, with one tensor z: (N, D); or (B, T, D); or (B, C, H, W) with
+    dim=1.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms), the terms unweighted and
@@ -41,14 +42,18 @@ def vcreg_loss(
 
     Source: Zhu et al., VCReg (2306.13292); Mialon et al. (2209.14905).
     """
-    given: Any
-    try:
-        given = to_stack("z", z, dim, batch_dim, positions)
-        std_coeff, cov_coeff = _checks.setting("std_coeff", std_coeff, z), _checks.setting("cov_coeff", cov_coeff, z)
-        gamma, eps = _checks.setting("gamma", gamma, z), _checks.setting("eps", eps, z, least=0)
-    except (TypeError, ValueError) as error:
-        given = error
-    variance, offdiag = covariance(given, estimator, group=group)
+
+    def check(least: int) -> tuple[Tensor]:
+        nonlocal std_coeff, cov_coeff, gamma, eps
+        x = to_stack("z", z, dim, batch_dim, positions)
+        check_views(least, estimator, ("z", x))
+        if not (checks.numbers(std_coeff, cov_coeff, gamma, eps) and eps >= 0):
+            std_coeff, cov_coeff = checks.setting("std_coeff", std_coeff, x), checks.setting("cov_coeff", cov_coeff, x)
+            gamma, eps = checks.setting("gamma", gamma, x), checks.setting("eps", eps, x, least=0)
+        return (x,)
+
+    batch, (x,) = ranks.batch(group, least_rows(estimator), check)
+    variance, offdiag = covariance_of(x, estimator, "auto", batch)
     hinge = (gamma - (variance + eps).sqrt()).relu().mean()
     off = offdiag.mean() / variance.shape[-1]
     loss = std_coeff * hinge + cov_coeff * off
@@ -71,15 +76,15 @@ class VCRegLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
-        group: distributed.Group = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
-        self.std_coeff = _checks.setting("std_coeff", std_coeff)
-        self.cov_coeff = _checks.setting("cov_coeff", cov_coeff)
-        self.gamma, self.eps = _checks.setting("gamma", gamma), _checks.setting("eps", eps, least=0)
-        _checks.one_of("estimator", estimator, get_args(Estimator))
+        self.std_coeff = checks.setting("std_coeff", std_coeff)
+        self.cov_coeff = checks.setting("cov_coeff", cov_coeff)
+        self.gamma, self.eps = checks.setting("gamma", gamma), checks.setting("eps", eps, least=0)
+        checks.one_of("estimator", estimator, get_args(Estimator))
         check_positions(dim, batch_dim, positions)
-        distributed.peers_of(group)
+        ranks.peers_of(group)
         self.estimator = estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group = group
@@ -103,5 +108,5 @@ class VCRegLoss(nn.Module):
         return (
             f"std_coeff={shown(self.std_coeff)}, cov_coeff={shown(self.cov_coeff)}, gamma={shown(self.gamma)}, "
             f"eps={shown(self.eps)}, estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
-            f"positions={self.positions!r}{distributed.shown(self.group)}"
+            f"positions={self.positions!r}{ranks.shown(self.group)}"
         )

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Any, get_args
+from typing import get_args
 
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops.covariance import Estimator, vicreg
-from ..train import distributed
+from ..core import checks, ranks
+from ..core.ranks import Group
+from ..ops.covariance import Estimator, check_views, least_rows
+from ..ops.vicreg import Settings, vicreg_of
 from ._pairs import shown
 from ._positions import Positions, check_positions, to_stack
 
@@ -27,7 +28,7 @@ def vicreg_loss(
     batch_dim: int = 0,
     positions: Positions = "separate",
     return_terms: bool = False,
-    group: distributed.Group = None,
+    group: Group = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""VICReg of two views, exact, without the D x D covariance where N is smaller.
 
@@ -44,37 +45,49 @@ def vicreg_loss(
         sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, eps >= 0, or floating tensors of one number on the
             device of the views, with a gradient. gamma is in the units of a, eps in their square.
         estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any
-            batch size, so that micro-batches of 16 accumulate to the large-batch gradient. Needs N >= 4.
+            batch size, so the gradients of micro-batches of 16 add up to that of the large batch. It needs N >= 4.
         dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
         positions: "separate" averages a loss per position; "pooled" counts positions as samples.
         return_terms: also return the three unweighted terms, detached, for logging.
-        group: None, this process alone; "world", a torch.distributed.ProcessGroup, or
-            `sslkern.train.distributed.over` of one. Each rank gives its rows, equally many or not, and the mean over
-            the ranks of the losses is that of the joint batch; so are gradients averaged over ranks, as
-            DistributedDataParallel and FSDP do it. The invariance term is that of the rank's own rows.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The invariance term is
+            that of this rank's rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.covariance`; shapes, dtypes or devices that differ; a setting that is no
-            finite number, such as a bool, or a tensor of several.
+        TypeError, ValueError: as `sslkern.ops.covariance`; also where shapes, dtypes or devices differ, or a setting is
+        not a finite number (a bool is none) or a tensor of one.
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """
-    first: Any
-    try:
-        first = to_stack("a", a, dim, batch_dim, positions)
-        b = to_stack("b", b, dim, batch_dim, positions)
-    except (TypeError, ValueError) as error:
-        first = error
-    loss, terms = vicreg(first, b, sim_coeff, std_coeff, cov_coeff, gamma, eps, estimator, group=group)
+    settings: Settings = sim_coeff, std_coeff, cov_coeff, gamma, eps
+
+    def check(least: int) -> tuple[Tensor, Tensor]:
+        nonlocal settings
+        x, y = to_stack("a", a, dim, batch_dim, positions), to_stack("b", b, dim, batch_dim, positions)
+        check_views(least, estimator, ("a", x), ("b", y))
+        checks.same("a", x, "b", y)
+        if not (checks.numbers(*settings) and settings[-1] >= 0):
+            settings = _checked(settings, x)
+        return x, y
+
+    batch, (x, y) = ranks.batch(group, least_rows(estimator), check)
+    loss, terms = vicreg_of(x, y, settings, estimator, batch)
     if loss.dim():
         loss = loss.mean()
     if not return_terms:
         return loss
     invariance, variance, covariance = terms.reshape(-1, 3).mean(0).unbind()
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
+
+
+def _checked(settings: Settings, x: Tensor | None) -> Settings:
+    """sim_coeff, std_coeff, cov_coeff, gamma and eps as `checks.setting` returns them."""
+    *coefficients, eps = settings
+    names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma")
+    numbers = [checks.setting(name, value, x) for name, value in zip(names, coefficients, strict=True)]
+    return *numbers, checks.setting("eps", eps, x, least=0)
 
 
 class VICRegLoss(nn.Module):
@@ -92,16 +105,14 @@ class VICRegLoss(nn.Module):
         dim: int = -1,
         batch_dim: int = 0,
         positions: Positions = "separate",
-        group: distributed.Group = None,
+        group: Group = None,
     ) -> None:
         super().__init__()
-        self.sim_coeff = _checks.setting("sim_coeff", sim_coeff)
-        self.std_coeff = _checks.setting("std_coeff", std_coeff)
-        self.cov_coeff = _checks.setting("cov_coeff", cov_coeff)
-        self.gamma, self.eps = _checks.setting("gamma", gamma), _checks.setting("eps", eps, least=0)
-        _checks.one_of("estimator", estimator, get_args(Estimator))
+        settings = _checked((sim_coeff, std_coeff, cov_coeff, gamma, eps), None)
+        self.sim_coeff, self.std_coeff, self.cov_coeff, self.gamma, self.eps = settings
+        checks.one_of("estimator", estimator, get_args(Estimator))
         check_positions(dim, batch_dim, positions)
-        distributed.peers_of(group)
+        ranks.peers_of(group)
         self.estimator = estimator
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group = group
@@ -128,5 +139,5 @@ class VICRegLoss(nn.Module):
             f"sim_coeff={shown(self.sim_coeff)}, std_coeff={shown(self.std_coeff)}, "
             f"cov_coeff={shown(self.cov_coeff)}, gamma={shown(self.gamma)}, eps={shown(self.eps)}, "
             f"estimator={self.estimator!r}, dim={self.dim}, batch_dim={self.batch_dim}, "
-            f"positions={self.positions!r}{distributed.shown(self.group)}"
+            f"positions={self.positions!r}{ranks.shown(self.group)}"
         )

@@ -8,7 +8,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..ops import _checks
+from ..core import checks
 from ..ops.kernel_matmul import rbf_scale
 from ..ops.pairwise_reduce import pairwise_reduce
 
@@ -19,7 +19,7 @@ _ESTIMATORS = get_args(Estimator)
 def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 1.0) -> Tensor:
     r"""The entropy, in nats, of the mixture of the N Gaussians N(z_i, noise^2 I), by an estimate or a bound.
 
-    With C = Zc'Zc/N, the covariance of the points (its denominator is N: C + noise^2 I is that of the mixture):
+    With the covariance C = Zc'Zc/N of the points, by which C + noise^2 I is the covariance of the mixture:
 
         logdet                   (1/2) logdet(I + C/noise^2), the coding rate
         moment                   (1/2) logdet(2 pi e (C + noise^2 I)), the Gaussian of the same covariance
@@ -27,10 +27,10 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
         pairwise-kl              (D/2) log(2 pi e noise^2) - mean_i log mean_j exp(-|z_i - z_j|^2/(2 noise^2))
         pairwise-bhattacharyya   the same with |z_i - z_j|^2/(8 noise^2)
 
-    pairwise-bhattacharyya is a lower bound; pairwise-kl and moment are upper ones, the former the tighter where the
-    noise is small against the distances, the latter where it is large; diagonal is above moment. logdet is moment less
-    the entropy (D/2) log(2 pi e noise^2) of the noise. Determinants are those of the smaller of the D x D and N x N
-    matrices, by Cholesky in float64; the pairs are streamed in O(N D) memory.
+    pairwise-bhattacharyya is a lower bound; pairwise-kl and moment are upper bounds. pairwise-kl is tighter where the
+    noise is small compared with the distances, and moment where it is large; diagonal is above moment. logdet is
+    moment minus the entropy of the noise, (D/2) log(2 pi e noise^2). Determinants are computed from the smaller of the
+    D x D and N x N matrices, by Cholesky in float64. The pairs are streamed in O(N D) memory.
 
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 1.
@@ -43,14 +43,15 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
         or inf. A noise below 1e-7 of z's range is lost in the rounding of float64: a determinant may be NaN.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError: not a dense floating tensor, or another type of noise. ValueError: no rows or columns, an
+        unknown estimator, or a noise that is not above 0.
 
     Sources: Shwartz-Ziv and LeCun, What do we maximize in self-supervised learning (2207.10081); Kolchinsky and Tracey,
     Estimating mixture entropy with pairwise distances (1706.02419); Ma et al., Segmentation of multivariate mixed data
     via lossy data coding and compression (2007), for the coding rate.
     """
-    _checks.one_of("estimator", estimator, _ESTIMATORS)
-    _checks.matrix_stack("z", z, min_rows=1)
+    checks.one_of("estimator", estimator, _ESTIMATORS)
+    checks.matrix_stack("z", z, min_rows=1)
     precision = 2 * rbf_scale("noise", noise, z)  # 1/noise^2
     n, d = z.shape[-2:]
     of_noise = d / 2 * (math.log(2 * math.pi * math.e) - precision.log())
@@ -64,17 +65,17 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     else:
         scale = -precision / (2 if estimator == "pairwise-kl" else 8)
         near = pairwise_reduce(z, kernel="sqeuclidean", reduction="logsumexp", scale=scale)
-        # by a tensor: the logarithm of a symbolic N would make it a constant
+        # as a tensor: math.log would make a symbolic N a constant
         out = of_noise + near.new_full((), n, dtype=torch.float64).log() - near.double().mean(-1)
     return out.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
 def _coding_rate(z: Tensor, precision: Tensor) -> Tensor:
-    """(1/2) logdet(I + precision Zc'Zc/N), which Zc Zc' gives as well."""
+    """(1/2) logdet(I + precision Zc'Zc/N), from Zc'Zc or Zc Zc'."""
     n, d = z.shape[-2:]
     z = z.double()
     z = (z - z.mean(-2, keepdim=True)) * (precision / n).sqrt()[..., None, None]
     gram = z @ z.mT if n < d else z.mT @ z
     factor, failed = torch.linalg.cholesky_ex(gram + torch.eye(min(n, d), dtype=z.dtype, device=z.device))
     out = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return out * torch.where(failed == 0, 1.0, torch.nan)  # NaN in, or noise lost in rounding: value and gradient
+    return out * torch.where(failed == 0, 1.0, torch.nan)  # with its gradient: NaN in z, or noise lost in rounding

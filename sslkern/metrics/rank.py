@@ -1,11 +1,11 @@
-"""How many dimensions a representation uses: cheap measures of collapse."""
+"""How many dimensions a representation uses: inexpensive measures of collapse."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..ops import _checks
+from ..core import checks
 from ..ops.covariance import covariance
 
 
@@ -13,8 +13,8 @@ def participation_ratio(z: Tensor | tuple[Tensor, Tensor]) -> Tensor:
     r"""(tr C)^2 / ||C||_F^2 of the covariance C, between 1 (one direction) and D (white).
 
     Args:
-        z: (..., N, D) as in `sslkern.ops.covariance`; or the pair (variance, offdiag) that `covariance` returned, from
-            which the ratio is free.
+        z: (..., N, D) as in `sslkern.ops.covariance`; or the pair (variance, offdiag) that `covariance` returned, which
+            makes the ratio nearly free.
 
     Returns:
         (...), float32 (float64 for float64), dimensionless; no host sync. A constant z gives NaN.
@@ -44,13 +44,13 @@ def rankme(z: Tensor, eps: float = 1e-7) -> Tensor:
 
     Source: Garrido et al., RankMe (2210.02885).
     """
-    _checks.matrix_stack("z", z, min_rows=1)
-    _checks.non_negative("eps", eps)
+    checks.matrix_stack("z", z, min_rows=1)
+    checks.non_negative("eps", eps)
     z = z.detach().double()
     gram = z @ z.mT if z.shape[-2] < z.shape[-1] else z.mT @ z
     total = torch.sum(gram, (-2, -1))
-    # without NaN and inf: the solver raises, or on a GPU may not return, where numbers are missing
+    # the solver raises on NaN and inf, and on a GPU may not return
     sigma = torch.linalg.eigvalsh(torch.nan_to_num_(gram, 0.0, 0.0, 0.0)).relu_().sqrt_()
     p = sigma.div_(torch.sum(sigma, -1, True)).add_(eps)
     rank = torch.sum(torch.special.entr(p), -1).exp_()
-    return rank.add_(total, alpha=0)  # NaN where numbers were missing
+    return rank.add_(total, alpha=0)  # NaN where z has NaN or inf

@@ -1,4 +1,4 @@
-"""Layers with torch.nn's names and conventions."""
+"""Layers with the names and conventions of torch.nn."""
 
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm

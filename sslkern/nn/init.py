@@ -1,4 +1,4 @@
-"""Starting points with orthonormal columns, in place, as torch.nn.init has them; every matrix of a stack is its own."""
+"""In-place initialisations with orthonormal columns, like torch.nn.init. Each matrix of a stack is drawn by itself."""
 
 from __future__ import annotations
 
@@ -9,28 +9,30 @@ from typing import Literal
 import torch
 from torch import Generator, Tensor
 
-from ..ops import _checks
+from ..core import checks
+from ..core.dtypes import FULL, short
 
 Init = Literal["haar", "identity", "henaff", "cayley"]
 
 
 @torch.no_grad()
 def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """Uniform over all matrices with orthonormal columns: of the Haar measure where u is square.
+    """Draw from the uniform distribution over matrices with orthonormal columns (Haar measure if u is square).
 
-        U = Q diag(R_jj / |R_jj|),  Q R = a matrix of normal numbers
+        U = Q diag(R_jj / |R_jj|),  Q R = a matrix of standard normal numbers
 
-    Without the phases the law is that of the QR's own convention. Taken in double precision, then rounded.
+    The phases make the distribution independent of the sign convention of the QR decomposition. It is computed in
+    double precision, then rounded.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's own.
+        generator: of the random numbers; None is torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide or expanded u.
+        TypeError: another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is expanded.
 
     Source: Mezzadri, How to generate random matrices from the classical compact groups (math-ph/0609050).
     """
@@ -42,16 +44,17 @@ def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """The first p columns of the identity, in every matrix; nothing is random, the generator is not used.
+    """Set every matrix to the first p columns of the identity.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
+        generator: not used, since nothing is random.
 
     Returns:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or a wide or expanded u.
+        TypeError: another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is expanded.
     """
     _check(u)
     return u.copy_(_identity(u))
@@ -59,20 +62,20 @@ def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """Rotations of planes by random angles t, uniform in [-pi, pi).
+    """Rotate planes by random angles t, uniform in [-pi, pi).
 
-        real      blocks [[cos t, -sin t], [sin t, cos t]] along the diagonal, and a last 1 where n is odd
+        real      blocks [[cos t, -sin t], [sin t, cos t]] along the diagonal, and a last 1 if n is odd
         complex   exp(i t) on the diagonal
 
     Args:
         u: (..., n, n), float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's own.
+        generator: of the random numbers; None is torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square, or expanded.
+        TypeError: another dtype. ValueError: u has fewer than two dimensions, is not square, or is expanded.
 
     Source: Henaff et al., Recurrent orthogonal networks and long-memory tasks (1602.06662).
     """
@@ -85,21 +88,22 @@ def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def cayley_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """The Cayley transform of a skew matrix with blocks [[0, s], [-s, 0]], s = tan(t / 2), t uniform in [0, pi / 2).
+    """The Cayley transform of a skew matrix A with blocks [[0, s], [-s, 0]], s = tan(t / 2), t uniform in [0, pi / 2).
 
-        U = (I + A)^-1 (I - A): blocks [[cos t, -sin t], [sin t, cos t]], and a last 1 where n is odd
+        U = (I + A)^-1 (I - A): blocks [[cos t, -sin t], [sin t, cos t]], and a last 1 if n is odd
 
-    Real in a complex u as well. The published D, which flips the signs of columns, is the identity here.
+    The values are real if u is complex, too. The paper's diagonal matrix D, which flips the signs of columns, is the
+    identity here.
 
     Args:
         u: (..., n, n), float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's own.
+        generator: of the random numbers; None is torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: fewer than two dimensions, or u is not square, or expanded.
+        TypeError: another dtype. ValueError: u has fewer than two dimensions, is not square, or is expanded.
 
     Source: Helfrich et al., Orthogonal recurrent neural networks with scaled Cayley transform (1707.09520).
     """
@@ -116,7 +120,7 @@ BY_NAME: dict[str, Callable[[Tensor], Tensor]] = {
 
 
 def _angles(u: Tensor, count: int, low: float, high: float, generator: Generator | None) -> Tensor:
-    """(..., count) angles, in double precision."""
+    """(..., count) angles, uniform in [low, high), in double precision."""
     angles = torch.empty(*u.shape[:-2], count, dtype=torch.float64, device=u.device)
     return angles.uniform_(low, high, generator=generator)
 
@@ -126,7 +130,7 @@ def _identity(u: Tensor) -> Tensor:
 
 
 def _rotations(u: Tensor, angles: Tensor) -> Tensor:
-    """Matrices like u with the rotations of (..., n // 2) angles along the diagonal."""
+    """Matrices of u's shape and dtype with rotations by (..., n // 2) angles along the diagonal."""
     even = 2 * angles.shape[-1]
     u = _identity(u).repeat(*u.shape[:-2], 1, 1)
     u.diagonal(dim1=-2, dim2=-1)[..., :even].copy_(angles.cos().repeat_interleave(2, -1))
@@ -137,26 +141,26 @@ def _rotations(u: Tensor, angles: Tensor) -> Tensor:
 
 
 def _check(u: Tensor, square: bool = False) -> None:
-    _checks.full("u", u)
+    checks.full("u", u)
     n, p = u.shape[-2:]
     if square and n != p:
-        raise ValueError(f"u must be square, got shape {tuple(u.shape)}: 'haar' and 'identity' take a tall one.")
+        raise ValueError(f"u must be square, got shape {tuple(u.shape)}: use 'haar' or 'identity' for a tall one.")
     if n < p:
         raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")
     if any(step == 0 and size > 1 for step, size in zip(u.stride(), u.shape, strict=True)):
         raise ValueError(f"u must have its own memory for each element, got an expanded tensor of {tuple(u.shape)}.")
 
 
-def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = _checks.FULL) -> torch.dtype:
-    """The dtype, or torch's default one for None."""
+def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = FULL) -> torch.dtype:
+    """The dtype, or torch's default dtype for None."""
     dtype = dtype or torch.get_default_dtype()
     if dtype not in choices:
-        raise TypeError(f"dtype must be {' or '.join(map(_checks.short, choices))}, got {_checks.short(dtype)}.")
+        raise TypeError(f"dtype must be {' or '.join(map(short, choices))}, got {short(dtype)}.")
     return dtype
 
 
 def uniform_(t: Tensor, bound: float) -> None:
-    """Fill with numbers uniform in +-bound, or, complex, in a square of the same mean square."""
+    """Fill t with numbers uniform in +-bound; a complex t, in a square with the same mean square."""
     with torch.no_grad():
         if t.is_complex():
             torch.view_as_real(t).uniform_(-bound / 2**0.5, bound / 2**0.5)

@@ -7,17 +7,18 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..ops._autograd import Op
+from ..core import checks
+from ..core.autograd import Op
+from ..core.dtypes import short
 
 
 def _inverse(radius: Tensor) -> Tensor:
-    """1 / |z|, or 0 where |z| is subnormal or 0: torch's own z.sgn() is inf for a subnormal complex z."""
+    """1 / |z|, or 0 if |z| is subnormal or 0. torch's z.sgn() is inf for a subnormal complex z."""
     return radius.masked_fill(radius < torch.finfo(radius.dtype).tiny, torch.inf).reciprocal()
 
 
 class _ModReLU(Op):
-    """Saves z and b alone: 0.4 of what autograd keeps for the formula, a third for a real z. Twice differentiable."""
+    """Saves only z and b: 0.4 of what autograd saves for the formula, a third for real z. Twice differentiable."""
 
     @staticmethod
     def forward(z: Tensor, bias: Tensor) -> Tensor:
@@ -44,45 +45,45 @@ class _ModReLU(Op):
 
 
 def modrelu(z: Tensor, bias: Tensor) -> Tensor:
-    """relu(|z| + b) z / |z|: a ReLU of the modulus, which keeps the phase, or the sign.
+    """relu(|z| + b) z / |z|: a ReLU of the modulus, which keeps the phase or sign.
 
-    At z = 0 it is 0, and its derivative is taken as 1 for b >= 0 and as 0 for b < 0: finite, as everywhere.
+    At z = 0 the value is 0 and the derivative is taken as 1 for b >= 0 and as 0 for b < 0, so it is finite everywhere.
 
     Args:
         z: (..., n), real or complex.
-        bias: b, (n,), real, or anything that broadcasts to z.
+        bias: b, real, (n,) or any shape that broadcasts to z.
 
     Returns:
-        (..., n), in the dtype of z where b is no more precise.
+        (..., n), in the dtype of z if b is not more precise.
 
     Raises:
-        TypeError: a complex bias.
+        TypeError: bias is complex.
 
     Source: Arjovsky et al., Unitary evolution recurrent neural networks (1511.06464).
     """
     if bias.is_complex():
-        raise TypeError(f"bias must be real, got {_checks.short(bias.dtype)}.")
+        raise TypeError(f"bias must be real, got {short(bias.dtype)}.")
     return _ModReLU.apply(z, bias)
 
 
 class modReLU(nn.Module):
-    """`modrelu` of (..., features) with a bias that is learnt, zero at first: then it is the identity.
+    """`modrelu` of (..., features) with a learnable bias. The bias is zero at first, which makes this the identity.
 
     Args:
         features: at least 1.
-        device, dtype: of the bias, real.
+        device, dtype: of the bias; the dtype is real.
 
     Raises:
-        ValueError: no features. TypeError: a complex dtype.
+        ValueError: features is below 1. TypeError: the dtype is complex.
 
     Source: Arjovsky et al. (1511.06464).
     """
 
     def __init__(self, features: int, device: Any = None, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        _checks.positive("features", features)
+        checks.positive("features", features)
         if dtype is not None and dtype.is_complex:
-            raise TypeError(f"dtype must be real, that of the bias, got {_checks.short(dtype)}.")
+            raise TypeError(f"dtype must be real, as it is the dtype of the bias, got {short(dtype)}.")
         self.features = features
         self.bias = nn.Parameter(torch.empty(features, device=device, dtype=dtype))
         self.reset_parameters()
@@ -92,7 +93,7 @@ class modReLU(nn.Module):
         nn.init.zeros_(self.bias)
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., features) to the same shape."""
+        """(..., features) -> the same shape."""
         return modrelu(input, self.bias)
 
     def extra_repr(self) -> str:

@@ -1,4 +1,4 @@
-"""Recurrent layers that neither blow up nor forget: orthogonal and unitary hidden weights, and modReLU."""
+"""Recurrent layers with an orthogonal or unitary hidden weight, which preserves the norm of gradients, and modReLU."""
 
 from __future__ import annotations
 
@@ -9,8 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ..ops import _checks
-from ..optim import factored as _factored
+from ..core import checks
+from ..core.dtypes import short
+from ..ops import factored_linear
 from .init import BY_NAME, Init, one_of_dtypes, uniform_
 from .modrelu import modrelu
 from .orthogonal import OrthogonalModule
@@ -19,7 +20,7 @@ Nonlinearity = Literal["relu", "tanh", "modrelu"]
 
 
 class _RNN(OrthogonalModule):
-    """h_t = f(V x_t + W h_(t-1) + b), or modReLU with b as its own bias, W orthogonal or unitary."""
+    """h_t = f(V x_t + W h_(t-1) + b) with W orthogonal or unitary; modReLU as f takes b as its own bias."""
 
     _dtypes: tuple[torch.dtype, ...]
     _nonlinearities: tuple[str, ...]
@@ -39,11 +40,11 @@ class _RNN(OrthogonalModule):
         factored: bool,
     ) -> None:
         super().__init__()
-        _checks.positive("input_size", input_size)
-        _checks.positive("hidden_size", hidden_size)
-        _checks.positive("num_layers", num_layers)
-        _checks.one_of("nonlinearity", nonlinearity, self._nonlinearities)
-        _checks.one_of("init", init, get_args(Init))
+        checks.positive("input_size", input_size)
+        checks.positive("hidden_size", hidden_size)
+        checks.positive("num_layers", num_layers)
+        checks.one_of("nonlinearity", nonlinearity, self._nonlinearities)
+        checks.one_of("init", init, get_args(Init))
         one_of_dtypes(dtype, self._dtypes)
         self.input_size, self.hidden_size, self.num_layers = input_size, hidden_size, num_layers
         self.nonlinearity, self.bias, self.batch_first, self.init = nonlinearity, bias, batch_first, init
@@ -62,7 +63,7 @@ class _RNN(OrthogonalModule):
         self.register_parameter(name, nn.Parameter(torch.empty(shape, device=device, dtype=dtype)))
 
     def reset_parameters(self) -> None:
-        """Draw the parameters anew."""
+        """Initialise the parameters again."""
         for name, parameter in self.named_parameters(recurse=False):
             if name in self.orthogonal_names:
                 BY_NAME[self.init](parameter)
@@ -72,17 +73,17 @@ class _RNN(OrthogonalModule):
                 uniform_(parameter, self.hidden_size**-0.5)
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """All hidden states of the last layer, and the last ones of all layers.
+        """The hidden states of the last layer at every step, and the hidden states of all layers at the last step.
 
         Args:
             input: (T, N, input_size), (N, T, input_size) with batch_first, or (T, input_size) without a batch; T >= 1.
             h0: (num_layers, N, hidden_size), or (num_layers, hidden_size) without a batch; zero if None.
 
         Returns:
-            output (T, N, hidden_size), laid out as the input is, and h_n, as h0 is.
+            output (T, N, hidden_size), in the layout of the input, and h_n, in the shape of h0.
 
         Raises:
-            TypeError: no tensor, another dtype. ValueError: other shapes.
+            TypeError: input or h0 is not a tensor, or has another dtype. ValueError: another shape.
         """
         self._check(input)
         batched = input.dim() == 3
@@ -98,14 +99,14 @@ class _RNN(OrthogonalModule):
         return (x.transpose(0, 1) if swapped else x), h_n
 
     def _layer(self, x: Tensor, h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """(T, N, input) and (N, hidden) to (T, N, hidden) and (N, hidden)."""
+        """x (T, N, input), h (N, hidden) -> all states (T, N, hidden), the last state (N, hidden)."""
         bias: Tensor | None = getattr(self, f"bias_l{layer}", None)
         inside = None if self.nonlinearity == "modrelu" else bias
         function = self._function(bias)
         v, u = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         w, states = u.mT, []
-        for step in F.linear(x, v, inside).unbind(0):  # unbind: indexing by t costs T^2 in the backward
-            h = function(step + _factored.linear(h, u) if self.factored else torch.addmm(step, h, w))
+        for step in F.linear(x, v, inside).unbind(0):  # unbind: indexing by step costs O(T^2) in the backward
+            h = function(step + factored_linear.linear(h, u) if self.factored else torch.addmm(step, h, w))
             states.append(h)
         return torch.stack(states), h
 
@@ -115,7 +116,7 @@ class _RNN(OrthogonalModule):
         return torch.relu if self.nonlinearity == "relu" else torch.tanh
 
     def _start(self, x: Tensor, h0: Tensor | None, batched: bool) -> Tensor:
-        """The states before the first step, (num_layers, N, hidden)."""
+        """The hidden states before the first step, (num_layers, N, hidden)."""
         dtype = self.weight_hh_l0.dtype
         shape = (self.num_layers, x.shape[1], self.hidden_size)
         if h0 is None:
@@ -126,9 +127,7 @@ class _RNN(OrthogonalModule):
         if h0.shape != expected:
             raise ValueError(f"h0 must have shape {expected}, got {tuple(h0.shape)}.")
         if h0.dtype != dtype and not torch.is_autocast_enabled(x.device.type):
-            raise TypeError(
-                f"h0 must have the dtype of the weights, {_checks.short(dtype)}, got {_checks.short(h0.dtype)}."
-            )
+            raise TypeError(f"h0 must have the dtype of the weights, {short(dtype)}, got {short(h0.dtype)}.")
         h0 = h0.to(dtype)
         return h0 if batched else h0.unsqueeze(1)
 
@@ -144,12 +143,10 @@ class _RNN(OrthogonalModule):
             )
         dtype = self.weight_hh_l0.dtype
         if input.dtype != dtype and not torch.is_autocast_enabled(input.device.type):
-            raise TypeError(
-                f"input must have the dtype of the weights, {_checks.short(dtype)}, got {_checks.short(input.dtype)}."
-            )
+            raise TypeError(f"input must have the dtype of the weights, {short(dtype)}, got {short(input.dtype)}.")
 
     def extra_repr(self) -> str:
-        """torch's settings, and the init."""
+        """The settings of torch.nn.RNN, and the initialisation."""
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
             f"nonlinearity={self.nonlinearity!r}, bias={self.bias}, batch_first={self.batch_first}, init={self.init!r}"
@@ -161,22 +158,23 @@ class OrthogonalRNN(_RNN):
     r"""torch.nn.RNN with an orthogonal hidden weight.
 
         h_t = f(V x_t + W h_(t-1) + b)                 "relu" and "tanh"
-        h_t = modrelu(V x_t + W h_(t-1), bias=b)       "modrelu", the identity where bias=False
+        h_t = modrelu(V x_t + W h_(t-1), bias=b)       "modrelu"; with bias=False, the identity replaces modrelu
 
-    The norm of the gradient passes W unchanged, however many steps there are. The names are torch's, with one bias:
-    `weight_ih_l{k}` V, `weight_hh_l{k}` W, `bias_l{k}` b. W is among `orthogonal_parameters`, V and b are not.
+    W preserves the norm of the gradient, however many steps there are. The names are those of torch.nn.RNN, with a
+    single bias: `weight_ih_l{k}` is V, `weight_hh_l{k}` is W, `bias_l{k}` is b. W is among `orthogonal_parameters`; V
+    and b are not.
 
     Args:
         input_size, hidden_size, num_layers: at least 1.
         nonlinearity: "relu", "tanh" or "modrelu".
-        bias: with b, zero at first.
+        bias: whether to add b, zero at first.
         batch_first: (N, T, ...) instead of (T, N, ...).
         init: of W: "henaff", "cayley", "haar" or "identity". V is uniform in +-1 / sqrt(hidden_size).
         device, dtype: float32 or float64.
-        factored: as of `OrthogonalLinear`: W gets no gradient but its factors, for `ProjUNN`, all T N rows of them.
+        factored: as in `OrthogonalLinear`: W gets the factors of its gradient, with T N rows, for `ProjUNN`.
 
     Raises:
-        ValueError: a size below 1, an unknown nonlinearity or init. TypeError: other dtypes.
+        ValueError: a size below 1, an unknown nonlinearity or init. TypeError: another dtype.
 
     Source: Kiani et al., projUNN (2203.05483); Henaff et al. (1602.06662).
     """
@@ -204,23 +202,24 @@ class OrthogonalRNN(_RNN):
 
 
 class UnitaryRNN(_RNN):
-    """A recurrent network of complex hidden states with a unitary hidden weight and modReLU.
+    """A recurrent network with complex hidden states, a unitary hidden weight and modReLU.
 
-        h_t = modrelu(V x_t + W h_(t-1), bias=b)       the identity for modrelu where bias=False
+        h_t = modrelu(V x_t + W h_(t-1), bias=b)       with bias=False, the identity replaces modrelu
 
-    Input real or complex, output complex: `output.abs()` or `torch.view_as_real(output)` make real features of it. The
-    parameters, their names and the arguments are those of `OrthogonalRNN`; V and W are complex, b is real.
+    The input is real or complex, the output complex: `output.abs()` or `torch.view_as_real(output)` gives real
+    features. The parameters, their names and the arguments are those of `OrthogonalRNN`; V and W are complex, b is
+    real.
 
     Args:
         input_size, hidden_size, num_layers: at least 1.
-        bias: with b, zero at first.
+        bias: whether to add b, zero at first.
         batch_first: (N, T, ...) instead of (T, N, ...).
-        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform, of mean square 1 / (3 hidden_size).
+        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform, with mean square 1 / (3 hidden_size).
         device, dtype: complex64 or complex128.
-        factored: as of `OrthogonalLinear`.
+        factored: as in `OrthogonalLinear`.
 
     Raises:
-        ValueError: a size below 1, an unknown init. TypeError: other dtypes.
+        ValueError: a size below 1, an unknown init. TypeError: another dtype.
 
     Source: Arjovsky et al. (1511.06464); Kiani et al., projUNN (2203.05483).
     """
@@ -246,7 +245,7 @@ class UnitaryRNN(_RNN):
         )
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `OrthogonalRNN.forward`; input real or complex, of the same precision or half, h0 and results complex."""
+        """As `OrthogonalRNN.forward`; input complex, or real of the same or half precision. h0, results complex."""
         dtype = self.weight_hh_l0.dtype
         real = isinstance(input, Tensor) and input.is_floating_point()
         fits = real and torch.promote_types(input.dtype, dtype) == dtype

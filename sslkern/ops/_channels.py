@@ -1,4 +1,4 @@
-"""What the kernels of batch norm take: layouts of (N, C, ...), tensors of channels; and their rule for vmap."""
+"""The layouts of (N, C, ...) and the per-channel tensors that batch norm kernels take, and their vmap rule."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..reference.columns import accumulation_dtype
-from . import _checks
+from ..core import checks
+from ..core.dtypes import accumulation_dtype, short
 
 
 def dense(x: Tensor) -> Tensor:
-    """x as the kernels take it, contiguous or channels-last; a copy where it is neither."""
+    """x in a layout that the kernels take: contiguous or channels-last. Copied if it has neither."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
@@ -22,7 +22,7 @@ def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
-    """A channel tensor as the kernels read it, in the dtype of the statistics and without gaps."""
+    """A per-channel tensor as the kernels take it: contiguous, in the dtype of the statistics."""
     if values is None:
         return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
     dtype = accumulation_dtype(like)
@@ -30,8 +30,8 @@ def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
 
 
 def kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
-    """Whether a kernel takes these running statistics; `track` takes all of them."""
-    return running is None or (running.dtype == like.dtype and running.is_contiguous() and not _checks.lazy(running))
+    """Whether a kernel can update these running statistics; `track` can update any."""
+    return running is None or (running.dtype == like.dtype and running.is_contiguous() and not checks.lazy(running))
 
 
 def track(
@@ -42,7 +42,8 @@ def track(
     count: int | Tensor,
     momentum: float | Tensor,
 ) -> None:
-    """Move the running statistics towards those of a batch of `count` numbers per channel, if it has any."""
+    """Move the running statistics towards the statistics of a batch of `count` elements per channel, unless it is
+    empty."""
     for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
         if running is not None:
             wide = torch.promote_types(running.dtype, batch.dtype)
@@ -52,7 +53,7 @@ def track(
 
 
 def check(x: Tensor, **named: object) -> None:
-    """Each must be None, or a floating tensor of the channels of x, on its device."""
+    """Each argument must be None or a floating tensor of shape (C,) on the device of x."""
     channels, device = x.shape[1], x.device
     for name, value in named.items():
         if value is None:
@@ -67,8 +68,8 @@ def check(x: Tensor, **named: object) -> None:
 
 
 def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float | Tensor) -> None:
-    """The running statistics must be there together in eval, must not need a gradient, and training must find memory
-    for every channel and a share."""
+    """Running statistics must be given together in eval and must not need a gradient; training needs memory for each
+    channel, and a valid momentum."""
     if not training and (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must be given together outside of training, got one of them.")
     for name, value in (("running_mean", mean), ("running_var", var)):
@@ -86,16 +87,16 @@ def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momen
         if momentum.dim() or not momentum.is_floating_point() or momentum.requires_grad:
             raise ValueError(
                 "momentum must be a number or a floating tensor of shape () without a gradient, got shape "
-                f"{tuple(momentum.shape)}, {_checks.short(momentum.dtype)}, requires_grad={momentum.requires_grad}."
+                f"{tuple(momentum.shape)}, {short(momentum.dtype)}, requires_grad={momentum.requires_grad}."
             )
     elif isinstance(momentum, bool) or not isinstance(momentum, int | float):
         raise TypeError(f"momentum must be a number or a torch.Tensor of shape (), got {type(momentum).__name__}.")
 
 
 def per_slice(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """A vmapped batch, as in `torch.library.register_vmap`: a call for each slice, with the bits of the slice alone.
+    """A vmap rule as for `torch.library.register_vmap`: one call per slice, which has the bits of the slice alone.
 
-    One call over a batch that is folded into the channels would cut the sums at other places.
+    Folding the batch into the channels would divide the sums differently.
     """
     if info.batch_size == 0:
         raise ValueError("A batch norm cannot be mapped over 0 slices, whose shape nothing tells.")

@@ -1,32 +1,27 @@
-"""The primitives of a joint batch whose rows lie on several ranks: each one does its rows' share of the products.
+"""The primitives of a joint batch, whose rows lie on several ranks: each rank computes the products of its own rows.
 
-No kernel of our own: what a rank multiplies is small or as large as what it holds, and torch's products are as good.
+Plain torch: the products are too small here, or no smaller than their operands, for a kernel to help.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..reference.columns import accumulation_dtype, without_autocast
-from ..train import distributed
-from ..train.distributed import Peers
-from ._autograd import Op, first_order, intermediate, or_zeros
+from ..core import collectives
+from ..core.autograd import Op, first_order, intermediate, or_zeros
+from ..core.collectives import Peers
+from ..core.dtypes import accumulation_dtype, without_autocast
+from ..core.ranks import JointBatch
 
 Counts = tuple[int, ...]
 
 
-def rows(peers: Peers, least: int, check: Callable[[], object], *named: Any) -> Counts:
-    """The rows of all ranks, after check() on each of them; together they must be `least` or more."""
-    return distributed.rows_of_all(peers, check, *named, least=least)[0]
-
-
-def products(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, Tensor]:
+def products(x: Tensor, y: Tensor | None, batch: JointBatch, dual: bool) -> tuple[Tensor, Tensor]:
     """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
-    diagonal, squares, *_ = _Products.apply(x, y, counts, peers, dual)
+    diagonal, squares, *_ = _Products.apply(x, y, batch.counts, batch.peers, dual)
     return diagonal, squares
 
 
@@ -35,17 +30,17 @@ class _Products(Op):
     def forward(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, ...]:
         with without_autocast(x):
             if not dual:
-                matrix = distributed.all_reduce(x.mT @ (x if y is None else y), peers.name)
+                matrix = collectives.all_reduce(x.mT @ (x if y is None else y), peers.name)
                 diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
                 matrix.diagonal(dim1=-2, dim2=-1).zero_()
-                # no other D x D numbers
+                # a norm makes no D x D temporary
                 return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
-            every = [distributed.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
+            every = [collectives.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
             own = [_own(z, counts, peers) for z in every]
             grams = [z @ e.mT for z, e in zip(own, every, strict=True)]
             square = (grams[0] * grams[-1]).sum((-2, -1), dtype=torch.float64)
             sums = torch.cat([(own[0] * own[-1]).sum(-2, dtype=torch.float64), square[..., None]], -1)
-            sums = distributed.all_reduce(sums, peers.name)
+            sums = collectives.all_reduce(sums, peers.name)
             offdiag = sums[..., -1] - sums[..., :-1].square().sum(-1)
             return sums[..., :-1].to(x.dtype), offdiag.to(x.dtype), *every, *grams
 
@@ -63,7 +58,7 @@ class _Products(Op):
         counts, peers, dual = ctx.settings
         x, y, diagonal, *saved = ctx.saved_tensors
         grad_diagonal, grad_offdiag = or_zeros(grad_diagonal, diagonal), or_zeros(grad_offdiag, diagonal, last=-1)
-        sums = distributed.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
+        sums = collectives.all_reduce(torch.cat([grad_diagonal, grad_offdiag[..., None]], -1), peers.name)
         column, scale = sums[..., None, :-1], 2 * sums[..., -1, None, None]
         with without_autocast(x):
             if not dual:
@@ -80,25 +75,25 @@ class _Products(Op):
 
 
 def _own(every: Tensor, counts: Counts, peers: Peers) -> Tensor:
-    """This rank's rows among those of all; as the transport has rounded them."""
+    """This rank's rows of the gathered ones, which the transport has rounded."""
     return every.narrow(-2, sum(counts[: peers.rank]), counts[peers.rank])
 
 
-def _centred(x: Tensor, counts: Counts, peers: Peers, constant: bool) -> Tensor:
-    """x minus the joint mean, a constant to the gradient where that does not depend on it."""
+def _centred(x: Tensor, batch: JointBatch, constant: bool) -> Tensor:
+    """x minus the joint mean; `constant`: the gradient does not depend on the mean."""
     total = x.sum(-2, keepdim=True, dtype=torch.float64)
-    total = distributed.all_reduce(total.detach(), peers.name) if constant else distributed.summed(total, peers)
-    mean = total / sum(counts)
+    total = collectives.all_reduce(total.detach(), batch.peers.name) if constant else batch.summed(total)
+    mean = total / sum(batch.counts)
     high = mean.to(x.dtype)
     return (x - high) - (mean - high).to(x.dtype)
 
 
-def covariance(z: Tensor, unbiased: bool, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, Tensor]:
-    """`ops.covariance` of the joint batch. The columns of its gradient by the centred rows add up to 0, unless
-    unbiased: then the mean is part of it."""
-    n = sum(counts)
-    zc = _centred(z.to(accumulation_dtype(z)), counts, peers, constant=not unbiased)
-    diagonal, squares = products(zc, None, counts, peers, dual)
+def covariance(z: Tensor, unbiased: bool, batch: JointBatch, dual: bool) -> tuple[Tensor, Tensor]:
+    """`ops.covariance` of the joint batch. The columns of its gradient with respect to the centred rows add up to 0,
+    so the mean is a constant to it, except for the unbiased estimator."""
+    n = sum(batch.counts)
+    zc = _centred(z.to(accumulation_dtype(z)), batch, constant=not unbiased)
+    diagonal, squares = products(zc, None, batch, dual)
     variance, offdiag = diagonal / (n - 1), squares / (n - 1) ** 2
     if unbiased:
         square = zc.square()
@@ -106,24 +101,25 @@ def covariance(z: Tensor, unbiased: bool, counts: Counts, peers: Peers, dual: bo
             (-2, -1), dtype=torch.float64
         )
         trace = variance.sum(-1).square() - variance.square().sum(-1)
-        mixed = (n - 1) * (n - 2) * offdiag + trace - n / (n - 1) * distributed.summed(quartic, peers)
+        mixed = (n - 1) * (n - 2) * offdiag + trace - n / (n - 1) * batch.summed(quartic)
         offdiag = ((n - 1) / (n * (n - 2) * (n - 3)) * mixed).to(variance.dtype)
     return variance, offdiag
 
 
 def cross_correlation(
-    a: Tensor, b: Tensor, eps: float, sync: bool, counts: Counts, peers: Peers, dual: bool
+    a: Tensor, b: Tensor, eps: float, sync: bool, batch: JointBatch, dual: bool
 ) -> tuple[Tensor, Tensor]:
-    """`ops.cross_correlation` of the joint batch, its columns standardised over it, or over the rank's own rows."""
+    """`ops.cross_correlation` of the joint batch; columns are standardised over it, or over this rank's rows."""
+    counts, peers = batch.counts, batch.peers
     n = sum(counts) if sync else max(1, counts[peers.rank])
     views = torch.stack([z.to(accumulation_dtype(z)) for z in (a, b)])
     if sync:
-        views = _centred(views, counts, peers, constant=True)
-        squares = distributed.summed(views.square().sum(-2), peers)
+        views = _centred(views, batch, constant=True)
+        squares = batch.summed(views.square().sum(-2))
     else:
         views = views - views.detach().sum(-2, keepdim=True) / n
         squares = views.square().sum(-2)
     views = views * (squares / n + eps).rsqrt()[..., None, :]
-    diagonal, offdiag = products(views[0], views[1], counts, peers, dual)
+    diagonal, offdiag = products(views[0], views[1], batch, dual)
     n = sum(counts)
     return diagonal / n, offdiag / n**2

@@ -1,4 +1,4 @@
-"""Batch moments, and batch norm on top of them."""
+"""Batch moments and batch norm."""
 
 from __future__ import annotations
 
@@ -9,11 +9,13 @@ import torch
 from torch import Tensor
 
 from ..backend import declare, pick
+from ..core import checks, collectives, ranks
+from ..core.autograd import Op, differentiated, first_order, intermediate, or_zeros
+from ..core.collectives import Peers
+from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Group
 from ..reference import batch_norm as _reference
-from ..reference.columns import accumulation_dtype
-from ..train import distributed
-from . import _channels, _checks
-from ._autograd import Op, differentiated, first_order, intermediate, or_zeros
+from . import _channels
 from ._channels import dense, kernel_tracks, laid_out_as, parameter, per_slice, track
 
 Activation = Literal["relu"] | None
@@ -71,7 +73,7 @@ class _BatchMoments(Op):
 
 
 class _BatchNorm(Op):
-    """By the statistics of x itself, which go into the running ones."""
+    """Batch norm by the statistics of x, which also update the running ones."""
 
     @staticmethod
     def forward(x, weight, bias, running_mean, running_var, momentum, eps, relu):
@@ -105,7 +107,7 @@ class _BatchNorm(Op):
 
 
 class _BatchNormByGiven(Op):
-    """By statistics that are constants; or, with a group, those of its joint batch of `count` numbers per channel."""
+    """Batch norm by constant statistics; with a group, by those of its joint batch of `count` elements per channel."""
 
     @staticmethod
     def forward(x, weight, bias, centre, variance, eps, relu, count, group_name):
@@ -130,31 +132,31 @@ class _BatchNormByGiven(Op):
         if by_parameters or joint:
             sums = _pick_or_empty("batch_norm_sums", x)(*arguments, eps, relu)
             if joint:
-                means = distributed.all_reduce(sums, group_name) / count
+                means = collectives.all_reduce(sums, group_name) / count
         if by_input and (joint or relu):
             dx = _pick_or_empty("batch_norm_input_grad", x)(*arguments, means, eps, relu)
-        elif by_input:  # by constants alone: x is not read, and its NaN stays out
+        elif by_input:  # the statistics are constants: x is not read, so its NaN do not spread
             dy, _, w = arguments[:3]
             dx = _pick_or_empty("batch_norm_apply", x)(dy, w, means[0], means, variance, eps, False)
         return dx, *_parameter_gradients(sums, weight, bias), *[None] * 6
 
 
 def _pick_or_empty(name: str, x: Tensor) -> Callable:
-    """The kernel, or for an empty x plain torch: the result depends on the collectives, so no compiler drops those."""
+    """The kernel, or plain torch for an empty x. The result depends on the collectives, so a compiler keeps them."""
     return pick(name, x) if x.numel() > 0 else getattr(_reference, name)
 
 
-def _joint_moments(x: Tensor, peers: distributed.Peers) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_moments_fwd` of the batches of all ranks as one, and its numbers per channel, ().
+def _joint_moments(x: Tensor, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
+    """`batch_moments_fwd` of the joint batch of all ranks, and the number of its elements per channel, ().
 
-    Merged in fp64 as by Chan, Golub and LeVeque (1983), with the same bits on every rank.
+    Merged in fp64 (Chan, Golub and LeVeque, 1983), with the same bits on every rank.
     """
     channels = x.shape[1]
-    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # what an empty batch tells
+    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # the values of an empty batch
     if x.numel() > 0:
         centre, variance = pick("batch_moments_fwd", x)(x)
         own = torch.cat([centre.double().sum(0), variance.double(), own.new_full((1,), x.numel() // channels)])
-    means, variances, counts = distributed.all_gather(own, peers).split([channels, channels, 1], 1)
+    means, variances, counts = collectives.all_gather(own, peers).split([channels, channels, 1], 1)
     count = counts.sum()
     share = counts / count.clamp(min=1)
     mean = (share * means).sum(0)
@@ -164,7 +166,7 @@ def _joint_moments(x: Tensor, peers: distributed.Peers) -> tuple[Tensor, Tensor,
 
 
 def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
-    """Of weight and bias, from `batch_norm_sums`."""
+    """The gradients of weight and bias from `batch_norm_sums`."""
     if sums is None:
         return [None, None]
     of_bias, of_weight = sums.unbind()
@@ -181,12 +183,12 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
         mean_c = sum_i x_ic / M,    var_c = sum_i (x_ic - mean_c)^2 / M
 
-    Every piece that fits in cache, or in registers, is summed about a number near its mean, or looked at twice, and
-    merged in fp64: at |mu|/sigma = 1e4 the variance keeps six digits.
+    Each block that fits in cache or registers is summed after a value near its mean is subtracted, or in two passes,
+    and blocks are merged in fp64. So the variance keeps six digits at |mu|/sigma = 1e4.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W), ..., float32, bfloat16, float16 or float64, M >= 1. Contiguous and
-            channels-last tensors are read where they lie; others are copied first.
+            channels-last tensors are read in place; others are copied first.
 
     Returns:
         mean and var, (C,), float32 (float64 for float64), differentiable once, in units of x and x^2.
@@ -196,7 +198,7 @@ def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
 
     Source: Ioffe and Szegedy, Batch normalization (1502.03167), algorithm 1.
     """
-    _checks.channels("x", x)
+    checks.channels("x", x)
     x = dense(x)
     if differentiated(x):
         return _BatchMoments.apply(x)[:2]
@@ -214,9 +216,9 @@ def batch_norm(
     momentum: float | Tensor = 0.1,
     eps: float = 1e-5,
     activation: Activation = None,
-    group: distributed.Group = None,
+    group: Group = None,
 ) -> Tensor:
-    r"""Batch norm, and the relu behind it, without a saved output or mask.
+    r"""Batch norm, optionally followed by a relu, without a saved output or mask.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias,    relu(y) with activation="relu"
 
@@ -224,14 +226,14 @@ def batch_norm(
 
         running <- (1 - momentum) running + momentum batch,    with the unbiased variance.
 
-    With a group, the batch is that of all its processes as one. Of n numbers per channel rank r has n_r >= 0, and
+    With a group, the statistics are those of the joint batch. Of its n elements per channel rank r has n_r >= 0, and
 
         mean = sum_r n_r mean_r / n,    var = sum_r n_r (var_r + (mean_r - mean)^2) / n
 
-    merged in fp64 from one all-gather of 2C + 1 numbers; backward is one all-reduce of 2C, where x needs a gradient.
-    Every rank must call both, one without samples too. A batch without numbers is returned as it is, and leaves the
-    running statistics. The gradients of weight and bias are sums over the rank's own
-    batch, as in torch.nn.SyncBatchNorm: DistributedDataParallel averages them.
+    are merged in fp64. The forward takes one all-gather of 2 C + 1 numbers; the backward takes one all-reduce of 2 C
+    numbers if x needs a gradient. Every rank must run both, including ranks without samples. An empty batch is returned
+    as it is and leaves the running statistics unchanged. The gradients of weight and bias are sums over this rank's
+    rows, as in torch.nn.SyncBatchNorm, and DistributedDataParallel averages them.
 
     Args:
         x: (N, C), (N, C, L), (N, C, H, W), ...; float32, bfloat16, float16 or float64, contiguous, channels-last, or
@@ -255,11 +257,11 @@ def batch_norm(
     Source: Ioffe and Szegedy, Batch normalization (1502.03167); the merge of variances: Chan, Golub and LeVeque (1983).
     """
     given = None if training or running_mean is None or running_var is None else (running_mean, running_var)
-    peers = None if group is None or given is not None else distributed.peers_of(group)
-    _checks.channels("x", x, empty=True)
+    peers = None if group is None or given is not None else ranks.peers_of(group)
+    checks.channels("x", x, empty=True)
     _channels.check(x, weight=weight, bias=bias, running_mean=running_mean, running_var=running_var)
     _channels.check_running(running_mean, running_var, training, momentum)
-    eps = _checks.non_negative("eps", eps)
+    eps = checks.non_negative("eps", eps)
     if activation not in (None, "relu"):
         raise ValueError(f"activation must be None or 'relu', got {activation!r}.")
     x, relu = dense(x), activation == "relu"
@@ -272,7 +274,7 @@ def batch_norm(
             centre, variance, count = _joint_moments(x, peers)
             track(running_mean, running_var, centre, variance, count, momentum)
         return _BatchNormByGiven.apply(x, weight, bias, centre, variance, eps, relu, count, peers.name)
-    if x.numel() == 0:  # no statistics to take or to move
+    if x.numel() == 0:  # an empty batch has no statistics
         variance = parameter(None, x, 1)
         return _BatchNormByGiven.apply(
             x, weight, bias, variance.new_zeros(2, x.shape[1]), variance, eps, relu, None, None

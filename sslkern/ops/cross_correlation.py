@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, get_args
 
 from torch import Tensor
 
-from ..backend import declare, pick, reference_only, stacked
+from ..backend import declare, pick, reference_only
+from ..core import checks, ranks
+from ..core.autograd import Op, first_order, intermediate, or_zeros, stacked
+from ..core.ranks import Batch, Group, JointBatch
 from ..reference import cross_correlation as _reference
-from ..train import distributed
-from . import _checks, _joint
-from ._autograd import Op, first_order, intermediate, or_zeros
+from . import _joint
 from .covariance import FORMS, Form, takes_dual
 
 Statistics = Literal["sync", "local"]
+STATISTICS = get_args(Statistics)
 
 declare(
     "cross_correlation_fwd(Tensor a, Tensor b, float eps, bool dual) -> (Tensor, Tensor, Tensor, Tensor, Tensor)",
@@ -59,7 +61,7 @@ def cross_correlation(
     b: Tensor,
     eps: float = 1e-5,
     form: Form = "auto",
-    group: distributed.Group = None,
+    group: Group = None,
     stats: Statistics = "sync",
 ) -> tuple[Tensor, Tensor]:
     r"""Diagonal, and sum of squared off-diagonals, of the cross-correlation of two views.
@@ -71,51 +73,60 @@ def cross_correlation(
         offdiag    = sum_{j != k} C_jk^2                               (...)
 
     "primal" forms the D x D matrix; "dual" uses ||A'B||_F^2 = <AA', BB'>_F and forms two N x N ones; "auto" takes the
-    dual where N < .75 D.
+    dual where N < 0.75 D.
 
-    With a group, a and b hold this rank's n of the N rows of all W ranks, and the result, the same on all of them, is
-    that of the N. Per rank and slice, forward and backward:
+    With a group, a and b hold n of the N rows of all W ranks, and every rank returns the result of the N rows. Per rank
+    and slice, forward and backward:
 
         dual      8 n N D flops, and 2 (N - n) D numbers received     n rows of the two N x N matrices
         primal    6 n D^2 flops, and 2 (W - 1)/W D^2 numbers          the D x D matrix, summed over ranks
 
-    and a few D numbers more. "auto" is the dual where N < .75 D, which then is less of both.
+    and a few D numbers more. "auto" takes the dual where N < 0.75 D, where it is less of both.
 
     Args:
         a, b: (..., N, D), N >= 2, the same shape, dtype (float32, bfloat16, float16 or float64) and device,
             any strides.
         eps: a number >= 0, added to the variance, in units of a^2.
         form: "auto", "primal" or "dual"; the value does not depend on it.
-        group: as in `ops.covariance`.
+        group: the ranks that hold the batch; see `sslkern.distributed`.
         stats: with a group, "sync" standardises columns over the joint batch, as SyncBatchNorm does, and "local" over
-            the rank's own rows; then the loss depends on how the batch is divided.
+            this rank's rows, so that the result depends on how the batch is divided.
 
     Returns:
         diagonal and offdiag, float32 (float64 for float64), dimensionless, both differentiable once.
 
     Raises:
         TypeError: not dense floating tensors, or of different dtypes. ValueError: shapes or devices differ, too few
-        rows or columns, negative eps, unknown form. With a group, bad input on one rank raises on all of them.
+        rows or columns, negative eps, unknown form. With a group, invalid input on one rank raises on all ranks.
 
     Source: Zbontar et al., Barlow Twins (2103.03230), eq. 1-2.
     """
-    peers = None if group is None else distributed.peers_of(group)
-    if peers is not None:
-        counts = _joint.rows(peers, 2, lambda: _check(a, b, eps, form, stats, 0), a, b)
-        dual = takes_dual(sum(counts), a.shape[-1], form, 0.75)
-        return _joint.cross_correlation(a, b, float(eps), stats == "sync", counts, peers, dual)
-    _check(a, b, eps, form, stats, 2)
-    dual = takes_dual(a.shape[-2], a.shape[-1], form, 0.75)
-    return _CrossCorrelation.apply(a, b, float(eps), dual)[:2]
+
+    def check(least: int) -> tuple[Tensor, Tensor]:
+        check_pair(a, b, eps, stats, least, form)
+        return a, b
+
+    batch, _ = ranks.batch(group, 2, check)
+    return cross_correlation_of(a, b, float(eps), stats, batch, form)
 
 
-def _check(a: Tensor, b: Tensor, eps: float, form: str, stats: str, least: int) -> None:
-    """Views must have `least` rows; those of a rank, 0, may have none."""
-    _checks.one_of("stats", stats, ("sync", "local"))
-    _checks.matrix_stack("a", a, least)
-    _checks.matrix_stack("b", b, least)
-    _checks.same("a", a, "b", b)
-    _checks.non_negative("eps", eps)
-    _checks.one_of("form", form, FORMS)
+def check_pair(a: Tensor, b: Tensor, eps: float, stats: str, least: int, form: str = "auto") -> None:
+    """Check two views, which must have `least` rows; with a group, where it is 0, a rank may have no rows."""
+    checks.one_of("stats", stats, STATISTICS)
+    checks.matrix_stack("a", a, least)
+    checks.matrix_stack("b", b, least)
+    checks.same("a", a, "b", b)
+    checks.non_negative("eps", eps)
+    checks.one_of("form", form, FORMS)
     if least == 0:
         reference_only("cross-correlations of a group", a)
+
+
+def cross_correlation_of(
+    a: Tensor, b: Tensor, eps: float, stats: str, batch: Batch, form: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`cross_correlation` of views that have been checked."""
+    dual = takes_dual(batch.count(a.shape[-2]), a.shape[-1], form, 0.75)
+    if isinstance(batch, JointBatch):
+        return _joint.cross_correlation(a, b, eps, stats == "sync", batch, dual)
+    return _CrossCorrelation.apply(a, b, eps, dual)[:2]

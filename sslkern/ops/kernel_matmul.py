@@ -9,7 +9,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from . import _checks
+from ..core import checks
 from .pairwise_reduce import pairwise_reduce
 
 Kernel = Literal["rbf", "dot", "cosine", "sqeuclidean"]
@@ -17,9 +17,9 @@ _KERNELS = get_args(Kernel)
 
 
 def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
-    """1/(2 width^2) for every slice of x (..., N, D), float64, of a number or a tensor of them."""
+    """1/(2 width^2), float64, for every slice of x (..., N, D)."""
     if isinstance(width, Tensor):
-        return 0.5 / _checks.per_slice(name, width, x, torch.float64).square()
+        return 0.5 / checks.per_slice(name, width, x, torch.float64).square()
     if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < math.inf:
         raise ValueError(f"{name} must be a finite number > 0 or a torch.Tensor of such, got {width!r}.")
     return torch.full(x.shape[:-2], 0.5 / float(width) / float(width), dtype=torch.float64, device=x.device)
@@ -46,22 +46,24 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandw
             broadcasts to the leading dimensions, with a gradient.
 
     Returns:
-        (..., N, P), float32, or float64 if x or s is float64; differentiable once by x, s, b and a tensor bandwidth.
+        (..., N, P), float32, or float64 if x or s is float64; differentiable once with respect to x, s, b and
+        a tensor bandwidth.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError: not dense floating tensors, or another type of bandwidth. ValueError: shapes or devices differ, an
+        unknown kernel, or a bandwidth that is not above 0 or does not belong to the kernel.
 
     Source: Kiani et al., Joint-embedding self-supervised learning in the kernel regime (2209.14884).
     """
-    _checks.one_of("kernel", kernel, _KERNELS)
+    checks.one_of("kernel", kernel, _KERNELS)
     for name, z in (("x", x), ("s", s), ("b", b)):
-        _checks.matrix_stack(name, z, min_rows=1)
+        checks.matrix_stack(name, z, min_rows=1)
     if s.shape[:-2] != x.shape[:-2] or s.shape[-1] != x.shape[-1]:
         raise ValueError(
             "s must have the leading dimensions and the columns of x, "
             f"got shapes {tuple(x.shape)} for x and {tuple(s.shape)} for s."
         )
-    _checks.beside("x", x, "s", s)
+    checks.beside("x", x, "s", s)
     if b.shape[:-1] != s.shape[:-1]:
         expected = ", ".join(map(str, (*s.shape[:-1], "P")))
         raise ValueError(f"b must have shape ({expected}) for s of {tuple(s.shape)}, got {tuple(b.shape)}.")

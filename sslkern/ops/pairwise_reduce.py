@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from math import inf
 from numbers import Real
 from typing import Literal, get_args
@@ -10,22 +9,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick
-from ..reference import pairwise_reduce as _reference
-from . import _checks
-from ._autograd import Op, first_order
-from ._rows import precision, unit_rows
+from ..core import checks
+from ..core.dtypes import accumulation_dtype, short
+from .pairs import Labels, prepared, reduce_pairs
 
 Kernel = Literal["dot", "cosine", "sqeuclidean", "rbf", "softplus"]
 Reduction = Literal["logsumexp", "max", "sum", "matmul", "gram"]
-Mask = Literal["others", "same", "same others", "different"]
-_MASKS: dict[str | None, int] = {
-    None: 0,
-    "others": _reference.OTHERS,
-    "same": _reference.SAME,
-    "same others": _reference.SAME | _reference.OTHERS,
-    "different": _reference.DIFFERENT,
-}
+Mask = Literal["offdiag", "same", "same offdiag", "different"]
 _KERNELS: dict[str, tuple[str, ...]] = {
     "logsumexp": ("dot", "cosine", "sqeuclidean"),
     "max": ("dot", "cosine", "sqeuclidean"),
@@ -34,120 +24,6 @@ _KERNELS: dict[str, tuple[str, ...]] = {
     "gram": ("dot", "cosine", "sqeuclidean", "rbf"),
 }
 _ALL_KERNELS, _REDUCTIONS, _MASK_NAMES = get_args(Kernel), get_args(Reduction), get_args(Mask)
-_PAIRS = "Tensor x, Tensor? y, Tensor scale"
-_MASKED = "Tensor? x_labels, Tensor? y_labels"
-
-
-def _declare(schema: str, reference: Callable) -> None:
-    declare(schema, reference, dtypes=(torch.float32, torch.float64))  # to which `pairwise_reduce` converts its rows
-
-
-_declare(
-    f"pairwise_logsumexp_fwd({_PAIRS}, {_MASKED}, int mask, str kernel, bool columns) -> (Tensor, Tensor)",
-    _reference.pairwise_logsumexp_fwd,
-)
-_declare(
-    f"pairwise_logsumexp_bwd(Tensor grad_rows, Tensor grad_columns, {_PAIRS}, {_MASKED}, Tensor over_rows,"
-    " Tensor over_columns, int mask, str kernel, bool columns, bool need_x, bool need_y) -> (Tensor, Tensor)",
-    _reference.pairwise_logsumexp_bwd,
-)
-_declare(f"pairwise_argmax({_PAIRS}, {_MASKED}, int mask, str kernel) -> Tensor", _reference.pairwise_argmax)
-_declare(
-    f"pairwise_matmul_fwd({_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel) -> Tensor",
-    _reference.pairwise_matmul_fwd,
-)
-_declare(
-    f"pairwise_matmul_bwd(Tensor grad, {_PAIRS}, Tensor? rhs, {_MASKED}, int mask, str kernel, bool need_x,"
-    " bool need_y, bool need_rhs) -> (Tensor, Tensor, Tensor)",
-    _reference.pairwise_matmul_bwd,
-)
-_declare("pairwise_gram_fwd(Tensor x, Tensor scale, str kernel) -> (Tensor, Tensor)", _reference.pairwise_gram_fwd)
-_declare(
-    "pairwise_gram_bwd(Tensor grad_gram, Tensor grad_sums, Tensor x, Tensor scale, str kernel) -> Tensor",
-    _reference.pairwise_gram_bwd,
-)
-
-
-def _scaled(ctx, scale: Tensor, inputs: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor | None, list[Tensor]]:
-    """From gradients per unit of scale: the gradient by the scale, and those by the inputs.
-
-    A similarity s is of degree 1 in x and in y, or of degree 2 in both together; so sum_ij w_ij s_ij, the gradient by
-    the scale, is half of <x, sum_j w_ij ds_ij/dx_i> + <y, sum_i w_ij ds_ij/dy_j>.
-    """
-    grad_scale = None
-    if ctx.needs_input_grad[2]:
-        grad_scale = sum((0.5 * (x * grad).sum((-2, -1)) for x, grad in inputs if x is not None), scale.new_zeros(()))
-    return grad_scale, [grad.mul_(scale[..., None, None]) if x is not None else grad for x, grad in inputs]
-
-
-class _LogSumExp(Op):
-    @staticmethod
-    def forward(x, y, scale, x_labels, y_labels, mask, kernel, columns):
-        return pick("pairwise_logsumexp_fwd", x)(x, y, scale, x_labels, y_labels, mask, kernel, columns)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, mask, kernel, columns = inputs
-        ctx.save_for_backward(*tensors, *output)
-        ctx.settings = mask, kernel, columns
-        if not columns:
-            ctx.mark_non_differentiable(output[1])
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_rows, grad_columns):
-        x, y, scale, *saved = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        needs = (wanted[0] or wanted[2], y is not None and (wanted[1] or wanted[2]))
-        kernel = pick("pairwise_logsumexp_bwd", x)
-        grads = kernel(grad_rows, grad_columns, x, y, scale, *saved, *ctx.settings, *needs)
-        inputs = [(z if need else None, grad) for z, grad, need in zip((x, y), grads, needs, strict=True)]
-        grad_scale, grads = _scaled(ctx, scale, inputs)
-        return (*(g if want else None for g, want in zip(grads, wanted[:2], strict=True)), grad_scale, *(None,) * 5)
-
-
-class _Matmul(Op):
-    @staticmethod
-    def forward(x, y, scale, rhs, x_labels, y_labels, mask, kernel):
-        return pick("pairwise_matmul_fwd", x)(x, y, scale, rhs, x_labels, y_labels, mask, kernel)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        *tensors, mask, kernel = inputs
-        ctx.save_for_backward(*tensors)
-        ctx.settings = mask, kernel
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad):
-        x, y, scale, rhs, *labels = ctx.saved_tensors
-        wanted = ctx.needs_input_grad
-        needs = (wanted[0] or wanted[2], y is not None and (wanted[1] or wanted[2]), wanted[3])
-        kernel = pick("pairwise_matmul_bwd", x)
-        *grads, grad_rhs = kernel(grad, x, y, scale, rhs, *labels, *ctx.settings, *needs)
-        inputs = [(z if need else None, g) for z, g, need in zip((x, y), grads, needs[:2], strict=True)]
-        grad_scale, grads = _scaled(ctx, scale, inputs)
-        first = (g if want else None for g, want in zip(grads, wanted[:2], strict=True))
-        return (*first, grad_scale, grad_rhs if wanted[3] else None, *(None,) * 4)
-
-
-class _Gram(Op):
-    @staticmethod
-    def forward(x, _, scale, kernel):
-        return pick("pairwise_gram_fwd", x)(x, scale, kernel)
-
-    @staticmethod
-    def setup_context(ctx, inputs, output):
-        x, _, scale, ctx.kernel = inputs
-        ctx.save_for_backward(x, scale)
-
-    @staticmethod
-    @first_order
-    def backward(ctx, grad_gram, grad_sums):
-        x, scale = ctx.saved_tensors
-        grad = pick("pairwise_gram_bwd", x)(grad_gram, grad_sums, x, scale, ctx.kernel)
-        grad_scale, (grad,) = _scaled(ctx, scale, [(x, grad)])
-        return grad if ctx.needs_input_grad[0] else None, None, grad_scale, None
 
 
 def pairwise_reduce(
@@ -181,8 +57,8 @@ def pairwise_reduce(
         gram          sum_ij k^g_ij k^h_ij, and sum_j k^g_ij, of G groups    (..., G, G), (..., G, N)
 
     y = None stands for x itself: half of the pairs are computed, each once. Where no pair is kept, logsumexp and max
-    are -inf (the index -1) with a gradient of 0. Exponents are taken relative to the row's maximum where they need it,
-    so no scale over- or underflows: 1e3 and -1e3 are as good as 1.
+    are -inf (the index is -1) with a gradient of 0. Exponents are taken relative to the maximum of their row where they
+    could overflow, so scales of 1e3 and -1e3 are as accurate as 1.
 
     Args:
         x: (..., N, D), for "gram" (..., G, N, D), where groups of fewer columns are filled up with zeros; float32,
@@ -192,91 +68,82 @@ def pairwise_reduce(
         reduction: as above.
         scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a floating tensor of one
             element, or one that broadcasts to x's leading dimensions, with a gradient.
-        mask: None, or the pairs to keep: "others" has j != i, "same" equal labels, "same others" both, "different"
+        mask: None, or the pairs to keep: "offdiag" has j != i, "same" equal labels, "same offdiag" both, "different"
             unequal labels.
         labels: int64 (..., N), for x and y alike where y is None or as long as x; or a pair (..., N), (..., M).
         rhs: (..., M, P) for "matmul", with a gradient; in the precision of the result.
         both_sides: for "logsumexp" with a y: also over i, (..., M), from the same similarities.
 
     Returns:
-        As above, in float32, or float64 if x or y is float64; those of "gram" in float64, for they are about to
-        cancel; differentiable once by x, y, scale and rhs, and a second time only for "max". Similarities of bfloat16
-        and float16 are those of the rounded numbers, in float32. The rows of "cosine" are divided by their length or
-        by 1e-12, 1e-3 for float16, whichever is larger.
+        As above, in float32, or float64 if x or y is float64; "gram" in float64, since such sums mostly cancel later.
+        Differentiable once with respect to x, y, scale and rhs, and a second time only for "max". bfloat16 and float16
+        rows are converted to float32 first. The rows of "cosine" are divided by their length or by 1e-12 (1e-3 for
+        float16), whichever is larger.
 
     Raises:
-        TypeError, ValueError: one sentence, before any work.
+        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes, devices, or settings that
+        do not fit together.
 
     Sources: Gao et al., gradient caching (2101.06983) and Cheng et al., Inf-CL (2410.17243) for losses by tiles;
     Gretton et al., HSIC (2005), and Mialon et al. (2209.14905) for the sums of kernels.
     """
-    _checks.one_of("kernel", kernel, _ALL_KERNELS)
-    _checks.one_of("reduction", reduction, _REDUCTIONS)
-    _checks.flag("both_sides", both_sides)
+    checks.one_of("kernel", kernel, _ALL_KERNELS)
+    checks.one_of("reduction", reduction, _REDUCTIONS)
+    checks.flag("both_sides", both_sides)
     if kernel not in _KERNELS[reduction]:
         allowed = ", ".join(map(repr, _KERNELS[reduction]))
         raise ValueError(f"reduction={reduction!r} takes one of the kernels {allowed}, got {kernel!r}.")
-    _checks.matrix_stack("x", x, min_rows=1)
+    checks.matrix_stack("x", x, min_rows=1)
     if y is not None:
         _check_y(x, y)
-    bits, x_labels, y_labels = _mask(x, y, mask, labels)
+    pair = _labels(x, y, mask, labels)
     if both_sides and (reduction != "logsumexp" or y is None):
         raise ValueError("both_sides is for reduction='logsumexp' with a y: without one, columns are rows.")
     if (rhs is not None) != (reduction == "matmul"):
         raise ValueError(f"rhs is for reduction='matmul', which needs it; got reduction={reduction!r}.")
     if reduction == "gram" and (x.dim() < 3 or y is not None or mask is not None):
         raise ValueError(f"reduction='gram' takes x (..., G, N, D) with no y and no mask, got shape {tuple(x.shape)}.")
-    dtype = precision(x) if y is None else precision(x, y)
+    dtype = accumulation_dtype(x) if y is None else accumulation_dtype(x, y)
     c = _scale_of(x, scale, dtype)
-    x, y = _prepared(x, x, kernel, dtype), None if y is None else _prepared(y, x, kernel, dtype)
-    kernel = "dot" if kernel == "cosine" else kernel
+    x, y = prepared(x, x, kernel, dtype), None if y is None else prepared(y, x, kernel, dtype)
     right = None if rhs is None else _rhs(rhs, x, x if y is None else y)
-    if reduction == "max":
-        return _max(x, y, c, x_labels, y_labels, bits, kernel)
-    if reduction == "gram":
-        return _Gram.apply(x, None, c, kernel)
-    if reduction == "logsumexp":
-        both = _LogSumExp.apply(x, y, c, x_labels, y_labels, bits, kernel, both_sides)
-        return both if both_sides else both[0]
-    out = _Matmul.apply(x, y, c, right, x_labels, y_labels, bits, kernel)
-    return out if reduction == "matmul" else out.squeeze(-1)
+    kernel = "dot" if kernel == "cosine" else kernel
+    return reduce_pairs(
+        x, y, c, kernel=kernel, reduction=reduction, mask=mask, labels=pair, rhs=right, both_sides=both_sides
+    )
 
 
 def _check_y(x: Tensor, y: Tensor) -> None:
-    _checks.matrix_stack("y", y, min_rows=1)
+    checks.matrix_stack("y", y, min_rows=1)
     if y.shape[:-2] != x.shape[:-2] or y.shape[-1] != x.shape[-1]:
         raise ValueError(
             "y must have the leading dimensions and the columns of x, "
             f"got shapes {tuple(x.shape)} for x and {tuple(y.shape)} for y."
         )
-    _checks.beside("x", x, "y", y)
+    checks.beside("x", x, "y", y)
 
 
-def _mask(
-    x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tuple[Tensor, Tensor] | None
-) -> tuple[int, Tensor | None, Tensor | None]:
-    """The bits of a mask, and the labels of both sides."""
+def _labels(x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tuple[Tensor, Tensor] | None) -> Labels:
+    """The labels of both sides; only masks by labels have them."""
     if mask is not None:
-        _checks.one_of("mask", mask, _MASK_NAMES)
-    by_label = mask is not None and mask != "others"
+        checks.one_of("mask", mask, _MASK_NAMES)
+    by_label = mask is not None and mask != "offdiag"
     if by_label != (labels is not None):
-        raise ValueError(f"labels go with a mask of 'same', 'same others' or 'different', got mask={mask!r}.")
-    bits = _MASKS[mask]
+        raise ValueError(f"labels go with a mask of 'same', 'same offdiag' or 'different', got mask={mask!r}.")
     if labels is None:
-        return bits, None, None
+        return None, None
     pair = labels if isinstance(labels, tuple) else (labels, labels)
     if len(pair) != 2 or (y is None and pair[0] is not pair[1]):
         raise ValueError("labels must be one tensor where y is None, and a tensor or a pair of them otherwise.")
     for side, z in zip(pair, (x, x if y is None else y), strict=True):
-        _checks.indices("labels", side, z, tuple(z.shape[:-1]))
-    first = pair[0].contiguous()
-    return bits, first, None if y is None else pair[1].contiguous()
+        checks.indices("labels", side, z, tuple(z.shape[:-1]))
+    return pair[0].contiguous(), pair[1].contiguous()
 
 
 def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     """One number per slice of x, in the precision of the result."""
     if isinstance(scale, Tensor):
-        return _checks.per_slice("scale", scale, x, dtype).contiguous()
+        return checks.per_slice("scale", scale, x, dtype).contiguous()
     if type(scale) is not float and (isinstance(scale, bool) or not isinstance(scale, Real)):
         raise TypeError(f"scale must be a number or a torch.Tensor, got {type(scale).__name__}.")
     if not -inf < scale < inf:
@@ -284,21 +151,9 @@ def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
     return torch.full(x.shape[:-2], float(scale), dtype=dtype, device=x.device)
 
 
-def _prepared(z: Tensor, x: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
-    """What the kernels take: contiguous, in the precision of the result; normalised for the cosine, and centred for
-    distances, which do not change by it and lose no digits to a common mean."""
-    if kernel == "cosine":
-        return unit_rows(z.contiguous(), dtype)
-    z = z.to(dtype).contiguous()
-    if kernel in _reference.SQUARED:
-        finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # or one bad row would spoil all others
-        z = z - finite.mean(-2, keepdim=True)
-    return z
-
-
 def _rhs(rhs: Tensor, x: Tensor, z: Tensor) -> Tensor:
     if not isinstance(rhs, Tensor) or not rhs.is_floating_point():
-        kind = _checks.short(rhs.dtype) if isinstance(rhs, Tensor) else type(rhs).__name__
+        kind = short(rhs.dtype) if isinstance(rhs, Tensor) else type(rhs).__name__
         raise TypeError(f"rhs must be a floating tensor, got {kind}.")
     if rhs.dim() != z.dim() or rhs.shape[:-1] != z.shape[:-1] or rhs.shape[-1] < 1:
         expected = ", ".join(map(str, (*z.shape[:-1], "P")))
@@ -306,15 +161,3 @@ def _rhs(rhs: Tensor, x: Tensor, z: Tensor) -> Tensor:
     if rhs.device != x.device:
         raise ValueError(f"rhs and x must be on the same device, got {rhs.device} and {x.device}.")
     return rhs.to(x.dtype).contiguous()
-
-
-def _max(
-    x: Tensor, y: Tensor | None, c: Tensor, x_labels: Tensor | None, y_labels: Tensor | None, bits: int, kernel: str
-) -> tuple[Tensor, Tensor]:
-    """The largest similarities, from the pairs that have them."""
-    z = x if y is None else y
-    with torch.no_grad():
-        index = pick("pairwise_argmax", x)(x, y, c, x_labels, y_labels, bits, kernel)
-    best = z.gather(-2, index.clamp_min(0)[..., None].expand_as(x))
-    similarity = (x - best).square().sum(-1) if kernel == "sqeuclidean" else (x * best).sum(-1)
-    return (c[..., None] * similarity).masked_fill(index < 0, -torch.inf), index

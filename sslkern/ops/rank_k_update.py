@@ -1,4 +1,4 @@
-"""Orthogonal and unitary matrices that stay so while they move: rank-k updates in O(k N^2)."""
+"""Rank-k updates in O(k N^2) that keep orthogonal and unitary matrices so."""
 
 from __future__ import annotations
 
@@ -8,10 +8,11 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from ..backend import declare, pick, stacked
+from ..backend import declare, pick
+from ..core import checks
+from ..core.autograd import differentiated, stacked
+from ..core.dtypes import FULL
 from ..reference import rank_k_update as _reference
-from . import _checks
-from ._autograd import differentiated
 
 Retraction = Literal["tangent", "direct", "cayley"]
 _RETRACTIONS = get_args(Retraction)
@@ -25,7 +26,7 @@ _NUMBERS = {
 def _in_place(
     kernel: Callable, info: Any, in_dims: tuple[Any, ...], u: Tensor, a: Tensor, b: Tensor, *rest: Any
 ) -> Any:
-    """`backend.stacked` for an argument that is written: moved and copied back where it does not lie as a stack."""
+    """`stacked` for an argument that is written in place: copied back if it is not laid out as a stack."""
     if in_dims[0] is None:
         raise ValueError("u must be mapped by torch.vmap where a or b is: it has one value for each of theirs.")
     u = u.movedim(in_dims[0], 0)
@@ -40,7 +41,7 @@ declare(
     "rank_k_update_(Tensor(a!) u, Tensor a, Tensor b, int retraction) -> ()",
     _reference.rank_k_update_,
     _in_place,
-    _checks.FULL,
+    FULL,
 )
 
 
@@ -57,15 +58,15 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
     All three agree with U + E - U (U^H E + E^H U) / 2, the projection onto the tangent space, up to O(|E|^2), and
     cayley with tangent up to O(|E|^3). A zero step leaves U as it is.
 
-    Two passes over U, 10 k n p multiplications and additions (four times that for complex), no n x p temporary. Neither
-    an eigenvector nor a QR is taken, so any a and b will do, zeros and parallel columns among them. The direct form is
-    as exact as the condition of U + E allows; a singular one has no nearest matrix, and gives NaN, or an error of
-    torch.linalg by the reference. Rounding of U itself drifts from orthogonality by about 4e-8 sqrt(steps) in float32:
-    `sslkern.optim.reorthogonalize_` takes it back.
+    An update takes two passes over U, 10 k n p multiplications and additions (four times as many if complex), and no
+    n x p temporary. It needs no eigenvectors and no QR, so a and b may have zero or parallel columns. The accuracy of
+    the direct form depends on the condition number of U + E. If U + E is singular there is no nearest matrix: kernels
+    return NaN, and the reference raises an error of torch.linalg. In float32, rounding moves U away from orthogonality
+    by about 4e-8 sqrt(steps); `sslkern.optim.reorthogonalize_` corrects that.
 
     Args:
-        u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with orthonormal columns; any strides, at the
-            price of a copy where the rows do not lie side by side.
+        u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with orthonormal columns; any strides, with a
+            copy if it is not contiguous.
         a: (..., n, k), b: (..., p, k), in dtype and on the device of u, with its leading dimensions.
         retraction: "tangent", "direct" or "cayley".
 
@@ -80,13 +81,13 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """
-    _checks.one_of("retraction", retraction, _RETRACTIONS)
+    checks.one_of("retraction", retraction, _RETRACTIONS)
     _check(u, a, b, retraction)
     if differentiated(u, a, b):
         raise RuntimeError("rank_k_update_ cannot be differentiated: call it under torch.no_grad().")
     if u.numel() == 0 or a.shape[-1] == 0:
         return u
-    if u.is_contiguous() and not _checks.lazy(u):
+    if u.is_contiguous() and not checks.lazy(u):
         target = u
     elif any(step == 0 and size > 1 for step, size in zip(u.stride(), u.shape, strict=True)):
         raise ValueError(f"u must have its own memory for each element, got an expanded tensor of {tuple(u.shape)}.")
@@ -96,18 +97,18 @@ def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "ta
     if target is not u:
         u.copy_(target)
     else:
-        torch.autograd.graph.increment_version(u)  # a graph that has saved u must notice
+        torch.autograd.graph.increment_version(u)  # so that autograd notices if it has saved u
     return u
 
 
 def _check(u: Tensor, a: Tensor, b: Tensor, retraction: str) -> None:
-    _checks.full("u", u, ": rounded to fewer digits it is no longer orthogonal")
+    checks.full("u", u, ": rounded to fewer digits it is no longer orthogonal")
     for name, value in (("a", a), ("b", b)):
-        _checks.full(name, value)
+        checks.full(name, value)
     n, p = u.shape[-2:]
     if n < p:
         raise ValueError(f"u must have at least as many rows as columns, got shape {tuple(u.shape)}.")
     if retraction == "tangent" and n != p:
-        raise ValueError(f"u must be square for 'tangent', got shape {tuple(u.shape)}: 'direct' and 'cayley' take it.")
+        raise ValueError(f"u must be square for 'tangent', got shape {tuple(u.shape)}: use 'direct' or 'cayley'.")
     for name, value, rows in (("a", a, n), ("b", b, p)):
-        _checks.columns(name, value, rows, a.shape[-1], "u", u)
+        checks.columns(name, value, rows, a.shape[-1], "u", u)

@@ -5,22 +5,23 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..backend import declare, pick, reference_only
+from ..core import checks
+from ..core.autograd import differentiated
+from ..core.dtypes import FULL
 from ..reference import skinny_products as _reference
-from . import _checks
-from ._autograd import differentiated
 
 declare(
     "skinny_products(Tensor x, Tensor right, Tensor left) -> (Tensor, Tensor)",
     _reference.skinny_products,
-    dtypes=_checks.FULL,
+    dtypes=FULL,
 )
 
 
 def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
     r"""X right and X^H left, with X read once.
 
-    For sketches and power iterations, where `right` and `left` have 1 to 64 columns. In the precision of x, never in
-    TF32 or bfloat16. Where a gradient is asked for, they are torch's own two products.
+    For sketches and power iterations, where `right` and `left` have 1 to 64 columns. Computed in the precision of x,
+    never in TF32 or bfloat16. If a gradient is needed, both are torch's own products.
 
     Args:
         x: (..., n, p), float32, float64, complex64 or complex128.
@@ -31,15 +32,15 @@ def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None 
         X right (..., n, m) and X^H left (..., p, k).
 
     Raises:
-        TypeError: other dtypes. ValueError: wrong shapes or devices. RuntimeError: a gradient is asked for, and a
+        TypeError: other dtypes. ValueError: wrong shapes or devices. RuntimeError: a gradient is needed, but a
         back-end other than the reference is forced, or SSLKERN_STRICT=1 forbids the reference.
     """
-    _checks.full("x", x)
+    checks.full("x", x)
     *stack, n, p = x.shape
     right = x.new_empty(*stack, p, 0) if right is None else right
     left = x.new_empty(*stack, n, 0) if left is None else left
     for name, value, rows in (("right", right, p), ("left", left, n)):
-        _checks.columns(name, value, rows, None, "x", x)
+        checks.columns(name, value, rows, None, "x", x)
     if differentiated(x, right, left):
         reference_only("skinny products with a gradient", x)
         return _reference.skinny_products(x, right, left)

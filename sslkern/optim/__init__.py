@@ -1,4 +1,4 @@
-"""Optimization over orthogonal and unitary matrices, at the cost of a low-rank step."""
+"""Optimization over orthogonal and unitary matrices by low-rank steps."""
 
 from .factors import linear_factors, low_rank_factors
 from .orthogonality import orthogonality_error, reorthogonalize_

@@ -7,29 +7,29 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from .. import _torch
-from ._checks import accumulation_dtype
+from ..core import internals
+from ..core.dtypes import double_dtype
 
 SecondMoment = Literal["scalar", "elementwise"]
-AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # of buffers that start at zero
+AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # steps since a buffer was zero
 
 
 def directions_of(
     group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """What to descend along, and factors of it: one per matrix, where that is all the second moment says, or none."""
+    """The descent directions, and one scale factor per matrix for the "scalar" second moment, otherwise none."""
     momentum, kind = group["momentum"], group["second_moment"]
     directions = grads
     if momentum:
         directions = [state["momentum_buffer"] for state in states]
-        _torch.foreach_mul_(directions, momentum)
-        _torch.foreach_add_(directions, grads)
+        internals.foreach_mul_(directions, momentum)
+        internals.foreach_add_(directions, grads)
         if group["nesterov"]:
-            directions = list(_torch.foreach_add(grads, directions, alpha=momentum))
+            directions = list(internals.foreach_add(grads, directions, alpha=momentum))
     if kind is None:
         return directions, []
     moments = [state["square_avg"] for state in states]
-    _torch.foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
+    internals.foreach_lerp_(moments, [_squares(g, kind) for g in grads], 1 - group["beta2"])
     steps = states[0].get(AGES["momentum_buffer"], 0)
     mean = (1 - momentum) / (1 - momentum ** (steps + group["nesterov"])) if momentum else 1.0
     bias = 1 - group["beta2"] ** states[0][AGES["square_avg"]]
@@ -40,8 +40,8 @@ def directions_of(
 
 
 def _squares(g: Tensor, kind: SecondMoment) -> Tensor:
-    """|g|^2, or its mean over each matrix in float64."""
+    """|g|^2 of every element, or its mean over each matrix in float64."""
     if kind == "elementwise":
         return torch.view_as_real(g.resolve_conj()).square().sum(-1) if g.is_complex() else g.square()
-    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=accumulation_dtype(g.dtype))
+    norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=double_dtype(g.dtype))
     return norm.square() / max(g.shape[-2] * g.shape[-1], 1)

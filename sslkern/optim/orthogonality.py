@@ -1,20 +1,21 @@
-"""How far columns are from orthonormal, and the way back."""
+"""The distance of columns from orthonormal, and its correction."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from ..ops import _checks as _ops_checks
-from ..reference.columns import without_autocast
-from . import _checks
+from ..core import checks
+from ..core.dtypes import FULL, HALF, double_dtype, without_autocast
+
+_FAR = 0.05  # largest error of columns that count as orthonormal; rounding to bfloat16 alone gives 2e-3
 
 
 @torch.no_grad()
 def orthogonality_error(u: Tensor) -> Tensor:
-    r"""||U^H U - I||_F / sqrt(p), of every matrix: the root mean square of |sigma^2 - 1| over its singular values.
+    r"""||U^H U - I||_F / sqrt(p) of every matrix: the root mean square of sigma^2 - 1 over its singular values.
 
-    The Gram matrix is summed in float64, for one in float32 is itself off by about 1e-8 sqrt(p).
+    The Gram matrix is summed in float64, since in float32 it would itself be off by about 1e-8 sqrt(p).
 
     Args:
         u: (..., n, p), n >= p, real or complex, of any floating dtype and any strides.
@@ -23,11 +24,11 @@ def orthogonality_error(u: Tensor) -> Tensor:
         (...), float64, dimensionless; no host sync and no gradient.
 
     Raises:
-        TypeError, ValueError: not a stack of matrices, or wide ones.
+        TypeError, ValueError: u is not a stack of matrices, or is wide.
     """
-    u = _checks.orthonormal("u", u, _ops_checks.FULL + _checks.HALF)
+    u = checks.orthonormal("u", u, FULL + HALF)
     p = u.shape[-1]
-    u = u.to(_checks.accumulation_dtype(u.dtype))
+    u = u.to(double_dtype(u.dtype))
     with without_autocast(u):
         gram = u.mH @ u
     gram.diagonal(dim1=-2, dim2=-1).sub_(1)
@@ -36,32 +37,32 @@ def orthogonality_error(u: Tensor) -> Tensor:
 
 @torch.no_grad()
 def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator | None = None) -> Tensor:
-    r"""Take rounding's drift from orthogonality back, in place.
+    r"""Remove the drift from orthogonality that rounding causes, in place.
 
-        q = None   U <- U - U (U^H U - I) / 2: one step of Newton and Schulz, O(n p^2): an error e becomes about e^2
+        q = None   U <- U - U (U^H U - I) / 2: one Newton-Schulz step in O(n p^2); an error e becomes about e^2
         q          U <- U - [Y Z^H + (U Z - Y Q^H Z) Q^H] / 2, Y = U Q, Z = U^H Y - Q: O(q n p)
 
-    The second is the first, of the error's rows and columns in the span of Q alone, orthonormal (p, q) and random: a
-    share of about 2 q / p of the squared error goes. Rounding to float32 adds (4e-8)^2 to it per step of an optimizer,
-    so one direction per step, or 32 at every 32nd, hold it at about 4e-8 sqrt(p / 2). What cancels is summed in
-    float64, whatever torch's precision of float32 products.
+    The second form corrects only the rows and columns of the error in the span of Q, a random (p, q) matrix with
+    orthonormal columns. This removes a share of about 2 q / p of the squared error. Rounding to float32 adds (4e-8)^2
+    to the squared error per step of an optimizer. So one direction per step, or 32 at every 32nd step, hold the error
+    at about 4e-8 sqrt(p / 2). Terms that cancel are summed in float64, whatever torch's precision of float32 products.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with nearly orthonormal columns; any strides.
-        q: directions to put right; None, or p and more, is all of them.
-        generator: of Q, on the device of u; one Q serves all matrices of a stack.
+        q: the number of directions to correct; None, or p and more, is all of them.
+        generator: of Q, on the device of u. All matrices of a stack share one Q.
 
     Returns:
         u.
 
     Raises:
-        TypeError: other dtypes. ValueError: a wide u, or a q below 1.
+        TypeError: another dtype. ValueError: u is wide, or q is below 1.
     """
-    u = _checks.orthonormal("u", u)
+    u = checks.orthonormal("u", u)
     if q is not None:
-        _ops_checks.positive("q", q)
+        checks.positive("q", q)
     p = u.shape[-1]
-    double = u.to(_checks.accumulation_dtype(u.dtype))
+    double = u.to(double_dtype(u.dtype))
     with without_autocast(u):
         if q is None or q >= p:
             error = double.mH @ double
@@ -75,3 +76,24 @@ def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator
         left = torch.cat([y, rest], -1).to(u.dtype)
         right = torch.cat([z, basis.expand_as(z)], -1).to(u.dtype)
         return u.sub_(left @ (right.mH / 2))
+
+
+def off_orthonormal(u: Tensor) -> float:
+    """An estimate of the largest `orthogonality_error` of a stack, from (U^H U - I) x for one random x.
+
+    The mean square of (U^H U - I) x / |x| is the squared error. Raises ValueError if the estimate is above _FAR or NaN.
+    """
+    if not u.numel():
+        return 0.0
+    double = double_dtype(u.dtype)
+    generator = torch.Generator(u.device).manual_seed(0)
+    x = torch.randn(u.shape[-1], 1, dtype=double, device=u.device, generator=generator)
+    wide = u.to(double)
+    error = torch.linalg.vector_norm(wide.mH @ (wide @ x) - x, dim=(-2, -1)) / torch.linalg.vector_norm(x)
+    worst = error.max().item()
+    if not worst <= _FAR:
+        raise ValueError(
+            f"A parameter of ProjUNN must have orthonormal columns, got one of shape {tuple(u.shape)} with an "
+            f"||U^H U - I|| / sqrt(p) of about {worst:.1g}: start from the Q of torch.linalg.qr."
+        )
+    return worst

@@ -1,4 +1,4 @@
-"""The two projections of projUNN by name."""
+"""The two projections of projUNN, under their names in the paper."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ from ..ops.rank_k_update import rank_k_update_
 def project_direct_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """U <- the matrix with orthonormal columns nearest to U + a b^H, in place: projUNN-D.
 
-    `sslkern.ops.rank_k_update_` with "direct", which tells shapes (u (..., n, p), n >= p), dtypes and errors. a b^H is
-    the step: -lr times a low-rank gradient. Returns u.
+    This is `sslkern.ops.rank_k_update_` with "direct", which documents shapes (u (..., n, p), n >= p), dtypes and
+    errors. a b^H is the step: -lr times a low-rank gradient. Returns u.
 
     Source: Kiani et al., projUNN (2203.05483).
     """
@@ -21,8 +21,8 @@ def project_direct_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
 def project_tangent_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
     """U <- U exp((U^H E - E^H U) / 2) with E = a b^H, in place: projUNN-T.
 
-    `sslkern.ops.rank_k_update_` with "tangent", which tells shapes (u (..., n, n)), dtypes and errors. E is the step:
-    -lr times a low-rank gradient. Returns u.
+    This is `sslkern.ops.rank_k_update_` with "tangent", which documents shapes (u (..., n, n)), dtypes and errors. E is
+    the step: -lr times a low-rank gradient. Returns u.
 
     Source: Kiani et al., projUNN (2203.05483).
     """

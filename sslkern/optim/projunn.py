@@ -9,67 +9,69 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from .. import _torch
-from ..ops import _checks as _ops_checks
+from ..core import checks, internals
+from ..core.dtypes import FULL, HALF
+from ..ops.factored_linear import forget, has_pending
 from ..ops.rank_k_update import Retraction, rank_k_update_
-from . import _checks, factored
+from . import factored
 from .factors import Method, low_rank_factors
 from .moments import AGES, SecondMoment, directions_of
-from .orthogonality import reorthogonalize_
+from .orthogonality import off_orthonormal, reorthogonalize_
 
-_STACKED = 128 * 128  # matrices up to this size: above, a step costs more than the calls it takes
-_NEAR = 1e-5  # orthonormal but for drift
+_STACKED = 128 * 128  # elements; for larger matrices the call overhead does not matter
+_NEAR = 1e-5  # errors up to this are rounding drift
 
 
 class ProjUNN(torch.optim.Optimizer):
     r"""An optimizer that keeps the columns of its parameters orthonormal, in O(k n p) per step.
 
-        m <- momentum m + g                                 the gradient g, its running sum, as torch.optim.SGD has it
+        m <- momentum m + g                                 momentum as in torch.optim.SGD; g is the gradient
         d = m, or g + momentum m with nesterov
-        v <- beta2 v + (1 - beta2) |g|^2                    with second_moment: Adam's direction, biases corrected,
-        d <- (1 - momentum) d / (sqrt(v) + eps)             which is RMSprop's without momentum
-        U <- retraction of U - lr left right^H              of rank k, near d's tangent part: `low_rank_factors`
+        v <- beta2 v + (1 - beta2) |g|^2                    with second_moment: Adam's direction with bias correction,
+        d <- (1 - momentum) d / (sqrt(v) + eps)             or RMSprop's without momentum
+        U <- retraction of U - lr left right^H              left right^H ~ d's tangent part, rank k: `low_rank_factors`
 
-    Parameters are (..., n, p), n >= p, stacks of matrices that start with orthonormal columns and keep them
-    (`sslkern.ops.rank_k_update_`), real or complex. Those in bfloat16 and float16, in which nothing is orthogonal, have
-    a float32 master in the state, under "master", and are its rounded copy: what else writes into them is overwritten.
-    There is no weight decay: it would add rank n to a gradient of rank k, and the norm of these matrices is fixed.
+    Parameters are stacks of matrices (..., n, p), n >= p, real or complex, that start with orthonormal columns and keep
+    them (`sslkern.ops.rank_k_update_`). bfloat16 and float16 are too coarse for orthogonality: such a parameter is a
+    rounded copy of a float32 master, the entry "master" of its state, and other writes to it are overwritten. There is
+    no weight decay: it would add rank n to a gradient of rank k, and the norm of these matrices is fixed.
 
-    Layers with `factored=True` leave no gradient but its factors, from which a step takes what it needs without forming
-    an n x p matrix: plain gradient descent only, by method "sketch". A step uses them up.
+    Layers with `factored=True` keep the factors of their gradient instead of the gradient. A step uses the factors up
+    and forms no n x p matrix. This works only for plain gradient descent with method "sketch".
 
-    Random numbers follow from `seed` and the count of steps of a parameter, so a run that is resumed from a state_dict
-    goes on bit for bit. Matrices of one shape share them, stacked or not.
+    Random numbers depend only on `seed` and the step count of a parameter, so a run that resumes from a state_dict
+    continues bit for bit. Matrices of the same shape share them, stacked or not.
 
     Args:
-        params: iterable of parameters, or of groups with options of their own.
-        lr: step length, a number or a tensor of one; step norms around 0.1 are long. A d of second_moment has a norm of
-            sqrt(n p).
-        rank: k, of every step; above min(n, p), where a step takes all of d, it is taken for that.
+        params: iterable of parameters, or of groups with their own options.
+        lr: the step length, a number or a one-element tensor. A step of norm 0.1 is long. With second_moment, d has a
+            norm of sqrt(n p).
+        rank: k of every step; larger values are reduced to min(n, p), for which a step takes all of d.
         retraction: "tangent" (projUNN-T, square matrices only), "direct" (projUNN-D) or "cayley".
         momentum: in [0, 1).
-        nesterov: whether momentum looks ahead.
-        second_moment: None; "scalar", the mean of |g|^2 over each matrix, which leaves the rank of a gradient; or
-            "elementwise", RMSprop's and Adam's own, which does not: with a small k it follows less of the gradient.
-        beta2: of the second moment, in [0, 1).
+        nesterov: whether to use Nesterov momentum.
+        second_moment: None; "scalar", the mean of |g|^2 over each matrix, which keeps the rank of a gradient; or
+            "elementwise", as in RMSprop and Adam, which does not: a step of small k then follows less of the gradient.
+        beta2: decay of the second moment, in [0, 1).
         eps: added to the root of the second moment, in units of the gradient.
         method: "sketch", "columns" or "svd" of `low_rank_factors`.
-        warm_start: whether a sketch starts from the last step's, as in PowerSGD. Better for the same cost.
-        riemannian: whether the factors are those of d's tangent part. Without it a step reads less, but rank goes to
-            the other part of d too, which moves nothing and need not vanish at an optimum: descent stops short.
-        reorthogonalize_every: m; after every m-th step `reorthogonalize_` puts m directions right, so that float32
-            stays within about 4e-8 sqrt(p / 2) of orthonormal at 10 n p operations per step, whatever m. None: never.
+        warm_start: whether a sketch starts from the last step's, as in PowerSGD: more accurate at the same cost.
+        riemannian: whether to factor only the tangent part of d. Otherwise a step reads less, but part of the rank goes
+            to the rest of d, which does not move U and need not vanish at an optimum: descent stops early.
+        reorthogonalize_every: m; after every m-th step `reorthogonalize_` corrects m directions. This keeps float32
+            within about 4e-8 sqrt(p / 2) of orthonormal, at 10 n p operations per step for any m. None: never.
         seed: of all random numbers.
-        foreach: whether parameters of one shape, dtype and device are stacked and updated in one call; None is True for
-            matrices of up to 128 x 128 numbers.
-        weight_decay: 0.0; there so that the mistake has a name.
+        foreach: whether to update parameters of the same shape, dtype and device in one call, as a stack; None is True
+            for matrices of up to 128 x 128 elements.
+        weight_decay: must be 0.0; the argument only exists for its error message.
 
     Raises:
-        TypeError, ValueError: options out of range, vectors, wide matrices, a tall one with "tangent", weight decay; at
-        a parameter's first step, columns that are not orthonormal. RuntimeError: sparse gradients.
+        TypeError, ValueError: options out of range, vectors, wide matrices, tall ones with "tangent", weight decay; in
+        the first step of a parameter, columns that are not orthonormal. RuntimeError: in a step, sparse gradients, or
+        factors that the options do not allow.
 
-    Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483); the
-    warm start: Vogels et al., PowerSGD (1905.13727).
+    Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483). Warm
+    start: Vogels et al., PowerSGD (1905.13727).
     """
 
     def __init__(
@@ -111,7 +113,7 @@ class ProjUNN(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As torch's; a group that is refused is not added."""
+        """As in torch.optim.Optimizer; a group with an error is not added."""
         super().add_param_group(param_group)
         try:
             _check(self.param_groups[-1])
@@ -121,19 +123,17 @@ class ProjUNN(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """Has a GradScaler make itself known in `step`, where factors that it has not unscaled are refused."""
-        return any(factored.has_pending(p) for p in chain.from_iterable(g["params"] for g in self.param_groups))
+        """True makes a GradScaler announce itself to `step`, which then refuses factors, as they are not unscaled."""
+        return any(has_pending(p) for p in chain.from_iterable(g["params"] for g in self.param_groups))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Move every parameter that has a gradient; returns what `closure`, called with gradients enabled, returns."""
+        """Update all parameters with a gradient or factors. Returns the value of `closure`, run with gradients on."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [
-            [p for p in group["params"] if p.grad is not None or factored.has_pending(p)] for group in self.param_groups
-        ]
+        moving = [[p for p in group["params"] if p.grad is not None or has_pending(p)] for group in self.param_groups]
         for group, params in zip(self.param_groups, moving, strict=True):
             for p in params:
                 if p.grad is not None and p.grad.layout != torch.strided:
@@ -146,13 +146,13 @@ class ProjUNN(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As torch's; factors that a layer has left are forgotten too."""
+        """As in torch.optim.Optimizer; pending factors are discarded too."""
         super().zero_grad(set_to_none)
         for p in chain.from_iterable(group["params"] for group in self.param_groups):
-            factored.forget(p)
+            forget(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As torch's; the state keeps its dtypes, where torch's would round it to those of the parameters."""
+        """As in torch.optim.Optimizer, but the state keeps its dtypes, which torch would cast to the parameters'."""
         super().load_state_dict(state_dict)
         saved, ours = (
             chain.from_iterable(g["params"] for g in x) for x in (state_dict["param_groups"], self.param_groups)
@@ -163,27 +163,27 @@ class ProjUNN(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterable[list[Tensor]]:
-        """Parameters that one call can move: of one shape but for leading dimensions, and as many steps old."""
+        """Lists of parameters that one call updates: same matrix shape, dtype, device and step counts."""
         stacks: dict[tuple, list[Tensor]] = {}
         for p in params:
             stacked = group["foreach"]
             if stacked is None:
                 stacked = p.shape[-2] * p.shape[-1] <= _STACKED
-            stacked = stacked and not factored.has_pending(p)
+            stacked = stacked and not has_pending(p)
             ages = tuple(self.state[p].get(name, 0) for name in ("step", *AGES.values()))
             key = (p.shape[-2:], p.dtype, p.device, ages) if stacked else (p,)
             stacks.setdefault(key, []).append(p)
         return stacks.values()
 
     def _initialize(self, group: dict[str, Any], p: Tensor) -> None:
-        """Make the state of a parameter; at its first step the columns are looked at, once."""
+        """Make the state of a parameter; its first step checks that the columns are orthonormal."""
         state = self.state[p]
-        half = p.dtype in _checks.HALF
-        if "step" not in state or half != ("master" in state):  # new, or of another precision than it was
+        half = p.dtype in HALF
+        if "step" not in state or half != ("master" in state):  # new, or its precision has changed
             state.pop("master", None)
             u = p.float() if half else p
-            if _checks.off_orthonormal(u) > _NEAR:
-                for _ in range(3):  # from bfloat16: 2e-3, 3e-6, 7e-12
+            if off_orthonormal(u) > _NEAR:
+                for _ in range(3):  # errors from bfloat16 on: 2e-3, 3e-6, 7e-12
                     reorthogonalize_(u)
             if u is not p:
                 state["master"] = u
@@ -220,7 +220,7 @@ class ProjUNN(torch.optim.Optimizer):
         scale: Tensor | float = 1.0
         last = [state["right"] for state in states] if _warm(group) else []
         warm, point = _stack(last) if last else None, u if group["riemannian"] else None
-        if factored.has_pending(params[0]):
+        if has_pending(params[0]):
             left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
         else:
             grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
@@ -241,25 +241,25 @@ class ProjUNN(torch.optim.Optimizer):
 
 
 def _check(group: dict[str, Any]) -> None:
-    """Options and parameters of a group."""
+    """Check the options and the parameters of a group."""
     lr = group["lr"]
     if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one, got shape {tuple(lr.shape)}.")
+        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}.")
     if not isinstance(lr, Tensor):
-        _ops_checks.non_negative("lr", lr)
-    _ops_checks.non_negative("eps", group["eps"])
+        checks.non_negative("lr", lr)
+    checks.non_negative("eps", group["eps"])
     for name in ("momentum", "beta2"):
         if isinstance(group[name], bool) or not isinstance(group[name], (int, float)) or not 0 <= group[name] < 1:
             raise ValueError(f"{name} must be a number in [0, 1), got {group[name]!r}.")
     if group["nesterov"] and not group["momentum"]:
-        raise ValueError("nesterov=True needs a momentum above zero to look ahead with.")
-    _ops_checks.one_of("retraction", group["retraction"], get_args(Retraction))
-    _ops_checks.one_of("method", group["method"], get_args(Method))
+        raise ValueError("nesterov=True needs momentum > 0.")
+    checks.one_of("retraction", group["retraction"], get_args(Retraction))
+    checks.one_of("method", group["method"], get_args(Method))
     if group["second_moment"] is not None and group["second_moment"] not in get_args(SecondMoment):
         raise ValueError(f"second_moment must be None, 'scalar' or 'elementwise', got {group['second_moment']!r}.")
-    _ops_checks.positive("rank", group["rank"])
+    checks.positive("rank", group["rank"])
     if group["reorthogonalize_every"] is not None:
-        _ops_checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
+        checks.positive("reorthogonalize_every", group["reorthogonalize_every"])
     if isinstance(group["seed"], bool) or not isinstance(group["seed"], int):
         raise TypeError(f"seed must be an integer, got {type(group['seed']).__name__}.")
     if group["weight_decay"] != 0:
@@ -268,11 +268,11 @@ def _check(group: dict[str, Any]) -> None:
             "orthonormal columns is fixed."
         )
     for p in group["params"]:
-        _checks.orthonormal("A parameter of ProjUNN", p, _ops_checks.FULL + _checks.HALF)
+        checks.orthonormal("A parameter of ProjUNN", p, FULL + HALF)
         if group["retraction"] == "tangent" and p.shape[-2] != p.shape[-1]:
             raise ValueError(
                 f"A parameter of ProjUNN must be square for 'tangent', got shape {tuple(p.shape)}: "
-                "'direct' and 'cayley' take it."
+                "use 'direct' or 'cayley'."
             )
 
 
@@ -281,16 +281,16 @@ def _warm(group: dict[str, Any]) -> bool:
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """Stacks of matrices as one; one alone as it is."""
+    """Several stacks of matrices as one; a single one unchanged."""
     return (
         tensors[0] if len(tensors) == 1 else torch.cat([t.flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors])
     )
 
 
 def _unstack(tensors: list[Tensor], values: Tensor) -> None:
-    """Copy a stack back to where `_stack` took it from."""
+    """Copy a stack back to the tensors that `_stack` joined."""
     if len(tensors) > 1:
         pieces = values.split([t.shape[:-2].numel() for t in tensors])
-        _torch.foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
+        internals.foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
     elif tensors[0] is not values:
         tensors[0].copy_(values)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .columns import accumulation_dtype
+from ..core.dtypes import accumulation_dtype
 
 
 def _over(x: Tensor) -> tuple[int, ...]:
@@ -13,12 +13,12 @@ def _over(x: Tensor) -> tuple[int, ...]:
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) against x."""
+    """(C,) as a shape that broadcasts with x."""
     return values.view(*values.shape, *[1] * (x.dim() - 2))
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
-    """y in dtype and strides of x."""
+    """y in the dtype and strides of x."""
     y = y.to(x.dtype)
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
@@ -33,7 +33,7 @@ def _behind_relu(dy: Tensor, xc: Tensor, scale: Tensor, bias: Tensor, relu: bool
 
 
 def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Centre (2, C), the mean as an unevaluated sum of two, and the biased variance (C,), of a dense x (N, C, ...)."""
+    """Of a dense x (N, C, ...): centre (2, C), whose rows sum to the mean, and the biased variance (C,)."""
     z = x.to(accumulation_dtype(x))
     pivot = z[0].flatten(1)[:, 0] if x.dim() > 2 else z[0]
     shift = (z - _per_channel(pivot, x)).mean(_over(x))
@@ -45,7 +45,7 @@ def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
 def batch_norm_apply(
     x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
-    """(x - mean) weight / sqrt(variance + eps) + bias, and relu of it, in dtype and strides of x."""
+    """(x - mean) weight / sqrt(variance + eps) + bias, then a ReLU if `relu`, in the dtype and strides of x."""
     scale = weight * (variance + eps).rsqrt()
     y = _centred(x, centre) * _per_channel(scale, x) + _per_channel(bias, x)
     return _like(x, y.relu() if relu else y)
@@ -54,7 +54,7 @@ def batch_norm_apply(
 def batch_norm_sums(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
-    """Sums over each channel of dy behind the relu, and of dy x_hat: (2, C)."""
+    """(2, C): the sums over each channel of dy, masked by the ReLU, and of dy x_hat."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dy = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     return torch.stack([dy.sum(_over(x)), (dy * xc).sum(_over(x)) * inv_std])
@@ -71,8 +71,8 @@ def batch_norm_input_grad(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1); means (2, C) of `batch_norm_sums`, or zeros, by
-    which a NaN or inf of x stays out."""
+    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1). means (2, C) are those of `batch_norm_sums`, or
+    zeros; with zeros, NaN and inf in x do not reach the result."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     slope = _per_channel(means[1] * inv_std, x)
@@ -90,9 +90,9 @@ def batch_norm_fwd(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """By the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`.
+    """Batch norm by the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`.
 
-    Running statistics, (C,) in the dtype of the variance, move towards the mean and the unbiased variance.
+    The running statistics, (C,) in the dtype of the variance, move in place towards the mean and the unbiased variance.
     """
     centre, variance = batch_moments_fwd(x)
     if running_mean is not None:
@@ -106,7 +106,7 @@ def batch_norm_fwd(
 def batch_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """Its backward: the gradient of x, and `batch_norm_sums`, which are the gradients of bias and weight."""
+    """The backward of `batch_norm_fwd`: the gradient of x, and `batch_norm_sums`, the gradients of bias and weight."""
     sums = batch_norm_sums(dy, x, weight, bias, centre, variance, eps, relu)
     means = sums / (x.numel() // x.shape[1])
     return batch_norm_input_grad(dy, x, weight, bias, centre, variance, means, eps, relu), sums

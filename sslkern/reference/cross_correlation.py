@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .columns import centre_of, centred, without_autocast
+from ..core.dtypes import without_autocast
+from .columns import centre_of, centred
 
 
 def cross_correlation_fwd(
@@ -13,7 +14,7 @@ def cross_correlation_fwd(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """a, b (..., N, D) -> diagonal (..., D), offdiag (...), centre (2, ..., 2, D), inv_std (2, ..., D), gram.
 
-    gram is A A' and B B' of the standardised views when dual, (2, ..., N, N); else the correlation with a zero
+    If dual, gram is A A' and B B' of the standardised views, (2, ..., N, N); otherwise the correlation with a zero
     diagonal, (1, ..., D, D).
     """
     with without_autocast(a):
@@ -46,7 +47,7 @@ def cross_correlation_bwd(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients for a and b; the one that is not needed comes back empty."""
+    """The gradients with respect to a and b; a gradient that is not needed is empty."""
     n = a.shape[-2]
     grads = []
     with without_autocast(a):

@@ -1,4 +1,4 @@
-"""Reductions of functions of all pairs of rows in plain torch, some rows at a time."""
+"""Reductions over all pairs of rows in plain torch, one slice of rows at a time."""
 
 from __future__ import annotations
 
@@ -7,29 +7,28 @@ from collections.abc import Callable, Iterator
 import torch
 from torch import Tensor
 
-from .columns import accumulation_dtype as accumulation_dtype
-from .columns import without_autocast
+from ..core.dtypes import without_autocast
 
-OTHERS, SAME, DIFFERENT = 1, 2, 4  # bits of a mask: j != i; rows of one label; rows of two
-SQUARED = ("sqeuclidean", "rbf")  # kernels of the distance
-_NUMBERS = 1 << 20  # of a slice of similarities, together
+OFFDIAG, SAME, DIFFERENT = 1, 2, 4  # bits of a mask: keep j != i; equal labels; unequal labels
+SQUARED = ("sqeuclidean", "rbf")  # kernels of the squared distance
+_NUMBERS = 1 << 20  # elements of one slice of similarities, over all matrices of a stack
 
 
 def _share(x: Tensor, y: Tensor) -> Iterator[slice]:
     n = x.shape[-2]
-    if not isinstance(n, int):  # symbolic: a loop would turn it into a constant, and a trace needs no memory
+    if not isinstance(n, int):  # symbolic: a loop would make it constant, and tracing needs no memory
         return iter([slice(0, n)])
     step = max(1, _NUMBERS // max(1, y.shape[:-1].numel()))
     return (slice(i, min(n, i + step)) for i in range(0, n, step))
 
 
-def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str, own: bool) -> Tensor:
-    """scale <x_i, y_j> or scale |x_i - y_j|^2, some rows of it; `own` where y is x."""
+def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str, self_pairs: bool) -> Tensor:
+    """scale <x_i, y_j> or scale |x_i - y_j|^2 for a slice of rows of x; `self_pairs` if y is x."""
     s = x[..., rows, :] @ y.mT
     if kernel in SQUARED:
         square = [z.square().sum(-1) for z in (x[..., rows, :], y)]
         s = (square[0][..., None] + square[1][..., None, :] - 2 * s).clamp_min(0)
-        if own:
+        if self_pairs:
             s.diagonal(rows.start, -2, -1).zero_()
     return scale[..., None, None] * s
 
@@ -37,11 +36,11 @@ def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str,
 def _dropped(
     rows: slice, n: int, m: int, x_labels: Tensor | None, y_labels: Tensor | None, mask: int, device: torch.device
 ) -> Tensor | None:
-    """Pairs that do not count."""
+    """A mask of the pairs that do not count; None if all count."""
     if mask == 0:
         return None
     out = torch.zeros((), dtype=torch.bool, device=device)
-    if mask & OTHERS:
+    if mask & OFFDIAG:
         out = torch.arange(n, device=device)[rows, None] == torch.arange(m, device=device)
     if x_labels is not None and y_labels is not None:
         equal = x_labels[..., rows, None] == y_labels[..., None, :]
@@ -60,11 +59,11 @@ def _pairs(
     value: float,
     function: Callable[[str, Tensor], Tensor] = lambda _, t: t,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Some rows after others, and `function` of their similarities, `value` for pairs that do not count."""
-    z, own = (x if y is None else y), y is None
+    """Slices of rows, each with `function` of its similarities, and `value` for pairs that do not count."""
+    z, self_pairs = (x if y is None else y), y is None
     for rows in _share(x, z):
-        t = function(kernel, _similarities(x, z, rows, scale, kernel, own))
-        labels = x_labels, x_labels if own else y_labels
+        t = function(kernel, _similarities(x, z, rows, scale, kernel, self_pairs))
+        labels = x_labels, x_labels if self_pairs else y_labels
         dropped = _dropped(rows, x.shape[-2], z.shape[-2], *labels, mask, x.device)
         yield rows, t if dropped is None else t.masked_fill(dropped, value)
 
@@ -82,12 +81,19 @@ def _slope(kernel: str, t: Tensor) -> Tensor:
 
 
 def _add_gradients(
-    w: Tensor, x: Tensor, y: Tensor, rows: slice, kernel: str, own: bool, grad_x: Tensor | None, grad_y: Tensor | None
+    w: Tensor,
+    x: Tensor,
+    y: Tensor,
+    rows: slice,
+    kernel: str,
+    self_pairs: bool,
+    grad_x: Tensor | None,
+    grad_y: Tensor | None,
 ) -> None:
-    """With w the derivatives by the similarities, those by x (rows of it) and y, per unit of scale."""
+    """Add the gradients of x (a slice of rows) and y, per unit of scale, from w, the gradients of the similarities."""
     some = x[..., rows, :]
-    if own and kernel in SQUARED:
-        w.diagonal(rows.start, -2, -1).zero_()  # of a distance of 0: it cancels, but not to the last digit
+    if self_pairs and kernel in SQUARED:
+        w.diagonal(rows.start, -2, -1).zero_()  # the gradient of a zero distance is 0, which rounding would miss
     for grad, at, weights, this, other in ((grad_x, rows, w, some, y), (grad_y, slice(None), w.mT, y, some)):
         if grad is None:
             continue
@@ -107,9 +113,9 @@ def pairwise_logsumexp_fwd(
     kernel: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (..., N, D), y (..., M, D) or None for x itself, scale (...) -> over rows (..., N), and over columns (..., M).
+    """x (..., N, D), y (..., M, D) or None for x, scale (...) -> log-sum-exp over j (..., N), and over i (..., M).
 
-    The latter is empty unless `columns`.
+    The second one is empty unless `columns`.
     """
     z = x if y is None else y
     over_rows = x.new_empty(x.shape[:-1])
@@ -138,20 +144,20 @@ def pairwise_logsumexp_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """Gradients by x and y per unit of scale: to be multiplied by it. What is not needed comes back empty."""
-    z, own = (x if y is None else y), y is None
-    if own:
+    """The gradients of x and y per unit of scale, to be multiplied by it. One that is not needed is empty."""
+    z, self_pairs = (x if y is None else y), y is None
+    if self_pairs:
         columns, over_columns, grad_columns = True, over_rows, grad_rows
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
-    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not own else None
-    # of no pairs at all, the sum is 0 and so are its shares
+    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not self_pairs else None
+    # without pairs the log-sum-exp is -inf; a finite base makes the weights 0
     bases = [v.masked_fill(v == -torch.inf, 0) for v in (over_rows, over_columns)]
     with without_autocast(x):
         for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
             w = grad_rows[..., rows, None] * (t - bases[0][..., rows, None]).exp()
             if columns:
                 w = w + grad_columns[..., None, :] * (t - bases[1][..., None, :]).exp()
-            _add_gradients(w, x, z, rows, kernel, own, grad_x, grad_y)
+            _add_gradients(w, x, z, rows, kernel, self_pairs, grad_x, grad_y)
     empty = x.new_empty(0)
     return (empty if grad_x is None else grad_x), (empty.clone() if grad_y is None else grad_y)
 
@@ -165,7 +171,7 @@ def pairwise_argmax(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """The first j of the largest similarity of every row (..., N), int64; -1 where no pair counts."""
+    """The first j with the largest similarity, for every row: (..., N), int64; -1 if no pair counts."""
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     with without_autocast(x):
         for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
@@ -183,7 +189,7 @@ def pairwise_matmul_fwd(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """sum_j k_ij rhs_j (..., N, P), of rhs (..., M, P), or None for a column of ones."""
+    """sum_j k_ij rhs_j, (..., N, P), with rhs (..., M, P), or None for a column of ones."""
     out = x.new_empty((*x.shape[:-1], 1 if rhs is None else rhs.shape[-1]))
     with without_autocast(x):
         for rows, k in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, 0, _apply):
@@ -205,29 +211,29 @@ def pairwise_matmul_bwd(
     need_y: bool,
     need_rhs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients by x and y per unit of scale, and by rhs. What is not needed comes back empty."""
-    z, own = (x if y is None else y), y is None
-    y_labels = x_labels if own else y_labels
+    """The gradients of x and y per unit of scale, and of rhs. One that is not needed is empty."""
+    z, self_pairs = (x if y is None else y), y is None
+    y_labels = x_labels if self_pairs else y_labels
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
-    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not own else None
+    grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not self_pairs else None
     grad_rhs = (
         torch.zeros_like(rhs, memory_format=torch.contiguous_format) if need_rhs and rhs is not None else x.new_empty(0)
     )
     right = grad.new_ones(()).expand(*z.shape[:-1], 1) if rhs is None else rhs
     with without_autocast(x):
         for rows in _share(x, z):
-            t = _similarities(x, z, rows, scale, kernel, own)
+            t = _similarities(x, z, rows, scale, kernel, self_pairs)
             dropped = _dropped(rows, x.shape[-2], z.shape[-2], x_labels, y_labels, mask, x.device)
             if need_rhs and rhs is not None:
                 k = _apply(kernel, t)
                 k = k if dropped is None else k.masked_fill(dropped, 0)
                 grad_rhs += k.mT @ grad[..., rows, :]
             w = grad[..., rows, :] @ right.mT
-            if own:
+            if self_pairs:
                 w = w + right[..., rows, :] @ grad.mT
             w = w * _slope(kernel, t)
             w = w if dropped is None else w.masked_fill(dropped, 0)
-            _add_gradients(w, x, z, rows, kernel, own, grad_x, grad_y)
+            _add_gradients(w, x, z, rows, kernel, self_pairs, grad_x, grad_y)
     empty = x.new_empty(0)
     return (empty if grad_x is None else grad_x), (empty.clone() if grad_y is None else grad_y), grad_rhs
 
@@ -245,7 +251,7 @@ def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Te
 
 
 def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    """The gradient by x per unit of scale."""
+    """The gradient of x per unit of scale."""
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
     both, grad_sums = (2 * (grad_gram + grad_gram.mT)).to(x.dtype), grad_sums.to(x.dtype)
     with without_autocast(x):

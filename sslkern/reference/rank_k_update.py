@@ -4,8 +4,8 @@ With M = U^H a, W = [M b], K = W^H W and A = a^H a, every update is
 
     U' = U + (U W C + a D) W^H
 
-for a C (2k, 2k) and a D (k, 2k) that follow from K and A alone. K is never inverted, so columns that are zero, double
-or nearly parallel do no harm.
+where C (2k, 2k) and D (k, 2k) follow from K and A alone. K is never inverted, so zero, equal or nearly parallel columns
+do no harm.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .columns import without_autocast
+from ..core.dtypes import without_autocast
 
 TANGENT, DIRECT, CAYLEY = range(3)
 
@@ -23,7 +23,7 @@ def _blocks(rows: list[list[Tensor]]) -> Tensor:
 
 
 def _exponential(j: Tensor, gram: Tensor) -> Tensor:
-    """S with exp(W J W^H) = I + W S W^H: phi_1(J K) J for a 2^s-th of the step, and s times S <- 2 S + S K S."""
+    """S with exp(W J W^H) = I + W S W^H, K = `gram`: S = phi_1(J K) J for J / 2^s, then s times S <- 2 S + S K S."""
     norm = torch.linalg.matrix_norm(j @ gram)[..., None, None]
     halvings = (norm.log2() + 1).ceil().clamp(0, 40).nan_to_num(0.0)
     j = j * torch.exp2(-halvings)
@@ -38,7 +38,7 @@ def _exponential(j: Tensor, gram: Tensor) -> Tensor:
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """Of a matrix whose eigenvalues are positive, by Denman and Beavers' iteration, scaled by the determinant."""
+    """The square root for positive eigenvalues, by the Denman-Beavers iteration with determinant scaling."""
     y, z = x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
     for _ in range(20):
         scale = -(torch.linalg.slogdet(y)[1] + torch.linalg.slogdet(z)[1]) / (2 * x.shape[-1])
@@ -48,7 +48,7 @@ def _square_root(x: Tensor) -> Tensor:
 
 
 def coefficients(gram: Tensor, outer: Tensor, retraction: int) -> tuple[Tensor, Tensor]:
-    """C (2k, 2k) and D (k, 2k) of an update, from K and A, in double precision."""
+    """C (2k, 2k) and D (k, 2k) of an update, from K = `gram` and A = `outer`, in double precision."""
     k = outer.shape[-1]
     one = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(outer)
     zero, two = torch.zeros_like(one), torch.eye(2 * k, dtype=gram.dtype, device=gram.device)
@@ -70,7 +70,7 @@ def coefficients(gram: Tensor, outer: Tensor, retraction: int) -> tuple[Tensor, 
 
 
 def balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """The same a b^H with columns of equal norms."""
+    """a and b, rescaled to equal column norms with the same a b^H."""
     ratio = torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=_double(a)).real
     ratio = (ratio / torch.linalg.vector_norm(b, dim=-2, keepdim=True, dtype=_double(b)).real).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
@@ -82,7 +82,7 @@ def _double(x: Tensor) -> torch.dtype:
 
 
 def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: int) -> None:
-    """U <- the retraction of U + a b^H; u (..., n, p), a (..., n, k), b (..., p, k)."""
+    """U <- the retraction of U + a b^H, in place; u (..., n, p), a (..., n, k), b (..., p, k)."""
     with without_autocast(u):
         a, b = balance(a, b)
         w = torch.cat([u.mH @ a, b], -1)

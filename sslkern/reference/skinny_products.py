@@ -1,13 +1,13 @@
-"""Products with few columns in plain torch."""
+"""Products with matrices of few columns, in plain torch."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from .columns import without_autocast
+from ..core.dtypes import without_autocast
 
 
 def skinny_products(x: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """X right and X^H left, contiguous; the second as (left^H X)^H, along the rows of X."""
+    """X right and X^H left, contiguous. The second is taken as (left^H X)^H, which reads X along its rows."""
     with without_autocast(x):
         return x @ right, (left.mH @ x).mH.resolve_conj().contiguous()

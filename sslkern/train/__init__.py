@@ -1,4 +1,4 @@
-"""What a training run needs around the losses."""
+"""Tools for training, beside the losses."""
 
 from .large_batch import LargeBatch as LargeBatch
 from .large_batch import large_batch as large_batch

@@ -1,5 +1,7 @@
-"""What it takes to run a module twice alike, by chunks: its buffers, training flags, autocast and random numbers; and
-the backward of a chunk."""
+"""The parts of `large_batch` that make two runs of a module equal, and the backward of a chunk.
+
+Both runs use the same buffers, training flags, autocast settings and random numbers.
+"""
 
 from __future__ import annotations
 
@@ -11,22 +13,22 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .._torch import backward_hooks, buffers, running_backward, will_run
+from ..core.internals import backward_hooks, buffers, running_backward, will_run
 
 _HALF = (torch.bfloat16, torch.float16)
 
 
 class Buffers:
-    """A module's buffers as they are now."""
+    """A snapshot of a module's buffers."""
 
     def __init__(self, module: nn.Module) -> None:
         named = [(m, name, b) for m in module.modules() for name, b in buffers(m).items() if b is not None]
-        copies = {id(b): b.detach().clone() for _, _, b in named}  # one for a buffer that modules share
+        copies = {id(b): b.detach().clone() for _, _, b in named}  # one copy of a shared buffer
         self.kept = [(m, name, b, copies[id(b)]) for m, name, b in named]
 
     def drop_unchanged(self) -> None:
-        """Forget those that have not changed since; on a GPU none, since to look at them is to wait for them, and since
-        a batch norm moves its statistics without a new version."""
+        """Forget the buffers that have not changed since. On a GPU keep all: comparing them is a host sync, and their
+        version does not tell, because a batch norm moves its statistics without a new version."""
         self.kept = [
             (m, name, b, copy)
             for m, name, b, copy in self.kept
@@ -35,13 +37,13 @@ class Buffers:
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """The buffers as they were inside, and as they are now after it."""
+        """Set the buffers to the snapshot inside the context, and back to their current values after it."""
         now = [buffers(m).get(name) for m, name, _, _ in self.kept]
         values = [None if b is None else b.detach().clone() for b in now]
         try:
             for m, name, b, copy in self.kept:
                 if buffers(m).get(name) is b:
-                    b.data.copy_(copy)  # not a new version: graphs that saved the buffer stay valid
+                    b.data.copy_(copy)  # .data: no new version, so graphs that saved the buffer stay valid
                 else:
                     buffers(m)[name] = copy.clone()
             yield
@@ -54,7 +56,7 @@ class Buffers:
 
 @contextmanager
 def training(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """The training flags of modules as given inside, and as they are now after it."""
+    """Set the training flags of modules inside the context, and back to their current values after it."""
     now = [m.training for m, _ in modes]
     try:
         for m, training in modes:
@@ -66,7 +68,7 @@ def training(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 def autocast(tensors: Sequence[Tensor]) -> Callable[[], ExitStack]:
-    """The autocast that is on now, but for its cache: a weight cast without grad must not be found again."""
+    """The current autocast settings, without the cache: a weight that was cast without grad must not be reused."""
     kinds = {"cpu", *(t.device.type for t in tensors)}
     settings = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -84,13 +86,13 @@ def autocast(tensors: Sequence[Tensor]) -> Callable[[], ExitStack]:
 
 
 def devices(tensors: Sequence[Tensor]) -> tuple[list[int], str]:
-    """The accelerators that tensors are on, and their type, "cuda" where there are none."""
+    """The indices of the accelerators that hold the tensors, and their type, which is "cuda" if there are none."""
     places = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     return sorted({p.index for p in places}), next((p.type for p in places), "cuda")
 
 
 def random_state(devices: tuple[list[int], str]) -> Callable[[], None]:
-    """Sets the generators of the CPU and of the devices to what they are now."""
+    """A function that sets the generators of the CPU and of the devices to their current state."""
     indices, kind = devices
     cpu = torch.get_rng_state()
     module = torch.get_device_module(kind)
@@ -105,7 +107,7 @@ def random_state(devices: tuple[list[int], str]) -> Callable[[], None]:
 
 
 class Total:
-    """A sum of gradients: the first one as it is, in fp32 or better once there is more to add."""
+    """A sum of gradients: a single one is kept as it is, further ones are added in fp32 or better."""
 
     value: Tensor | None = None
     own = False
@@ -115,7 +117,7 @@ class Total:
             self.value = grad
         elif self.own:
             self.value.add_(grad)
-        else:  # the first one may be another parameter's gradient too
+        else:  # out of place: the first one may also be the gradient of another parameter
             wide = self.value.float() if self.value.dtype in _HALF else self.value
             self.value, self.own = wide + grad, True
 
@@ -124,8 +126,10 @@ class Total:
 
 
 class Summed:
-    """The backward of a chunk, which sums the parameters' gradients over all chunks, of all views that are in the same
-    backward, as each of them comes: there is never a second set of them."""
+    """The backward of a chunk, which sums the gradients of the parameters over all chunks.
+
+    The sum is over all views in the same backward. Gradients are added as they come, so there is never a second set.
+    """
 
     final = False
     task = -1
@@ -139,7 +143,7 @@ class Summed:
     def __enter__(self) -> Summed:
         if self.task != (task := running_backward()):
             self.task, self.sums, self.done = task, [Total() for _ in self.params], []
-        # hooks of the user are for the gradient of the batch, and run when it is accumulated
+        # user hooks are for the gradient of the batch and run when it is accumulated, not per chunk
         self.theirs = [dict(backward_hooks(p)) for p in self.params]
         for p, hooks in zip(self.params, self.theirs, strict=True):
             if hooks:
@@ -155,7 +159,7 @@ class Summed:
                 backward_hooks(p).update(hooks)
 
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The leaves' gradients, of (output, its gradient)."""
+        """The gradients of the leaves, from pairs (output, its gradient)."""
         outputs, grads = zip(*pairs, strict=True)
         try:
             return torch.autograd.grad(outputs, [*leaves, *self.params], grads, allow_unused=True)[: len(leaves)]
@@ -167,7 +171,7 @@ class Summed:
             ) from error
 
     def gradients(self, node: object) -> Sequence[Tensor | None]:
-        """The parameters', from the last view in this backward; None from the others, so that no second sum waits."""
+        """The gradients of the parameters for the last view in this backward, None for the others: one sum is held."""
         self.done.append(node)
         waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
         if any(will_run(other) for other in waiting):
@@ -184,7 +188,7 @@ class Summed:
 
 
 class Synced:
-    """The backward of a chunk, which lets sharded parameters accumulate, and reduces with the last chunk of all."""
+    """The backward of a chunk for sharded parameters, which accumulate by themselves and reduce in the last chunk."""
 
     final = False
 
@@ -201,7 +205,7 @@ class Synced:
             group.reduce_grads, group.all_reduce_grads = flags
 
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The leaves' gradients, of (output, its gradient)."""
+        """The gradients of the leaves, from pairs (output, its gradient)."""
         for group, flags in zip(self.groups, self.theirs, strict=True):
             group.reduce_grads, group.all_reduce_grads = flags if last and self.final else (False, False)
         outputs, grads = zip(*pairs, strict=True)

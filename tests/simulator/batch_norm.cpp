@@ -41,13 +41,13 @@ void bind(pybind11::module_& all, const char* dtype) {
   using A = Accumulator<T>;
   pybind11::module_ m = all.def_submodule(dtype);
   m.def("plan", [](const array& x, bool reducing) {
-    const Plan p = plan(layout_of(x), sizeof(T), aligned(x.data()), reducing ? kReducingBlocks : kMappingBlocks);
+    const ChannelPlan p = plan(layout_of(x), sizeof(T), aligned(x.data()), reducing ? kReducingBlocks : kMappingBlocks);
     return std::tuple(p.wide, p.grid.x, p.grid.y, p.block.x, p.block.y);
   });
   m.def("moments", [](const array& x, const array& centre, const array& variance, std::optional<array> running_mean,
                       std::optional<array> running_var, double momentum) {
     const Layout v = layout_of(x);
-    const Plan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
+    const ChannelPlan p = plan(v, sizeof(T), aligned(x.data()), kReducingBlocks);
     simulator::Poisoned w(split_bytes<Moments<A>>(v, p));
     const Running<A> running{running_mean ? channels<A>(*running_mean, x) : nullptr,
                              running_var ? channels<A>(*running_var, x) : nullptr, static_cast<A>(momentum)};
@@ -56,15 +56,15 @@ void bind(pybind11::module_& all, const char* dtype) {
   });
   m.def("apply", [](const array& x, const array& weight, const array& bias, const array& centre, const array& variance,
                     double eps, bool relu, const array& y) {
-    const Plan p = plan(layout_of(x), sizeof(T), aligned(x.data()) && aligned(y.data()), kMappingBlocks);
+    const ChannelPlan p = plan(layout_of(x), sizeof(T), aligned(x.data()) && aligned(y.data()), kMappingBlocks);
     simulator::check(apply<T>(layout_of(x), p, like<const T>(x, x),
                               statistics<T>(x, weight, bias, centre, variance, eps, relu), like<T>(y, x), nullptr));
   });
   m.def("sums", [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
                    const array& variance, double eps, bool relu, const array& sums) {
     const Layout v = layout_of(x);
-    const Plan p = plan(v, sizeof(T), aligned(x.data()) && aligned(dy.data()), kReducingBlocks);
-    simulator::Poisoned w(split_bytes<Pair>(v, p));
+    const ChannelPlan p = plan(v, sizeof(T), aligned(x.data()) && aligned(dy.data()), kReducingBlocks);
+    simulator::Poisoned w(split_bytes<GradientSums>(v, p));
     simulator::check(gradient_sums<T>(v, p, like<const T>(dy, x), like<const T>(x, x),
                                       statistics<T>(x, weight, bias, centre, variance, eps, relu), w.memory.data(),
                                       two_channels<A>(sums, x), nullptr));
@@ -73,7 +73,7 @@ void bind(pybind11::module_& all, const char* dtype) {
         [](const array& dy, const array& x, const array& weight, const array& bias, const array& centre,
            const array& variance, const array& sums, double each, double eps, bool relu, const array& dx) {
           const bool all_aligned = aligned(x.data()) && aligned(dy.data()) && aligned(dx.data());
-          const Plan p = plan(layout_of(x), sizeof(T), all_aligned, kMappingBlocks);
+          const ChannelPlan p = plan(layout_of(x), sizeof(T), all_aligned, kMappingBlocks);
           simulator::check(input_grad<T>(layout_of(x), p, like<const T>(dy, x), like<const T>(x, x),
                                          statistics<T>(x, weight, bias, centre, variance, eps, relu),
                                          two_channels<const A>(sums, x), each, like<T>(dx, x), nullptr));

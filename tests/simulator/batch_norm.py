@@ -23,7 +23,8 @@ def module(without: int | None = None) -> ModuleType:
         return build(name, source)
     parts = (CUDA / "channels.cuh").read_text().split("__syncthreads();")
     channels = "__syncthreads();".join([*parts[:without], parts[without] + parts[without + 1], *parts[without + 2 :]])
-    kernels = (CUDA / "batch_norm.cuh").read_text().replace('#include "channels.cuh"', channels)
+    moments = (CUDA / "batch_moments.cuh").read_text().replace('#include "channels.cuh"', channels)
+    kernels = (CUDA / "batch_norm.cuh").read_text().replace('#include "batch_moments.cuh"', moments)
     text = source.read_text().replace(INCLUDE, kernels).replace(f"({name},", f"({name}_{without},")
     return build(f"{name}_{without}", text, [CUDA, HERE])
 

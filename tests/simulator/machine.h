@@ -15,72 +15,19 @@
 #include <deque>
 #include <exception>
 #include <functional>
-#include <memory>
 #include <numeric>
 #include <random>
 #include <stdexcept>
 #include <string>
-#include <string_view>
 #include <utility>
 #include <vector>
 
+#include "fiber.h"
 #include "vector_types.h"
 
 namespace simulator {
 
-constexpr unsigned kWarp = 32;
-constexpr size_t kStackBytes = 64 << 10, kGuardBytes = 4 << 10;  // the guard lies below the stack
-constexpr unsigned char kPoison = 0xff;                          // NaN in every floating-point type
-
 enum class Order { kAscending, kDescending, kRandom };
-enum class State { kReady, kAtBarrier, kAtWarp, kReturned };
-
-// A call of an intrinsic in a kernel. As a default argument it is the line that the kernel calls from.
-struct Place {
-  std::string_view file, name;
-  int line;
-
-  Place(const char* file = __builtin_FILE(), int line = __builtin_LINE()) : file(file), line(line) {}
-  Place of(const char* intrinsic) const {
-    Place place = *this;
-    place.name = intrinsic;
-    return place;
-  }
-  bool operator==(const Place&) const = default;
-
-  std::string text() const {
-    const std::string_view base = file.substr(file.rfind('/') + 1);
-    return std::string(name) + " (" + std::string(base) + ":" + std::to_string(line) + ")";
-  }
-};
-
-struct Thread {
-  unsigned rank = 0;
-  uint3 index{};
-  State state = State::kReturned;
-  Place place;            // where it waits
-  unsigned mask = 0;      // at a warp operation, as are the rest
-  int source = -1;        // the lane it reads
-  uint64_t given = 0;     // to the lanes of the mask
-  uint64_t received = 0;  // from the source
-  unsigned ballot = 0;    // the lanes that gave anything but zero
-  std::unique_ptr<unsigned char[]> stack;
-  jmp_buf registers;
-
-  unsigned lane() const {
-    return rank % kWarp;
-  }
-};
-
-inline std::string text(const uint3& v) {
-  return "(" + std::to_string(v.x) + ", " + std::to_string(v.y) + ", " + std::to_string(v.z) + ")";
-}
-
-// Leaves off at one place and goes on at another. ucontext starts the fibers; its own switches take 20 times as long,
-// in system calls for signals.
-[[gnu::noinline]] inline void jump(jmp_buf& from, jmp_buf& to) {
-  if (_setjmp(from) == 0) _longjmp(to, 1);
-}
 
 class Machine {
  public:

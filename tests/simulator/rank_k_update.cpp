@@ -32,7 +32,7 @@ template <class T>
 void bind(pybind11::module_& all, const char* dtype) {
   pybind11::module_ m = all.def_submodule(dtype);
   m.def("plan", [](const array& u, const array& a, const array& b, size_t shared) {
-    const Plan p = plan_for(problem<T>(u, a, b, 0), u.shape(0), shared);
+    const UpdatePlan p = plan_for(problem<T>(u, a, b, 0), u.shape(0), shared);
     pybind11::dict found;
     found["small"] = p.small, found["vectors"] = p.vectors, found["tall"] = p.tall, found["in_shared"] = p.in_shared;
     found["together"] = p.together, found["shared"] = std::max({p.project, p.gather, p.update});
@@ -42,7 +42,8 @@ void bind(pybind11::module_& all, const char* dtype) {
   m.def("rank_k_update", [](const array& u, const array& a, const array& b, int retraction, size_t shared,
                             std::optional<std::pair<bool, int64_t>> path) {
     const Problem<T> q = problem<T>(u, a, b, retraction);
-    const Plan p = path ? plan_for(q, u.shape(0), shared, path->first, path->second) : plan_for(q, u.shape(0), shared);
+    const UpdatePlan p =
+        path ? plan_for(q, u.shape(0), shared, path->first, path->second) : plan_for(q, u.shape(0), shared);
     simulator::Poisoned w(workspace_bytes(q, p));
     simulator::check(rank_k_update<T>(q, u.shape(0), p, w.memory.data(), nullptr));
   });

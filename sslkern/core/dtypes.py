@@ -1,0 +1,34 @@
+"""Dtypes, and which of them a number is computed in."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+HALF = (torch.bfloat16, torch.float16)
+FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of matrices that stay orthogonal
+
+
+def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+    """The dtype of sums over real tensors, and of a loss: float64 if one of them is float64, and float32 otherwise."""
+    for x in tensors:
+        if x.dtype == torch.float64:
+            return torch.float64
+    return torch.float32
+
+
+def double_dtype(dtype: torch.dtype) -> torch.dtype:
+    """float64 for a real dtype, complex128 for a complex one: for sums whose terms cancel."""
+    return torch.complex128 if dtype.is_complex else torch.float64
+
+
+def without_autocast(x: Tensor) -> torch.autocast:
+    """A context in which matrix products on the device of x run in the dtype of their operands."""
+    device = x.device.type if x.device.type != "meta" else "cpu"
+    return torch.autocast(device, enabled=False)
+
+
+def short(dtype: torch.dtype) -> str:
+    """The name without "torch."."""
+    return str(dtype).removeprefix("torch.")

@@ -1,0 +1,145 @@
+"""Every private part of torch that sslkern uses. No other module of the package uses one.
+
+Checked against torch 2.11 to 2.14. The number beside each is the version since which torch has it in this form. The
+module imports torch alone, and nothing in it imports `torch._dynamo`.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, MutableMapping, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch._functorch.utils import unwrap_dead_wrappers
+from torch.autograd import forward_ad
+from torch.utils import _pytree as pytree  # 2.0: there is no public pytree
+
+if dist.is_available():
+    import torch.distributed._functional_collectives  # the fake kernels of `collectives`, without which compiling fails
+
+__all__ = ["pytree", "unwrap_dead_wrappers"]
+
+# 2.1. `torch.compiler.disable` imports `torch._dynamo` when it decorates a function, 1 s on an EPYC core. This one,
+# which torch uses for its optimizers, imports it when the function is first called
+not_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
+
+# 1.13. The id of the backward that is running in this thread, -1 outside of one
+running_backward: Callable[[], int] = torch._C._current_graph_task_id
+
+# 2.0. Whether the backward that is running will reach a node
+will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
+
+# 2.0. Whether a transform of torch.func (vmap, grad, jvp, ...) is active. `unwrap_dead_wrappers` removes its wrappers
+# from tensors that have outlived it, as autograd.Function.apply does
+transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+
+# 1.7. An assertion on a tensor of one element that does not wait for the GPU
+assert_async: Callable[[Tensor, str], None] = torch._assert_async
+
+# 0.1. The class by which torch's tools recognise a batch norm; and the input check of SyncBatchNorm
+BatchNormBase = nn.modules.batchnorm._BatchNorm
+check_sync_input_dim = nn.SyncBatchNorm._check_input_dim
+
+# 2.0. The operators that `torch.compile(fullgraph=True)` traces; they have no public form
+collectives = torch.ops._c10d_functional
+
+# 1.9. One kernel, or one loop in C++, for a list of tensors
+foreach_add, foreach_add_, foreach_mul_ = torch._foreach_add, torch._foreach_add_, torch._foreach_mul_
+foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
+
+
+def forward_mode() -> bool:
+    """Whether `torch.autograd.forward_ad.dual_level` is active. (1.8)"""
+    return forward_ad._current_level >= 0
+
+
+def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
+    """The outputs of a kernel by its vmap rule, inside vmap. (2.0)"""
+    from torch._functorch.autograd_function import custom_function_call_vmap_helper
+    from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
+
+    level = retrieve_current_functorch_interpreter()
+    return custom_function_call_vmap_helper(level, rule, kernel, *args)  # type: ignore[arg-type]
+
+
+def inside(tensor: Tensor) -> Tensor:
+    """The tensor inside the wrappers of torch.func; of a vmapped tensor, the whole batch. (2.0)"""
+    while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
+        tensor = torch._C._functorch.get_unwrapped(tensor)
+    return tensor
+
+
+def only_vmapped() -> bool:
+    """Whether all active transforms of torch.func are vmap. (2.0)"""
+    vmap = torch._C._functorch.TransformType.Vmap
+    return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
+
+
+def while_tracing(function: Callable) -> Callable:
+    """Make a function of constants run while a compiler traces it, and stay out of the graph.
+    `torch.compiler.assume_constant_result` does the same, but imports `torch._dynamo`. (2.0)"""
+    function._dynamo_marked_constant = True  # type: ignore[attr-defined]
+    return function
+
+
+def version(tensor: Tensor) -> int:
+    """How often a tensor was modified in place, which autograd compares to see if a saved tensor has changed. (1.0)"""
+    return tensor._version
+
+
+def has_kernel(operator: str, key: str) -> bool:
+    """Whether "namespace::name" has a kernel under this dispatch key, e.g. "CPU". (1.10)"""
+    return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
+
+
+def when_cuda_starts(call: Callable[[], None]) -> None:
+    """Call a function once CUDA is initialised, or now if it is: an import must not initialise it. (0.4)"""
+    torch.cuda._lazy_call(call)
+
+
+def group_of(name: str) -> dist.ProcessGroup:
+    """The process group that functional collectives know by this name. (2.1)"""
+    return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
+
+
+def buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
+    """A module's own buffers by name; writing here bypasses `__setattr__`, which modules override. (0.1)"""
+    return module._buffers
+
+
+def parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
+    """A module's own parameters by name. (0.1)"""
+    return module._parameters
+
+
+def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
+    """The hooks of `tensor.register_hook` in order; a new dict if there are none. (0.1)"""
+    hooks = tensor._backward_hooks
+    return {} if hooks is None else hooks
+
+
+def hooked(*modules: nn.Module) -> bool:
+    """Whether calling one of the modules runs hooks besides its `forward`. (2.0)"""
+    for m in modules:
+        if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
+            return True
+    return nn.modules.module._has_any_global_hook()
+
+
+class Sharded:
+    """The parameter groups that `torch.distributed.fsdp.fully_shard` keeps in a module, with the flags `reduce_grads`
+    and `all_reduce_grads`. FSDPModule has public setters for these flags, but no public getters."""
+
+    def __init__(self, module: Any) -> None:
+        state = module._get_fsdp_state()
+        one = getattr(state, "_fsdp_param_group", None)  # in 2.11 at most one
+        self.groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", [] if one is None else [one])
+        self.inside_another: bool = state._is_root is False  # None before the first forward
+
+    @staticmethod
+    def kind() -> type | tuple[()]:
+        """The class of sharded modules. Before its module is loaded there are none; it is not loaded here."""
+        return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())

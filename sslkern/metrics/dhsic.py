@@ -1,0 +1,67 @@
+"""The joint dependence of several variables by kernels."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..core import ranks
+from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Group
+from ..ops.kernel_sums import gathered, rbf_rows
+from ._paired import check_paired
+from .bandwidth import given_scales, scales_of
+
+
+def dhsic(
+    *variables: Tensor,
+    bandwidth: float | Tensor | tuple[Any, ...] | None = None,
+    group: Group = None,
+) -> Tensor:
+    r"""dHSIC: the joint dependence of d variables, by Gaussian kernels.
+
+    With K^d the kernel matrix of the d-th variable, exp(-|u - v|^2 / (2 bandwidth_d^2)):
+
+        mean_ij prod_d K^d_ij + prod_d mean_ij K^d_ij - (2/N) sum_i prod_d mean_j K^d_ij
+
+    which for two variables is (N-1)^2/N^2 times their biased `hsic`. The product of Gaussians is the Gaussian of the
+    variables side by side, so each term is a streamed sum, in O(N sum D) memory; products are taken in float64. With a
+    group, all rows are sent to all ranks, and each rank sums the pairs of its own rows.
+
+    Args:
+        variables: two or more (..., N, D_d) of the same leading dimensions, N >= 2, and device; each float32, bfloat16,
+            float16 or float64, any strides.
+        bandwidth: in units of the variables: a number > 0, or a floating tensor of one, or of several that broadcasts
+            to (...), with a gradient; or None for `median_bandwidth`; or a tuple with one of these for each variable.
+        group: the ranks that hold the batch; see `sslkern.distributed`. N and the median bandwidth are those of the
+            joint batch.
+
+    Returns:
+        (...), float32, or float64 if a variable is float64; dimensionless, >= 0, differentiable once.
+
+    Raises:
+        TypeError: not dense floating tensors. ValueError: shapes or devices differ, too few rows, or settings that do
+        not fit together.
+
+    Source: Pfister et al., Kernel-based tests for joint independence (1603.00285).
+    """
+    named = [(f"variables[{i}]", v) for i, v in enumerate(variables)]
+
+    def check(least: int) -> tuple[Tensor, ...]:
+        if len(named) < 2:
+            raise ValueError(f"variables must be two or more tensors of shape (..., N, D), got {len(named)}.")
+        check_paired(named, least)
+        given_scales(bandwidth, named)
+        return variables
+
+    batch, _ = ranks.batch(group, 2, check)
+    n, every = batch.count(variables[0].shape[-2]), gathered(list(variables), batch)
+    scales = scales_of(bandwidth, [(name, v) for (name, _), v in zip(named, every, strict=True)])
+    joint, sums = rbf_rows(every, scales, batch)
+    means = torch.stack(sums) / n
+    parts = torch.stack([joint.sum(-1), means.prod(0).sum(-1), *means.sum(-1).unbind()], -1)
+    total, mixed, *each = (batch.summed(parts) / n).unbind(-1)
+    out = total / n + torch.stack(each).prod(0) - 2 * mixed
+    return out.to(accumulation_dtype(*variables))

@@ -1,0 +1,184 @@
+"""The documents: links resolve, the README is short, and the generated parts agree with the result files."""
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+
+from bench import report, summary
+from bench.gpu import results as gpu
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+FIGURES = sorted((ROOT / "bench" / "results").glob("*.png")) + sorted((ROOT / "examples" / "results").glob("*.png"))
+
+
+def without_code(text: str) -> str:
+    return re.sub(r"```.*?```", "", text, flags=re.DOTALL)
+
+
+def anchors(page: Path) -> set[str]:
+    """The fragments under which GitHub links the headings of a page."""
+    found: dict[str, int] = {}
+    for heading in re.findall(r"^#+ (.*)$", without_code(page.read_text()), re.MULTILINE):
+        anchor = re.sub(r"[^\w\- ]", "", heading.strip().lower()).replace(" ", "-")
+        found[anchor] = found.get(anchor, -1) + 1
+    return {anchor if k == 0 else f"{anchor}-{k}" for anchor, count in found.items() for k in range(count + 1)}
+
+
+def between(page: Path, name: str) -> str:
+    return page.read_text().split(f"<!-- {name}: begin -->\n")[1].split(f"<!-- {name}: end -->")[0]
+
+
+def result(path: str) -> dict:
+    return json.loads((ROOT / path).read_text())
+
+
+@pytest.fixture
+def at_root(monkeypatch):
+    """Paths of result files in tables are relative to the root of the repository."""
+    monkeypatch.chdir(ROOT)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_links(page):
+    """Every relative link leads to a file, and its fragment to a heading of that file."""
+    for target in re.findall(r"\]\(([^)\s]+)\)", without_code(page.read_text())):
+        if re.match(r"[a-z]+:", target):
+            continue
+        path, _, fragment = target.partition("#")
+        there = (page.parent / path).resolve() if path else page
+        assert there.is_file() and there.is_relative_to(ROOT), f"{page.name} links to {target}: no such file."
+        assert not fragment or fragment in anchors(there), f"{page.name} links to {target}: no such heading."
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_named_files(page):
+    """Every file of the repository that is named in backticks exists."""
+    if page.name == "CHANGELOG.md":
+        return  # it also names files that were removed
+    for name in re.findall(
+        r"`((?:bench|csrc|docs|examples|sslkern|tests|triton_kernels)/[\w./-]+\.\w+)`", page.read_text()
+    ):
+        assert (ROOT / name).exists() or "foo" in name, f"{page.name} names {name}, which does not exist."
+
+
+def test_the_readme_is_short():
+    text = (ROOT / "README.md").read_text()
+    assert len(text.splitlines()) <= 150
+    assert text.count("![") == 1
+    rows = [line for line in between(ROOT / "README.md", "summary").splitlines() if line.startswith("|")]
+    assert len(rows) == 2 + 5
+
+
+def test_the_readme_keeps_the_worst_row(at_root):
+    """The worst ratio of all training steps and losses on both machines is in the last row."""
+    text = between(ROOT / report.README, "summary")
+    path, gpu_path = map(Path, re.findall(r"\((bench/results/[\w.-]+\.json)\)", text))
+    lines = summary.cpu_lines(path) + summary.gpu_lines(gpu_path, {})
+    lines = [line for line in lines if line.family in summary.LOSSES]
+    worst = min(ratio for line in lines for ratio in line.ratios if ratio)
+    assert f"{worst:.2f}x" in text.splitlines()[6]
+
+
+def test_every_page_is_linked_from_the_readme():
+    linked = re.findall(r"\]\((docs/[^)#]+)", (ROOT / "README.md").read_text())
+    assert {f"docs/{page.name}" for page in (ROOT / "docs").glob("*.md")} <= set(linked)
+
+
+def test_benchmarks(at_root):
+    """`python -m bench --report --readme` would not change docs/benchmarks.md or README.md."""
+    text = between(ROOT / report.BENCHMARKS, "bench")
+    path = Path(re.search(r"`(bench/results/[\w.-]+\.json)`", text)[1])
+    assert text == report.benchmarks(path)
+    assert between(ROOT / report.README, "summary") == summary.readme_rows(path)
+
+
+def test_gpu(at_root):
+    """`python -m bench.gpu.results bench/results/nvidia-h200.json` would not change docs/gpu.md."""
+    text = between(gpu.DOCUMENT, "gpu")
+    path = Path(re.search(r"\((bench/results/[\w.-]+\.json)\)", text)[1])
+    assert text == f"![times faster](../{path.with_suffix('.png')})\n\n{gpu.markdown(result(path), path)}"
+
+
+def test_many_machines(at_root):
+    """The tables of `bench.ranks`, `bench.conventions` and `bench.large_batch` agree with their result files."""
+    from bench import conventions, large_batch, ranks
+
+    page = ROOT / report.DOCUMENT
+    assert between(page, "ranks") == ranks.table(result(ranks.PATH))
+    assert between(page, "conventions") == conventions.table(result(conventions.PATH))
+    text = between(page, "large_batch")
+    path = Path(re.search(r"\((bench/results/[\w.-]+\.json)\)", text)[1])
+    found = result(path)
+    rows, little = [[r for r in found["rows"] if ("room_bytes" in r) is limited] for limited in (False, True)]
+    assert text == large_batch.markdown(found["machine"], rows, little, path)
+
+
+def test_written_where_they_belong(at_root, monkeypatch, tmp_path):
+    """`documents` writes both pages between their markers, and the figure."""
+    for name in ("README", "BENCHMARKS"):
+        page = ROOT / getattr(report, name)
+        copy = tmp_path / page.name
+        marker = "summary" if name == "README" else "bench"
+        copy.write_text(page.read_text().replace(between(page, marker), "old\n"))
+        monkeypatch.setattr(report, name, copy)
+    monkeypatch.setattr(report, "OVERVIEW", tmp_path / "overview.png")
+    report.documents(Path("bench/results/amd-epyc-2t.json"))
+    for page in (ROOT / "README.md", ROOT / "docs" / "benchmarks.md"):
+        assert (tmp_path / page.name).read_text() == page.read_text()
+    assert (tmp_path / "overview.png").stat().st_size > 10_000
+
+
+def test_gpu_results_write_all_documents(monkeypatch, tmp_path):
+    """Their own tables and page, and the documents of `python -m bench --readme`."""
+    page, path, called = tmp_path / "gpu.md", Path("nvidia-h200.json"), []
+    page.write_text(gpu.DOCUMENT.read_text().replace(between(gpu.DOCUMENT, "gpu"), "old\n"))
+    for name, value in (("ROOT", tmp_path), ("DOCUMENT", page), ("documents", lambda: called.append(1))):
+        monkeypatch.setattr(gpu, name, value)
+    found = result("bench/results/nvidia-h200.json")
+    gpu.write(found, path)
+    assert json.loads((tmp_path / path).read_text()) == found
+    assert (tmp_path / path.with_suffix(".md")).read_text() in page.read_text()
+    assert (tmp_path / path.with_suffix(".png")).stat().st_size > 10_000
+    assert called
+
+
+@pytest.mark.parametrize("figure", FIGURES, ids=lambda figure: figure.name)
+def test_figures_have_a_white_ground(figure):
+    """Black text on a transparent background is illegible on a dark page."""
+    pixels = pytest.importorskip("matplotlib.image").imread(figure)
+    assert pixels.shape[2] == 3 or (pixels[..., 3] == 1).all()
+    assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
+
+
+def test_a_slower_row_stays_and_is_marked(tmp_path):
+    """The worst loss is the last row of the README's table, in bold and with the word "slower"."""
+    rows = [
+        {
+            "case": case,
+            "op": op,
+            "shape": [256, 8192],
+            "note": "",
+            "reason": "",
+            "commit": "c",
+            "implementation": name,
+            "pages": "default",
+            "median": median,
+            "p20": median,
+            "p80": median,
+            "loss_error": 0.0,
+            "grad_error": 0.0,
+            "peak_bytes": 0,
+        }
+        for case, op, times in (("vicreg-256x8192", "vicreg", (9, 4, 1)), ("barlow-256x8192", "barlow", (9, 1, 2)))
+        for name, median in zip(("published", "three-line", "sslkern"), times, strict=True)
+    ]
+    path = tmp_path / "results.json"
+    path.write_text(json.dumps({"machine": {"device": "a CPU", "threads": 1, "torch": "2"}, "rows": rows}))
+    text = summary.readme_rows(path, tmp_path / "none.json")
+    lines = [line for line in text.splitlines() if line.startswith("|")]
+    assert "9.0x | 4.0x" in lines[2] and "4.50x"
+    assert "Barlow Twins loss, 256 x 8192" in lines[-1] and "| 4.5x | **0.50x, slower** |" in lines[-1]
+    assert "**0.50x, slower**" in report.table(path)

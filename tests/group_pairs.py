@@ -1,0 +1,83 @@
+"""Losses of all pairs, and HSIC, in the settings of a `group`, with their rows."""
+
+from functools import partial
+
+import torch
+import torch.distributed as dist
+from ranks import normal
+
+from sslkern import metrics
+from sslkern.losses import info_nce_loss, nt_xent_loss, sigmoid_loss, spectral_contrastive_loss
+from sslkern.losses import supervised_contrastive_loss as supervised
+
+ROWS, COLUMNS = 13, 5
+
+
+def rows(number, n=ROWS, d=COLUMNS):
+    """Views that resemble each other."""
+    return [normal(n, d) + 0.3 * normal(n, d, seed=1 + k) for k in range(number)]
+
+
+def three(a, b, c, group, **settings):
+    return nt_xent_loss(a, b, 0.3, others=[c], group=group, **settings)
+
+
+def to_bank(a, b, group, **settings):
+    return nt_xent_loss(a, b, 0.3, negatives=normal(7, a.shape[1], dtype=a.dtype), group=group, **settings)
+
+
+def labelled(z, labels, group, **settings):
+    return supervised(z, labels, temperature=0.3, group=group, **settings)
+
+
+LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
+LOSSES = {
+    "nt_xent": (partial(nt_xent_loss, temperature=0.3), rows(2)),
+    "nt_xent, 3 views": (three, rows(3)),
+    "nt_xent, 3 views inside": (partial(three, inside=True), rows(3)),
+    "nt_xent, decoupled": (partial(nt_xent_loss, temperature=0.3, decoupled=True), rows(2)),
+    "nt_xent, 3 views decoupled inside": (partial(three, decoupled=True, inside=True), rows(3)),
+    "nt_xent, bank": (to_bank, rows(2)),
+    "nt_xent, decoupled bank": (partial(to_bank, decoupled=True), rows(2)),
+    "info_nce": (partial(info_nce_loss, temperature=0.3), rows(2)),
+    "info_nce, symmetric": (partial(info_nce_loss, temperature=0.3, symmetric=True), rows(2)),
+    "info_nce, symmetric, as they are": (
+        partial(info_nce_loss, scale=0.4, symmetric=True, normalize=False),
+        rows(2),
+    ),
+    "supervised": (labelled, [*rows(1), LABELS]),
+    "supervised, inside": (partial(labelled, inside=True), [*rows(1), LABELS]),
+    "supervised, no positives": (labelled, [*rows(1), torch.arange(ROWS)]),
+    "supervised, inside, no positives": (partial(labelled, inside=True), [*rows(1), torch.arange(ROWS)]),
+    "sigmoid": (sigmoid_loss, rows(2)),
+    "sigmoid, warm": (partial(sigmoid_loss, scale=-3.0, bias=2.0), rows(2)),
+    "spectral by rows": (partial(spectral_contrastive_loss, mu=2.0), rows(2, d=8)),
+    "spectral by columns": (partial(spectral_contrastive_loss, mu=2.0), rows(2)),
+    "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
+    "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
+    "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),
+    "hsic, linear": (partial(metrics.hsic, kernel="linear"), [normal(ROWS, 3), normal(ROWS, 4)]),
+    "hsic, linear by rows": (partial(metrics.hsic, kernel="linear"), [normal(ROWS, 30), normal(ROWS, 40)]),
+    "hsic, linear unbiased": (
+        partial(metrics.hsic, kernel="linear", estimator="unbiased"),
+        [normal(ROWS, 3), normal(ROWS, 4)],
+    ),
+    "hsic, linear unbiased by rows": (
+        partial(metrics.hsic, kernel="linear", estimator="unbiased"),
+        [normal(ROWS, 30), normal(ROWS, 40)],
+    ),
+    "dhsic": (metrics.dhsic, [normal(ROWS, 3), normal(ROWS, 4), normal(ROWS, 1)]),
+    "dhsic, bandwidths": (partial(metrics.dhsic, bandwidth=(0.7, 1.3)), [normal(ROWS, 3), normal(ROWS, 4)]),
+}
+
+
+def no_rows(rows):
+    """Divisions with ranks that have none."""
+    none = [0] * (dist.get_world_size() - 1)
+    return ([*none, rows], [rows, *none])
+
+
+def value_and_grad(loss, inputs, group):
+    leaves = [x.clone().requires_grad_() if x.is_floating_point() else x for x in inputs]
+    value = loss(*leaves, group=group)
+    return [value.detach(), *torch.autograd.grad(value, [x for x in leaves if x.is_floating_point()])]
