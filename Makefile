@@ -1,28 +1,28 @@
-# Everything a fresh clone needs: `make demo` and `make test`. Both keep to .venv, with the torch that TORCH= names; or,
-# with PYTHON=, to an overlay of that python and the torch >= 2.11 it has, into which nothing is installed but sslkern.
+# A fresh clone needs only `make demo` and `make test`. Both run inside .venv; TORCH= sets the torch version.
+# With PYTHON=, they run in an overlay on that Python, which must have torch >= 2.11; only sslkern is installed there.
 TORCH ?= torch==2.13.0
 
 VENV := $(if $(PYTHON),build/overlay,.venv)
 PY := $(VENV)/bin/python
 SOURCES := setup.py pyproject.toml $(shell find csrc -type f)
 
-# Without bytecode of all that there is, most of which no one imports: Python makes what it needs, wherever it may
+# pip compiles no bytecode, because most modules are never imported; Python compiles the others on first import
 INSTALL := $(PY) -m pip install -q --no-compile --disable-pip-version-check
 unexport PYTHONDONTWRITEBYTECODE
 OURS := $(INSTALL) --no-build-isolation $(if $(PYTHON),--no-deps )-e .
-# The kernels compile while pip still looks for what else there is to install; its own build then finds them made
+# Compile the kernels while pip resolves the dependencies; the build that pip starts then reuses the objects
 SET_UP = ($(PY) setup.py build_ext > /dev/null & $(OURS)$(if $(PYTHON),,"[$(1)]"); status=$$?; wait; exit $$status)
 
-# Where `make gpu` leaves its log, results and table
+# Folder for the log, the results and the table of `make gpu`
 OUT ?= out
 
-# The binary of `make gpu-bundle`, where there is one: on such a machine nothing is installed and nothing compiles
+# The binary of `make gpu-bundle`. If it exists, `make gpu` installs nothing and compiles nothing
 BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
 
-# Made for what is asked: another TORCH= or PYTHON= is set up and built for anew
+# The stamp names TORCH= or PYTHON=, so another value sets up the environment and builds again
 READY := $(VENV)/ready-$(firstword $(shell echo "$(or $(PYTHON),$(TORCH))" | cksum))
 
-# Tests side by side, where their tools are ours: on two cores three, as one often waits for a compiler or for ranks
+# Parallel tests, in .venv only: three processes on two cores, because one often waits for a compiler or for ranks
 PARALLEL := $(if $(PYTHON),,-n $(if $(filter 1 2,$(shell getconf _NPROCESSORS_ONLN)),3,4))
 
 .PHONY: demo test bench gpu gpu-bundle build lint clean
@@ -37,11 +37,11 @@ test: $(VENV)/complete lint
 bench: build
 	$(PY) -m bench $(ARGS)
 
-# On a machine with an NVIDIA GPU, in minutes: ceilings, every op, the tests, times, a profile, a sanitizer; a table last
+# For a machine with an NVIDIA GPU; takes minutes: ceilings, every op, tests, times, a profile, a sanitizer, a table
 gpu: $(if $(BUNDLE),,$(VENV)/complete)
 	$(if $(BUNDLE),$(or $(PYTHON),python3),$(PY)) -m bench.gpu --out $(OUT) $(ARGS)
 
-# What `make gpu` runs on a machine that is to compile nothing: carry the tracked files and build/gpu there
+# The binary for a GPU machine without compilers: copy the tracked files and build/gpu there, then run `make gpu`
 gpu-bundle: $(READY)
 	SSLKERN_CUDA=1 TORCH_CUDA_ARCH_LIST=9.0 $(PY) setup.py build_ext --build-lib build/gpu
 	git rev-parse --short HEAD > build/gpu/commit
@@ -68,12 +68,12 @@ build/overlay/ready-%: Makefile
 	  > $$(build/overlay/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/parent.pth
 	touch $@
 
-# For the torch that is there: without one for CUDA, no nvcc
+# CUDA kernels only if the installed torch is built for CUDA
 $(VENV)/built: $(READY) $(SOURCES)
 	$(call SET_UP,examples)
 	touch $@
 
-# What the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc. It is a `built` as well
+# `built`, and what the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc
 $(VENV)/complete: $(READY) $(SOURCES)
 	export SSLKERN_CUDA=$${SSLKERN_CUDA:-1}; $(call SET_UP,test)
 	touch $(VENV)/built $@

@@ -1,9 +1,12 @@
-"""`python -m bench`: run the comparison, write results, table and plot.
+"""`python -m bench`: measure sslkern against plain torch; write a result file and a figure, and print the tables.
 
-Every case runs in a process of its own, once as it is and once with THP_MEM_ALLOC_ENABLE=1, the setting that makes the
-plain-torch versions faster (whole-process, so it cannot be mixed).
+`--readme` also writes docs/benchmarks.md and the table and figure of README.md. `--report` measures nothing and reads
+the result file: `python -m bench --report --readme --out bench/results/amd-epyc-2t.json`.
 
-`python -m bench --compare BEFORE AFTER` tells whether a figure got worse between two trees (`bench/compare.py`).
+Every case runs in its own process. On a CPU it runs twice, without and with THP_MEM_ALLOC_ENABLE=1: huge pages make the
+plain-torch versions faster, and the setting holds for a whole process.
+
+`python -m bench --compare BEFORE AFTER` finds the figures that got worse between two trees (`bench/compare.py`).
 """
 
 from __future__ import annotations
@@ -46,10 +49,18 @@ def main() -> None:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", choices=("cpu", "cuda"))
     parser.add_argument("--filter", default="", help="regular expression on case names, e.g. 'vicreg|step'")
     parser.add_argument("--rounds", type=int, default=15, help="timed rounds per case (at least 5)")
-    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no case after so many minutes")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="start no further case after this time")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/<machine>.json")
-    parser.add_argument("--report", action="store_true", help="only make table and plot from the result file")
-    parser.add_argument("--readme", action="store_true", help="also write the table into README.md")
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="measure nothing: print the tables and draw the figure from the result file",
+    )
+    parser.add_argument(
+        "--readme",
+        action="store_true",
+        help="also write docs/benchmarks.md and the table and figure of README.md",
+    )
     parser.add_argument(
         "--compare",
         nargs=2,
@@ -78,8 +89,7 @@ def main() -> None:
 
 
 def measure(args: argparse.Namespace, header: dict, path: Path) -> list[str]:
-    """Run the chosen cases; those of an earlier run of this machine that were not chosen stay in the file. Returns the
-    cases that failed."""
+    """Run the chosen cases and return those that failed. With --filter, the file keeps its rows of other cases."""
     failed: list[str] = []
     deadline = time.monotonic() + 60 * args.minutes
     chosen = [name for name, _ in all_cases(args.device) if re.search(args.filter, name)]

@@ -25,16 +25,15 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
+
+from .worker import BYTECODES, COUNTED, INSTRUCTIONS, OVERHEAD
 
 OURS = Path(__file__).parents[1]
 PAIRS = 5  # of processes for a second opinion
 LEAST = 0.02  # two processes of one tree differ by as much in time, by where their memory happens to lie
-OVERHEAD, INSTRUCTIONS, BYTECODES = "overhead ", "instructions ", "bytecodes "
-COUNTED = (INSTRUCTIONS, BYTECODES)
 UNITS = {OVERHEAD: "us", INSTRUCTIONS: "instructions", BYTECODES: "bytecodes"}
 
 
@@ -87,63 +86,13 @@ def of_files(before: Path, after: Path, pattern: str) -> list[Row]:
     return found
 
 
-# In a worker: a process that has one tree's sslkern, and this tree's bench.
-
-
-def work(device: str, counts: str) -> None:
-    """Answer each line of the input, the name of a row, with a figure of it. Under valgrind, `counts` are its files."""
-    measures: dict[str, Callable[[], float]] = {}
-    for line in sys.stdin:
-        name = line.strip()
-        try:
-            if name not in measures:
-                measures[name] = _measure(name, device, Path(counts))
-            print("FIGURE", measures[name](), flush=True)
-        except Exception as error:
-            print("FAILED", f"{type(error).__name__}: {error}".replace("\n", " "), flush=True)
-
-
-def _measure(name: str, device: str, counts: Path) -> Callable[[], float]:
-    """What tells a row's figure: a count, or the median time of a block of calls."""
-    from . import overhead, run
-
-    if not name.startswith((OVERHEAD, *COUNTED)):
-        return _medians(run.seconds_of(name, device), 1e3, warm=0.5, block=0.2)
-    call = overhead.overheads()[name.partition(" ")[2]]()
-    if name.startswith(OVERHEAD):
-
-        def seconds() -> float:
-            start = time.perf_counter()
-            call()
-            return time.perf_counter() - start
-
-        return _medians(seconds, 1e6, warm=0.05, block=0.02)
-    for _ in range(5):  # the first calls fill caches
-        call()
-    bytecodes = name.startswith(BYTECODES)
-    return partial(overhead.bytecodes, call) if bytecodes else partial(overhead.instructions, call, counts)
-
-
-def _medians(seconds: Callable[[], float], scale: float, warm: float, block: float) -> Callable[[], float]:
-    def measure(length: float = block) -> float:
-        times, deadline = [seconds()], time.monotonic() + length
-        while len(times) < 3 or time.monotonic() < deadline:
-            times.append(seconds())
-        return scale * statistics.median(times)
-
-    measure(warm)
-    return measure
-
-
-# In the process that compares.
-
 BOOT = """import sys
 sys.path.insert(0, {tree!r})
 import sslkern
 assert sslkern.__file__.startswith({tree!r}), sslkern.__file__
 sys.path.insert(0, {ours!r})
-from bench import compare
-compare.work({device!r}, {counts!r})
+from bench import worker
+worker.work({device!r}, {counts!r})
 """
 CALLGRIND = ("valgrind", "--tool=callgrind", "--quiet", "--collect-atstart=no", "--callgrind-out-file={counts}")
 

@@ -1,7 +1,8 @@
-"""`python -m bench.conventions`: the gradient that data-parallel training gets from each trainer's way of gathering.
+"""`python -m bench.conventions`: the gradients of data-parallel training under each trainer's convention.
 
-Two processes with half of a batch each, and one with all of it: the gradient of an encoder's weights, averaged over the
-processes as DistributedDataParallel does, over the gradient of the trainer's own loss of the joint batch. In fp64.
+Trainers gather embeddings and statistics in different ways. For each of them, two processes take half of a batch each,
+and the gradient of an encoder's weights is averaged over them, as DistributedDataParallel does. It is compared with the
+gradient of the same loss in one process that has the whole batch. All of it is in fp64.
 """
 
 from __future__ import annotations
@@ -30,12 +31,12 @@ from .run import _commit, machine
 
 PATH = Path("bench/results/conventions.json")
 RANKS = 2
-SHAPE = (32, 12, 8)  # rows of the joint batch, columns of the input and of the embeddings
+SHAPE = (32, 12, 8)  # rows of the joint batch, columns of the input, columns of the embeddings
 Stats = Callable[[Tensor], Tensor]
 
 
 def _size() -> int:
-    """Ranks among which the batch is divided; 1 in the process that has all of it."""
+    """The number of ranks that share the batch; 1 in the process that has the whole batch."""
     return dist.get_world_size() if dist.is_initialized() else 1
 
 
@@ -53,7 +54,7 @@ def _offdiag(z: Tensor) -> Tensor:
 
 
 def _vicreg(share: float, gather: bool = True) -> Callable[[Tensor, Tensor], Tensor]:
-    """With `share` of the two hinges; the invariance is of the rank's own rows."""
+    """VICReg with the hinges weighted by `share`. The invariance term uses the rank's own rows."""
 
     def loss(a: Tensor, b: Tensor) -> Tensor:
         x, y = (_rows_of_all(z) if gather else z for z in (a, b))
@@ -63,7 +64,7 @@ def _vicreg(share: float, gather: bool = True) -> Callable[[Tensor, Tensor], Ten
 
 
 def _parts(z: Tensor) -> list[Tensor]:
-    """The rows over which local statistics are taken: what each rank has."""
+    """The rows of each rank, over which local statistics are taken."""
     return list(z.chunk(RANKS // _size()))
 
 
@@ -94,7 +95,7 @@ def _barlow(norm: Stats, reduce: str, lambd: float = 0.005, scale: float = 1.0) 
 
 
 def _logits(z: Tensor, every: Tensor, first: int, temperature: float) -> Tensor:
-    """Of this rank's rows of both views against those of all, without those with themselves."""
+    """Logits of this rank's rows of both views against all rows, with -inf for a row against itself."""
     logits = z @ every.T / temperature
     n, joint = z.shape[0] // 2, every.shape[0] // 2
     own = torch.cat([first + torch.arange(n), joint + first + torch.arange(n)])
@@ -102,7 +103,7 @@ def _logits(z: Tensor, every: Tensor, first: int, temperature: float) -> Tensor:
 
 
 def _nt_xent_rows(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
-    """Every rank its own rows against all."""
+    """Each rank compares its own rows with all rows."""
     a, b = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
     every, n = torch.cat([_rows_of_all(a), _rows_of_all(b)]), a.shape[0]
     first = dist.get_rank() * n if dist.is_initialized() else 0
@@ -111,15 +112,15 @@ def _nt_xent_rows(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
 
 
 def _nt_xent_whole(a: Tensor, b: Tensor, temperature: float = 0.5) -> Tensor:
-    """Every rank all rows against all."""
+    """Each rank compares all rows with all rows."""
     a, b = _rows_of_all(F.normalize(a, dim=-1)), _rows_of_all(F.normalize(b, dim=-1))
     z, n = torch.cat([a, b]), a.shape[0]
     return F.cross_entropy(_logits(z, z, 0, temperature), torch.arange(2 * n).roll(n))
 
 
 def _nt_xent_indices(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
-    """Every rank its own rows against all; positives are the other rows of the same index, inside the logarithm, and
-    exponentials are taken as they are."""
+    """Each rank compares its own rows with all rows. Positives are the other rows of the same index and are summed
+    inside the logarithm. No maximum is subtracted before the exponentials."""
     n = a.shape[0]
     first = dist.get_rank() * n if dist.is_initialized() else 0
     z = F.normalize(torch.cat([a, b]), dim=-1)
@@ -135,14 +136,14 @@ def _nt_xent_indices(a: Tensor, b: Tensor, temperature: float = 0.1) -> Tensor:
 
 @dataclass(frozen=True)
 class Convention:
-    """A loss of two views, as one trainer divides it among ranks."""
+    """A loss of two views as one trainer computes it on several ranks."""
 
     loss: str
     trainer: str
     how: str
     of_rank: Callable[[Tensor, Tensor], Tensor]
-    of_joint: Callable[[Tensor, Tensor], Tensor] | None = None  # where it is not the same function in one process
-    expected: float | None = 1.0  # ratio of the norms, if it is known in advance
+    of_joint: Callable[[Tensor, Tensor], Tensor] | None = None  # the loss in one process, where `of_rank` differs
+    expected: float | None = 1.0  # the ratio of the norms, if it is known in advance
 
 
 OFFICIAL, LIGHTLY, SOLO, STABLE = "official script", "lightly", "solo-learn", "stable-pretraining"
@@ -161,7 +162,7 @@ def conventions() -> list[Convention]:
     return [
         Convention("VICReg", OFFICIAL, "gathers, then all statistics", _vicreg(0.5)),
         Convention("VICReg", LIGHTLY, "gathers if asked", _vicreg(0.5)),
-        Convention("VICReg", LIGHTLY, "as it comes: no gathering", _vicreg(0.5, gather=False), _vicreg(0.5), None),
+        Convention("VICReg", LIGHTLY, "default: no gathering", _vicreg(0.5, gather=False), _vicreg(0.5), None),
         Convention("VICReg", SOLO, "gathers; the sum of the hinges", _vicreg(1.0)),
         Convention("VICReg", STABLE, "gathers", _vicreg(0.5)),
         _ours("VICReg", sslkern.vicreg_loss),
@@ -204,7 +205,7 @@ def conventions() -> list[Convention]:
 
 
 def _batch() -> tuple[list[Tensor], Tensor]:
-    """Two views of the joint batch, and an encoder's weights."""
+    """Two views of the joint batch, and the weights of an encoder."""
     n, p, d = SHAPE
     generator = torch.Generator().manual_seed(0)
     shared, *noise = (torch.randn(n, p, generator=generator, dtype=torch.float64) for _ in range(3))
@@ -213,7 +214,7 @@ def _batch() -> tuple[list[Tensor], Tensor]:
 
 
 def _gradient(loss: Callable[[Tensor, Tensor], Tensor], joint: list[Tensor]) -> Tensor:
-    """By the weights, from this rank's rows and averaged over ranks."""
+    """The gradient of the weights from this rank's rows, averaged over the ranks."""
     weights = _batch()[1].requires_grad_()
     rank, size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     a, b = (view.chunk(size)[rank] @ weights for view in joint)
@@ -224,13 +225,13 @@ def _gradient(loss: Callable[[Tensor, Tensor], Tensor], joint: list[Tensor]) -> 
 
 
 def averaged(chosen: list[int]) -> list[list[list[float]]]:
-    """In one of the processes: the averaged gradients of some conventions."""
+    """The averaged gradients of some conventions; runs in each process."""
     every, joint = conventions(), _batch()[0]
     return [_gradient(every[k].of_rank, joint).tolist() for k in chosen]
 
 
 def row(convention: Convention, found: list[list[float]]) -> dict[str, Any]:
-    """What the averaged gradient is of the joint batch's: the ratio of their norms, and their cosine."""
+    """The averaged gradient compared with that of the joint batch: ratio of norms, cosine and relative error."""
     gradient = torch.tensor(found, dtype=torch.float64)
     truth = _gradient(convention.of_joint or convention.of_rank, _batch()[0])
     return {
@@ -254,10 +255,10 @@ def compare(pattern: str = "") -> list[dict[str, Any]]:
 
 def table(results: dict) -> str:
     lines = [
-        f"Gradients of a linear encoder averaged over {RANKS} ranks, over that of the trainer's own loss of the joint "
-        f"batch of {SHAPE[0]} rows;",
-        f"fp64, torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Written from what the "
-        "trainers do, and not their code.",
+        f"Gradients of a linear encoder, averaged over {RANKS} ranks and compared with the gradient of the trainer's "
+        f"own loss on the joint batch of {SHAPE[0]} rows;",
+        f"fp64, torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Reimplemented from each "
+        "trainer's published definition; their code is not used.",
         "",
         "| loss | trainer | how | ratio of the norms | cosine | relative error |",
         "|" + " --- |" * 6,
@@ -275,7 +276,7 @@ def table(results: dict) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.conventions", description=__doc__)
     parser.add_argument("--docs", action="store_true", help="also write the table into the document")
-    parser.add_argument("--filter", default="", help="regular expression on loss and trainer; nothing is then written")
+    parser.add_argument("--filter", default="", help="regular expression on loss and trainer; writes nothing")
     args = parser.parse_args()
     results = {"machine": machine("cpu"), "commit": _commit(), "rows": compare(args.filter)}
     text = table(results)

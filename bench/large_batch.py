@@ -1,12 +1,13 @@
-"""`python -m bench.large_batch`: what the exact gradient of a large batch costs by chunks.
+"""`python -m bench.large_batch`: time and memory of the exact gradient of a large batch, computed in chunks.
 
-VICReg of two views of digits, with a ResNet-18 (GroupNorm, so that chunks are exact; 11.2 M parameters) and a projector
-with batch norm. Every row runs in a process of its own.
+The loss is VICReg of two views of digits. The backbone is a ResNet-18 with GroupNorm, so that chunks are exact (11.2 M
+parameters); the projector has batch norm. Every row runs in its own process.
 
-Time: medians, full batch and chunks in turns. Memory: the most bytes allocated during a step over what was there, as in
-`bench.run`, and beside it the growth of the resident set, which also has what the C library keeps. "One chunk" is what
-training at that size takes: chunk_size images of one view, through backbone and projector, that add to gradients which
-are there. Limit: a batch of 4096 under RLIMIT_DATA, so much over what the process has at its start.
+Times are medians; the full batch and the chunks alternate. Memory is the peak of the bytes allocated during a step,
+beyond those allocated before it, as in `bench.run`. The growth of the resident set is printed too; it includes what the
+C library keeps. "One chunk" is a training step with a batch of that size: chunk_size images of one view go through
+backbone and projector, and their gradients are added to existing ones. Last, a batch of 4096 runs under RLIMIT_DATA,
+with a fixed number of bytes beyond those that the process has at its start.
 """
 
 from __future__ import annotations
@@ -52,7 +53,7 @@ class Block(nn.Module):
 
 
 def resnet18() -> nn.Module:
-    """For small images: a 3 x 3 stem without pooling. 512 numbers per image."""
+    """A ResNet-18 for small images: a 3 x 3 stem without pooling, and 512 features per image."""
     widths = (64, 64, 128, 256, 512)
     blocks = [
         Block(i if k == 0 else w, w, 2 if k == 0 and w > 64 else 1) for i, w in pairwise(widths) for k in range(2)
@@ -70,7 +71,7 @@ def projector(width: int = 1024) -> nn.Module:
 
 
 def two_views(batch: int, side: int) -> list[Tensor]:
-    """Digits, one channel repeated, each view with its own noise; images repeat past 1797."""
+    """Digits with their channel repeated three times and separate noise in each view. Images repeat after 1797."""
     digits = torch.from_numpy(load_digits().images / 16).float()[:, None]
     digits = F.interpolate(digits, (side, side), mode="bilinear").expand(-1, 3, -1, -1)
     rows = torch.arange(batch) % len(digits)
@@ -78,14 +79,14 @@ def two_views(batch: int, side: int) -> list[Tensor]:
 
 
 def step(name: str, batch: int, side: int, chunk_size: int) -> Callable[[], Tensor]:
-    """One step's forward and backward, by its row; gradients are new each time, as after zero_grad."""
+    """Forward and backward of one step of the row `name`, with gradients that start at None as after zero_grad."""
     torch.manual_seed(0)
     backbone, project = resnet18(), projector()
     views = two_views(batch, side)
     parameters = [*backbone.parameters(), *project.parameters()]
 
     def accumulated() -> Tensor:
-        for x in views:  # the second one finds gradients to add to
+        for x in views:  # the second view adds to the gradients of the first
             loss = project(backbone(x[:chunk_size])).square().sum()
             loss.backward()
         return loss.detach()
@@ -109,15 +110,15 @@ def step(name: str, batch: int, side: int, chunk_size: int) -> Callable[[], Tens
 
 
 def resident(field: str) -> int:
-    """Bytes of the resident set now (VmRSS) or at most (VmHWM), or of all data (VmData); 0 where /proc does not say."""
+    """Bytes of the resident set (VmRSS), its peak (VmHWM) or all data (VmData); 0 where /proc has no such field."""
     path = Path("/proc/self/status")
     lines = path.read_text().splitlines() if path.exists() else []
     return next((1024 * int(line.split()[1]) for line in lines if line.startswith(field)), 0)
 
 
 def memory(name: str, batch: int, side: int, chunk_size: int) -> dict:
-    """Peaks of one step, as allocated and as resident."""
-    step(name, 8, side, 4)()  # what the libraries keep from their first call on
+    """The peaks of one step, of the allocator and of the resident set."""
+    step(name, 8, side, 4)()  # libraries allocate what they keep in their first call
     call = step(name, batch, side, chunk_size)
     Path("/proc/self/clear_refs").write_text("5")
     before = resident("VmRSS")
@@ -128,7 +129,7 @@ def memory(name: str, batch: int, side: int, chunk_size: int) -> dict:
 
 
 def times(batch: int, side: int, chunk_size: int, rounds: int, patience: float) -> dict:
-    """Medians of full batch and chunks, in turns, and how far the gradients' losses are apart."""
+    """Times of the full batch and of chunks, which alternate, and the loss of each."""
     calls = {name: step(name, batch, side, chunk_size) for name in ROWS[:2]}
     losses = {name: float(call()) for name, call in calls.items()}
     busy = wait_for_quiet(patience=patience)
@@ -142,7 +143,7 @@ def times(batch: int, side: int, chunk_size: int, rounds: int, patience: float) 
 
 
 def limited(name: str, batch: int, side: int, chunk_size: int, room: int) -> dict:
-    """One step with at most `room` bytes of data more than the process has after its imports."""
+    """One step with at most `room` bytes of data beyond those that the process has after its imports."""
     limit = resident("VmData") + room
     resource.setrlimit(resource.RLIMIT_DATA, (limit, limit))
     start = time.perf_counter()
@@ -157,7 +158,7 @@ def limited(name: str, batch: int, side: int, chunk_size: int, room: int) -> dic
 
 
 def child(**settings: object) -> dict:
-    """The result of one of the above in a new process."""
+    """The result of one of the functions above, run in a new process."""
     command = [sys.executable, "-m", "bench.large_batch", "--worker", json.dumps(settings)]
     done = subprocess.run(command, env=dict(os.environ), capture_output=True, text=True)
     for line in done.stdout.splitlines():
@@ -168,7 +169,7 @@ def child(**settings: object) -> dict:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.large_batch", description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="small batches, few rounds; nothing to quote")
+    parser.add_argument("--quick", action="store_true", help="small batches, few rounds; not for publication")
     parser.add_argument("--limit", action="store_true", help="only the batch of 4096 in 1 GiB; nothing is written")
     parser.add_argument("--docs", action="store_true", help="also write the table into the documentation")
     parser.add_argument("--out", type=Path, help="result file; default bench/results/large_batch-<machine>.json")
@@ -210,7 +211,7 @@ def main() -> None:
 
 
 def in_little_memory(batch: int, side: int, chunk_size: int, room: int) -> list[dict]:
-    """One step of a batch where the full one has no room, said as it comes."""
+    """One step with a batch that does not fit as a whole. Each result is printed at once."""
     print(f"ResNet-18, two views of {batch} images of {side} x {side}, with {room >> 20} MiB for a step:")
     rows = []
     for name in ROWS[:2]:
@@ -232,7 +233,7 @@ def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) ->
         "ResNet-18 (GroupNorm, 11.2 M parameters), projector with batch norm, VICReg, two views of "
         f"{images}, chunks of {first['chunk_size']}; {machine_and_file}.",
         "",
-        "| a step of | s | over the full batch | peak MB allocated |",
+        "| step | time, s | time / full batch | peak MB allocated |",
         "| --- | --- | --- | --- |",
     ]
     for row in rows:
@@ -241,8 +242,9 @@ def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) ->
     lines += [
         f"| cached embeddings | | | {results['cached_bytes'] / 1e6:.1f} |",
         "",
-        f"Its peak is {results['peak_over_chunk_and_cached']:.2f} of one chunk's and the embeddings'. Two views of "
-        f"{limit['batch']} images of {limit['side']} x {limit['side']}, {limit['room_bytes'] >> 20} MiB for the step: "
+        f"The peak of large_batch is {results['peak_over_chunk_and_cached']:.2f}x that of one chunk plus the cached "
+        f"embeddings. With two views of {limit['batch']} images of {limit['side']} x {limit['side']} and "
+        f"{limit['room_bytes'] >> 20} MiB for the step: "
         + "; ".join(f"{row['implementation']}: {ended(row)}" for row in little)
         + ".",
     ]
@@ -267,8 +269,9 @@ def table(rows: list[dict], cached: int, ratios: dict[str, float]) -> None:
         )
     print(f"{'cached embeddings':20}{'':>10}{cached / 1e6:10.1f}")
     print(
-        f"time: {ratios['time_ratio']:.2f} of the full batch's; peak: {ratios['peak_over_full_batch']:.2f} of the full "
-        f"batch's, {ratios['peak_over_chunk_and_cached']:.2f} of one chunk's and the cached embeddings'"
+        f"time: {ratios['time_ratio']:.2f}x the full batch; "
+        f"peak: {ratios['peak_over_full_batch']:.2f}x the full batch, "
+        f"{ratios['peak_over_chunk_and_cached']:.2f}x one chunk plus the cached embeddings"
     )
 
 

@@ -1,4 +1,4 @@
-"""The digits of the examples: images, two views, network, linear probe."""
+"""Parts of the examples on digits: images, two views, network, linear probe."""
 
 import numpy as np
 import torch
@@ -10,11 +10,11 @@ from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
 from torch import nn
 
-TRAINING_IMAGES = 1198  # two thirds; the others are held out
+TRAINING_IMAGES = 1198  # two thirds of the images; the others are held out
 
 
 def split_digits(seed):
-    """Train and test images (N, 1, 8, 8) in [0, 1], and their labels."""
+    """Training and test images (N, 1, 8, 8) in [0, 1], and the labels of both."""
     images, labels = load_digits(return_X_y=True)
     images = torch.from_numpy(images / 16).float().view(-1, 1, 8, 8)
     return train_test_split(images, labels, train_size=TRAINING_IMAGES, stratify=labels, random_state=seed)
@@ -32,7 +32,7 @@ def accuracy(images, labels, network):
 
 
 def augment(images, generator):
-    """A random rotation, scale and shift, brightness and noise of every image, bilinear."""
+    """Apply a random rotation, scale, shift, brightness and noise to every image, with bilinear sampling."""
     n = len(images)
 
     def uniform(low, high):
@@ -53,11 +53,11 @@ def two_views(images, batch, generator, device):
 
 class Normalize(nn.Module):
     def forward(self, images):
-        return (images - 0.3) / 0.37  # mean and deviation of the digits
+        return (images - 0.3) / 0.37  # mean and standard deviation of the digits
 
 
 def build_network(args):
-    """Encoder to 512 numbers, projector hidden-hidden-width; the same weights for the same seed."""
+    """Encoder to 512 features, projector hidden-hidden-width. The same seed gives the same weights."""
     torch.manual_seed(args.seed)
     encoder = nn.Sequential(
         Normalize(),
@@ -74,20 +74,20 @@ def build_network(args):
 
 
 def features(network, *image_sets):
-    """The encoder's output for every set of images, as numpy."""
+    """The encoder's output for every set of images, as numpy arrays."""
     device = next(network.parameters()).device
     with torch.no_grad():
         return [network[0](images.to(device)).cpu().numpy() for images in image_sets]
 
 
 def linear_accuracy(train_x, test_x, train_y, test_y):
-    """Of a linear classifier on held-out digits."""
+    """Accuracy of a linear classifier on held-out digits."""
     classifier = make_pipeline(StandardScaler(), LogisticRegression(max_iter=300))
     return classifier.fit(train_x, train_y).score(test_x, test_y)
 
 
 def probe(train_x, test_x, train_y, test_y, draws=5):
-    """Accuracy of a linear classifier on held-out digits: from all labels, and from 5 per class over a few draws."""
+    """Accuracy of a linear classifier on held-out digits, from all labels and from 5 per class (mean of the draws)."""
     few = []
     for draw in range(draws):
         random = np.random.default_rng(draw)

@@ -1,4 +1,4 @@
-"""The figure of vicreg_digits.py: curves, times, accuracies."""
+"""The figure of vicreg_digits.py: loss curves, times, accuracies."""
 
 import matplotlib
 import numpy as np

@@ -1,4 +1,4 @@
-"""The flags of the self-supervised digits, and their checks."""
+"""The flags of the self-supervised examples on digits, and their checks."""
 
 from pathlib import Path
 
@@ -7,7 +7,7 @@ from _digits import TRAINING_IMAGES
 
 
 def add_flags(parser, sizes, out):
-    """`sizes`, default by name, and what every example has."""
+    """Add a flag for each of `sizes` (name: default), and the flags that all these examples have."""
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run; default 0")
@@ -16,7 +16,7 @@ def add_flags(parser, sizes, out):
 
 
 def check_flags(parser, args, least):
-    """Ends with one sentence where a size is below its `least`, by name, or another flag of the above is wrong."""
+    """Exit with a one-line error if a size is below its bound in `least` (name: bound), or another flag is invalid."""
     for name, bound in least.items():
         if getattr(args, name) < bound:
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}.")
@@ -27,6 +27,6 @@ def check_flags(parser, args, least):
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {args.device!r}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
-        parser.error("--device cuda needs a CUDA GPU and a torch built for it, and there is none here.")
+        parser.error("--device cuda needs a CUDA GPU and a torch built for CUDA; none was found.")
     if args.out.suffix != ".png":
         parser.error(f"--out must be the name of a .png file, got {args.out}.")

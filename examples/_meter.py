@@ -1,10 +1,10 @@
-"""Seconds and memory of the parts of a step, on CPU by torch's profiler, on CUDA by the allocator's counters."""
+"""Time and memory of the parts of a step, by torch's profiler on a CPU and by the allocator's counters on CUDA."""
 
 import os
 import time
 from contextlib import contextmanager, nullcontext
 
-os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # or the profiler prints two lines at every use
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # otherwise the profiler prints two lines at every use
 
 import numpy as np
 import torch
@@ -12,7 +12,7 @@ from torch.profiler import profile
 
 
 class Meter:
-    """Seconds of the named parts of a step and, with memory, the most bytes that stood beside what was there before."""
+    """Seconds of each named part of a step and, with `memory`, its peak of bytes beyond what was allocated before."""
 
     def __init__(self, device, memory=False):
         self.device, self.memory = torch.device(device), memory

@@ -1,4 +1,4 @@
-"""What the examples of orthogonal weights share: flags, training that goes on from a checkpoint, figure and verdict."""
+"""Parts of the examples on orthogonal weights: flags, training that resumes from a checkpoint, figure and verdict."""
 
 import argparse
 import os
@@ -17,15 +17,15 @@ from sslkern.nn import OrthogonalRNN
 from sslkern.nn.orthogonal import orthogonal_parameters, other_parameters
 from sslkern.optim import ProjUNN, orthogonality_error
 
-EVERY, TAIL = 50, 20  # steps between two checkpoints or scores; last steps whose mean loss counts
-FREE = ("steps", "checkpoint", "out", "device")  # flags in which a run may differ from its checkpoint
-RECORD = ("losses", "scores", "seconds", "worst")  # of a run, in its checkpoint
-FAR = 1e-5  # from orthogonality
+EVERY, TAIL = 50, 20  # steps between checkpoints and scores; number of last steps for the reported loss
+FREE = ("steps", "checkpoint", "out", "device")  # flags that may differ between a run and its checkpoint
+RECORD = ("losses", "scores", "seconds", "worst")  # attributes of a run that its checkpoint has
+FAR = 1e-5  # largest distance from orthogonality that passes
 RMSPROP = partial(torch.optim.RMSprop, alpha=0.9)
 
 
 class Recurrent(nn.Module):
-    """An orthogonal recurrence and a linear readout: (T, B, inputs) to (T, B, outputs)."""
+    """An OrthogonalRNN with a linear readout: (T, B, inputs) -> (T, B, outputs)."""
 
     def __init__(self, inputs, hidden, outputs, nonlinearity="modrelu", init="henaff"):
         super().__init__()
@@ -43,7 +43,7 @@ def positive(text):
 
 
 def flags(doc, out, sizes, lr, rank=1):
-    """A parser with `sizes`, default and help by name, and what all the examples have."""
+    """A parser with `sizes` (name: default and help text) and the flags that all these examples have."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, (default, text) in sizes.items():
         parser.add_argument(f"--{name}", type=positive, default=default, help=text)
@@ -52,15 +52,15 @@ def flags(doc, out, sizes, lr, rank=1):
     parser.add_argument("--retraction", choices=("tangent", "direct", "cayley"), default="tangent")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--checkpoint", type=Path, help=f"file to go on from, written every {EVERY} steps")
+    parser.add_argument("--checkpoint", type=Path, help=f"file to resume from, written every {EVERY} steps")
     parser.add_argument("--out", type=Path, default=Path(out))
     return parser
 
 
 def train(args, name, build, batch_of, loss_of, line, score_of=None, slower=32, rest=RMSPROP):
-    """The network, the loss of every step, scores by step, seconds, and the largest distance from orthogonality.
+    """Train a network; returns it with losses, scores by step, seconds and the largest distance from orthogonality.
 
-    The orthogonal weights of `build()` take ProjUNN's steps of lr / slower, the others those of `rest`.
+    ProjUNN trains the orthogonal weights of `build()` at learning rate lr / slower; `rest` trains the others at lr.
     """
     torch.manual_seed(args.seed)
     network, generator = build().to(args.device), torch.Generator().manual_seed(args.seed)
@@ -85,7 +85,7 @@ def train(args, name, build, batch_of, loss_of, line, score_of=None, slower=32, 
         run.losses.append(loss.item())
         run.seconds += time.perf_counter() - start
         errors = [orthogonality_error(p).max().item() for p in ours]
-        run.worst = torch.tensor([run.worst, *errors], dtype=torch.double).max().item()  # NaN, too, is kept
+        run.worst = torch.tensor([run.worst, *errors], dtype=torch.double).max().item()  # torch's max propagates NaN
         due = (step + 1) % EVERY == 0
         if score_of and due:
             run.scores[step + 1] = score_of(network)
@@ -98,14 +98,14 @@ def train(args, name, build, batch_of, loss_of, line, score_of=None, slower=32, 
 
 
 def setting(args):
-    """What a checkpoint must agree in; steps may grow."""
+    """The flags in which a run must agree with its checkpoint."""
     return {key: str(value) for key, value in vars(args).items() if key not in FREE}
 
 
 def load(args, run, optimizers, generator):
     saved = torch.load(args.checkpoint, map_location="cpu")
     if saved["setting"] != setting(args):
-        sys.exit(f"{args.checkpoint} is of another setting, {saved['setting']}: name another file.")
+        sys.exit(f"{args.checkpoint} has different settings, {saved['setting']}: name another file.")
     run.network.load_state_dict(saved["network"])
     for optimizer, state in zip(optimizers, saved["optimizers"], strict=True):
         optimizer.load_state_dict(state)
@@ -115,7 +115,7 @@ def load(args, run, optimizers, generator):
 
 
 def save(args, run, optimizers, generator):
-    """By way of another file: who is stopped while writing keeps the last checkpoint."""
+    """Write a temporary file, then rename it: a run that is stopped while writing keeps its last checkpoint."""
     states = {"network": run.network.state_dict(), "optimizers": [o.state_dict() for o in optimizers]}
     record = {key: getattr(run, key) for key in RECORD}
     args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +141,7 @@ def figure(args, title, panels=1):
 
 
 def draw_losses(axes, run, name, line=None):
-    """The loss of every step and its running median, over the no-memory line if there is one."""
+    """Plot the loss of every step and its running median, with the memoryless baseline `line` if there is one."""
     axes.plot(run.losses, color="C0", linewidth=0.5, alpha=0.4)
     width = max(1, len(run.losses) // 50)
     medians = torch.tensor(run.losses).unfold(0, width, 1).median(-1).values
@@ -152,7 +152,7 @@ def draw_losses(axes, run, name, line=None):
 
 
 def draw_scores(axes, run, name, line, label):
-    """The score by step, over the line to beat."""
+    """Plot the score by step, with the baseline `line`."""
     scores = {**run.scores, len(run.losses): run.score}
     axes.plot(scores.keys(), scores.values(), color="C0", marker=".")
     axes.set(xlabel="step", ylabel=name)
@@ -165,7 +165,7 @@ def draw_line(axes, line, label, place):
 
 
 def report(args, run, seen, good, wanted):
-    """Prints what was seen, and exits with the verdict."""
+    """Print the results and exit with the verdict."""
     steps = len(run.losses)
     print(f"{steps} steps in {run.seconds:.0f} s, {1e3 * run.seconds / steps:.0f} ms each. {args.out}")
     print(seen)
@@ -176,7 +176,7 @@ def report(args, run, seen, good, wanted):
 
 
 def report_loss(args, run, name, line, share, factor):
-    """The verdict on the mean loss of the last steps, against the no-memory line."""
+    """Report the mean loss of the last steps against the memoryless baseline."""
     tail = run.losses[-TAIL:]
     final = sum(tail) / len(tail)
     seen = f"{name} of the last {len(tail)} steps {final:.5f}, no memory {line:.5f}: {line / final:.1f} times lower"

@@ -1,13 +1,13 @@
-"""Adding: the sum of two marked numbers of a long sequence, by a recurrent network whose weight stays orthogonal.
+"""Adding task: the sum of two marked numbers in a long sequence, by an RNN whose recurrent weight stays orthogonal.
 
-The sequence has T pairs of a number, uniform in [0, 1], and a mark, 1 at one place in each half, else 0; the target,
-after the last pair, is the sum of the two marked numbers. Who remembers nothing predicts 1 and has a mean squared error
-of 1/6, the variance of that sum: the no-memory line. The recurrent weight takes projUNN's steps and an eighth of the
-learning rate, the rest Adam's.
+The sequence has T pairs of a number, uniform in [0, 1], and a mark. The mark is 1 at one place in each half, and 0
+elsewhere. The target, after the last pair, is the sum of the two marked numbers. A model without memory predicts 1 and
+has a mean squared error of 1/6, the variance of that sum: the no-memory line. ProjUNN trains the recurrent weight with
+an eighth of the learning rate; Adam trains the rest.
 
     python examples/adding_task.py                                                one to two minutes on two cores
     python examples/adding_task.py --length 200 --hidden 170 --lr 1e-3 --rank 1 --steps 20000    the paper's setting
-    python examples/adding_task.py --checkpoint out/adding.pt                     goes on where it was stopped
+    python examples/adding_task.py --checkpoint out/adding.pt                     resumes where it was stopped
 
 Task and settings: Kiani et al., projUNN (2203.05483), after Arjovsky et al. (1511.06464).
 """

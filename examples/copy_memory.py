@@ -1,12 +1,13 @@
-"""Copying memory: ten symbols, a long blank, and the ten again, by a recurrent network whose weight stays orthogonal.
+"""Copying memory: repeat ten symbols after a long blank, by an RNN whose recurrent weight stays orthogonal.
 
-The sequence has T + 20 steps: 10 symbols of 8, T - 1 blanks, a marker, 10 blanks; the target is blank, but for the 10
-symbols at the end. Who remembers nothing predicts blanks, and 8 symbols alike at the end: a cross-entropy of
-10 ln 8 / (T + 20), the no-memory line. The recurrent weight takes projUNN's steps of rank 1, the rest RMSprop's.
+The sequence has T + 20 steps: 10 symbols out of 8, T - 1 blanks, a marker, and 10 blanks. The target is blank except
+for the last 10 steps, which repeat the symbols. A model without memory predicts blanks and then all 8 symbols with the
+same probability. Its cross-entropy is 10 ln 8 / (T + 20): the no-memory line. ProjUNN trains the recurrent weight by
+steps of rank 1; RMSprop trains the rest.
 
     python examples/copy_memory.py                                                   under a minute on two cores
     python examples/copy_memory.py --blank 1000 --hidden 190 --batch 128 --lr 7e-4 --steps 2000    the paper's setting
-    python examples/copy_memory.py --checkpoint out/copy.pt                          goes on where it was stopped
+    python examples/copy_memory.py --checkpoint out/copy.pt                          resumes where it was stopped
 
 Task and settings: Kiani et al., projUNN (2203.05483), after Arjovsky et al. (1511.06464).
 """

@@ -1,15 +1,15 @@
 """VICReg on real digits (scikit-learn's) over several processes, with the gradient of the joint batch.
 
-First the check: in fp64, the gradient that DistributedDataParallel averages over the processes against that of one
-process on their joint batch. Then the training, in which step s sees the same images whatever the number of processes,
-a checkpoint that resumes to the same bits, and a linear probe. On CPUs by gloo, on GPUs by NCCL.
+The check comes first. In fp64, it compares the gradient that DistributedDataParallel averages over the processes with
+the gradient of one process on the joint batch. Training follows, with a checkpoint that resumes bit for bit, and a
+linear probe. Step s sees the same images for any number of processes. CPUs use gloo, GPUs use NCCL.
 
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py               under a minute on two cores
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --fsdp        the projector sharded by FSDP2 (fully_shard)
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --chunk 32    the encoder in chunks, replayed in the backward
     python examples/ddp_vicreg.py                                    the same in one process
 
-Stop and go on, with the digest of a run that was never stopped:
+Stop and resume, which gives the digest of a run without a stop:
 
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --stop-after 50
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --resume
@@ -39,11 +39,11 @@ from sslkern.nn import SyncBatchNorm
 
 SIZES = {"hidden": 512, "width": 512, "batch": 256, "steps": 150}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
-EXACT = 1e-12  # of the largest gradient, in fp64
+EXACT = 1e-12  # largest error that passes, relative to the largest gradient, in fp64
 
 
 class Network(nn.Module):
-    """Both views through the encoder, whole or in chunks, and each through the projector."""
+    """The encoder on both views together, whole or in chunks, then the projector on each view."""
 
     def __init__(self, args):
         super().__init__()
@@ -69,7 +69,7 @@ def rank():
 
 
 def distributed(network, args):
-    """The network of all processes, and what to call in its place."""
+    """The network with synchronised batch norm, wrapped in DDP or sharded; unchanged in a single process."""
     if not dist.is_initialized():
         return network
     network = SyncBatchNorm.convert_sync_batchnorm(network)
@@ -82,18 +82,18 @@ def distributed(network, args):
 
 
 def views_of(args, images, step):
-    """Two views of step's images for all processes; the same whatever their number, and after a stop."""
+    """Two views of the images of all processes; they depend on the seed and the step only."""
     generator = torch.Generator().manual_seed(args.seed * 1_000_003 + step)
     return two_views(images, args.batch, generator, args.device)
 
 
 def mine(views):
-    """This process's share of the rows, equal but for one."""
+    """This process's share of the rows; shares differ by at most one row."""
     return [view.tensor_split(world_size())[rank()] for view in views]
 
 
 def whole(x):
-    """A tensor that may be in shards."""
+    """The full tensor, if x may be sharded."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
@@ -103,7 +103,7 @@ def gradients(network, views, group):
 
 
 def largest_difference(args, images):
-    """Of the gradients of all processes together and of one on the joint batch, in fp64, in units of the largest."""
+    """The largest error of the joint gradient against one process, in fp64, relative to the largest gradient."""
     views = [view.double() for view in views_of(args, images, 0)]
     one = Network(args).double()
     all_of_them = distributed(copy.deepcopy(one), args)
@@ -112,7 +112,7 @@ def largest_difference(args, images):
 
 
 def save(args, network, optimizer, step):
-    """By the first process, whole or not at all."""
+    """Write the checkpoint from rank 0, by renaming a temporary file."""
     model, optimizing = get_state_dict(network, optimizer, options=WHOLE)
     if rank() == 0:
         args.checkpoint.parent.mkdir(parents=True, exist_ok=True)
@@ -129,13 +129,13 @@ def load(args, network, optimizer):
 
 
 def digest(network):
-    """Of every bit of the parameters and running statistics."""
+    """A hash of every bit of the parameters and the running statistics."""
     model = [*network.parameters(), *network.buffers()]
     return hashlib.sha256(b"".join(whole(t.detach()).cpu().numpy().tobytes() for t in model)).hexdigest()[:16]
 
 
 def train(args, images):
-    """The network, and the loss of the last step: the mean over the processes is that of the joint batch."""
+    """Train from the checkpoint, if --resume, to the last step. Returns the network and that step."""
     network = distributed(Network(args), args)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     done = load(args, network, optimizer) if args.resume else 0
@@ -156,11 +156,11 @@ def parse_arguments():
     for name, default in SIZES.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run; default 0")
-    parser.add_argument("--chunk", type=int, default=0, metavar="N", help="images of the encoder at once; default all")
-    parser.add_argument("--fsdp", action="store_true", help="the projector in shards, by fully_shard")
+    parser.add_argument("--chunk", type=int, default=0, metavar="N", help="images per encoder chunk; default all")
+    parser.add_argument("--fsdp", action="store_true", help="shard the projector by fully_shard")
     parser.add_argument("--checkpoint", type=Path, default=Path("out/ddp_vicreg.pt"), metavar="PT")
     parser.add_argument("--stop-after", type=int, default=0, metavar="N", help="end early, at this step")
-    parser.add_argument("--resume", action="store_true", help="go on from the checkpoint")
+    parser.add_argument("--resume", action="store_true", help="resume from the checkpoint")
     args = parser.parse_args()
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     for name, least in (("hidden", 1), ("width", 2), ("batch", max(2, args.processes)), ("steps", 1), ("chunk", 0)):
@@ -176,7 +176,7 @@ def parse_arguments():
 
 
 def start(args):
-    """The group of all processes, if there are more, and this one's device."""
+    """Set this process's device, and join the process group if there are several processes."""
     cuda = torch.cuda.is_available()
     args.device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0"))) if cuda else torch.device("cpu")
     if cuda:
@@ -207,7 +207,7 @@ def main():
             f"{verdict}: gradient of {args.processes} against one on the joint batch, fp64: {error:.0e} of the largest"
         )
     if dist.is_initialized():
-        dist.barrier()  # who left while others work would take the connections along
+        dist.barrier()  # a process that exits early would close the connections of the others
         dist.destroy_process_group()
     return 0 if passed else 1
 

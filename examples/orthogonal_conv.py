@@ -1,14 +1,14 @@
-"""A convolutional network on digits whose inner convolutions are orthogonal maps, and still are after training.
+"""A convolutional network on digits whose inner convolutions are orthogonal maps, before and after training.
 
-Real 8 x 8 images (scikit-learn's digits) are lifted to C channels by a plain convolution and pass orthogonal ones, as
-wide as the image, with a ReLU after each, to a linear readout. The orthogonal weights, a C x C block per frequency,
-take projUNN's steps of rank 1 and a quarter of the learning rate, the rest Adam's. The line to beat is a linear
-classifier on the pixels; and the dense matrix of every orthogonal convolution, (64 C) x (64 C), must have singular
-values of 1.
+Real 8 x 8 images (scikit-learn's digits) pass a plain convolution to C channels, orthogonal convolutions as large as
+the image, each with a ReLU, and a linear readout. The orthogonal weights are one C x C block per frequency. ProjUNN
+trains them by steps of rank 1 with a quarter of the learning rate; Adam trains the rest. The accuracy must exceed that
+of a linear classifier on the pixels. The singular values of each orthogonal convolution, as a dense (64 C) x (64 C)
+matrix, must be 1.
 
     python examples/orthogonal_conv.py                                 under a minute on two cores
     python examples/orthogonal_conv.py --channels 64 --steps 3000      wider
-    python examples/orthogonal_conv.py --checkpoint out/conv.pt        goes on where it was stopped
+    python examples/orthogonal_conv.py --checkpoint out/conv.pt        resumes where it was stopped
 
 Layer: Kiani et al., projUNN (2203.05483).
 """
@@ -24,7 +24,7 @@ from torch import nn
 from sslkern.nn import OrthogonalConv2d
 
 SIDE = 8
-SIZES = {"channels": (16, "C"), "layers": (3, "orthogonal ones"), "batch": (64, None), "steps": (1500, None)}
+SIZES = {"channels": (16, "C"), "layers": (3, "orthogonal layers"), "batch": (64, None), "steps": (1500, None)}
 
 
 def build(channels, layers):
@@ -35,7 +35,7 @@ def build(channels, layers):
 
 @torch.no_grad()
 def singular_values(layer):
-    """Of the dense matrix of a convolution: its rows are the images of the unit vectors, without the bias."""
+    """Singular values of a convolution as a dense matrix, whose rows are the outputs for unit vectors, without bias."""
     unit = torch.eye(layer.channels * SIDE**2, device=layer.bias.device).view(-1, layer.channels, SIDE, SIDE)
     dense = layer(unit) - layer.bias[:, None, None]
     return torch.linalg.svdvals(dense.flatten(1).double()).cpu()

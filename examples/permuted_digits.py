@@ -1,16 +1,16 @@
-"""Digits pixel by pixel, in a random order, read by a recurrent network whose weight stays orthogonal.
+"""Digits read pixel by pixel in a random order, by an RNN whose recurrent weight stays orthogonal.
 
-Real 8 x 8 images (scikit-learn's digits), one pixel a step, all in the same random permutation, so that neighbours lie
-far apart; the state after the last one answers. The line to beat remembers nothing and sees the last 8 pixels alone: it
-is the better of a linear classifier and a support vector machine, trained and tested on the same images. The recurrent
-weight takes projUNN's steps of rank 1 and a 32nd of the learning rate, the rest RMSprop's.
+Real 8 x 8 images (scikit-learn's digits), one pixel per step, all in the same random permutation, so that neighbours
+are far apart. The state after the last pixel gives the label. The no-memory line is the accuracy from the last 8 pixels
+alone: the better of a linear classifier and a support vector machine, trained and tested on the same images. ProjUNN
+trains the recurrent weight by steps of rank 1 with 1/32 of the learning rate; RMSprop trains the rest.
 
     python examples/permuted_digits.py                                       under a minute on two cores
     python examples/permuted_digits.py --no-permute                          row by row
     python examples/permuted_digits.py --hidden 116 --batch 128 --lr 1e-3    the paper's setting, or --hidden 512
-    python examples/permuted_digits.py --checkpoint out/permuted.pt          goes on where it was stopped
+    python examples/permuted_digits.py --checkpoint out/permuted.pt          resumes where it was stopped
 
-The paper's images are MNIST's, 784 pixels long; here they are the digits in every setting.
+The paper uses MNIST, 784 pixels per image; this example uses the digits in every setting.
 
 Task and settings: Kiani et al., projUNN (2203.05483), after Le et al. (1504.00941).
 """
@@ -29,7 +29,7 @@ SIZES = {"hidden": (116, "N"), "batch": (64, None), "steps": (1500, None)}
 
 
 class Reader(Recurrent):
-    """Images (N, 1, 8, 8), pixel by pixel in the given order, to the logits of the last step, (N, 10)."""
+    """Images (N, 1, 8, 8), read pixel by pixel in the given order -> the logits of the last step, (N, 10)."""
 
     def __init__(self, order, hidden):
         super().__init__(1, hidden, 10)
@@ -40,7 +40,7 @@ class Reader(Recurrent):
 
 
 def without_memory(order, train_x, test_x, train_y, test_y):
-    """Accuracy from the last pixels alone, the better of two classifiers."""
+    """Accuracy from the last pixels alone: the better of two classifiers."""
     seen = [x.flatten(1)[:, order[-LAST:]].numpy() for x in (train_x, test_x)]
     machine = SVC().fit(seen[0], train_y).score(seen[1], test_y)
     return max(linear_accuracy(*seen, train_y, test_y), machine)

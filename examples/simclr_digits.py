@@ -1,12 +1,13 @@
-"""SimCLR on real digits (scikit-learn's) by sslkern: linear probe and independence of the features, along training.
+"""SimCLR on real digits (scikit-learn's): linear probe and independence of the features during training.
 
-Two augmented views, a small convolutional encoder, a projector hidden-hidden-width, Adam. Ten times along the way, on
-held-out digits: the accuracy of a linear classifier of the encoder's output, and the normalised HSIC of its features,
-mean over all pairs. No loss here asks for independent features; the figure shows what becomes of them.
+Two augmented views, a small convolutional encoder, a projector hidden-hidden-width, Adam. Ten times during training,
+two numbers are measured on held-out digits: the accuracy of a linear classifier on the encoder's output, and the
+normalised HSIC of its features, averaged over all pairs. No loss here asks for independent features; the figure shows
+how their dependence changes.
 
     python examples/simclr_digits.py                      under a minute on two cores
     python examples/simclr_digits.py --loss dcl           without the positive among the negatives, or --loss sigmoid
-    python examples/simclr_digits.py --temperature 0.05   a sharper comparison
+    python examples/simclr_digits.py --temperature 0.05   a sharper softmax
 
 Losses: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); Zhai et al., SigLIP (2303.15343). HSIC of the
 features: Mialon et al. (2209.14905).
@@ -30,20 +31,20 @@ from sslkern.metrics import pairwise_hsic
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
-LOOKS = 10  # at the probe and at HSIC, beside that before training
+LOOKS = 10  # measurements during training, besides the one before it
 SIZES = {"hidden": 512, "width": 128, "batch": 256, "steps": 300}
 
 
 def build_loss(args):
-    if args.loss == "sigmoid":  # which learns both its numbers
+    if args.loss == "sigmoid":  # scale and bias are learnt
         return SigmoidLoss(*(nn.Parameter(torch.tensor(x, device=args.device)) for x in (1 / args.temperature, -10.0)))
     return NTXentLoss(args.temperature, decoupled=args.loss == "dcl")
 
 
 def dependence(z):
-    """Normalised HSIC, mean over the pairs of features that are not constant, and how many these are."""
+    """Normalised HSIC, averaged over all pairs of features that are not constant, and the number of these features."""
     deviation = z.std(0)
-    # of a feature that is mostly 0 the median distance is 0, and the bandwidth then 1: deviations make that a fair one
+    # a mostly zero feature has a median distance of 0 and thus a bandwidth of 1, which suits a unit standard deviation
     hsic = pairwise_hsic(z / deviation.masked_fill(deviation == 0, 1), normalized=True)
     live = hsic.diagonal() > 0
     count, total = int(live.sum()), (hsic.sum() - hsic.trace()).item()
@@ -51,21 +52,21 @@ def dependence(z):
 
 
 def shuffled(z, generator):
-    """Every feature in an order of its own, hence all of them independent."""
+    """Every feature shuffled by itself, which makes all of them independent."""
     order = torch.rand(z.shape, generator=generator).argsort(0).to(z.device)
     return z.gather(0, order)
 
 
 @torch.no_grad()
 def held_out(args, network, data):
-    """Features of the held-out digits: the encoder's, and the projector's as the loss sees them, of unit length."""
+    """Features of the held-out digits: the encoder's, and the projector's scaled to unit length, as in the loss."""
     (encoded,) = features(network, data[1])
     encoded = torch.from_numpy(encoded).to(args.device)
     return encoded, F.normalize(network[1](encoded))
 
 
 def look(args, network, data):
-    """What the table has of one point of the training."""
+    """The measurements for one row of the table."""
     hsic, live = {}, {}
     for name, z in zip(("encoder", "projector"), held_out(args, network, data), strict=True):
         hsic[name], live[name] = dependence(z)
@@ -73,7 +74,7 @@ def look(args, network, data):
 
 
 def train(args, data):
-    """The network, the loss of every step, and the looks by step."""
+    """The network, the loss of every step, and the measurements by step."""
     network, loss = build_network(args), build_loss(args)
     generator = torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam([*network.parameters(), *loss.parameters()], lr=1e-3)
@@ -142,7 +143,7 @@ def plot(args, losses, looks, raw, independent):
 
 
 def verdict(looks, raw, independent):
-    """One line of the probe, one of HSIC; True where the probe is better than both it is set against."""
+    """Print one line on the probe and one on HSIC; True if the probe beats raw pixels and the untrained encoder."""
     first, *_, last = looks.values()
     passed = last["probe"][0] > max(raw[0], first["probe"][0])
     against = f"{raw[0]:.3f} of raw pixels and {first['probe'][0]:.3f} of the untrained encoder"

@@ -1,11 +1,11 @@
 """Self-supervised digits, by the published formula and by sslkern: one line changed.
 
 Real 8 x 8 images (scikit-learn's digits), two augmented views, a small encoder, a projector hidden-hidden-width, Adam.
-Network and training code are the same in every run, only the loss is another one. The projector has LayerNorm where the
-papers have BatchNorm, so that nothing but the loss looks across the batch: micro-batches then differ from the whole
-batch by their estimator alone, and 16 of them are one forward with the loss over a (16, 16, width) stack.
+Every run uses the same network and training code, and only the loss differs. The projector has LayerNorm instead of the
+BatchNorm of the papers, so that only the loss looks across the batch. Micro-batches then differ from the whole batch by
+their estimator alone, and 16 of them are one forward with the loss over a (16, 16, width) stack.
 
-    python examples/vicreg_digits.py                     five minutes on two cores, most of it the published formula
+    python examples/vicreg_digits.py                     five minutes on two cores, mostly for the published formula
     python examples/vicreg_digits.py --hidden 8192       the paper's projector
     python examples/vicreg_digits.py --loss barlow       Barlow Twins
 """
@@ -25,12 +25,12 @@ from tqdm import tqdm
 
 import sslkern
 
-EVERY = 5  # steps between two looks at the yardstick
+EVERY = 5  # steps between measurements of the unbiased loss of the whole batch
 MICRO = {"unbiased": "unbiased", "plugin": "plug-in"}  # estimators of the micro-batch runs
-CURVE, POINT = 1e-3, 0.01  # what passes as the same curve, and as the same accuracy
+CURVE, POINT = 1e-3, 0.01  # largest relative distance of curves and difference of accuracies that pass
 
 
-# What a user had before: the official scripts.
+# The losses of the official scripts.
 def off_diagonal(c):
     n = c.shape[0]
     return c.flatten()[:-1].view(n - 1, n + 1)[:, 1:].flatten()
@@ -57,7 +57,7 @@ LOSSES = {
 
 
 def train_step(network, optimizer, loss, views, meter):
-    """One step, the loss a part of its own; the embeddings, their gradients and the loss come back."""
+    """One training step, with the loss timed by itself. Returns the embeddings with their gradients, and the loss."""
     with meter.part("forward"):
         outputs = [network(view) for view in views]
     with meter.part("loss"):
@@ -73,7 +73,7 @@ def train_step(network, optimizer, loss, views, meter):
 
 
 def stacked(loss, micro, **settings):
-    """The mean of the loss over micro-batches, as accumulating their gradients has it."""
+    """The mean of the loss over micro-batches, which has the gradient that accumulation over them gives."""
 
     def over_stack(a, b):
         a, b = (z.unflatten(0, (-1, micro)) for z in (a, b))
@@ -83,7 +83,7 @@ def stacked(loss, micro, **settings):
 
 
 def errors(loss, a, b, value):
-    """Relative error of the value and of a's and b's gradients, against the dual in fp64 on the same embeddings."""
+    """Relative errors of the loss and of the gradient of a and b, against the dual in fp64 on the same embeddings."""
     a64, b64 = (z.detach().double().requires_grad_() for z in (a, b))
     with sslkern.backend.use("reference"):
         truth = loss(a64, b64)
@@ -93,7 +93,7 @@ def errors(loss, a, b, value):
 
 
 def first_table(args, images):
-    """One published step and three by sslkern, on the same weights (learning rate 0) and the same views."""
+    """Compare one published step with three by sslkern, on the same weights (learning rate 0) and the same views."""
     network = build_network(args)
     optimizer = torch.optim.Adam(network.parameters(), lr=0.0)
     views = two_views(images, args.batch, torch.Generator().manual_seed(args.seed), args.device)
@@ -124,7 +124,7 @@ def first_table(args, images):
 
 
 def check_stack(args, images):
-    """Accumulates one step over micro-batches for real; prints its distance from the stacked form of the runs below."""
+    """Accumulate one step over micro-batches; print the distance of its gradient from that of the stack."""
     network, gradients = build_network(args), []
     views = two_views(images, args.batch, torch.Generator().manual_seed(args.seed), args.device)
     loss = partial(sslkern.vicreg_loss, estimator="unbiased")
@@ -139,7 +139,7 @@ def check_stack(args, images):
 
 
 def train(args, data, label, loss, steps, look_at=()):
-    """Loss, seconds and yardstick (unbiased loss of the whole batch) by step; features after the steps in look_at."""
+    """Loss, seconds and unbiased loss of the whole batch ("yardstick") by step; features after the steps in look_at."""
     network, generator = build_network(args), torch.Generator().manual_seed(args.seed)
     optimizer = torch.optim.Adam(network.parameters(), lr=1e-3)
     run = {"loss": [], "seconds": {"loss": [], "step": []}, "yardstick": {}, "features": {}}
@@ -183,7 +183,7 @@ def micro_label(args, name):
 
 
 def probe_all(args, data, runs):
-    """Accuracies by row label, printed as a table."""
+    """Accuracies by row label, also printed as a table."""
     early, flat = args.published_steps, [images.flatten(1).numpy() for images in data[:2]]
     rows = {"raw pixels": flat, "untrained encoder": runs["sslkern"]["features"][0]}
     rows[f"published, {early} steps"] = runs["published"]["features"][early]
@@ -199,7 +199,7 @@ def probe_all(args, data, runs):
 
 
 def verdict(args, runs, times, distance, accuracies):
-    """One line of what was seen; True where all of it is as it should be."""
+    """Print one line of results; True if all of them pass."""
     early = args.published_steps
     speed = {part: times["published"][part] / times["sslkern"][part] for part in ("loss", "step")}
     best, raw = accuracies[f"sslkern, {args.steps} steps"][0], accuracies["raw pixels"][0]
@@ -215,7 +215,7 @@ def verdict(args, runs, times, distance, accuracies):
         checks[seen] = abs(gap["unbiased"]) <= POINT
     passed = all(checks.values())
     print("PASS: " if passed else "FAIL: ", end="")
-    print(", ".join(seen if ok else f"NOT as it should be: {seen}" for seen, ok in checks.items()))
+    print(", ".join(seen if ok else f"FAILED: {seen}" for seen, ok in checks.items()))
     return passed
 
 

@@ -1,7 +1,7 @@
-"""`python -m bench.gpu.results results.jsonl`: what a run found, kept with the sources.
+"""`python -m bench.gpu.results results.jsonl`: keep the results of a GPU run with the sources.
 
-Writes bench/results/<device>.json, .md and .png, and the table into docs/gpu.md; nothing in them is typed. Given the
-.json, it writes the others again.
+Writes bench/results/<device>.json, .md and .png, the tables of docs/gpu.md, and the documents that `python -m bench
+--readme` writes. Given the .json, it writes all others again.
 """
 
 from __future__ import annotations
@@ -12,20 +12,30 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..report import _times, bars, into_document
+from ..figures import bars
+from ..report import documents, into_document
+from ..summary import speedup
 from . import table
 from .machine import rows as read
 
 ROOT = Path(__file__).parents[2]
 DOCUMENT = ROOT / "docs" / "gpu.md"
-KEPT = ("speed", "profile")  # phases whose rows are all kept; of the others, how many were right
+KEPT = ("speed", "profile")  # the phases whose rows are kept; the other phases are only counted
+HEADS = (
+    *("case", "kernels", "wall", "floor", "kernels / floor", "published", "vs published", "three-line"),
+    *("vs three-line", "extra MiB", "error"),
+)
+KERNELS = (
+    "The kernels of five ops, profiled with Nsight Compute. Calls and us are totals, all other columns are means. The "
+    "kernels of sslkern come first."
+)
 
 
 def gathered(rows: list[dict]) -> dict:
-    """Machine, ceilings, counts and failures of a run, and the rows of its measurements."""
+    """The machine, ceilings, counts, failures and measurements of a run."""
     told = {row["what"]: row for row in table.of(rows, "versions")}
     if "gpu" not in told:
-        raise SystemExit("The results are not those of a GPU: they have no row that names one.")
+        raise SystemExit("These are not the results of a GPU run: no row names a GPU.")
     packages = told["python"]["packages"]
     machine = {
         "device": told["gpu"]["note"].split(",")[0],
@@ -53,23 +63,29 @@ def gathered(rows: list[dict]) -> dict:
 
 
 def markdown(results: dict, path: Path) -> str:
+    """The tables of a run; `path` is its result file."""
     m, c = results["machine"], results["ceilings"]
     lines = [
         f"{m['gpu']}; torch {m['torch']}, Triton {m['triton']}, {m['date']}, commit {m['commit']} ({path}).",
-        f"Ceilings: copy {c['copy'] * 1e-12:.2f} TB/s; products of 8192, in Tflop/s: fp32 {c['sgemm'] * 1e-12:.0f}, "
-        f"TF32 {c['tf32 product'] * 1e-12:.0f}, bf16 {c['bf16 product'] * 1e-12:.0f}; a launch "
-        f"{c['launch'] * 1e6:.1f} us, a kernel of a CUDA graph {c['replayed kernel'] * 1e6:.1f} us.",
+        f"Ceilings: a copy reaches {c['copy'] * 1e-12:.2f} TB/s. Products of 8192 x 8192 matrices reach, in Tflop/s, "
+        f"{c['sgemm'] * 1e-12:.0f} in fp32, {c['tf32 product'] * 1e-12:.0f} in TF32 and "
+        f"{c['bf16 product'] * 1e-12:.0f} in bf16. A launch takes {c['launch'] * 1e6:.1f} us, a kernel in a CUDA graph "
+        f"{c['replayed kernel'] * 1e6:.1f} us.",
         "",
-        "Medians in us, p20-p80 in brackets, of the kernels of a CUDA graph, replayed on inputs that no cache holds,",
-        "and of the wall time of a call. The floor is bytes at the copy rate, or flops at the rate of products of that",
-        "precision, whichever is more. Memory is beside the inputs, gradients included; errors are against fp64, of",
-        "the value or the gradients, the larger. Faster: kernels over kernels or, marked w, wall over wall, where one",
-        "of the two cannot be captured; - where ours is more than 4 times as wrong plus 8 eps; nothing where there is",
-        "no such form.",
+        "Times are medians in us with p20-p80 in brackets: of the kernels in a replayed CUDA graph with cold caches,",
+        "and of the wall time of a call. The floor is the larger of bytes at the copy rate and flops at the product",
+        "rate of that precision.",
+        "",
+        "- *vs published* and *vs three-line* compare the times of the kernels. `w` marks wall times, where one of the",
+        "  two versions cannot be captured in a CUDA graph.",
+        "- `-` marks a ratio that is not shown because the error of sslkern exceeds 4 times that of plain torch plus",
+        "  8 eps. An empty cell means that there is no such version.",
+        "- *Extra MiB* is the peak memory beyond the inputs, gradients included: plain / sslkern.",
+        "- *Error* is the larger of the errors of the value and of the gradients, against fp64: plain / sslkern. Plain",
+        "  is the published formula, or the three-line version where no published one was run.",
         "",
     ]
-    heads = ("case", "kernels", "wall", "floor", "over it", "published", "faster", "smart", "faster", "MB", "error")
-    lines += _head(heads)
+    lines += _head(HEADS)
     for line in table.comparison(results["rows"]):
         over = line.over_floor()
         cells = [
@@ -82,20 +98,20 @@ def markdown(results: dict, path: Path) -> str:
         for other in (line.published, line.smart):
             key = "kernels" if "kernels" in other else "wall"
             cells += [_spread(other, key) + (" w" if other and key == "wall" else ""), _faster(line, other)]
-        for told in (table.megabytes, table.error_of):
-            cells.append(" / ".join(told(row) or "-" for row in (line.published or line.smart, line.ours)))
+        for text in (table.megabytes, table.error_of):
+            cells.append(" / ".join(text(row) or "-" for row in (line.published or line.smart, line.ours)))
         lines.append("| " + " | ".join(cells) + " |")
     heads, kernels = table.kernels(results["rows"])
     if kernels:
-        lines += ["", "Kernels of five ops, by the profiler; calls and us in all, means of the rest; ours first:", ""]
+        lines += ["", KERNELS, ""]
         lines += _head(heads)
         lines += [f"| {' | '.join(row)} |" for row in kernels]
-    lines += ["", *_head(("phase", "right", "wrong", "left out", "took"))]
+    lines += ["", *_head(("phase", "passed", "failed", "skipped", "time"))]
     lines += [
         f"| {phase} | {' | '.join(str(value) for value in n.values())} |" for phase, n in results["phases"].items()
     ]
     if results["failures"]:
-        lines += ["", "What was wrong:", ""]
+        lines += ["", "Failed checks:", ""]
         lines += [f"- {f['phase']}: {f['what'][:100]}: {f['note'][:200]}" for f in results["failures"]]
     return "\n".join(lines) + "\n"
 
@@ -112,16 +128,20 @@ def _spread(row: dict, key: str) -> str:
 
 def _faster(line: table.Line, other: dict) -> str:
     ratio = line.ratio(other)
-    return _times(ratio[0] if ratio else None) + (" w" if ratio and ratio[1] == "wall" else "") if other else ""
+    return speedup(ratio[0] if ratio else None) + (" w" if ratio and ratio[1] == "wall" else "") if other else ""
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.results", description=__doc__)
-    parser.add_argument("source", type=Path, help="results.jsonl of a run, or the .json made of it")
+    parser.add_argument("source", type=Path, help="results.jsonl of a run, or the .json made from it")
     source = parser.parse_args().source
     results = json.loads(source.read_text()) if source.suffix == ".json" else gathered(read(source))
     label = re.sub(r"[^a-z0-9]+", "-", results["machine"]["device"].lower()).strip("-")
-    path = Path("bench/results") / f"{label}.json"
+    write(results, Path("bench/results") / f"{label}.json")
+
+
+def write(results: dict, path: Path) -> None:
+    """Write the result file, its tables and its figure, then the documents."""
     (ROOT / path).write_text(json.dumps(results, indent=1) + "\n")
     text = markdown(results, path)
     (ROOT / path).with_suffix(".md").write_text(text)
@@ -129,10 +149,11 @@ def main() -> None:
         (line.name, *(ratio[0] if (ratio := line.ratio(other)) else None for other in (line.published, line.smart)))
         for line in table.comparison(results["rows"])
     ]
-    what = f"times faster on one {results['machine']['device']}, forward + backward (log scale)"
-    bars([bar for bar in shown if any(bar[1:])], "its smart form", what, (ROOT / path).with_suffix(".png"))
+    label = f"times faster on one {results['machine']['device']}, forward + backward (log scale)"
+    bars([bar for bar in shown if any(bar[1:])], "three-line version", label, (ROOT / path).with_suffix(".png"))
     into_document(DOCUMENT, "gpu", f"![times faster](../{path.with_suffix('.png')})\n\n{text}")
     print(f"{path}, {path.with_suffix('.md')}, {path.with_suffix('.png')}, {DOCUMENT.relative_to(ROOT)}")
+    documents()
 
 
 if __name__ == "__main__":

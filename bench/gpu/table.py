@@ -1,18 +1,18 @@
-"""What a run found, in lines that fit the end of a log: failures first, then times, all from the rows."""
+"""The results of a run as a text table that fits the end of a log."""
 
 from __future__ import annotations
 
 from collections import Counter
 from dataclasses import dataclass
 
-ABORT = "abort"  # the row after which nothing would be worth its time
-FOUND = 3  # the exit status of a process that has recorded its failures itself; 1 is that of an uncaught exception
-MOST = 30  # failures told one by one
+ABORT = "abort"  # a row of this name ends the run, since no later phase could give a valid result
+FOUND = 3  # exit status of a process that has recorded its own failures; an uncaught exception gives 1
+MOST = 30  # failures that are listed; the others are counted
 EPS = 2.0**-23
 
 
 def make(rows: list[dict]) -> tuple[str, bool]:
-    """(table, did anything fail)."""
+    """The table, and whether anything failed."""
     failed = failures(rows)
     lines = ["", *machine(rows), *ceilings(rows), *counts(rows), *speeds(rows), *profiles(rows)]
     lines += [f"\n{len(failed)} failures" if failed else "\nnothing failed"]
@@ -31,7 +31,7 @@ def failures(rows: list[dict]) -> list[dict]:
 
 
 def note(row: dict) -> str:
-    """In one line."""
+    """The note of a row in one line."""
     return " ".join(str(row.get("note", "")).split())
 
 
@@ -50,7 +50,7 @@ def ceilings(rows: list[dict]) -> list[str]:
 
 
 def tally(rows: list[dict]) -> list[tuple[str, Counter, str]]:
-    """For each phase: how many rows are right, wrong and left out, and a note on it."""
+    """Each phase, its numbers of passed (True), failed (False) and skipped (None) rows, and a note."""
     found = []
     for phase in dict.fromkeys(row["phase"] for row in rows):
         own = of(rows, phase)
@@ -61,14 +61,14 @@ def tally(rows: list[dict]) -> list[tuple[str, Counter, str]]:
 
 
 def counts(rows: list[dict]) -> list[str]:
-    lines = ["", f"{'phase':<10} {'right':>6} {'wrong':>6} {'left out':>9}   took"]
+    lines = ["", f"{'phase':<10} {'passed':>6} {'failed':>6} {'skipped':>9}   time"]
     lines += [f"{p:<10} {told[True]:>6} {told[False]:>6} {told[None]:>9}   {took}" for p, told, took in tally(rows)]
     return lines
 
 
 @dataclass
 class Line:
-    """A row of ours in a case, and those of the published formula and of its smart form."""
+    """One case: the rows of sslkern, of the published formula and of the three-line version."""
 
     ours: dict
     published: dict
@@ -79,12 +79,13 @@ class Line:
         return self.ours["case"] + self.ours["implementation"].removeprefix("sslkern")
 
     def trusted(self) -> bool:
-        """Ours is at most 4 times as wrong as the plain formula, plus 8 eps."""
+        """Whether the error of sslkern is at most 4 times that of the plain formula, plus 8 eps."""
         plain = self.published if "error" in self.published else self.smart
         return self.ours.get("error", 0.0) <= 4 * plain.get("error", 0.0) + 8 * EPS
 
     def ratio(self, other: dict) -> tuple[float, str] | None:
-        """How many times longer the other takes; by the kernels or, where one cannot be captured, the wall time."""
+        """How many times faster sslkern is, and by which times: those of the kernels, or wall times if one of the two
+        could not be captured. None if the error is too large."""
         for key in ("kernels", "wall"):
             if other.get(key) and self.ours.get(key) and self.trusted():
                 return other[key] / self.ours[key], key
@@ -107,11 +108,11 @@ def comparison(rows: list[dict]) -> list[Line]:
 
 
 def speeds(rows: list[dict]) -> list[str]:
-    """A line for every row of ours, with how many times longer the others' kernels take (their wall time, marked with
-    w, where one of the two cannot be captured; nothing, where ours is too wrong to be compared)."""
+    """A line for each row of sslkern, with its speed-ups by the times of the kernels. `w` marks wall times, where one
+    of the two could not be captured; the cell is empty if the error is too large."""
     found = comparison(rows)
-    head = f"{'case, us':<46} {'kernels':>8} {'wall':>8} {'floor':>8} {'x floor':>7} {'publ.':>7} {'smart':>7}"
-    lines = ["", f"{head} {'MB':>6} {'error':>6} {'publ.':>6}"] if found else []
+    head = f"{'case, us':<46} {'kernels':>8} {'wall':>8} {'floor':>8} {'x floor':>7} {'publ.':>7} {'3-line':>7}"
+    lines = ["", f"{head} {'MiB':>6} {'error':>6} {'publ.':>6}"] if found else []
     for line in found:
         over = line.over_floor()
         cells = [f"{micro(line.ours.get(key)):>8}" for key in ("kernels", "wall", "floor")]
@@ -140,7 +141,7 @@ def error_of(row: dict) -> str:
 
 
 def kernels(rows: list[dict]) -> tuple[list[str], list[list[str]]]:
-    """(heads, cells) of the profile: our kernels in the order of their launches, then the others' by their time."""
+    """(heads, cells) of the profile: the kernels of sslkern in the order of launches, then all others by time."""
     own = [row for row in of(rows, "profile") if "metrics" in row]
     own.sort(key=lambda row: (not row["ours"], 0.0 if row["ours"] else -row["metrics"].get("us", 0.0)))
     keys = list(dict.fromkeys(key for row in own for key in row["metrics"]))

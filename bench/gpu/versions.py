@@ -61,11 +61,11 @@ def main() -> int:
         record.row(tool, note=told(tool, "--version"))
     try:
         import sslkern
-        from sslkern import backend
+        from sslkern import backend, installed
     except Exception as error:
         record.row(table.ABORT, False, note=reason(error))
         return table.FOUND
-    record.row("sslkern", note=f"{sslkern.__file__}; {backend.cuda_build()}; missing: {backend.missing()}")
+    record.row("sslkern", note=f"{sslkern.__file__}; {installed.cuda_build()}; missing: {backend.missing()}")
     record.row("kernels", note={name: backend.choice(name, device.name) for name in backend.declared()})
     if slow := on_the_reference(device.name):
         missing = "; ".join(f"{name}: {why}" for name, why in backend.missing().items())

@@ -1,0 +1,22 @@
+"""Variants of an implementation: compiled, and computed by the reference."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+import sslkern
+
+from .case import Loss
+
+
+def compiled(f: Loss) -> Loss:
+    return torch.compile(f, dynamic=False)
+
+
+def by_reference(loss: Loss) -> Loss:
+    def truth(*inputs: Tensor) -> Tensor:
+        with sslkern.backend.use("reference"):
+            return loss(*inputs)
+
+    return truth
