@@ -68,15 +68,19 @@ build/overlay/ready-%: Makefile
 	  > $$(build/overlay/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))")/parent.pth
 	touch $@
 
-# CUDA kernels only if the installed torch is built for CUDA
+# CUDA kernels only if the installed torch is built for CUDA. The stamp has the time before the build, so that a source
+# that changes during the build is compiled next time
 $(VENV)/built: $(READY) $(SOURCES)
+	touch $@.new
 	$(call SET_UP,examples)
-	touch $@
+	mv $@.new $@
 
 # `built`, and what the tests need besides: their tools, and the CUDA kernels wherever there is an nvcc
 $(VENV)/complete: $(READY) $(SOURCES)
+	touch $@.new
 	export SSLKERN_CUDA=$${SSLKERN_CUDA:-1}; $(call SET_UP,test)
-	touch $(VENV)/built $@
+	cp -p $@.new $(VENV)/built
+	mv $@.new $@
 
 clean:
 	rm -rf build dist *.egg-info sslkern/*.so .venv/built .venv/complete

@@ -147,7 +147,8 @@ class Convention:
 
 
 OFFICIAL, LIGHTLY, SOLO, STABLE = "official script", "lightly", "solo-learn", "stable-pretraining"
-LOCAL = "against the same local statistics"
+LOCAL = "[a]"
+FOOTNOTE = f"{LOCAL} The one-process loss it is compared with also normalises each rank's rows separately."
 
 
 def _ours(title: str, loss: Callable[..., Tensor], how: str = '`group="world"`') -> Convention:
@@ -160,43 +161,45 @@ def _one_view(loss: Callable[..., Tensor]) -> Callable[..., Tensor]:
 
 def conventions() -> list[Convention]:
     return [
-        Convention("VICReg", OFFICIAL, "gathers, then all statistics", _vicreg(0.5)),
-        Convention("VICReg", LIGHTLY, "gathers if asked", _vicreg(0.5)),
-        Convention("VICReg", LIGHTLY, "default: no gathering", _vicreg(0.5, gather=False), _vicreg(0.5), None),
-        Convention("VICReg", SOLO, "gathers; the sum of the hinges", _vicreg(1.0)),
+        Convention("VICReg", OFFICIAL, "gathers, then computes all statistics on the joint batch", _vicreg(0.5)),
+        Convention("VICReg", LIGHTLY, "gathers (optional)", _vicreg(0.5)),
+        Convention("VICReg", LIGHTLY, "default: does not gather", _vicreg(0.5, gather=False), _vicreg(0.5), None),
+        Convention("VICReg", SOLO, "gathers; adds the two views' hinge terms instead of averaging them", _vicreg(1.0)),
         Convention("VICReg", STABLE, "gathers", _vicreg(0.5)),
         _ours("VICReg", sslkern.vicreg_loss),
         _ours("VCReg", _one_view(sslkern.vcreg_loss)),
         Convention(
             "Barlow Twins",
             OFFICIAL,
-            "SyncBatchNorm, raw all-reduce",
+            "SyncBatchNorm, raw all-reduce (not differentiated)",
             _barlow(_synced, "raw", 0.0051),
             expected=0.5,
         ),
         Convention(
             "Barlow Twins",
             SOLO,
-            f"local batch norm, raw all-reduce; {LOCAL}",
+            f"local batch norm, raw all-reduce (not differentiated) {LOCAL}",
             _barlow(_locally(_batch_norm), "raw", 0.005, 0.025),
             expected=0.5,
         ),
         Convention(
             "Barlow Twins",
             LIGHTLY,
-            f"local batch norm, differentiable all-reduce if asked; {LOCAL}",
+            f"local batch norm, differentiable all-reduce (optional) {LOCAL}",
             _barlow(_locally(_batch_norm), "autograd"),
         ),
         Convention(
             "Barlow Twins",
             STABLE,
-            f"local standard deviation + eps, differentiable all-reduce; {LOCAL}",
+            f"local standard deviation + eps, differentiable all-reduce {LOCAL}",
             _barlow(_locally(_std_plus_eps), "autograd"),
         ),
         _ours("Barlow Twins", sslkern.barlow_twins_loss),
-        Convention("NT-Xent", LIGHTLY, "gathers if asked; its own rows against all", _nt_xent_rows),
-        Convention("NT-Xent", SOLO, "gathers; its own rows against all, positives by index", _nt_xent_indices),
-        Convention("NT-Xent", STABLE, "gathers; all rows on every rank", _nt_xent_whole),
+        Convention("NT-Xent", LIGHTLY, "gathers (optional); compares its own rows with all rows", _nt_xent_rows),
+        Convention(
+            "NT-Xent", SOLO, "gathers; compares its own rows with all rows, finds positives by index", _nt_xent_indices
+        ),
+        Convention("NT-Xent", STABLE, "gathers; every rank compares all rows with all rows", _nt_xent_whole),
         _ours("NT-Xent", sslkern.nt_xent_loss),
         _ours("InfoNCE", sslkern.info_nce_loss),
         _ours("Spectral contrastive", sslkern.spectral_contrastive_loss),
@@ -255,10 +258,10 @@ def compare(pattern: str = "") -> list[dict[str, Any]]:
 
 def table(results: dict) -> str:
     lines = [
-        f"Gradients of a linear encoder, averaged over {RANKS} ranks and compared with the gradient of the trainer's "
-        f"own loss on the joint batch of {SHAPE[0]} rows;",
-        f"fp64, torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Reimplemented from each "
-        "trainer's published definition; their code is not used.",
+        f"The gradient of a linear encoder, averaged over {RANKS} ranks, is compared with the gradient of the same "
+        f"loss in one process on the joint batch of {SHAPE[0]} rows. The arithmetic is in fp64;",
+        f"torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Each loss is reimplemented from "
+        "the published definition of its trainer; no code of theirs is used.",
         "",
         "| loss | trainer | how | ratio of the norms | cosine | relative error |",
         "|" + " --- |" * 6,
@@ -270,6 +273,8 @@ def table(results: dict) -> str:
             f"| {r['loss']} | {r['trainer']} | {r['how']} | {ratio} | {cosine} | "
             f"{'below 1e-12' if r['error'] < 1e-12 else format(r['error'], '.0e')} |"
         )
+    if any(LOCAL in r["how"] for r in results["rows"]):
+        lines += ["", FOOTNOTE]
     return "\n".join(lines) + "\n"
 
 

@@ -222,7 +222,7 @@ def in_little_memory(batch: int, side: int, chunk_size: int, room: int) -> list[
 
 
 def ended(row: dict) -> str:
-    return f"finished in {row['seconds']:.0f} s" if row["finished"] else "out of memory"
+    return f"finishes in {row['seconds']:.0f} s" if row["finished"] else "runs out of memory"
 
 
 def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) -> str:
@@ -243,9 +243,9 @@ def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) ->
         f"| cached embeddings | | | {results['cached_bytes'] / 1e6:.1f} |",
         "",
         f"The peak of large_batch is {results['peak_over_chunk_and_cached']:.2f}x that of one chunk plus the cached "
-        f"embeddings. With two views of {limit['batch']} images of {limit['side']} x {limit['side']} and "
-        f"{limit['room_bytes'] >> 20} MiB for the step: "
-        + "; ".join(f"{row['implementation']}: {ended(row)}" for row in little)
+        f"embeddings. With two views of {limit['batch']} images of {limit['side']} x {limit['side']} and the memory of "
+        f"the step limited to {limit['room_bytes'] >> 20} MiB, the "
+        + " and ".join(f"{row['implementation']} {ended(row)}" for row in little)
         + ".",
     ]
     return "\n".join(lines) + "\n"

@@ -31,22 +31,23 @@ RECIPES = {
         "VICReg",
         (64, 8192),
         vicreg_gathered,
-        "facebookresearch/vicreg: gathers both views, and forms both D x D covariances on every rank",
+        "facebookresearch/vicreg: gathers both views and forms both D x D covariances on every rank",
         sslkern.vicreg_loss,
     ),
     "barlow": Recipe(
         "Barlow Twins",
         (64, 8192),
         barlow_reduced,
-        "facebookresearch/barlowtwins: sums the D x D cross-correlation over ranks, outside of the gradient, which is "
-        "then 1/W of the joint batch's; one that is right sums twice as many bytes",
+        "facebookresearch/barlowtwins: all-reduces the D x D cross-correlation without differentiating through the "
+        "reduction, so its gradient is 1/W of that of the joint batch. A correct version would all-reduce twice as "
+        "many bytes",
         sslkern.barlow_twins_loss,
     ),
     "nt_xent": Recipe(
         "NT-Xent",
         (128, 128),
         nt_xent_gathered,
-        "lightly: gathers both views, and forms the logits of its rows against all",
+        "lightly: gathers both views and forms the logits of this rank's rows against all rows",
         sslkern.nt_xent_loss,
     ),
 }

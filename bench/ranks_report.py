@@ -31,7 +31,7 @@ def number(x: float) -> str:
     return f"{x:,.0f}" if x >= 100 else f"{x:.1f}" if x >= 10 else f"{x:.2f}" if x >= 0.1 else f"{x:.2g}"
 
 
-QUANTITIES = (("GFLOP", "flops", 1e9), ("MB received", "bytes", 2**20), ("extra MB", "peak_bytes", 2**20))
+QUANTITIES = (("GFLOP", "flops", 1e9), ("MiB received", "bytes", 2**20), ("extra MiB", "peak_bytes", 2**20))
 
 
 def table(results: dict) -> str:
@@ -40,14 +40,18 @@ def table(results: dict) -> str:
     lines = [
         f"Per rank, forward and backward, fp32, published / sslkern with `group`; torch {results['machine']['torch']}, "
         f"commit {results['commit']} ({PATH}).",
-        "GFLOP of matrix products, a multiplication and an addition being 2. MB received as rings pass them: (W - 1)/W",
-        "of what a gather puts out and a sum scatters, twice that of what is summed for all. Extra MB: the peak of the",
-        "tensors alive beside the inputs, gradients and the workspaces of our kernels included; in brackets the",
-        "allocator peak, including gloo's copies. Counted call by call: in real processes where it says measured,",
-        "and a simulated rank owes the same flops and bytes; else on that rank. Bold: sslkern needs more.",
+        "",
+        "- *GFLOP* counts matrix products only; a multiply-add counts as 2 flops.",
+        "- *MiB received* assumes ring algorithms: (W - 1)/W of the output of an all-gather or the input of a",
+        "  reduce-scatter, and 2 (W - 1)/W of the tensor of an all-reduce.",
+        "- *Extra MiB* is the peak size of live tensors, not counting the inputs but counting gradients and kernel",
+        "  workspaces. In brackets: the allocator's peak, which includes gloo's copies.",
+        "- *Measured*: counted in real processes; a simulated rank gives the same flops and bytes. *Simulated*:",
+        "  counted on a single simulated rank.",
+        "- *Ratio* is published / sslkern. Where it is bold, sslkern needs more.",
         "",
         "| loss | ranks | joint batch | "
-        + " | ".join(f"{title} | less" for title, _, _ in QUANTITIES)
+        + " | ".join(f"{title} | ratio" for title, _, _ in QUANTITIES)
         + " | counted |",
         "|" + " --- |" * (4 + 2 * len(QUANTITIES)),
     ]
@@ -71,12 +75,13 @@ def table(results: dict) -> str:
         m = told["machine"]
         lines += [
             "",
-            f"A step of VICReg, embeddings to gradients, of {published['ranks']} gloo processes of {n} x {d} on the "
-            f"{m['cores']} cores of one {m['device']}, {m['threads']} thread each, torch {m['torch']}, "
-            f"commit {told['commit']}; medians of {published['rounds']} rounds in ms, p20-p80 in brackets, the slowest "
-            f"rank's; gradient error against fp64; {told['busy']:.0%} of the processor busy elsewhere at the start.",
+            f"One VICReg loss, from embeddings to gradients, on {published['ranks']} gloo processes with {n} x {d} "
+            f"embeddings each, {m['threads']} thread{'s' if m['threads'] > 1 else ''} per process, on {m['cores']} "
+            f"cores of an {m['device']}; torch {m['torch']}, commit {told['commit']}. Each round takes the time of its "
+            f"slowest rank; the table shows the median of {published['rounds']} rounds in ms, p20-p80 in brackets. "
+            f"Gradient error is against fp64. At the start, other programs used {told['busy']:.0%} of the CPU.",
             "",
-            "| published | sslkern | faster | gradient error |",
+            "| published | sslkern | speed-up | gradient error, published / sslkern |",
             "| --- | --- | --- | --- |",
             f"| {_ms(published)} | {_ms(ours)} | {faster(told['rows'])} | "
             f"{published['grad_error']:.0e} / {ours['grad_error']:.0e} |",

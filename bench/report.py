@@ -18,7 +18,7 @@ TITLES = {
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
-    "unbiased": "VICReg by the unbiased and the plug-in estimator, forward + backward (ms)",
+    "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
     "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
@@ -115,7 +115,7 @@ COLUMNS: dict[str, list[Column]] = {
     "vicreg": [
         *BARLOW[:-2],
         (
-            "time / its GEMMs alone, torch.mm / oneDNN",
+            "time / that of its GEMMs alone, by torch.mm / oneDNN",
             lambda c: " / ".join(_ratio(c.over_floor(f"bare GEMMs, {n}")) for n in ("torch.mm", "oneDNN")),
         ),
         *BARLOW[-2:],
@@ -143,7 +143,7 @@ COLUMNS: dict[str, list[Column]] = {
         *(SHAPE, _note("layout"), _time("torch", "published"), OURS, _faster("vs torch", "published")),
         _faster("vs torch, both with huge pages", "published", "huge"),
         _time("kernels only", "kernels alone"),
-        ("time / 8 passes at the copy rate", lambda c: _ratio(c.over_floor("copy", 4))),
+        ("time / 8 memory passes at copy bandwidth", lambda c: _ratio(c.over_floor("copy", 4))),
         *(MEMORY, ERRORS),
     ],
     "moments": [
@@ -176,7 +176,7 @@ COLUMNS: dict[str, list[Column]] = {
     "covariance": [
         *(SHAPE, PUBLISHED, OURS, FASTER),
         (
-            "GEMMs alone / four passes at the copy rate",
+            "GEMMs alone / four passes at copy bandwidth",
             lambda c: " / ".join(_ms(c.row(n)) for n in ("bare GEMMs, torch.mm", "four passes at copy rate")),
         ),
         *(MEMORY, ERRORS),
@@ -193,12 +193,12 @@ def table(path: Path) -> str:
         f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commits {commits}",
         f"(`{path}`).",
         "",
-        "- Times are medians in ms with p20-p80 in brackets. The implementations of a case alternate in one process.",
-        "- *Extra MiB* is the peak memory beyond the inputs, gradients included: published / sslkern.",
+        "- Times are medians in ms, with p20-p80 in brackets. The implementations of a case alternate in one process.",
+        "- *Extra MiB* is the peak memory, not counting the inputs but counting gradients: published / sslkern.",
         "- *Gradient error* is against fp64: published / sslkern.",
-        "- *Three-line* is the short plain-torch version, run eagerly. *Best plain torch* is the fastest of it and",
-        "  the published formula, eager or compiled, with or without huge pages",
-        "  (`THP_MEM_ALLOC_ENABLE=1`, for both sides of the ratio).",
+        "- *Three-line* is the short plain-torch version, run eagerly. *Best plain torch* is the fastest of the",
+        "  three-line version and the published formula, eager or compiled. Each is compared with sslkern under the",
+        "  same huge-page setting (`THP_MEM_ALLOC_ENABLE`), and the lowest ratio is shown.",
         "- `~` marks a ratio where the p20-p80 intervals of the two times overlap. `-` marks a ratio that is not shown",
         "  because there is no such version, or because the error of sslkern exceeds its tolerance.",
     ]

@@ -70,6 +70,8 @@ def cells(rows: list[dict]) -> dict[str, list[Cell]]:
     for family, found in families.items():
         if family != "step":
             found.sort(key=lambda cell: cell.first["shape"])
+    if unknown := families.keys() - set(FAMILIES):
+        raise ValueError(f"Every family of cases must be in FAMILIES, got {', '.join(sorted(unknown))}.")
     return {family: families[family] for family in FAMILIES if family in families}
 
 

@@ -1,4 +1,4 @@
-"""What the tests run: shapes and layouts, and for each op how to call it. A new op is a row of OPS and of KERNELS."""
+"""Shapes and layouts of the tests, and how to call each op of columns: a new one is a row of OPS."""
 
 from __future__ import annotations
 

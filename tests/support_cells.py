@@ -45,23 +45,40 @@ TWO_ROWS = (
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
 
 REASONS = [
-    Reason(REFUSED, "empty", f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme", "a mean needs a row"),
-    Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs two rows"),
-    Reason(REFUSED, "empty", "batch_moments", "a mean needs a number"),
-    Reason(REFUSED, "stack", f"{PAIRS}; OrthogonalRNN; UnitaryRNN", "takes one batch; `torch.vmap` takes a stack"),
-    Reason(REFUSED, "bf16, fp16", ORTHOGONAL, "a matrix rounded to fewer digits is no longer orthogonal"),
-    Reason(REFUSED, "bf16, fp16", "OrthogonalConv2d; UnitaryRNN", "torch has no bfloat16 complex numbers"),
+    Reason(
+        REFUSED, "empty", f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme", "a mean needs at least one row"
+    ),
+    Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs at least two rows"),
+    Reason(REFUSED, "empty", "batch_moments", "a mean needs at least one element"),
+    Reason(
+        REFUSED,
+        "stack",
+        f"{PAIRS}; OrthogonalRNN; UnitaryRNN",
+        "takes a single batch; use `torch.vmap` for a stack of them",
+    ),
+    Reason(
+        REFUSED,
+        "bf16, fp16",
+        ORTHOGONAL,
+        "an orthogonal matrix is no longer orthogonal after rounding to bfloat16 or float16",
+    ),
+    Reason(
+        REFUSED,
+        "bf16, fp16",
+        "OrthogonalConv2d; UnitaryRNN",
+        "has complex weights, which cannot become bfloat16 or float16",
+    ),
     Reason(
         REFUSED,
         "mixed",
         f"{COLUMNS}; cross_correlation; linear_factors; skinny_products",
-        "both come out of one network, and have its dtype",
+        "the arguments must have the same dtype, as outputs of one network do",
     ),
     Reason(
         REFUSED,
         "tensor settings",
         "barlow_twins_loss; BarlowTwinsLoss; cross_correlation",
-        "`eps` guards a division and is nothing to learn; the other numbers are taken as tensors, with a gradient",
+        "`eps` must be a number, as it only guards a division; all other settings may be tensors, with a gradient",
     ),
     Reason(
         REFUSED,
@@ -69,47 +86,55 @@ REASONS = [
         f"{COLUMNS}; {KERNELS}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch",
-        "kernels have a first derivative",
+        "the kernels can be differentiated only once",
     ),
     Reason(
         REFUSED,
         "vmapped",
         "rank_k_update_*; project_direct_; project_tangent_",
-        "written in place: a `u` that is not mapped cannot hold several results; the value where it is mapped",
+        "`u` is written in place: if it is mapped, the value is correct; if not, it cannot hold several results",
     ),
     Reason(
         TORCH,
         "vmapped",
         "init.haar_; init.henaff_; init.cayley_; ProjUNN; low_rank_factors; linear_factors",
-        "draws random numbers, of which `torch.vmap` wants to be told whether they are the same",
+        "draws random numbers, for which `torch.vmap` raises an error unless its argument `randomness` is set",
     ),
-    Reason(TORCH, "vmapped", TRAINED, "all slices would update one `running_mean`, which torch refuses too"),
-    Reason(REFUSED, "expanded", "init.*", "written in place: several numbers would lie in one place"),
+    Reason(
+        TORCH,
+        "vmapped",
+        TRAINED,
+        "all slices would update the same `running_mean`; torch's own layers raise an error too",
+    ),
+    Reason(
+        REFUSED, "expanded", "init.*", "written in place, but several elements of an expanded tensor share one address"
+    ),
     Reason(
         REFUSED,
         "vmapped, func.grad",
         "large_batch; LargeBatch",
-        "runs its backbone twice, which torch.func cannot follow",
+        "runs its backbone twice, which torch.func does not support",
     ),
     Reason(
         BREAK,
         "compiled, dynamic",
         "init.*; ProjUNN",
-        "is not traced as one graph: `torch.Generator` and parameters are made before a graph, not in it",
+        "is not traced as one graph: `torch.Generator` and parameters must be created before a graph, not inside it",
     ),
     Reason(
         BREAK,
         "compiled, dynamic",
         "large_batch; LargeBatch; OrthogonalLinear (factored)",
-        "runs outside of the graph by design: what it keeps between forward and backward is not a tensor",
+        "runs outside of the graph by design, because what it keeps between forward and backward is not a tensor",
     ),
     Reason(
         REFUSED,
         "compiled group",
         "*_loss*; covariance; cross_correlation; hsic*; dhsic",
-        "uneven rows: one graph has one size, so every rank raises; even ones have the value",
+        "if the ranks have different numbers of rows, every rank raises an error, because one graph has one size; "
+        "otherwise the value is correct",
     ),
-    Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 for a z of zeros"),
+    Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 if all elements of z are 0"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch
 
@@ -132,16 +157,19 @@ SHORT = {VALUE: "+", REFUSED: "r", TORCH: "t", BREAK: "b", NONE: ""}
 INPUTS = "strided offset expanded empty one-row stack fp64 bf16 fp16 autocast mixed zero NaN inf".replace("-", " ")
 HEAD = """# What each function supports
 
-Every public function in every state, as `tests/test_support.py` saw it on a CPU. The test writes this page
-(`SSLKERN_WRITE_SUPPORT=1 python -m pytest tests/test_support.py`), and fails where a cell is neither the value nor has
-its reason below.
+How every public function behaves for each kind of input and context below, as observed by `tests/test_support.py` on a
+CPU. The test writes this page (`SSLKERN_WRITE_SUPPORT=1 python -m pytest tests/test_support.py`) and fails if a
+function neither returns the correct value nor has a documented reason below for not doing so.
 
 | cell | meaning |
 | --- | --- |
-| + | The value and all gradients: off fp64 by at most 4 times what the plain formula is, plus 8 eps of the scale. |
-| r | Refused, by one full sentence that names the argument; the number leads to the reason. |
-| t | As torch: NaN or inf where the same formula in torch has them; or, with a number, torch's own error. |
-| b | The value, behind a graph break: `fullgraph=True` raises. |
+| + | Correct value and gradients: the error against fp64 is at most 4 times that of the plain formula, plus \
+8 eps times the magnitude of the result. |
+| r | Raises an error whose message names the argument. The number after r refers to the list of [reasons](#reasons). |
+| t | Same as torch: NaN or inf where the torch formula gives them. A number after t refers to the \
+reasons, which say where torch raises an error of its own. |
+| b | Correct value, but `torch.compile` breaks the graph here, so `fullgraph=True` raises an error. The \
+number refers to the reasons. |
 | | Does not apply. |
 """
 
@@ -175,9 +203,9 @@ def meaning(state: str) -> str:
 
 
 GROUP_MEANING = {
-    "group": "Two processes over gloo, of 3 and 3, 1 and 5, 5 and 1, 0 and 6 rows: the result of the joint batch.",
-    "compiled group": "The same through `torch.compile(fullgraph=True)`, where every process has a row: the value, or "
-    "an error on each.",
+    "group": "Two processes over gloo, with 3 and 3, 1 and 5, 5 and 1, or 0 and 6 rows: the result of the joint batch.",
+    "compiled group": "The same under `torch.compile(fullgraph=True)`, with at least one row in every process: the "
+    "correct value, or an error in every process.",
 }
 
 

@@ -15,13 +15,13 @@ from torch import Tensor
 
 @state("compiled")
 def _(subject: Subject) -> Cell:
-    """`torch.compile(fullgraph=True)`, sizes fixed."""
+    """`torch.compile(fullgraph=True)` with fixed sizes."""
     return compiled(subject, (N,), dynamic=False)
 
 
 @state("dynamic")
 def _(subject: Subject) -> Cell:
-    """The same with `dynamic=True`: one graph for 20 sizes of batch on one side of N = D."""
+    """The same with `dynamic=True`: one graph serves 20 batch sizes, all on the same side of N = D."""
     if subject.wraps:
         return Cell(NONE)
     sizes = (N + 3, N, N + 1, N + 2, *range(N + 4, N + 20))  # the first is not also the size of another argument

@@ -92,7 +92,7 @@ add_loss(losses.spectral_contrastive_loss, losses.SpectralContrastiveLoss, plain
 
 def add_op(function: Callable, formula: Callable, *leaves: Leaf, setting: str = "", **rest: Any) -> None:
     name = f"{function.__name__} ({setting})" if setting else function.__name__
-    add(name, "Primitives", rest.pop("call", function), formula, *leaves, **rest)
+    add(name, "Ops", rest.pop("call", function), formula, *leaves, **rest)
 
 
 CHANNELS = (Leaf((ROWS, 4, 3)), Leaf((4,)), Leaf((4,)))

@@ -164,7 +164,7 @@ def seeded(function: Callable) -> Callable:
 
 
 POINT = Leaf((D, D), "orthonormal")
-INIT = "Starting points and optimizers"
+INIT = "Initialisations and optimizers"
 for name in ("haar_", "identity_", "henaff_", "cayley_"):
     function, formula = seeded(getattr(layers.init, name)), getattr(plain, f"init_{name}")
     leaf = Leaf((7, 4)) if name in ("haar_", "identity_") else Leaf((D, D))

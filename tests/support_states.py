@@ -48,7 +48,8 @@ def permuted(x: Tensor) -> Tensor:
 
 @state("strided")
 def _(subject: Subject) -> Cell:
-    """Every argument, parameters too, at every second number, transposed, and with the batch innermost."""
+    """Every argument and parameter in three layouts: every second element of a larger tensor, transposed, and with the
+    batch as the innermost dimension."""
     return worst(
         [attempt(subject, lambda lay=lay: compare_relaid(subject, lay)) for lay in (every_second, transposed, permuted)]
     )
@@ -63,7 +64,7 @@ def compare_relaid(subject: Subject, lay: Callable[[Tensor], Tensor]) -> str:
 
 @state("offset")
 def _(subject: Subject) -> Cell:
-    """Every argument one number into its memory: not aligned."""
+    """Every argument starts one element into its memory, so it is not aligned."""
 
     def lay(x: Tensor) -> Tensor:
         return torch.cat([x.flatten()[:1], x.flatten()])[1:].view(x.shape)
@@ -73,7 +74,7 @@ def _(subject: Subject) -> Cell:
 
 @state("expanded")
 def _(subject: Subject) -> Cell:
-    """Each argument in turn expanded along its last dimension, and an incoming gradient of strides 0."""
+    """Each argument in turn is expanded along its last dimension, and the incoming gradient has strides 0."""
     cells = []
     for k, leaf in enumerate(subject.leaves):
         if leaf.kind in ("orthonormal", "near", "factored", "labels"):
@@ -127,7 +128,8 @@ def of_rows(subject: Subject, rows: int) -> Cell:
 
 @state("stack")
 def _(subject: Subject) -> Cell:
-    """Leading dimensions (2, 2): each slice as if alone; for losses of columns, positions."""
+    """Leading dimensions (2, 2): each slice gives the same result as alone. For losses of columns, the two dimensions
+    are positions, and the result is the mean over them."""
     if subject.more == OWN:
         return Cell(NONE)
     slices = [prepared(subject, base=subject.make(seed=k)) for k in range(4)]

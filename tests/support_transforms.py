@@ -35,7 +35,8 @@ from torch import Tensor
 
 @state("vmapped")
 def _(subject: Subject) -> Cell:
-    """`torch.vmap` over all arguments and over each alone, along two dimensions, and gradients through it and in it."""
+    """`torch.vmap` over all arguments together, along either of two dimensions, and over each argument alone; gradients
+    of the mapped function, and mapped gradients."""
     run = functional(subject, torch.float32)
     slices = [prepared(subject, base=subject.make(seed=k)) for k in range(3)]
     arguments = [k for k, leaf in enumerate(subject.leaves) if not (subject.module and leaf.rows is None)]
@@ -116,7 +117,7 @@ def per_sample(subject: Subject, run: Callable, slices: list[list[Tensor]], mapp
 
 @state("func.grad")
 def _(subject: Subject) -> Cell:
-    """`torch.func.grad_and_value` and `jacrev`, a module by `functional_call`."""
+    """`torch.func.grad_and_value` and `torch.func.jacrev`; modules through `functional_call`."""
     if not subject.grad:
         return Cell(NONE)
     run = functional(subject, torch.float32)
@@ -145,7 +146,7 @@ def _(subject: Subject) -> Cell:
 
 @state("frozen")
 def _(subject: Subject) -> Cell:
-    """Each argument without a gradient, and each alone with one."""
+    """Each argument in turn without `requires_grad`, and each in turn as the only one with it."""
     wanted = differentiable(subject)
     if not subject.grad or len(wanted) < 2:
         return Cell(NONE)
@@ -163,7 +164,7 @@ def _(subject: Subject) -> Cell:
 
 @state("no grad")
 def _(subject: Subject) -> Cell:
-    """`torch.no_grad` and `torch.inference_mode`."""
+    """Under `torch.no_grad` and under `torch.inference_mode`."""
 
     def look(mode: Callable) -> str:
         with mode():
@@ -178,7 +179,7 @@ def _(subject: Subject) -> Cell:
 
 @state("twice")
 def _(subject: Subject) -> Cell:
-    """The gradient of the squared norm of the gradient: never lost in silence."""
+    """The gradient of the squared norm of the gradient: correct, or an error, but never silently missing."""
     if not subject.grad:
         return Cell(NONE)
 
@@ -207,7 +208,7 @@ def _(subject: Subject) -> Cell:
 
 @state("tensor settings")
 def _(subject: Subject) -> Cell:
-    """Each number among the settings as a tensor of shape () and (1,), and its gradient."""
+    """Each numeric setting as a tensor of shape () and of shape (1,), with its gradient."""
     if not subject.settings:
         return Cell(NONE)
     cells = []
@@ -239,7 +240,7 @@ def _(subject: Subject) -> Cell:
 
 @state("copied")
 def _(subject: Subject) -> Cell:
-    """`copy.deepcopy`, `pickle` and a `state_dict` give the same bits."""
+    """Copies by `copy.deepcopy`, by `pickle` and through a `state_dict` give the same bits."""
     if not subject.module:
         return Cell(NONE)
 

@@ -31,19 +31,19 @@ from torch import Tensor
 
 @state("fp64")
 def _(subject: Subject) -> Cell:
-    """Everything in float64."""
+    """All arguments in float64."""
     return of_dtype(subject, torch.float64)
 
 
 @state("bf16")
 def _(subject: Subject) -> Cell:
-    """Everything in bfloat16, a module by `module.bfloat16()`."""
+    """All arguments in bfloat16; modules are converted by `module.to`."""
     return of_dtype(subject, torch.bfloat16)
 
 
 @state("fp16")
 def _(subject: Subject) -> Cell:
-    """Everything in float16."""
+    """All arguments in float16; modules are converted by `module.to`."""
     return of_dtype(subject, torch.float16)
 
 
@@ -59,7 +59,7 @@ def compare_dtype(subject: Subject, dtype: torch.dtype) -> str:
 
 @state("autocast")
 def _(subject: Subject) -> Cell:
-    """float32 under `torch.autocast` to bfloat16."""
+    """All arguments in float32, under `torch.autocast` to bfloat16."""
 
     def look() -> str:
         exact = truth(subject, [wide(x) for x in prepared(subject)])
@@ -72,7 +72,7 @@ def _(subject: Subject) -> Cell:
 
 @state("mixed")
 def _(subject: Subject) -> Cell:
-    """The first argument in bfloat16 and the others in float32, under autocast: as a network hands them over."""
+    """The first argument in bfloat16 and the others in float32, under autocast."""
     if len(subject.leaves) < 2 or subject.leaves[0].rows is None or subject.leaves[1].kind == "labels":
         return Cell(NONE)
 
@@ -109,7 +109,7 @@ def observe_mixed(subject: Subject, leaves: list[Tensor]) -> Seen:
 
 @state("zero")
 def _(subject: Subject) -> Cell:
-    """A row of zeros, all zeros, and in float16 a row of zeros whose gradient must be finite."""
+    """One row of zeros, then zeros alone. In float16, the results and gradients for one row of zeros must be finite."""
     places = (lambda x: x[:1] if x.dim() else x, lambda x: x)
     cells = [of_values(subject, place, 0.0) for place in places]
     if not subject.full:
@@ -127,13 +127,13 @@ def finite_in_half(subject: Subject) -> str:
 
 @state("NaN")
 def _(subject: Subject) -> Cell:
-    """One NaN in the input: what is finite, and what is not."""
+    """One NaN in the input: the result must be NaN or inf where that of torch is."""
     return of_values(subject, lambda x: x.reshape(-1)[1:2], float("nan"))
 
 
 @state("inf")
 def _(subject: Subject) -> Cell:
-    """One infinity in the input."""
+    """One infinity in the input, with the same requirement."""
     return of_values(subject, lambda x: x.reshape(-1)[1:2], float("inf"))
 
 

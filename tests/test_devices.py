@@ -15,6 +15,13 @@ assert backend.supports("covariance_fwd", "xpu")["native"].reason == "it has no 
 assert backend.choice("vicreg_fwd", "hpu") == "reference"
 with backend.use("triton"):
     assert backend.choice("vicreg_fwd", "hpu") == "triton"
+for wrong in (("cuda", "covariance_fwd"), ("triton", "covariance")):
+    try:
+        backend.implement(*wrong, lambda z: None, "xpu")
+    except ValueError as error:
+        assert " must be one of " in str(error)
+    else:
+        raise AssertionError(wrong)
 import runpy
 runpy.run_module("sslkern", run_name="__main__")
 """

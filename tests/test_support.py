@@ -24,7 +24,8 @@ def cells_of(name):
 @pytest.fixture(scope="module", autouse=True)
 def group(request, tmp_path_factory):
     """state -> function -> cell, of one pair of processes, which walk beside the other tests."""
-    if not any("group" in item.name or "page" in item.name for item in request.session.items):
+    names = [item.name for item in request.session.items if item.path == request.path]
+    if not any("group" in name or "page" in name for name in names):
         yield None
         return
     with ThreadPoolExecutor(1) as beside:

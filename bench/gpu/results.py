@@ -26,8 +26,12 @@ HEADS = (
     *("vs three-line", "extra MiB", "error"),
 )
 KERNELS = (
-    "The kernels of five ops, profiled with Nsight Compute. Calls and us are totals, all other columns are means. The "
-    "kernels of sslkern come first."
+    "The kernels of five ops, profiled with Nsight Compute. *calls* and *us* are totals; all other columns are means. "
+    "The kernels of sslkern come first."
+)
+FAILED = (
+    "Failed checks. *error* is against fp64, *plain* is the error of plain torch, and *size* is the magnitude of the "
+    "result:"
 )
 
 
@@ -67,20 +71,25 @@ def markdown(results: dict, path: Path) -> str:
     m, c = results["machine"], results["ceilings"]
     lines = [
         f"{m['gpu']}; torch {m['torch']}, Triton {m['triton']}, {m['date']}, commit {m['commit']} ({path}).",
-        f"Ceilings: a copy reaches {c['copy'] * 1e-12:.2f} TB/s. Products of 8192 x 8192 matrices reach, in Tflop/s, "
+        f"Ceilings: a copy reaches {c['copy'] * 1e-12:.2f} TB/s. Products of 8192 x 8192 matrices reach, in Tflop/s: "
         f"{c['sgemm'] * 1e-12:.0f} in fp32, {c['tf32 product'] * 1e-12:.0f} in TF32 and "
-        f"{c['bf16 product'] * 1e-12:.0f} in bf16. A launch takes {c['launch'] * 1e6:.1f} us, a kernel in a CUDA graph "
-        f"{c['replayed kernel'] * 1e6:.1f} us.",
+        f"{c['bf16 product'] * 1e-12:.0f} in bf16. A launch takes {c['launch'] * 1e6:.1f} us, a tiny kernel in a CUDA "
+        f"graph {c['replayed kernel'] * 1e6:.1f} us.",
         "",
-        "Times are medians in us with p20-p80 in brackets: of the kernels in a replayed CUDA graph with cold caches,",
-        "and of the wall time of a call. The floor is the larger of bytes at the copy rate and flops at the product",
-        "rate of that precision.",
+        "Times are medians in us, with p20-p80 in brackets. *kernels* is the kernel time in a replayed CUDA graph",
+        "with cold caches; *wall* is the wall time of one call.",
         "",
-        "- *vs published* and *vs three-line* compare the times of the kernels. `w` marks wall times, where one of the",
-        "  two versions cannot be captured in a CUDA graph.",
+        "- The *floor* is a roofline bound: the larger of bytes / copy bandwidth and flops / matrix-product",
+        "  throughput in the precision of the case. An fp32 product counts as six bf16 products, or as one fp32",
+        "  product if that is faster; in `high`, it counts as three bf16 products.",
+        "- In the name of a case, `high` means that sslkern ran with",
+        '  `torch.set_float32_matmul_precision("high")`, and `bfloat16` that its inputs are bfloat16. All other',
+        '  rows, and the plain versions, are in fp32 with the setting "highest".',
+        "- *vs published* and *vs three-line* are ratios of kernel times. `w` marks ratios of wall times, where one",
+        "  of the two versions cannot be captured in a CUDA graph.",
         "- `-` marks a ratio that is not shown because the error of sslkern exceeds 4 times that of plain torch plus",
         "  8 eps. An empty cell means that there is no such version.",
-        "- *Extra MiB* is the peak memory beyond the inputs, gradients included: plain / sslkern.",
+        "- *Extra MiB* is the peak memory, not counting the inputs but counting gradients: plain / sslkern.",
         "- *Error* is the larger of the errors of the value and of the gradients, against fp64: plain / sslkern. Plain",
         "  is the published formula, or the three-line version where no published one was run.",
         "",
@@ -111,7 +120,7 @@ def markdown(results: dict, path: Path) -> str:
         f"| {phase} | {' | '.join(str(value) for value in n.values())} |" for phase, n in results["phases"].items()
     ]
     if results["failures"]:
-        lines += ["", "Failed checks:", ""]
+        lines += ["", FAILED, ""]
         lines += [f"- {f['phase']}: {f['what'][:100]}: {f['note'][:200]}" for f in results["failures"]]
     return "\n".join(lines) + "\n"
 

@@ -72,12 +72,19 @@ def implement(
     """Register a Python kernel, such as a Triton launcher, of a declared name.
 
     Args:
-        devices: the device types that it serves; any type that torch's dispatcher knows.
+        backend, name: one of `NAMES`, and a kernel that `declare` has declared.
+        devices: the device types that it serves, such as "cuda" or "xpu"; a renamed PrivateUse1 is "privateuseone".
         dtypes: the dtypes of the key tensors that it supports, by default all that the op takes.
         refuses: gives the reason, in words, for a key tensor that the kernel does not support, or None. A reason names
             no sizes: in a trace, that would make them constants.
         on_request: device types that it serves only where the back-end is forced, such as an interpreter for tests.
+
+    Raises:
+        ValueError: an unknown back-end or kernel.
     """
+    for argument, value, known in (("backend", backend, NAMES), ("name", name, tuple(declared))):
+        if value not in known:
+            raise ValueError(f"{argument} must be one of {', '.join(map(repr, known))}, got {value!r}.")
     for device in (*devices, *on_request):
         libraries[backend].impl(name, function, device.upper())
         add(backend, name, device, dtypes, refuses, device in on_request)

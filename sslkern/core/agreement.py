@@ -90,9 +90,11 @@ def _enough(rows: int, least: int) -> None:
 
 @internals.while_tracing
 def _refuse(name: str, size: int, why: str) -> None:
-    """Raise on this rank while a graph is traced, and on the others, which compare tables in `_even_or_raise` or eager.
+    """Raise on this rank while its graph is traced, and send a table of zeros, by which the other ranks raise too when
+    they compare tables, in eager mode or in `_even_or_raise`.
 
-    If only this rank raised, the others would wait, and its next collective would answer them.
+    If only this rank raised, the others would wait in their all-gather until it was matched with this rank's next
+    collective.
     """
     all_gather(torch.zeros(_TABLE, dtype=torch.int64, device=_home(name)), Peers(name, size, 0, None, False))
     raise ValueError(why)

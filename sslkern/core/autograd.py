@@ -71,8 +71,7 @@ def intermediate(ctx: Any, *outputs: Tensor) -> None:
 
 
 def or_zeros(grad: Tensor | None, like: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """The gradient of an output; zeros if the output was not used. Its shape is that of dimensions first to last of
-    `like`."""
+    """The gradient of an output; zeros of shape `like.shape[first:last]` if the output was not used."""
     return like.new_zeros(like.shape[first:last]) if grad is None else grad
 
 

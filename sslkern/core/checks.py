@@ -11,6 +11,8 @@ from torch import Tensor
 from . import internals
 from .dtypes import FLOATS, FULL, HALF, accumulation_dtype, short
 
+_STRIDED = torch.strided
+
 
 def _dense(name: str, z: object, shape: str) -> Tensor:
     if not isinstance(z, Tensor):
@@ -34,9 +36,9 @@ def channels(name: str, x: object, empty: bool = False) -> Tensor:
 
 def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
     """z must be a floating (..., N, D) with N >= min_rows and D >= 1."""
-    if isinstance(z, Tensor) and z.dtype in FLOATS and z.layout is torch.strided and z.dim() > 1:
-        n, d = z.shape[-2:]
-        if n >= min_rows and d >= 1:
+    if isinstance(z, Tensor) and z.dtype in FLOATS and z.layout is _STRIDED:
+        shape = z.shape
+        if len(shape) > 1 and shape[-2] >= min_rows and shape[-1] >= 1:
             return
     z = _dense(name, z, "(..., N, D)")
     if z.dim() < 2:

@@ -10,12 +10,14 @@ HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of matrices that stay orthogonal
 
 
-def accumulation_dtype(*tensors: Tensor) -> torch.dtype:
+_SINGLE, _DOUBLE = torch.float32, torch.float64
+
+
+def accumulation_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
     """The dtype of sums over real tensors, and of a loss: float64 if one of them is float64, and float32 otherwise."""
-    for x in tensors:
-        if x.dtype == torch.float64:
-            return torch.float64
-    return torch.float32
+    if x.dtype == _DOUBLE or (others and _DOUBLE in [z.dtype for z in others]):
+        return _DOUBLE
+    return _SINGLE
 
 
 def double_dtype(dtype: torch.dtype) -> torch.dtype:

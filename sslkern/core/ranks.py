@@ -123,7 +123,7 @@ class Batch:
         return total / (rows * columns)
 
     def ratio(self, total: Tensor, number: Tensor) -> Tensor:
-        """total over the integer `number`, where both are sums over the rows; 0 where there are none."""
+        """`total / number` of two sums over the rows, of which `number` is an integer count; 0 if the count is 0."""
         return total / number.clamp_min(1)
 
     def logsumexp(self, columns: Tensor) -> Tensor:

@@ -40,3 +40,8 @@ def check_positions(dim: object, batch_dim: object, positions: object) -> None:
         if not isinstance(value, int) or isinstance(value, bool):
             raise TypeError(f"{name} must be an integer, got {value!r}.")
     checks.one_of("positions", positions, get_args(Positions))
+
+
+def over_slices(x: Tensor) -> Tensor:
+    """The mean over the slices of a stack; of a single one, x itself."""
+    return x.mean() if x.dim() else x

@@ -8,7 +8,7 @@ from ..core import checks, ranks
 from ..core.ranks import Group
 from ..ops.cross_correlation import STATISTICS, Statistics, check_pair, cross_correlation_of
 from ._pairs import shown
-from ._positions import Positions, check_positions, to_stack
+from ._positions import Positions, check_positions, over_slices, to_stack
 
 
 def barlow_twins_loss(
@@ -66,8 +66,8 @@ def barlow_twins_loss(
 
     batch, (x, y) = ranks.batch(group, 2, check)
     diagonal, offdiag = cross_correlation_of(x, y, float(eps), stats, batch)
-    invariance = (1 - diagonal).square().sum(-1).mean()
-    redundancy = offdiag.mean()
+    invariance = over_slices((1 - diagonal).square().sum(-1))
+    redundancy = over_slices(offdiag)
     loss = invariance + lambd * redundancy
     if not return_terms:
         return loss

@@ -49,13 +49,15 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *,
         return a, b
 
     batch, _ = ranks.batch(group, 1, check)
-    n, dtype = batch.count(a.shape[0]), accumulation_dtype(a, b)
+    rows, dtype = a.shape[0], accumulation_dtype(a, b)
+    n = batch.count(rows)
     mu = converted(mu, dtype)
-    x, y = (_clipped(z.to(dtype), mu**0.5) for z in (a, b))
+    length = mu**0.5
+    x, y = _clipped(a.to(dtype), length), _clipped(b.to(dtype), length)
     diagonal = row_products(x, y)
     loss = -2 * batch.mean(diagonal)
     if n > 1:
-        loss = loss + batch.average(pair_squares(x, y, diagonal, batch), a.shape[0], n - 1)
+        loss = loss + batch.average(pair_squares(x, y, diagonal, batch), rows, n - 1)
     return loss / mu
 
 

@@ -105,10 +105,11 @@ def _outside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: f
     place = _places(labels[1])
     size = torch.zeros_like(place).index_add(0, place, torch.ones_like(place))
     weight = torch.where(size > 1, 1 / (size.to(u.dtype) - 1), 0)
-    mine = place[: u.shape[0]]
+    n = u.shape[0]
+    mine, own = (place, u) if keys is u else (place[:n], keys[:n])  # which the transport may have rounded
     sums = _sums(keys, place, len(place))
-    parts = sums if u is keys else _sums(u, mine, len(place))
-    similar = (weight * (parts * sums).sum(-1)).sum() - (weight[mine] * row_products(u, keys[: u.shape[0]])).sum()
+    squares = sums.square() if keys is u else _sums(u, mine, len(place)) * sums
+    similar = (weight * squares.sum(-1)).sum() - (weight[mine] * row_products(u, own)).sum()
     counts = size[mine] > 1
     return batch.ratio(torch.where(counts, total, 0).sum() - c * similar, counts.sum())
 

@@ -10,7 +10,7 @@ from ..core import checks, ranks
 from ..core.ranks import Group
 from ..ops.covariance import Estimator, check_views, covariance_of, least_rows
 from ._pairs import shown
-from ._positions import Positions, check_positions, to_stack
+from ._positions import Positions, check_positions, over_slices, to_stack
 
 
 def vcreg_loss(
@@ -55,7 +55,7 @@ def vcreg_loss(
     batch, (x,) = ranks.batch(group, least_rows(estimator), check)
     variance, offdiag = covariance_of(x, estimator, "auto", batch)
     hinge = (gamma - (variance + eps).sqrt()).relu().mean()
-    off = offdiag.mean() / variance.shape[-1]
+    off = over_slices(offdiag) / variance.shape[-1]
     loss = std_coeff * hinge + cov_coeff * off
     if not return_terms:
         return loss

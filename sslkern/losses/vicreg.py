@@ -11,7 +11,7 @@ from ..core.ranks import Group
 from ..ops.covariance import Estimator, check_views, least_rows
 from ..ops.vicreg import Settings, vicreg_of
 from ._pairs import shown
-from ._positions import Positions, check_positions, to_stack
+from ._positions import Positions, check_positions, over_slices, to_stack
 
 
 def vicreg_loss(
@@ -74,8 +74,7 @@ def vicreg_loss(
 
     batch, (x, y) = ranks.batch(group, least_rows(estimator), check)
     loss, terms = vicreg_of(x, y, settings, estimator, batch)
-    if loss.dim():
-        loss = loss.mean()
+    loss = over_slices(loss)
     if not return_terms:
         return loss
     invariance, variance, covariance = terms.reshape(-1, 3).mean(0).unbind()

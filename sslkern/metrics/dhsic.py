@@ -60,8 +60,8 @@ def dhsic(
     n, every = batch.count(variables[0].shape[-2]), gathered(list(variables), batch)
     scales = scales_of(bandwidth, [(name, v) for (name, _), v in zip(named, every, strict=True)])
     joint, sums = rbf_rows(every, scales, batch)
-    means = torch.stack(sums) / n
-    parts = torch.stack([joint.sum(-1), means.prod(0).sum(-1), *means.sum(-1).unbind()], -1)
-    total, mixed, *each = (batch.summed(parts) / n).unbind(-1)
-    out = total / n + torch.stack(each).prod(0) - 2 * mixed
+    means = torch.stack([*sums, joint]) / n
+    means = torch.cat([means, means[:-1].prod(0, keepdim=True)])
+    *each, total, mixed = (batch.summed(means.sum(-1)) / n).unbind()
+    out = total + torch.stack(each).prod(0) - 2 * mixed
     return out.to(accumulation_dtype(*variables))

@@ -148,19 +148,19 @@ def _activate(norm: nn.Module, activation: Activation) -> None:
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L). With `activation="relu"` it is a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L). With `activation="relu"` it makes a `BatchNormReLU`."""
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` for (N, C, H, W). With `activation="relu"` it is a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm2d` for (N, C, H, W). With `activation="relu"` it makes a `BatchNormReLU`."""
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` for (N, C, T, H, W). With `activation="relu"` it is a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm3d` for (N, C, T, H, W). With `activation="relu"` it makes a `BatchNormReLU`."""
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`torch.nn.SyncBatchNorm` for (N, C, ...), on CPUs too. With `activation="relu"` it is a `BatchNormReLU`.
+    """`torch.nn.SyncBatchNorm` for (N, C, ...), on CPUs too. With `activation="relu"` it makes a `BatchNormReLU`.
 
     In training, the statistics are those of the joint batch of all processes in `process_group`; None is all processes.
     `sslkern.ops.batch_norm` documents the formula, the collectives and the effect of an empty batch. In eval mode, with

@@ -126,7 +126,7 @@ def covariance(
 
 def covariance_of(z: Tensor, estimator: str, form: str, batch: Batch) -> tuple[Tensor, Tensor]:
     """`covariance` of a stack that has been checked."""
-    unbiased = estimator == "unbiased"
+    shape, unbiased = z.shape, estimator == "unbiased"
     if isinstance(batch, JointBatch):
-        return _joint.covariance(z, unbiased, batch, takes_dual(batch.count(z.shape[-2]), z.shape[-1], form, 1.0))
-    return _Covariance.apply(z, unbiased, takes_dual(z.shape[-2], z.shape[-1], form, 0.8))[:2]
+        return _joint.covariance(z, unbiased, batch, takes_dual(batch.count(shape[-2]), shape[-1], form, 1.0))
+    return _Covariance.apply(z, unbiased, takes_dual(shape[-2], shape[-1], form, 0.8))[:2]

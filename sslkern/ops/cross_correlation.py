@@ -126,7 +126,8 @@ def cross_correlation_of(
     a: Tensor, b: Tensor, eps: float, stats: str, batch: Batch, form: str = "auto"
 ) -> tuple[Tensor, Tensor]:
     """`cross_correlation` of views that have been checked."""
-    dual = takes_dual(batch.count(a.shape[-2]), a.shape[-1], form, 0.75)
+    shape = a.shape
+    dual = takes_dual(batch.count(shape[-2]), shape[-1], form, 0.75)
     if isinstance(batch, JointBatch):
         return _joint.cross_correlation(a, b, eps, stats == "sync", batch, dual)
     return _CrossCorrelation.apply(a, b, eps, dual)[:2]

@@ -71,9 +71,10 @@ def rbf_sums(every: list[Tensor], scales: list[Tensor], zero_diagonal: bool, bat
     # autocast does not let float16 be stacked where its own dtype is bfloat16, nor the other way around
     stack = torch.stack([pad(z.to(dtype), (0, width - z.shape[-1])) for z in every], -3)
     gram, rows = gram_sums(stack, torch.stack(scales, -1))
-    sums = [rows[..., :1, :], rows[..., 1:, :]]
-    found = combined(gram[..., :1, 1:], sums, [torch.ones_like(r) for r in sums], zero_diagonal)
-    return Sums(*(part[..., 0, 0] for part in found))
+    product, (of_x, of_y) = gram[..., 0, 1], rows.unbind(-2)
+    if zero_diagonal:
+        product, of_x, of_y = product - rows.shape[-1], of_x - 1, of_y - 1
+    return Sums(product, _dot(of_x, of_y), of_x.sum(-1) * of_y.sum(-1))
 
 
 def gram_sums(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
@@ -94,7 +95,8 @@ def combined(product: Tensor, sums: list[Tensor], diagonals: list[Tensor], zero_
 
 
 def rbf_rows(every: list[Tensor], scales: list[Tensor], batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """For this rank's rows i, the sums over j of the product of all kernels, and of each kernel: (..., n)."""
+    """For each row i of this rank, sums over all rows j: of the product of the variables' kernels, and, in a list, of
+    each variable's kernel alone. Each is (..., n)."""
     if isinstance(batch, JointBatch):
         joint, *sums = (r + 1 for r in _own_sums(every, scales, batch))
         return joint, sums

@@ -17,7 +17,8 @@ def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor
         x, y: this rank's (n, D), float32 or float64.
         diagonal: the n products <x_i, y_i>.
     """
-    n, d = batch.count(x.shape[0]), x.shape[1]
+    rows, d = x.shape
+    n = batch.count(rows)
     with without_autocast(x):
         if 2 * d <= n if batch.joint else d < n:  # a D x D matrix is sent twice as far as the rows
             square = ((x.mT @ x) * batch.summed(y.mT @ y)).sum()
@@ -25,5 +26,5 @@ def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor
             every = batch.every(y)
             square = (x @ every.mT).square().sum()
             if every is not y:  # as the transport rounded them
-                diagonal = (x * every[: x.shape[0]]).sum(-1)
+                diagonal = (x * every[:rows]).sum(-1)
     return square - diagonal.square().sum()

@@ -62,8 +62,9 @@ def vicreg_of(
     which may need a gradient, and for a joint batch.
     """
     if not batch.joint and {*map(type, settings)} == {float}:
-        unbiased, dual = estimator == "unbiased", takes_dual(a.shape[-2], a.shape[-1], form, 0.8)
-        return _VICReg.apply(a, b, *settings, unbiased, dual)[:2]
+        shape = a.shape
+        dual = takes_dual(shape[-2], shape[-1], form, 0.8)
+        return _VICReg.apply(a, b, *settings, estimator == "unbiased", dual)[:2]
     if batch.joint:  # one exchange for both views
         variance, offdiag = covariance_of(torch.stack([a, b]), estimator, form, batch)
     else:

@@ -90,7 +90,8 @@ def batch_norm_fwd(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm by the statistics of x itself: the output, and centre and variance of `batch_moments_fwd`.
+    """Batch norm by the statistics of x itself: the output, and the centre (the mean as an unevaluated sum of two
+    numbers) and the variance from `batch_moments_fwd`.
 
     The running statistics, (C,) in the dtype of the variance, move in place towards the mean and the unbiased variance.
     """

@@ -113,9 +113,9 @@ def pairwise_logsumexp_fwd(
     kernel: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """x (..., N, D), y (..., M, D) or None for x, scale (...) -> log-sum-exp over j (..., N), and over i (..., M).
+    """The log-sum-exp over j, (..., N), and over i, (..., M); the second one is empty unless `columns`.
 
-    The second one is empty unless `columns`.
+    x is (..., N, D); y (..., M, D), or None to compare x with itself; scale (...).
     """
     z = x if y is None else y
     over_rows = x.new_empty(x.shape[:-1])
@@ -144,7 +144,7 @@ def pairwise_logsumexp_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and y per unit of scale, to be multiplied by it. One that is not needed is empty."""
+    """The gradients of x and y divided by the scale; the caller multiplies by it. One that is not needed is empty."""
     z, self_pairs = (x if y is None else y), y is None
     if self_pairs:
         columns, over_columns, grad_columns = True, over_rows, grad_rows
@@ -171,7 +171,7 @@ def pairwise_argmax(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """The first j with the largest similarity, for every row: (..., N), int64; -1 if no pair counts."""
+    """The first j with the largest similarity of every row: (..., N), int64; -1 if all pairs of a row are masked."""
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     with without_autocast(x):
         for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
@@ -211,7 +211,7 @@ def pairwise_matmul_bwd(
     need_y: bool,
     need_rhs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and y per unit of scale, and of rhs. One that is not needed is empty."""
+    """The gradients of x and y divided by the scale, and of rhs. One that is not needed is empty."""
     z, self_pairs = (x if y is None else y), y is None
     y_labels = x_labels if self_pairs else y_labels
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
@@ -251,7 +251,7 @@ def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Te
 
 
 def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    """The gradient of x per unit of scale."""
+    """The gradient of x divided by the scale; the caller multiplies by it."""
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
     both, grad_sums = (2 * (grad_gram + grad_gram.mT)).to(x.dtype), grad_sums.to(x.dtype)
     with without_autocast(x):

@@ -171,7 +171,7 @@ class Summed:
             ) from error
 
     def gradients(self, node: object) -> Sequence[Tensor | None]:
-        """The gradients of the parameters for the last view in this backward, None for the others: one sum is held."""
+        """All views add to one sum of gradients; the last view of this backward returns it, the others return None."""
         self.done.append(node)
         waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
         if any(will_run(other) for other in waiting):

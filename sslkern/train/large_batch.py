@@ -175,7 +175,7 @@ def _sharded(backbone: nn.Module) -> list[Any]:
 
 
 def _apply(runs: list[View], backward: Summed | Synced, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """The outputs of views that share one node of the autograd graph."""
+    """Run all views under one node of the autograd graph, and return the outputs of each."""
     tensors = [t for run in runs for t in run.tensors]
     for run in runs:
         run.tensors = []  # autograd saves them, frees them and detects in-place changes
