@@ -119,7 +119,7 @@ REASONS = [
         BREAK,
         "compiled, dynamic",
         "init.*; ProjUNN",
-        "is not traced as one graph: `torch.Generator` and parameters must be created before a graph, not inside it",
+        "is not traced as one graph, because it creates a `torch.Generator` or a parameter, which a graph cannot do",
     ),
     Reason(
         BREAK,
@@ -167,7 +167,7 @@ function neither returns the correct value nor has a documented reason below for
 8 eps times the magnitude of the result. |
 | r | Raises an error whose message names the argument. The number after r refers to the list of [reasons](#reasons). |
 | t | Same as torch: NaN or inf where the torch formula gives them. A number after t refers to the \
-reasons, which say where torch raises an error of its own. |
+reasons. In some of these cells torch itself raises an error; the reason then says so. |
 | b | Correct value, but `torch.compile` breaks the graph here, so `fullgraph=True` raises an error. The \
 number refers to the reasons. |
 | | Does not apply. |

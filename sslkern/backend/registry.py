@@ -46,8 +46,9 @@ def declare(
 
     Args:
         reference: implements it on any device and gives the output shapes.
-        vmap: its rule for `torch.func.vmap`, as `stacked` makes one.
-        dtypes: the dtypes of the key tensor, by which `pick` chooses, that the op takes.
+        vmap: its rule for `torch.func.vmap`, for example one made by `stacked`.
+        dtypes: the dtypes that the op accepts for its key tensor, the argument by whose device, dtype and shape `pick`
+            chooses a back-end.
     """
     name = schema.split("(")[0]
     for backend, library in libraries.items():

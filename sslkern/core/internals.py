@@ -1,6 +1,6 @@
 """Every private part of torch that sslkern uses. No other module of the package uses one.
 
-Checked against torch 2.11 to 2.14. The number beside each is the version since which torch has it in this form. The
+Checked against torch 2.11 to 2.14. A number such as (2.0) is the version of torch since which a part has this form. The
 module imports torch alone, and nothing in it imports `torch._dynamo`.
 """
 

@@ -32,27 +32,26 @@ def barlow_twins_loss(
         redundancy = sum_{j != k} C_jk^2
         loss       = invariance + lambd * redundancy
 
-    The default weight is the official script's.
+    The default weight is that of the official script.
 
     Args:
-        a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
-            bfloat16, float16 or float64; any strides; N >= 2.
-        lambd: a finite number, or a floating tensor of one on the device of the views, with a gradient.
+        a, b: (N, D), or with more dimensions: (B, T, D); (B, C, H, W) with dim=1. Same shape, dtype and device;
+            float32, bfloat16, float16 or float64; any strides; N >= 2.
+        lambd: a finite number, or a one-element floating tensor on the device of the views, which gets a gradient.
         eps: a number >= 0, added to the variance as in batch norm, in units of a^2.
-        dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
-        positions: "separate" averages a loss per position; "pooled" counts positions as samples.
+        dim: the feature dimension. batch_dim: the sample dimension. All other dimensions are positions.
+        positions: "separate" computes a loss for each position and averages them; "pooled" counts positions as samples.
         return_terms: also return the two unweighted terms, detached, for logging.
-        group: the ranks that hold the batch; see `sslkern.distributed`. All ranks return the
-            same value.
-        stats: with a group, "sync" standardises over the joint batch, as the official script's SyncBatchNorm does, and
-            "local" over this rank's rows.
+        group: the ranks that hold the batch; see `sslkern.distributed`. All ranks return the same value.
+        stats: with a group, "sync" standardises over the joint batch, as SyncBatchNorm does in the official script;
+            "local" standardises over this rank's rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.cross_correlation`; also where lambd is not a finite number (a bool is
-        none) or a tensor of one, and where eps is a tensor, since it has no gradient.
+        TypeError, ValueError: as `sslkern.ops.cross_correlation`. Also if lambd is neither a finite number nor a
+        one-element tensor (a bool is not a number), or if eps is a tensor, which would get no gradient.
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """

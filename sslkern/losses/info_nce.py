@@ -31,29 +31,28 @@ def info_nce_loss(
         t_ij = <q_i, k_j> / temperature, of L2-normalised rows
         loss = mean_i [log sum_j exp(t_ij) - t_ip(i)] = mean_i log(1 + sum_{j != p(i)} exp(t_ij - t_ip(i)))
 
-    The second form is the one computed: it keeps its digits where the positives win and the loss is small.
+    The second form is the computed one: it keeps its relative precision where the loss is small.
 
     Args:
         q: (N, D) queries; float32, bfloat16, float16 or float64; any strides; N >= 1.
         k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are
             negatives.
-        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
-        scale: a number, or a floating tensor of one element, with a gradient; where given, it replaces 1 / temperature,
-            as CLIP's exp(logit_scale).
-        positives: int64 (N,), the p(i); with a group, places among the rank's own keys.
-        symmetric: CLIP's loss, the mean of this one and that of the keys against the queries, from one pass; M = N.
-        normalize: False takes the rows as they are.
+        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
+        scale: replaces 1 / temperature, as the exp(logit_scale) of CLIP: a number, or a one-element floating tensor,
+            which gets a gradient.
+        positives: int64 (N,), the indices p(i) of the positive keys; with a group, indices of this rank's keys.
+        symmetric: the loss of CLIP: the mean of this loss and the loss with q and k exchanged, from one pass; M = N.
+        normalize: False leaves the rows as they are.
         eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
             1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
-        group: the ranks that hold the batch; see `sslkern.distributed`. The keys are sent to all
-            ranks, and M >= N holds on each of them. `symmetric` joins sums over columns, 2 M numbers, and sends no
-            queries.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The keys are sent to all ranks; M >= N must
+            hold on each rank. `symmetric` also reduces two numbers per key over the ranks, and sends no queries.
 
     Returns:
-        The loss, a scalar in float32, or in float64 if q or k is float64; so is all arithmetic.
+        The loss, a scalar, computed in float32, or in float64 if q or k is float64.
 
     Raises:
-        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ,
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ,
         settings that do not fit together, or, on a CPU alone, positives out of range.
 
     Sources: van den Oord et al., CPC (1807.03748); Radford et al., CLIP (2103.00020).

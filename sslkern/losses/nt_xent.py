@@ -34,28 +34,29 @@ def nt_xent_loss(
         loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
         loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
 
-    For two views both are SimCLR's: the mean over 2N rows, of 2N - 1 others each. `decoupled` leaves P(i) out of the
-    sum below, as DCL does; that loss may be negative. Positives are set against the negatives alone, so that small
-    losses keep their digits.
+    For two views both are the loss of SimCLR, a mean over 2N rows, each compared with the 2N - 1 others. `decoupled`
+    leaves P(i) out of the sum in the denominator, as DCL does; that loss may be negative. The computed form is
+    log(1 + exp(negatives - positive)), which keeps its relative precision where the loss is small.
 
     Args:
         a, b: (N, D) views; same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
-        others: further views, as a and b.
+        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
+        others: further views (N, D), with the shape and device of a.
         inside: sum over a sample's positives inside the logarithm.
-        negatives: (K, D), a memory bank of any of the dtypes. Rows of a alone are then compared, with b's row as the
-            positive and the bank as negatives, and averaged over N. The bank's gradient is computed if it requires one.
-        decoupled: as above; needs negatives, N >= 2 or a bank.
+        negatives: (K, D), a memory bank, in any of these dtypes. The loss is then the mean over the N rows of a, with
+            the row of b as the positive and the rows of the bank as negatives. The bank gets a gradient if it requires
+            one.
+        decoupled: as above; it needs N >= 2 or a bank.
         eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
             1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
-        group: the ranks that hold the batch; see `sslkern.distributed`. All views of a sample
-            are on one rank. A bank is not sent: rows meet the bank of their own rank.
+        group: the ranks that hold the batch; see `sslkern.distributed`. All views of a sample must be on one rank. A
+            bank is not sent: rows are compared with the bank of their own rank.
 
     Returns:
-        The loss, a scalar in float32, or in float64 if a view or the bank is float64; so is all arithmetic.
+        The loss, a scalar, computed in float32, or in float64 if a view or the bank is float64.
 
     Raises:
-        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ, or
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or
         settings that do not fit together.
 
     Sources: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); He et al., MoCo (1911.05722) for the bank.

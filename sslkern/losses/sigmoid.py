@@ -23,7 +23,7 @@ def sigmoid_loss(
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""Every pair of rows of a and b as a decision, equal sample or not, without the N x N logits.
+    r"""Binary classification of every pair (a_i, b_j) as one sample or two, without the N x N logits.
 
         t_ij = scale cos(a_i, b_j) + bias
         loss = -1/N sum_ij log sigmoid(z_ij t_ij), z_ij = 1 for i = j and -1 otherwise
@@ -31,18 +31,17 @@ def sigmoid_loss(
 
     Args:
         a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        scale, bias: numbers, or floating tensors of one element, with a gradient; dimensionless. The paper learns both,
-            and scale by its logarithm: scale=log_scale.exp().
+        scale, bias: numbers, or one-element floating tensors, which get a gradient; dimensionless. The paper learns
+            both, with scale=log_scale.exp().
         eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
             1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
-        group: the ranks that hold the batch; see `sslkern.distributed`. The rows of b are
-            sent to all ranks.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The rows of b are sent to all ranks.
 
     Returns:
-        The loss, a scalar in float32, or in float64 if a or b is float64; so is all arithmetic.
+        The loss, a scalar, computed in float32, or in float64 if a or b is float64.
 
     Raises:
-        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ, or a
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or a
         setting is out of range.
 
     Source: Zhai et al., SigLIP (2303.15343).

@@ -17,26 +17,26 @@ def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *,
 
         loss = [-2 mean_i <a_i, b_i> + sum_{i != j} <a_i, b_j>^2 / (N (N - 1))] / mu
 
-    with rows longer than sqrt(mu) shortened to it; ||AB'||_F^2 = <A'A, B'B> where D < N. With one sample the second
-    term is 0.
+    where rows longer than sqrt(mu) are first scaled down to that length. Where D < N, ||AB'||_F^2 is computed as
+    <A'A, B'B>. With one sample the second term is 0.
 
     With a group of W ranks, N counts the rows of all ranks. A rank with n rows computes its part of the sum as
     <A_r'A_r, B'B> where 2 D <= N, in 4 n D^2 flops, and the ranks add up D^2 numbers. Otherwise it gathers the rows of
-    b, N D numbers, and computes its n x N block of products in 2 n N D flops. The rule takes the form with less of
+    b, N D numbers, and computes its n x N block of products in 2 n N D flops. It takes the form with less of
     both. The backward takes twice the flops and the same traffic.
 
     Args:
         a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        mu: the largest squared length of a row, in units of a^2: a number > 0, or a floating tensor of one element,
-            with a gradient.
+        mu: the largest squared length of a row, in units of a^2: a number > 0, or a one-element floating
+            tensor, which gets a gradient.
         group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
-        The loss, a scalar in float32, or in float64 if a or b is float64; so is all arithmetic.
+        The loss, a scalar, computed in float32, or in float64 if a or b is float64.
 
     Raises:
-        TypeError: not dense floating tensors, or another type of mu. ValueError: shapes or devices differ, or mu is not
-        above 0.
+        TypeError: a or b is not a dense floating tensor, or mu is not a number or a tensor. ValueError: shapes or
+        devices differ, or mu is not above 0.
 
     Source: HaoChen et al., spectral contrastive loss (2106.04156).
     """

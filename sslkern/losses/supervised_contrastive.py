@@ -31,24 +31,25 @@ def supervised_contrastive_loss(
         loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
         loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
 
-    Rows without a positive do not count as i, and count as j; where no row has one, the loss is 0.
+    A row without a positive is not an i, but is a j of the other rows. If no row has a positive, the loss is 0.
 
     Args:
-        z: (N, D) rows, views of a sample among them; float32, bfloat16, float16 or float64; any strides; N >= 1.
+        z: (N, D), where the views of a sample are separate rows; float32, bfloat16, float16 or float64; any strides; N
+            >= 1.
         labels: int64 (N,); P(i) are the other rows of i's label. Any numbers: they need not be small or contiguous.
-        positives: int64 (N, P) instead, with the row indices of P(i), all different and not i; -1 fills up. With a
-            group, they are indices of this rank's rows; labels find positives on all ranks.
-        temperature: a number other than 0, or a floating tensor of one element, with a gradient; dimensionless.
+        positives: int64 (N, P), instead of labels: the row indices of P(i), all different and not i, padded with -1.
+            With a group, they are indices of this rank's rows; labels find positives on all ranks.
+        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
         inside: sum over the positives inside the logarithm.
         eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
             1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
         group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar, of which all arithmetic is at least float32.
+        The loss, a scalar, computed in float32, or in float64 if z is float64.
 
     Raises:
-        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes or devices differ, both or
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, both or
         neither of labels and positives, or, on a CPU alone, positives out of range.
 
     Source: Khosla et al., supervised contrastive learning (2004.11362), L_out; `inside` as solo-learn has it.

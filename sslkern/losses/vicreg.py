@@ -37,27 +37,26 @@ def vicreg_loss(
         covariance = sum_{z in a, b} sum_{j != k} C_jk(z)^2 / D
         loss       = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
 
-    with unbiased variances and C = Zc'Zc / (N - 1). The defaults are the paper's.
+    with unbiased variances and C = Zc'Zc / (N - 1). The default weights are those of the paper.
 
     Args:
-        a, b: (N, D); or more dimensions, (B, T, D), (B, C, H, W) with dim=1, ... Same shape, dtype and device; float32,
-            bfloat16, float16 or float64; any strides.
-        sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, eps >= 0, or floating tensors of one number on the
-            device of the views, with a gradient. gamma is in the units of a, eps in their square.
-        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term: its gradient is right at any
-            batch size, so the gradients of micro-batches of 16 add up to that of the large batch. It needs N >= 4.
-        dim: the feature dimension. batch_dim: the sample dimension. All others are positions.
-        positions: "separate" averages a loss per position; "pooled" counts positions as samples.
+        a, b: (N, D), or with more dimensions: (B, T, D); (B, C, H, W) with dim=1. Same shape, dtype and device;
+            float32, bfloat16, float16 or float64; any strides.
+        sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, eps >= 0, or one-element floating tensors on the
+            device of the views, which get a gradient. gamma is in units of a, eps in units of a^2.
+        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term. It is unbiased at any batch size,
+            so the average gradient of micro-batches of 16 has the expectation of that of a large batch. N >= 4.
+        dim: the feature dimension. batch_dim: the sample dimension. All other dimensions are positions.
+        positions: "separate" computes a loss for each position and averages them; "pooled" counts positions as samples.
         return_terms: also return the three unweighted terms, detached, for logging.
-        group: the ranks that hold the batch; see `sslkern.distributed`. The invariance term is
-            that of this rank's rows.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The invariance is that of this rank's rows.
 
     Returns:
         The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.covariance`; also where shapes, dtypes or devices differ, or a setting is
-        not a finite number (a bool is none) or a tensor of one.
+        TypeError, ValueError: as `sslkern.ops.covariance`. Also if shapes, dtypes or devices differ, or if a setting is
+        neither a finite number nor a one-element tensor; a bool is not a number.
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """

@@ -33,8 +33,9 @@ def dhsic(
     Args:
         variables: two or more (..., N, D_d) of the same leading dimensions, N >= 2, and device; each float32, bfloat16,
             float16 or float64, any strides.
-        bandwidth: in units of the variables: a number > 0, or a floating tensor of one, or of several that broadcasts
-            to (...), with a gradient; or None for `median_bandwidth`; or a tuple with one of these for each variable.
+        bandwidth: in units of the variables: a number > 0, or a floating tensor with one element or a shape
+            that broadcasts to (...), which gets a gradient; or None for `median_bandwidth`; or a tuple with one of
+            these for each variable.
         group: the ranks that hold the batch; see `sslkern.distributed`. N and the median bandwidth are those of the
             joint batch.
 
@@ -42,8 +43,8 @@ def dhsic(
         (...), float32, or float64 if a variable is float64; dimensionless, >= 0, differentiable once.
 
     Raises:
-        TypeError: not dense floating tensors. ValueError: shapes or devices differ, too few rows, or settings that do
-        not fit together.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few
+        rows, or settings do not fit together.
 
     Source: Pfister et al., Kernel-based tests for joint independence (1603.00285).
     """

@@ -19,7 +19,7 @@ _ESTIMATORS = get_args(Estimator)
 def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 1.0) -> Tensor:
     r"""The entropy, in nats, of the mixture of the N Gaussians N(z_i, noise^2 I), by an estimate or a bound.
 
-    With the covariance C = Zc'Zc/N of the points, by which C + noise^2 I is the covariance of the mixture:
+    C = Zc'Zc/N is the covariance of the points, so C + noise^2 I is that of the mixture. The estimators are:
 
         logdet                   (1/2) logdet(I + C/noise^2), the coding rate
         moment                   (1/2) logdet(2 pi e (C + noise^2 I)), the Gaussian of the same covariance
@@ -35,16 +35,16 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 1.
         estimator: as above.
-        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a floating tensor of one, or of
-            several that broadcasts to the leading dimensions, with a gradient.
+        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a floating tensor with one
+            element or a shape that broadcasts to the leading dimensions; a tensor gets a gradient.
 
     Returns:
         (...), in nats, float32 (float64 for float64); differentiable, once for the pairwise ones; NaN where z has NaN
         or inf. A noise below 1e-7 of z's range is lost in the rounding of float64: a determinant may be NaN.
 
     Raises:
-        TypeError: not a dense floating tensor, or another type of noise. ValueError: no rows or columns, an
-        unknown estimator, or a noise that is not above 0.
+        TypeError: an argument has the wrong type or dtype. ValueError: z has no rows or columns, the estimator is
+        unknown, or noise is not above 0.
 
     Sources: Shwartz-Ziv and LeCun, What do we maximize in self-supervised learning (2207.10081); Kolchinsky and Tracey,
     Estimating mixture entropy with pairwise distances (1706.02419); Ma et al., Segmentation of multivariate mixed data

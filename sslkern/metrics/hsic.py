@@ -47,8 +47,8 @@ def hsic(
         y: (..., N, D2), of x's leading dimensions, N and device, in any of these dtypes.
         kernel: "rbf" or "linear".
         estimator: "biased", which is >= 0, or "unbiased", which may be negative.
-        bandwidth: for "rbf", in units of x and y: a number > 0, or a floating tensor of one, or of several that
-            broadcasts to (...), with a gradient; or None for `median_bandwidth`; or a pair of these, for x and for y.
+        bandwidth: for "rbf", in units of x and y: a number > 0, or a floating tensor with one element or a shape
+            that broadcasts to (...), which gets a gradient; or None for `median_bandwidth`; or a pair, for x and y.
         group: the ranks that hold the batch; see `sslkern.distributed`. N and the median bandwidth are those of the
             joint batch.
 
@@ -57,8 +57,8 @@ def hsic(
         differentiable with respect to x and y, once for "rbf". The gradient treats the median bandwidth as a constant.
 
     Raises:
-        TypeError: not dense floating tensors. ValueError: shapes or devices differ, too few rows, or settings that do
-        not fit together.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few
+        rows, or settings do not fit together.
 
     Sources: Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms (2005), for the biased form;
     Song et al., Feature selection via dependence maximization (2012), for the unbiased one.
@@ -100,16 +100,16 @@ def pairwise_hsic(
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides; N >= 2, and N >= 4 when unbiased.
         kernel, estimator: as in `hsic`.
-        bandwidth: for "rbf", in units of z: a number > 0, or a floating tensor of one, or of several that broadcasts to
-            (..., D), with a gradient; or None for the `median_bandwidth` of each feature.
+        bandwidth: for "rbf", in units of z: a number > 0, or a floating tensor with one element or a shape that
+            broadcasts to (..., D), which gets a gradient; or None for the `median_bandwidth` of each feature.
         normalized: as above.
 
     Returns:
         (..., D, D), float32 (float64 for float64); differentiable as `hsic`.
 
     Raises:
-        TypeError: not dense floating tensors. ValueError: shapes or devices differ, too few rows, or settings that do
-        not fit together.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few
+        rows, or settings do not fit together.
 
     Source: Mialon et al., Variance-covariance regularization enforces pairwise independence (2209.14905).
     """

@@ -79,8 +79,9 @@ class _BatchNorm(internals.BatchNormBase):
         )
 
     def _proxied(self, input: Any) -> Any:
-        """The node that torch.fx records: a call of this layer, which may later be switched to training. If this layer
-        is the root of the trace, it is the formula, in eval mode only."""
+        """The record of torch.fx: a call of this layer, which can still be switched to training. If this layer is
+        itself the root of the trace, the operations of its formula are recorded instead, which works in eval mode only.
+        """
         if not isinstance(input, torch.fx.Proxy):
             raise TypeError(f"input must be a torch.Tensor of shape (N, C, ...), got {type(input).__name__}.")
         tracer: Any = input.tracer

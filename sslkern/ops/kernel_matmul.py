@@ -39,19 +39,20 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandw
 
     Args:
         x: (..., N, D), the new points; float32, bfloat16, float16 or float64, any strides, N >= 1.
-        s: (..., M, D), the support points, of x's leading dimensions and device, in any of these dtypes; M >= 1.
+        s: (..., M, D), M >= 1, the support points, with the leading dimensions and the device of x, in any of these
+            dtypes.
         b: (..., M, P), their coefficients, in any of these dtypes.
         kernel: as above.
-        bandwidth: for "rbf" alone, in units of x: a number > 0, or a floating tensor of one, or of several that
-            broadcasts to the leading dimensions, with a gradient.
+        bandwidth: for "rbf" alone, in units of x: a number > 0, or a floating tensor with one element or a
+            shape that broadcasts to the leading dimensions; a tensor gets a gradient.
 
     Returns:
         (..., N, P), float32, or float64 if x or s is float64; differentiable once with respect to x, s, b and
         a tensor bandwidth.
 
     Raises:
-        TypeError: not dense floating tensors, or another type of bandwidth. ValueError: shapes or devices differ, an
-        unknown kernel, or a bandwidth that is not above 0 or does not belong to the kernel.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, the kernel is unknown,
+        or the bandwidth is not above 0 or is given for a kernel without one.
 
     Source: Kiani et al., Joint-embedding self-supervised learning in the kernel regime (2209.14884).
     """

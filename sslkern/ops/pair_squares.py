@@ -11,7 +11,7 @@ from ..core.ranks import Batch
 def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor:
     """sum_{j != i} <x_i, y_j>^2 over this rank's rows i and all rows j, by the smaller of the N x N and D x D products.
 
-    Plain torch: the products are no larger than their operands.
+    In plain torch: the products are no larger than their operands, so a kernel would save no memory.
 
     Args:
         x, y: this rank's (n, D), float32 or float64.

@@ -61,18 +61,18 @@ def pairwise_reduce(
     could overflow, so scales of 1e3 and -1e3 are as accurate as 1.
 
     Args:
-        x: (..., N, D), for "gram" (..., G, N, D), where groups of fewer columns are filled up with zeros; float32,
+        x: (..., N, D), for "gram" (..., G, N, D), where groups with fewer columns are padded with zeros; float32,
             bfloat16, float16 or float64, any strides, N >= 1.
-        y: (..., M, D) of x's leading dimensions and device, in any of these dtypes, or None.
+        y: None, or (..., M, D) with the leading dimensions and the device of x, in any of these dtypes.
         kernel: as above; "logsumexp" and "max" take "dot", "cosine" or "sqeuclidean", "gram" all but "softplus".
         reduction: as above.
-        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a floating tensor of one
-            element, or one that broadcasts to x's leading dimensions, with a gradient.
+        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a floating tensor with one
+            element or a shape that broadcasts to the leading dimensions of x; a tensor gets a gradient.
         mask: None, or the pairs to keep: "offdiag" has j != i, "same" equal labels, "same offdiag" both, "different"
             unequal labels.
-        labels: int64 (..., N), for x and y alike where y is None or as long as x; or a pair (..., N), (..., M).
-        rhs: (..., M, P) for "matmul", with a gradient; in the precision of the result.
-        both_sides: for "logsumexp" with a y: also over i, (..., M), from the same similarities.
+        labels: int64 (..., N), the labels of x and, if it has as many rows, of y; or a pair (..., N), (..., M).
+        rhs: (..., M, P), for "matmul"; it is converted to the dtype of the result and gets a gradient.
+        both_sides: for "logsumexp" with a y: also return the log-sum-exp over i, (..., M), from the same similarities.
 
     Returns:
         As above, in float32, or float64 if x or y is float64; "gram" in float64, since such sums mostly cancel later.
@@ -81,8 +81,7 @@ def pairwise_reduce(
         float16), whichever is larger.
 
     Raises:
-        TypeError: not dense floating tensors, or other types of settings. ValueError: shapes, devices, or settings that
-        do not fit together.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes, devices or settings do not fit together.
 
     Sources: Gao et al., gradient caching (2101.06983) and Cheng et al., Inf-CL (2410.17243) for losses by tiles;
     Gretton et al., HSIC (2005), and Mialon et al. (2209.14905) for the sums of kernels.

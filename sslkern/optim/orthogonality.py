@@ -81,7 +81,8 @@ def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator
 def off_orthonormal(u: Tensor) -> float:
     """An estimate of the largest `orthogonality_error` of a stack, from (U^H U - I) x for one random x.
 
-    The mean square of (U^H U - I) x / |x| is the squared error. Raises ValueError if the estimate is above _FAR or NaN.
+    The expectation of |(U^H U - I) x|^2 / |x|^2 is the squared error. Raises ValueError if the estimate is above _FAR
+    or NaN.
     """
     if not u.numel():
         return 0.0
