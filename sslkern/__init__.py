@@ -1,4 +1,4 @@
-"""sslkern: fast, exact losses for self-supervised learning, with the values and gradients of the published formulas."""
+"""sslkern: fast losses for self-supervised learning that compute the published formulas and their gradients exactly."""
 
 from . import backend, installed
 from . import distributed as distributed

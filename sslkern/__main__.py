@@ -1,4 +1,4 @@
-"""`python -m sslkern`: what is installed, which back-end serves which kernel, and why the others do not."""
+"""`python -m sslkern` prints what is installed, which back-end runs each kernel, and why others do not run it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch
 import sslkern
 from sslkern import backend, installed
 
-CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (2, 2, 1 << 20)})  # plain, exact, wide
+# the example calls of every kernel: the default dtype and shape, float64, and rows of 2^20 elements
+CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (2, 2, 1 << 20)})
 
 
 def _version(package: str) -> str:
@@ -30,7 +31,10 @@ def _where(kernel: str, device: str, **call: Any) -> str:
 
 
 def _left_to_the_reference() -> dict[str, list[str]]:
-    """The kernels that only the reference runs, by the reason. Each kernel appears once per device and reason."""
+    """For each reason, the kernels that only the reference runs or that a forced back-end refuses for this reason.
+
+    A reason names a device and says why the other back-ends do not run the kernel. A kernel appears once per reason.
+    """
     found: dict[str, list[str]] = {}
     forced = backend.forced()
     better = backend.NAMES[:-1] if forced is None else (forced,)

@@ -1,4 +1,4 @@
-"""Loads the compiled extension and the Triton kernels, or records why it cannot."""
+"""Loads the compiled extension and the Triton kernels, or records why they do not load."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ _cuda_note = ""
 
 
 class MissingError(Exception):
-    """A back-end that is missing, with the reason. `broken`: it is installed, but does not load."""
+    """A back-end is missing; the message has the reason. `broken` says whether it is installed but does not load."""
 
     def __init__(self, reason: str, broken: bool) -> None:
         super().__init__(reason)
@@ -27,7 +27,8 @@ class MissingError(Exception):
 
 
 def load() -> None:
-    """Load the back-ends. Called once, after every kernel is declared."""
+    """Load the back-ends. This is called once, after every kernel is declared. A back-end that does not load is
+    recorded as missing."""
     for name, loader in (("native", load_native), ("triton", load_triton)):
         try:
             loader()
@@ -38,7 +39,7 @@ def load() -> None:
 
 
 def load_native() -> None:
-    """Load the extension, whose kernels register themselves."""
+    """Load the C++ extension. Its kernels register themselves."""
     global _cuda_note
     try:
         _cuda_note = importlib.import_module("sslkern._C").cuda()
@@ -62,35 +63,37 @@ def _check_gpus() -> None:
         if not runs_on(_cuda_note, (major, minor)):
             reasons[index] = f"its binary has no code for cuda:{index}, which is sm_{major}{minor} ({_cuda_note})"
     if reasons:
-        reasons[None] = reasons.get(0)  # the description of a tensor has no device index
+        reasons[None] = reasons.get(0)  # a tensor that `supports` describes has no device index
         backend.restrict("native", "cuda", lambda x: reasons.get(x.device.index))
 
 
 def products() -> str:
-    """The library that multiplies the native back-end's fp32 matrices, in words; SSLKERN_CPU_GEMM changes it."""
+    """A description of the library with which the native back-end multiplies float32 matrices; empty if the back-end is
+    missing. The variable SSLKERN_CPU_GEMM selects another library."""
     return "" if "native" in backend.missing() else importlib.import_module("sslkern._C").products()
 
 
 def cuda_build() -> str:
-    """The GPUs that the native back-end's CUDA kernels are compiled for, or why there are none, in words."""
+    """A description of the GPUs for which the native back-end's CUDA kernels are compiled, or the reason why it has
+    none."""
     return _cuda_note
 
 
 def load_triton() -> None:
-    """Load the Triton kernels, which register themselves."""
+    """Load the Triton kernels. They register themselves."""
     if not torch.cuda.is_available() and os.environ.get("TRITON_INTERPRET") != "1":
         raise MissingError("no CUDA device (TRITON_INTERPRET=1 runs the kernels on the CPU, for tests)", broken=False)
     wanted = ".".join(map(str, OLDEST_TRITON))
     try:
         version = importlib.import_module("triton").__version__
-    except Exception as error:  # a broken Triton may raise anything
+    except Exception as error:  # a broken Triton may raise any exception
         reason = f"Triton {wanted} or newer does not load ({_told(error)})"
         raise MissingError(reason, broken=not _absent(error, "triton")) from error
     if tuple(int(number) for number in re.findall(r"\d+", version)[:2]) < OLDEST_TRITON:
         raise MissingError(f"Triton {version} is too old: {wanted} or newer is needed", broken=True)
     try:
         importlib.import_module("sslkern.triton_kernels")
-    except Exception as error:  # for instance a change of Triton's interface
+    except Exception as error:  # for instance because Triton's interface has changed
         reason = f"Triton {version} loads, but sslkern's own kernels do not ({_told(error)})"
         raise MissingError(reason, broken=True) from error
 
@@ -104,16 +107,21 @@ def _told(error: Exception) -> str:
 
 
 def targets(note: str) -> list[tuple[str, tuple[int, int], str]]:
-    """(sm or compute, compute capability, suffix) of what CUDA kernels are compiled for, from `cuda_build`."""
+    """The targets for which CUDA kernels are compiled, read from the text of `cuda_build`.
+
+    Each target has a kind ("sm" for machine code, "compute" for PTX), a compute capability, and a suffix
+    ("a", "f" or "").
+    """
     found = re.findall(r"\b(sm|compute)_(\d+)(\d)([af]?)\b", note)
     return [(kind, (int(major), int(minor)), suffix) for kind, major, minor, suffix in found]
 
 
 def runs_on(note: str, capability: tuple[int, int]) -> bool:
-    """Whether CUDA kernels of this note run on a GPU: by machine code for its major version, or by PTX for an older
-    one.
+    """Whether CUDA kernels run on a GPU of this compute capability, if they are compiled for the targets in `note`.
 
-    Code with the suffix a is for one compute capability alone, and PTX with the suffix f is for one major version.
+    Machine code runs on GPUs of the same major version that are not older than its target, and PTX on all GPUs that are
+    not older than its target. With the suffix a, code runs only on its own compute capability. With the suffix f, PTX
+    runs only on its own major version.
     """
     for kind, built, suffix in targets(note):
         same_major = capability[0] == built[0]

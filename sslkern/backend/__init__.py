@@ -1,14 +1,17 @@
-"""Back-ends: where a kernel runs, and why.
+"""Back-ends: which implementation of a kernel runs, and why.
 
 A back-end is a `torch.library` namespace (`sslkern_reference`, `sslkern_native`, `sslkern_triton`). A kernel is
-declared once, with one schema, in all of them. Its plain-torch reference is the truth in tests, the fake (meta) kernel,
-and the fall-back for calls that no other back-end supports.
+declared once, and has the same schema in all back-ends. Its reference in plain torch has three uses: tests compare the
+other back-ends with it, it is the fake (meta) kernel, and it runs the calls that no other back-end supports.
 
 `pick` takes the first of "triton", "native" and "reference" that supports the call. Each kernel of a back-end declares
-its devices, its dtypes, and the shapes that it refuses. `supports` and `choice` give the same answer for a tensor or a
-description of one, and `python -m sslkern` prints it for every kernel. `use`, or the variable SSLKERN_BACKEND, forces a
-back-end: it runs the call or raises RuntimeError. With SSLKERN_STRICT=1, a tensor on a GPU that only the reference
-supports raises RuntimeError too, unless the reference is forced.
+the devices and dtypes that it supports, and the shapes that it refuses. For a call, `supports` says in advance which
+back-ends support it, and `choice` says which of them `pick` takes. Both accept a tensor, or a device, dtype and shape.
+`python -m sslkern` prints the answers for every kernel.
+
+`use`, or the variable SSLKERN_BACKEND, forces a back-end: it runs the call or raises RuntimeError. With
+SSLKERN_STRICT=1, a call on a GPU that only the reference supports raises RuntimeError too, unless the reference is
+forced.
 """
 
 from __future__ import annotations
@@ -30,7 +33,7 @@ from .registry import notes as _notes
 from .registry import strict as _strict
 from .registry import unasked as _unasked
 
-CPU_GEMMS = ("", "avx2", "mm", "onednn")  # the values of SSLKERN_CPU_GEMM; empty: chosen by the processor
+CPU_GEMMS = ("", "avx2", "mm", "onednn")  # the values of SSLKERN_CPU_GEMM; empty: the processor decides
 ORDINARY = (2, 2, 2)  # a shape that no kernel refuses
 _forced: str | None = None
 
@@ -57,7 +60,7 @@ __all__ = [
 
 
 class Support(NamedTuple):
-    """Whether a back-end runs a call, and if not, the reason in words."""
+    """Whether a back-end supports a call and, if not, the reason in words."""
 
     yes: bool
     reason: str = ""
@@ -67,38 +70,39 @@ class Support(NamedTuple):
 
 
 def missing() -> dict[str, str]:
-    """The back-ends that are missing, each with the reason in a sentence."""
+    """The back-ends that are missing, each with the reason why."""
     return dict(_missing)
 
 
 def declared() -> tuple[str, ...]:
-    """The kernels, in the order of their declaration."""
+    """The names of the kernels, in the order of their declaration."""
     return tuple(_declared)
 
 
 def forced() -> str | None:
-    """The back-end that `use` or SSLKERN_BACKEND forces, if any."""
+    """The back-end that `use` or SSLKERN_BACKEND forces, or None."""
     return _forced
 
 
 def strict() -> bool:
-    """Whether SSLKERN_STRICT=1 makes the reference an error for tensors on a GPU."""
+    """Whether SSLKERN_STRICT=1 is set, so that a call on a GPU raises if only the reference supports it."""
     return _strict
 
 
 def supports(
     name: str, x: torch.Tensor | str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ORDINARY
 ) -> dict[str, Support]:
-    """For every back-end, whether it runs kernel `name`, and the reason why it does not.
+    """For every back-end, whether it runs kernel `name` and, if not, the reason.
 
     Args:
         name: one of `declared()`.
-        x: the kernel's key tensor (the first input of the forward); or a device type, "cpu" or "cuda", for a tensor
-            there of this `dtype` and `shape`.
+        x: the key tensor of the kernel, which is the first input of its forward. Or a device type, "cpu" or "cuda": the
+            answer is then for a tensor of `dtype` and `shape` on this device.
+        dtype, shape: used only if `x` is a device type.
 
     Returns:
-        back-end -> `Support`, which is true or false, with a `reason` if it is false. It does not depend on a forced
-        back-end.
+        A dict from each back-end to a `Support`, which is true or false, with a `reason` if it is false. A forced
+        back-end does not change the result.
     """
     device, x = _described(name, x, dtype, shape)
     reasons = {backend: _refusal(backend, name, device, x) for backend in NAMES}
@@ -108,16 +112,17 @@ def supports(
 def choice(
     name: str, x: torch.Tensor | str, dtype: torch.dtype = torch.float32, shape: tuple[int, ...] = ORDINARY
 ) -> str:
-    """The back-end that `pick` takes; arguments as for `supports`. Raises what `pick` raises."""
+    """The name of the back-end that `pick` takes. It has the arguments of `supports` and raises the errors of
+    `pick`."""
     return _decide(name, *_described(name, x, dtype, shape))
 
 
 def pick(name: str, x: torch.Tensor) -> Callable:
-    """The operator that runs kernel `name` for its key tensor.
+    """The operator that runs kernel `name` for the key tensor `x`.
 
     Raises:
-        RuntimeError: the forced back-end does not support the call; or only the reference does, x is on a GPU, and
-        SSLKERN_STRICT=1. An empty x raises neither, since there is nothing to compute.
+        RuntimeError: the forced back-end does not support the call; or SSLKERN_STRICT=1 is set, `x` is on a GPU, and
+        only the reference supports the call. An empty `x` raises no error, because there is nothing to compute.
     """
     device = x.device.type
     kernel = _first.get((_forced, name, device))
@@ -128,10 +133,14 @@ def pick(name: str, x: torch.Tensor) -> Callable:
 
 
 def reference_only(what: str, x: torch.Tensor) -> None:
-    """Raise RuntimeError, as `pick` does, where plain torch must not compute `what` from x.
+    """Raise RuntimeError if a computation that exists only in plain torch is not allowed to run.
+
+    It is not allowed if another back-end than the reference is forced, or if SSLKERN_STRICT=1 is set, `x` is not on a
+    CPU, and no back-end is forced.
 
     Args:
-        what: the start of a sentence, in the plural.
+        what: the name of the computation in the plural, which starts a sentence of the message.
+        x: an input of the computation.
     """
     if _forced is None and _strict and x.device.type != "cpu":
         raise RuntimeError(f"SSLKERN_STRICT=1 forbids the reference: {what} are plain torch, and have no kernel.")
@@ -145,7 +154,8 @@ def reference_only(what: str, x: torch.Tensor) -> None:
 def _described(
     name: str, x: torch.Tensor | str, dtype: torch.dtype, shape: tuple[int, ...]
 ) -> tuple[str, torch.Tensor]:
-    """The device type, and a tensor of this dtype and shape."""
+    """The device type of `x`, and `x`. If `x` is itself a device type, a meta tensor of this dtype and shape stands for
+    `x`."""
     if name not in _declared:
         raise ValueError(f"name must be one of {', '.join(map(repr, _declared))}, got {name!r}.")
     if isinstance(x, torch.Tensor):
@@ -154,9 +164,9 @@ def _described(
 
 
 def _decide(name: str, device: str, x: torch.Tensor) -> str:
-    """The back-end of a call."""
+    """The name of the back-end that runs a call."""
     if device == "meta":
-        return "reference"  # shapes are the same for every back-end
+        return "reference"  # every back-end gives the same shapes
     for backend in NAMES if _forced is None else (_forced,):
         kernel = _kernels.get((backend, name, device))
         if (_forced is not None or _unasked(backend, device, kernel)) and _runs(backend, name, device, x):
@@ -178,7 +188,7 @@ def _runs(backend: str, name: str, device: str, x: torch.Tensor) -> bool:
 
 
 def _refusal(backend: str, name: str, device: str, x: torch.Tensor) -> str | None:
-    """The reason why a back-end does not run a call, or None."""
+    """The reason why a back-end does not run a call, or None if it does."""
     if _runs(backend, name, device, x):
         return None
     kernel = _kernels.get((backend, name, device))
@@ -204,12 +214,13 @@ def _check(name: str) -> str:
 
 @contextmanager
 def use(name: str) -> Iterator[None]:
-    """Run everything inside on one back-end: `with sslkern.backend.use("reference"): ...`.
+    """Run everything in a `with` block on one back-end: `with sslkern.backend.use("reference"): ...`.
 
     The environment variable SSLKERN_BACKEND does the same for a whole run. A call that the back-end does not support
-    raises RuntimeError with the reason: nothing falls back silently. Only empty tensors and meta tensors, for which
-    there is nothing to compute, take the reference. `use` holds for all threads of the process. A backward that runs
-    outside of it takes the back-end that is chosen there.
+    raises RuntimeError with the reason. It does not fall back to another back-end silently. Only empty tensors and meta
+    tensors may take the reference instead, because there is nothing to compute. `use` holds for all threads of the
+    process. The back-end of a backward is chosen when the backward runs, so a backward outside of the block is not
+    forced.
     """
     global _forced
     before, _forced = _forced, _check(name)

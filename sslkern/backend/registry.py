@@ -1,4 +1,4 @@
-"""The kernels of each back-end: how they are declared, implemented and ordered."""
+"""The tables of the kernels of each back-end, and the functions that declare, implement and order kernels."""
 
 from __future__ import annotations
 
@@ -24,16 +24,16 @@ strict = os.environ.get("SSLKERN_STRICT") == "1"
 class Kernel(NamedTuple):
     operator: Callable
     dtypes: tuple[torch.dtype, ...]
-    refuses: Refusal | None  # the reason why it does not support a tensor of these dtypes, or None
-    on_request: bool = False  # whether it only serves where its back-end is forced
+    refuses: Refusal | None  # returns why the kernel does not support a tensor, or None if it does
+    on_request: bool = False  # whether it runs only if its back-end is forced
 
 
 libraries = {name: torch.library.Library(f"sslkern_{name}", "DEF") for name in NAMES}
 missing: dict[str, str] = {}  # back-end -> why it is missing
-declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that its op takes
-kernels: dict[tuple[str, str, str], Kernel] = {}  # (back-end, kernel, device type)
-first: dict[tuple[str | None, str, str], Kernel] = {}  # the same by forced back-end; None: the preferred kernel
-notes: dict[tuple[str, str], str] = {}  # (back-end, device type) -> why it may lack kernels there, " (...)"
+declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that its op accepts
+kernels: dict[tuple[str, str, str], Kernel] = {}  # by (back-end, kernel, device type)
+first: dict[tuple[str | None, str, str], Kernel] = {}  # the first to try, by (forced back-end or None, kernel, device)
+notes: dict[tuple[str, str], str] = {}  # (back-end, device type) -> why kernels may be missing, as " (...)"
 
 
 def declare(
@@ -45,10 +45,12 @@ def declare(
     """Define a kernel in every back-end.
 
     Args:
-        reference: implements it on any device and gives the output shapes.
-        vmap: its rule for `torch.func.vmap`, for example one made by `stacked`.
-        dtypes: the dtypes that the op accepts for its key tensor, the argument by whose device, dtype and shape `pick`
-            chooses a back-end.
+        schema: the name, arguments and results of the kernel, in the syntax of `torch.library`.
+        reference: a function that implements the kernel on any device. It also gives the output shapes, as the fake
+            kernel.
+        vmap: the rule of the kernel for `torch.func.vmap`, for example a result of `stacked`.
+        dtypes: the dtypes that the op accepts for its key tensor. The key tensor is the argument whose device, dtype
+            and shape decide which back-end `pick` takes.
     """
     name = schema.split("(")[0]
     for backend, library in libraries.items():
@@ -57,7 +59,7 @@ def declare(
         library.impl(name, partial(vmapped, vmap, f"sslkern_{backend}", name), "FuncTorchBatched", with_keyset=True)
     libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     declared[name] = dtypes
-    for device in ("cpu", "cuda"):  # for other devices `pick` finds it more slowly
+    for device in ("cpu", "cuda"):  # on other devices `pick` finds the reference too, but more slowly
         add("reference", name, device)
 
 
@@ -70,15 +72,20 @@ def implement(
     refuses: Refusal | None = None,
     on_request: tuple[str, ...] = (),
 ) -> None:
-    """Register a Python kernel, such as a Triton launcher, of a declared name.
+    """Register a Python function, such as a Triton launcher, as the kernel of a back-end.
 
     Args:
-        backend, name: one of `NAMES`, and a kernel that `declare` has declared.
-        devices: the device types that it serves, such as "cuda" or "xpu"; a renamed PrivateUse1 is "privateuseone".
-        dtypes: the dtypes of the key tensors that it supports, by default all that the op takes.
-        refuses: gives the reason, in words, for a key tensor that the kernel does not support, or None. A reason names
-            no sizes: in a trace, that would make them constants.
-        on_request: device types that it serves only where the back-end is forced, such as an interpreter for tests.
+        backend: one of `NAMES`.
+        name: a kernel that `declare` has declared.
+        function: the implementation, with the signature of the declared schema.
+        devices: the device types that the function supports, such as "cuda" or "xpu". A renamed PrivateUse1 is
+            "privateuseone".
+        dtypes: the dtypes of the key tensor that the function supports; by default all dtypes that the op accepts.
+        refuses: a function of the key tensor. It returns the reason, in words, why `function` does not support this
+            tensor, or None if it does. The reason must not contain sizes, because a compiler that traces the call would
+            then make them constants.
+        on_request: device types on which the function runs only if the back-end is forced, such as an interpreter for
+            tests.
 
     Raises:
         ValueError: an unknown back-end or kernel.
@@ -107,7 +114,7 @@ def add(
 
 
 def sort() -> None:
-    """Sort the kernels for the lookup in `pick`."""
+    """Order the kernels by preference, for the lookup in `pick`."""
     first.clear()
     for backend in reversed(NAMES):
         for key, kernel in kernels.items():
@@ -118,15 +125,15 @@ def sort() -> None:
 
 
 def unasked(backend: str, device: str, kernel: Kernel | None) -> bool:
-    """Whether a back-end may serve a device type without being forced."""
+    """Whether `pick` may take a back-end for a device type if no back-end is forced."""
     if backend == "reference":
         return not strict or device == "cpu"
     return kernel is not None and not kernel.on_request
 
 
 def compiled(backend: str, *devices: str) -> None:
-    """Add the kernels that a compiled library, just loaded, has registered in a back-end's namespace for these device
-    types."""
+    """Add the kernels that a compiled library has registered in a back-end's namespace for these device types. This is
+    called when the library has just been loaded."""
     for name in declared:
         for device in devices:
             if internals.has_kernel(f"sslkern_{backend}::{name}", device.upper()):
@@ -135,25 +142,25 @@ def compiled(backend: str, *devices: str) -> None:
 
 
 def restrict(backend: str, device: str, refuses: Refusal) -> None:
-    """Make all kernels of a back-end for a device type refuse the tensors for which `refuses` gives a reason."""
+    """Make all kernels of a back-end for a device type refuse the key tensors for which `refuses` returns a reason."""
     for owner, name, on in [key for key in kernels if key[0] == backend and key[2] == device]:
         add(owner, name, on, kernels[owner, name, on].dtypes, refuses)
     sort()
 
 
 def absent(backend: str, reason: str) -> None:
-    """Mark a back-end as missing, for this reason, and drop its kernels."""
+    """Mark a back-end as missing, with the reason, and drop its kernels."""
     missing[backend] = reason
-    for key in [key for key in kernels if key[0] == backend]:  # where half of it was loaded
+    for key in [key for key in kernels if key[0] == backend]:  # there are some if only a part of it was loaded
         del kernels[key]
     sort()
 
 
 def note(backend: str, device: str, text: str) -> None:
-    """Extend the reason that is given where a back-end has no kernel for a device type."""
+    """Set a text that is added to the reason why a back-end has no kernel for a device type."""
     notes[backend, device] = f" ({text})"
 
 
 def devices() -> tuple[str, ...]:
-    """The device types for which there are kernels, "cpu" first."""
+    """The device types for which there are kernels, with "cpu" first."""
     return tuple(dict.fromkeys(["cpu", "cuda", *(device for _, _, device in kernels)]))

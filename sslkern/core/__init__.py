@@ -1,1 +1,1 @@
-"""The ground floor: dtypes, checks, autograd, and the ranks of a joint batch. It imports torch alone."""
+"""The lowest layer: dtypes, argument checks, autograd, and batches on several ranks. It imports only torch."""

@@ -1,5 +1,5 @@
-"""The exchange before the work of a group: each rank tells the others its numbers of rows and whether its input is
-valid."""
+"""The exchange that precedes the collectives of a call: each rank sends the others its numbers of rows, and whether its
+input is valid."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ from . import internals
 from .collectives import Peers, all_gather
 from .dtypes import FLOATS, short
 
-_DIMS = 8  # how many dimensions of a tensor the ranks compare
-_TENSORS = 8  # how many tensors they compare; the table has one size, since their numbers of tensors may differ
-_ROW = 4 + _DIMS
-_TABLE = 2 + _TENSORS * _ROW
+_DIMS = 8  # the ranks compare at most this many sizes of a tensor, besides its rows
+_TENSORS = 8  # they compare at most this many tensors; every row has space for all, since their number may differ
+_ROW = 4 + _DIMS  # how many numbers of the table describe one tensor
+_TABLE = 2 + _TENSORS * _ROW  # how many numbers each rank sends: its row of the table
 _UNEVEN = (
     "Under torch.compile all ranks of a group must be given the same number of rows (N), and tensors of one dtype and "
     "shape that all need gradients or none. With uneven rows, compute the loss outside of the compiled function."
@@ -27,28 +27,32 @@ _UNEVEN = (
 def rows_of_all(
     peers: Peers, check: Callable[[], tuple[Any, ...]], dim: int = -2, least: int = 0
 ) -> tuple[list[tuple[int, ...]], tuple[Any, ...]]:
-    """How many rows along `dim` each rank has of each tensor that check() returns, after it has passed on every rank.
+    """Call `check` on every rank, and return how many rows each rank has of each tensor that `check` returns.
 
-    Every rank raises if check() raises on one of them, or if their tensors differ in dtype, in whether they need a
-    gradient, or in any other dimension: no rank is left waiting for a collective that the others will not call.
+    If `check` raises on one rank, all ranks raise. All ranks also raise if their tensors differ in dtype, in a size
+    along another dimension than `dim`, or in whether they need a gradient. So no rank waits for a collective that
+    another rank does not call. If `peers.even` is True, nothing is exchanged, and only the rank with invalid input
+    raises.
 
     Args:
-        check: returns the tensors that collectives will be about, at most eight, and raises TypeError, ValueError or
-            RuntimeError for invalid input.
-        least: how many rows all ranks together must have of the first.
+        check: a function that returns at most eight tensors, which collectives will use later. It raises TypeError,
+            ValueError or RuntimeError for invalid input.
+        dim: the dimension of the rows.
+        least: the least number of rows that all ranks together must have of the first tensor.
 
     Returns:
-        The rows of every rank for each tensor, and the tensors.
+        For each tensor, the numbers of its rows on all ranks, in rank order; and the tensors of this rank.
 
     Raises:
-        What check raises; RuntimeError: on the other ranks. ValueError: the ranks differ, or have too few rows.
+        The error of `check` on the rank with invalid input, and RuntimeError on the other ranks. ValueError: the
+        tensors of the ranks differ, or the ranks together have too few rows.
     """
     compiling = torch.compiler.is_compiling()
     failure: Exception | None = None
     tensors: tuple[Any, ...] = ()
     try:
         tensors = check()
-        if peers.even or compiling:  # all ranks have the same number of rows
+        if peers.even or compiling:  # all ranks must have the same number of rows
             _enough(peers.size * tensors[0].shape[dim], least)
     except (TypeError, ValueError, RuntimeError) as error:
         if peers.even:
@@ -90,19 +94,22 @@ def _enough(rows: int, least: int) -> None:
 
 @internals.while_tracing
 def _refuse(name: str, size: int, why: str) -> None:
-    """Raise on this rank while its graph is traced, and send a table of zeros, by which the other ranks raise too when
-    they compare tables, in eager mode or in `_even_or_raise`.
+    """Send a row of zeros to the other ranks and raise ValueError on this rank, while its graph is traced.
 
-    If only this rank raised, the others would wait in their all-gather until it was matched with this rank's next
-    collective.
+    A row of zeros marks invalid input. The other ranks raise when they compare the rows of the table: in `rows_of_all`
+    in eager mode, in `_even_or_raise` in a compiled graph. If this rank sent nothing, the other ranks would wait in
+    their all-gather until it was matched with this rank's next collective.
     """
     all_gather(torch.zeros(_TABLE, dtype=torch.int64, device=_home(name)), Peers(name, size, 0, None, False))
     raise ValueError(why)
 
 
 def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> None:
-    """Inside a compiled graph, which cannot wait for numbers: where the ranks differ, all of them raise when the graph
-    runs, by the same table and without a host sync."""
+    """Make all ranks raise when a compiled graph runs, if their tensors differ.
+
+    A compiled graph cannot wait for the numbers of the table, so the ranks' rows are compared on the device, without a
+    host sync.
+    """
     told = [torch.full((), n, dtype=torch.int64, device=tensors[0].device) for n in _told(tensors, dim)]
     told += [told[0].new_zeros(())] * (_TABLE - len(told))
     table = all_gather(torch.stack(told), peers)
@@ -110,7 +117,8 @@ def _even_or_raise(tensors: tuple[Tensor, ...], dim: int, peers: Peers) -> None:
 
 
 def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
-    """A row of the table: 1 for valid input; of each tensor, this rank's rows and what must be equal on all ranks."""
+    """This rank's row of the table: 1 for valid input; the number of tensors; and for each tensor its number of rows
+    and the properties that must be equal on all ranks."""
     told = [1, len(tensors)]
     for t in tensors[:_TENSORS]:
         row = dim % t.dim()
@@ -122,7 +130,7 @@ def _told(tensors: tuple[Tensor, ...], dim: int) -> list[int]:
 
 
 def _kind(row: list[int], dim: int) -> str:
-    """The first tensor of a rank, in words."""
+    """The first tensor of a rank in words, from the rank's row of the table."""
     _, _, n, dims, dtype, needed, *sides = row
     shape = sides[: max(dims - 1, 0)]
     shape.insert(dim % dims if dims else 0, n)
@@ -131,5 +139,5 @@ def _kind(row: list[int], dim: int) -> str:
 
 
 def _home(name: str) -> torch.device:
-    """The device of the tensors that a group's collectives take."""
+    """The device on which the collectives of the group `name` take their tensors."""
     return torch.device("cuda" if "nccl" in dist.get_backend(internals.group_of(name)) else "cpu")

@@ -1,4 +1,5 @@
-"""The autograd of ops: when a call adds a node to the graph, what torch.func may do, and which derivatives raise."""
+"""Autograd for sslkern's ops: a base class of differentiable ops, vmap rules, and errors for derivatives that the ops
+do not have."""
 
 from __future__ import annotations
 
@@ -20,25 +21,28 @@ _FORWARD_MODE = (
 
 
 class Op(Function):
-    """An autograd.Function for kernels. `forward` takes no ctx; `setup_context` and `backward` are torch's.
+    """A `torch.autograd.Function` for kernels. `forward` takes no `ctx`; `setup_context` and `backward` are as in
+    torch.
 
-    `forward` names every argument, since Dynamo counts them to see that none is a ctx. Only inputs and outputs may be
-    saved for the backward, so intermediate results of a kernel are outputs too, and are passed to `intermediate`. The
-    gradient of an intermediate output, or of one that was not used, is None in `backward`; see `or_zeros`.
+    `forward` must name every argument, because Dynamo counts the arguments to see that none of them is a `ctx`. Only
+    inputs and outputs can be saved for the backward. So the intermediate results of a kernel are outputs of `forward`
+    too, and `setup_context` passes them to `intermediate`. Then `backward` gets None as the gradient of an intermediate
+    output, and of any output that was not used; see `or_zeros`.
     """
 
     generate_vmap_rule = True
 
     @classmethod
     def apply(cls, *args: Any) -> Any:
-        """The outputs of `forward`, with a node in the graph where a derivative may be needed.
+        """Return the outputs of `forward`, and add a node to the graph where a derivative may be needed.
 
-        `Function.apply` first binds the signature of `forward` with `inspect`, which takes longer than a small op.
+        Outside of torch.func and of forward mode, this skips `Function.apply`, which first binds the arguments to the
+        signature of `forward` with `inspect`. That takes longer than a small op.
         """
         if internals.transforms_active() or internals.forward_mode():
             try:
                 return super().apply(*args)
-            except (NotImplementedError, AssertionError) as error:  # AssertionError: from a jvp of a vmap
+            except (NotImplementedError, AssertionError) as error:  # a jvp of a vmap raises AssertionError
                 if not internals.forward_mode():
                     raise
                 raise NotImplementedError(_FORWARD_MODE) from error
@@ -48,15 +52,19 @@ class Op(Function):
 
 
 def _any_requires_grad(args: tuple[Any, ...]) -> bool:
-    for x in args:  # noqa: SIM110  # a generator takes twice as long
+    for x in args:  # noqa: SIM110  # `any` of a generator takes twice as long
         if isinstance(x, Tensor) and x.requires_grad:
             return True
     return False
 
 
 def differentiated(*tensors: Tensor) -> bool:
-    """Whether a derivative with respect to one of the tensors may be needed. Inside torch.func's grad and jvp it may be
-    for any tensor. A vmapped tensor does not show it, but the tensor inside does; a compiler cannot look inside."""
+    """Whether a derivative with respect to one of the tensors may be needed.
+
+    Inside torch.func's grad and jvp the answer is always True. Inside vmap, the vmapped tensor does not show whether it
+    needs a gradient, but the tensor that it wraps does. A compiler cannot look inside the wrapper, so the answer inside
+    vmap is always True under a compiler.
+    """
     if internals.transforms_active():
         if torch.compiler.is_compiling() or not internals.only_vmapped():
             return True
@@ -65,21 +73,23 @@ def differentiated(*tensors: Tensor) -> bool:
 
 
 def intermediate(ctx: Any, *outputs: Tensor) -> None:
-    """Mark outputs that only the backward uses."""
+    """Mark outputs of an `Op` that only its backward uses. They have no gradient."""
     ctx.mark_non_differentiable(*outputs)
-    ctx.set_materialize_grads(False)  # otherwise autograd makes zeros of the size of a Gram matrix
+    ctx.set_materialize_grads(False)  # otherwise autograd makes gradients of zeros, as large as a Gram matrix
 
 
 def or_zeros(grad: Tensor | None, like: Tensor, first: int = 0, last: int | None = None) -> Tensor:
-    """The gradient of an output; zeros of shape `like.shape[first:last]` if the output was not used."""
+    """`grad`, the gradient of an output. If it is None, because the output was not used, zeros of shape
+    `like.shape[first:last]`."""
     return like.new_zeros(like.shape[first:last]) if grad is None else grad
 
 
 def first_order(backward: Callable) -> Callable:
-    """Make a backward whose result raises when it is differentiated again, by the incoming gradients or the saved
-    tensors.
+    """Decorate a backward, so that RuntimeError is raised when its result is differentiated again, with respect to the
+    incoming gradients or to the saved tensors.
 
-    torch's `once_differentiable` raises only if the incoming gradient requires grad, and torch.func does not know it.
+    torch's `once_differentiable` is not enough: it raises only if the incoming gradient requires grad, and torch.func
+    does not recognise it.
     """
 
     @wraps(backward)
@@ -92,7 +102,7 @@ def first_order(backward: Callable) -> Callable:
 
 
 class _Saved:
-    """A ctx with these saved tensors."""
+    """The given `ctx` with other saved tensors."""
 
     def __init__(self, ctx: Any, saved_tensors: tuple[Any, ...]) -> None:
         self._ctx, self.saved_tensors = ctx, saved_tensors
@@ -102,7 +112,8 @@ class _Saved:
 
 
 class _FirstOrder(Op):
-    """A backward as an op of the gradients and the saved tensors, whose own backward raises."""
+    """Runs a backward as an op, whose inputs are the incoming gradients and the saved tensors. The backward of this op
+    raises."""
 
     @staticmethod
     def forward(backward: Callable, ctx: Any, count: int, *tensors: Any) -> Any:
@@ -117,15 +128,19 @@ class _FirstOrder(Op):
 
 
 def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Callable:
-    """The vmap rule of a kernel that takes leading dimensions: the mapped dimension becomes one more of them.
+    """Make a vmap rule for a kernel that accepts leading dimensions, as in (..., N, D).
+
+    Under vmap the kernel is called once, and the mapped dimension is one more leading dimension. A tensor that is not
+    mapped is expanded.
 
     Args:
-        inputs, outputs: how many dimensions of each argument and output stand before the leading ones; 0 for those that
-            are not listed. A tensor that is not mapped is expanded.
+        inputs: for each argument, how many of its dimensions stand before the leading dimensions: 1 for shape
+            (2, ..., D). Arguments that are not listed have 0.
+        outputs: the same for each output.
     """
 
     def rule(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-        """Arguments and results are as in `torch.library.register_vmap`."""
+        """Arguments and results are as `torch.library.register_vmap` requires them of a vmap rule."""
         batch = list(args)
         for k, (x, dim) in enumerate(zip(args, in_dims, strict=True)):
             if isinstance(x, Tensor):
@@ -136,12 +151,13 @@ def stacked(inputs: tuple[int, ...] = (), outputs: tuple[int, ...] = ()) -> Call
         if isinstance(out, Tensor):
             return out, sum(outputs)
         places: Any = zip_longest(out, outputs, fillvalue=0)
-        return out, tuple(None if x.shape == (0,) else place for x, place in places)  # an empty output was not computed
+        return out, tuple(None if x.shape == (0,) else place for x, place in places)  # shape (0,): not computed
 
     return rule
 
 
 def vmapped(rule: Callable, namespace: str, name: str, _: Any, *args: Any) -> Any:
-    """The same as `torch.library.register_vmap` registers. Its imports take longer than all of ours."""
+    """Call the kernel `namespace::name` by the vmap rule `rule`. `torch.library.register_vmap` registers the same
+    function, but its imports take longer than all imports of sslkern."""
     kernel = getattr(getattr(torch.ops, namespace), name).default
     return internals.call_vmapped(kernel, partial(rule, kernel), *args)

@@ -1,4 +1,4 @@
-"""Argument checks. Each raises TypeError or ValueError with one sentence, before any work."""
+"""Argument checks. Each raises TypeError or ValueError with a message of one sentence, before anything is computed."""
 
 from __future__ import annotations
 
@@ -25,7 +25,8 @@ def _dense(name: str, z: object, shape: str) -> Tensor:
 
 
 def channels(name: str, x: object, empty: bool = False) -> Tensor:
-    """x must be a floating (N, C, ...) with at least one channel and one element, unless `empty` is allowed."""
+    """Check that `x` is a floating-point tensor of shape (N, C, ...). It must have at least one channel and one
+    element, unless `empty` is True."""
     x = _dense(name, x, "(N, C, ...)")
     if x.dim() < 2:
         raise ValueError(f"{name} must have shape (N, C, ...), got {tuple(x.shape)}.")
@@ -35,7 +36,7 @@ def channels(name: str, x: object, empty: bool = False) -> Tensor:
 
 
 def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
-    """z must be a floating (..., N, D) with N >= min_rows and D >= 1."""
+    """Check that `z` is a floating-point tensor of shape (..., N, D) with N >= `min_rows` and D >= 1."""
     if isinstance(z, Tensor) and z.dtype in FLOATS and z.layout is _STRIDED:
         shape = z.shape
         if len(shape) > 1 and shape[-2] >= min_rows and shape[-1] >= 1:
@@ -50,14 +51,14 @@ def matrix_stack(name: str, z: object, min_rows: int = 2) -> None:
 
 
 def matrix(name: str, z: object, min_rows: int = 1) -> None:
-    """z must be a floating (N, D) with N >= min_rows and D >= 1."""
+    """Check that `z` is a floating-point tensor of shape (N, D) with N >= `min_rows` and D >= 1."""
     if isinstance(z, Tensor) and z.dim() != 2:
         raise ValueError(f"{name} must have shape (N, D), got {tuple(z.shape)}.")
     matrix_stack(name, z, min_rows)
 
 
 def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Both views must agree in shape, dtype and device."""
+    """Check that two tensors have the same shape, dtype and device."""
     if a.shape == b.shape and a.dtype == b.dtype and a.device == b.device:
         return
     same_shape(name_a, a, name_b, b)
@@ -65,7 +66,7 @@ def same(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Both views must agree in shape and device; their dtypes may differ."""
+    """Check that two tensors have the same shape and device. Their dtypes may differ."""
     if a.shape == b.shape and a.device == b.device:
         return
     if a.shape != b.shape:
@@ -74,7 +75,7 @@ def same_shape(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def alike(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Both must agree in dtype and device."""
+    """Check that two tensors have the same dtype and device. Their shapes may differ."""
     beside(name_a, a, name_b, b)
     _same_dtype(name_a, a, name_b, b)
 
@@ -85,7 +86,7 @@ def _same_dtype(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
 
 
 def beside(name_a: str, a: Tensor, name_b: str, b: Tensor) -> None:
-    """Both must be on one device; their dtypes may differ."""
+    """Check that two tensors are on the same device. Their shapes and dtypes may differ."""
     if a.device != b.device:
         raise ValueError(f"{name_a} and {name_b} must be on the same device, got {a.device} and {b.device}.")
 
@@ -106,19 +107,21 @@ def non_negative(name: str, value: object) -> float:
 
 
 def numbers(*values: object) -> bool:
-    """Whether all are finite floats, which settings mostly are: one test for all of them."""
+    """Whether all values are finite Python floats. Most settings are, so this one test replaces a test of each."""
     return {*map(type, values)} == {float} and -inf < sum(values) < inf  # type: ignore[arg-type]
 
 
 def setting(
     name: str, value: object, x: Tensor | None = None, least: float = -inf, above: float = -inf, zero: bool = True
 ) -> float | Tensor:
-    """value must be a finite number >= least and > above, and not 0 unless `zero`; or a floating tensor of one element
-    on the device of x. The value of a tensor is not checked: on a GPU that would be a host sync.
+    """Check a setting, which may be a number or a tensor of one element.
+
+    A number must be finite, >= `least` and > `above`, and must not be 0 unless `zero` is True. A tensor must be
+    floating-point and on the device of `x`. Its value is not checked, because on a GPU that would be a host sync.
 
     Returns:
-        The number; or the tensor with shape (), in the precision of the loss of x, with its gradient. Without x, the
-        tensor as it is.
+        For a number, a float. For a tensor, the tensor with shape (), in the precision of the loss of `x`, with its
+        gradient; or unchanged, if `x` is not a tensor.
     """
     if type(value) is float and least <= value < inf and value > above and (zero or value):
         return value
@@ -127,7 +130,7 @@ def setting(
             raise TypeError(f"{name} must be {_number(least, above, zero)}, got a tensor of {short(value.dtype)}.")
         if value.numel() != 1:
             raise ValueError(f"{name} must be {_number(least, above, zero)}, got shape {tuple(value.shape)}.")
-        if not isinstance(x, Tensor):  # the check of the rows reports it
+        if not isinstance(x, Tensor):  # the check of the rows reports that x is no tensor
             return value
         if value.device != x.device:
             raise ValueError(f"{name} must be on the device of the rows, {x.device}, got {value.device}.")
@@ -152,7 +155,8 @@ def flag(name: str, value: object) -> None:
 
 
 def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -> None:
-    """value must be int64, on the device of x, and of this shape, in which a word stands for any size >= 1."""
+    """Check that `value` is an int64 tensor of this shape on the device of `x`. A string in `shape` stands for any
+    size >= 1."""
     if not isinstance(value, Tensor) or value.dtype != torch.int64:
         kind = short(value.dtype) if isinstance(value, Tensor) else type(value).__name__
         raise TypeError(f"{name} must be an int64 torch.Tensor of shape {_shape(shape)}, got {kind}.")
@@ -166,15 +170,16 @@ def indices(name: str, value: object, x: Tensor, shape: tuple[int | str, ...]) -
 
 
 def per_slice(name: str, value: Tensor, x: Tensor, dtype: torch.dtype) -> Tensor:
-    """A floating tensor that broadcasts to the leading dimensions of x (..., N, D), expanded to them in `dtype`."""
+    """Check that `value` is a floating-point tensor on the device of `x`, with one element or a shape that broadcasts
+    to the leading dimensions of `x` (..., N, D). Return it in `dtype`, expanded to these dimensions."""
     lead = x.shape[:-2]
     if not value.is_floating_point():
         raise TypeError(f"{name} must be a number or a floating tensor, got {short(value.dtype)}.")
     if value.device != x.device:
         raise ValueError(f"{name} must be on the device of its rows, {x.device}, got {value.device}.")
-    if value.numel() == 1:  # with any number of dimensions
+    if value.numel() == 1:  # a single number, in any number of dimensions
         return value.to(dtype).reshape(()).expand(lead)
-    # one by one: `in` and `any` do not work with symbolic sizes
+    # the sizes are compared one by one, because `in` and `any` do not work with symbolic sizes
     fits = value.dim() <= len(lead)
     for size, n in zip(value.shape[::-1], lead[::-1], strict=False):
         fits = fits and (size == 1 or size == n)
@@ -188,7 +193,8 @@ def _shape(shape: tuple[int | str, ...]) -> str:
 
 
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
-    """Indices must be in [low, limit). They are checked only in eager mode on a CPU, where that costs no host sync."""
+    """Check that all indices are in [low, limit). They are checked only in eager mode on a CPU, where reading them is
+    no host sync."""
     if value.device.type == "cpu" and not torch.compiler.is_compiling():
         smallest, largest = (int(v) for v in internals.inside(value).aminmax())
         if smallest < low or largest >= limit:
@@ -196,8 +202,8 @@ def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
 
 
 def lazy(x: Tensor) -> bool:
-    """Whether x may have a conjugation or negation that is not materialised yet. A graph cannot ask, so any complex x
-    may."""
+    """Whether `x` may be a conjugate or a negative that torch has not materialised yet. A compiled graph cannot find
+    out, so under a compiler the answer is True for every complex `x`."""
     return x.is_complex() if torch.compiler.is_compiling() else x.is_conj() or x.is_neg()
 
 
@@ -207,7 +213,8 @@ def positive(name: str, value: object) -> None:
 
 
 def full(name: str, x: object, why: str = "") -> None:
-    """x must be a stack of matrices, real or complex, of at least single precision."""
+    """Check that `x` is a matrix or a stack of matrices in float32, float64, complex64 or complex128. `why` is added to
+    the message about another dtype."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(x).__name__}.")
     if x.dim() < 2:
@@ -217,7 +224,8 @@ def full(name: str, x: object, why: str = "") -> None:
 
 
 def columns(name: str, value: Tensor, rows: int, k: int | None, of: str, x: Tensor) -> None:
-    """value must be (..., rows, k), any k for None, with the leading dimensions, the dtype and the device of x."""
+    """Check that `value` has shape (..., rows, k), with the leading dimensions, the dtype and the device of `x`. If `k`
+    is None, it may have any number of columns. `of` is the name of `x` in messages."""
     if value.shape[:-1] != (*x.shape[:-2], rows) or (k is not None and value.shape[-1] != k):
         expected = ", ".join(map(str, (*x.shape[:-2], rows, "k")))
         raise ValueError(f"{name} must have shape ({expected}) for {of} of {tuple(x.shape)}, got {tuple(value.shape)}.")
@@ -228,12 +236,12 @@ def columns(name: str, value: Tensor, rows: int, k: int | None, of: str, x: Tens
 
 
 def got(value: object) -> str:
-    """How a message shows a value: a tensor by its shape, since its elements would take many lines."""
+    """A value as a message shows it. A tensor is shown by its shape, because its elements would take many lines."""
     return f"a tensor of shape {tuple(value.shape)}" if isinstance(value, Tensor) else repr(value)
 
 
 def matrices(name: str, x: object, dtypes: tuple[torch.dtype, ...] = FULL + HALF) -> Tensor:
-    """x must be a dense (..., n, p) of one of the dtypes."""
+    """Check that `x` is a dense tensor of shape (..., n, p) in one of the dtypes."""
     if not isinstance(x, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor of shape (..., n, p), got {type(x).__name__}.")
     if x.layout != torch.strided:
@@ -247,7 +255,8 @@ def matrices(name: str, x: object, dtypes: tuple[torch.dtype, ...] = FULL + HALF
 
 
 def orthonormal(name: str, x: object, dtypes: tuple[torch.dtype, ...] = FULL) -> Tensor:
-    """x must be a stack of matrices that can have orthonormal columns."""
+    """Check that `x` is a matrix or a stack of matrices that can have orthonormal columns: n >= p for shape
+    (..., n, p)."""
     x = matrices(name, x, dtypes)
     if x.shape[-2] < x.shape[-1]:
         raise ValueError(

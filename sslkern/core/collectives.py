@@ -1,10 +1,11 @@
-"""The collectives: sums, gathers and scatters over the ranks of a group.
+"""Collectives: sums, gathers and scatters over the ranks of a group.
 
-They are functional collectives for gloo and NCCL, which `torch.compile(fullgraph=True)` traces. Each is waited for
-where it is called, since its result is needed there. The differentiable ones add up gradients: the gradient of a number
-that several ranks use is the sum of what all of their losses contribute. So if the mean over the ranks of a loss is the
-loss of the joint batch, then gradients that are averaged over the ranks, as DistributedDataParallel and FSDP average
-them, are the gradients of the joint batch.
+They use torch's functional collectives for gloo and NCCL, which `torch.compile(fullgraph=True)` traces. A collective is
+waited for where it is called, because its result is needed there.
+
+The backward of a differentiable collective adds gradients over the ranks: if several ranks use a number, its gradient
+is the sum of the gradients of their losses. So if the mean of the ranks' losses is the loss of the joint batch, then
+the mean of the ranks' gradients is the gradient of the joint batch. DistributedDataParallel and FSDP take this mean.
 """
 
 from __future__ import annotations
@@ -19,7 +20,8 @@ from .autograd import Op
 
 
 class Peers(NamedTuple):
-    """The processes of a group, two or more, and the rank of this one among them."""
+    """A group of two or more processes, and the rank of this process in it. `ranks.over` explains `transport` and
+    `even`."""
 
     name: str
     size: int
@@ -29,20 +31,22 @@ class Peers(NamedTuple):
 
 
 def all_gather(values: Tensor, peers: Peers) -> Tensor:
-    """The values (n,) of every rank, in rank order: (W, n). Not differentiable."""
+    """The `values` (n,) of all ranks as the rows of a matrix (W, n), in rank order. Not differentiable."""
     ops = internals.collectives
     return ops.wait_tensor(ops.all_gather_into_tensor(values, peers.size, peers.name)).view(peers.size, -1)
 
 
 def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"] = "sum") -> Tensor:
-    """The sum or the maximum of values over the ranks. Not differentiable."""
+    """The elementwise sum or maximum of `values` over the ranks. Not differentiable."""
     ops = internals.collectives
     return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
-    """The rows of all ranks along `dim`, in rank order, in the dtype of x; rank r has counts[r] of them. Floating rows
-    are rounded to the transport's dtype. Not differentiable."""
+    """The rows of `x` along `dim` of all ranks, in rank order. Rank r has `counts[r]` rows. Not differentiable.
+
+    Floating-point rows are rounded to the dtype `peers.transport`, if there is one. The result has the dtype of `x`.
+    """
     most, ops = max(counts), internals.collectives
     rows = x.movedim(dim, 0).to(peers.transport if peers.transport and x.is_floating_point() else x.dtype)
     if rows.shape[0] < most:
@@ -54,7 +58,8 @@ def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2)
 
 
 def scatter_sums(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
-    """This rank's rows of the sum of x over the ranks: the transpose of `gather_rows`. Not differentiable."""
+    """Sum `x` over the ranks, and return the rows of the sum along `dim` that belong to this rank: the transpose of
+    `gather_rows`. Not differentiable."""
     most, ops = max(counts), internals.collectives
     rows = x.movedim(dim, 0)
     if min(counts) < most:
@@ -95,7 +100,7 @@ class _Gathered(Op):
 
 
 class _Scattered(Op):
-    """The transpose of `_Gathered`."""
+    """`scatter_sums`. The backward is `_Gathered`, its transpose."""
 
     @staticmethod
     def forward(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
@@ -111,17 +116,18 @@ class _Scattered(Op):
 
 
 def summed(x: Tensor, peers: Peers) -> Tensor:
-    """The sum of x over the ranks; differentiable."""
+    """The sum of `x` over the ranks; differentiable."""
     return _Summed.apply(x, peers.name)
 
 
 def gathered(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
-    """`gather_rows`, differentiable."""
+    """The same as `gather_rows`, but differentiable."""
     return _Gathered.apply(x, counts, peers, dim)
 
 
 def own_first(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
-    """`gathered`, rotated so that this rank's rows come first: its row i is row i of the result."""
+    """The rows of all ranks as in `gathered`, but rotated so that this rank's rows come first: row i of `x` is row i of
+    the result."""
     before = sum(counts[: peers.rank])
     rows = gathered(x, counts, peers, dim)
     return rows.roll(-before, dim) if before else rows

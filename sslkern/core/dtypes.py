@@ -1,4 +1,4 @@
-"""Dtypes, and which of them a number is computed in."""
+"""Groups of dtypes, and the dtypes in which results are computed."""
 
 from __future__ import annotations
 
@@ -7,21 +7,22 @@ from torch import Tensor
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
-FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # of matrices that stay orthogonal
+FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # the dtypes of matrices that stay orthogonal
 
 
 _SINGLE, _DOUBLE = torch.float32, torch.float64
 
 
 def accumulation_dtype(x: Tensor, *others: Tensor) -> torch.dtype:
-    """The dtype of sums over real tensors, and of a loss: float64 if one of them is float64, and float32 otherwise."""
+    """The dtype in which sums over real tensors, and losses, are computed: float64 if one of the tensors is float64,
+    and float32 otherwise."""
     if x.dtype == _DOUBLE or (others and _DOUBLE in [z.dtype for z in others]):
         return _DOUBLE
     return _SINGLE
 
 
 def double_dtype(dtype: torch.dtype) -> torch.dtype:
-    """float64 for a real dtype, complex128 for a complex one: for sums whose terms cancel."""
+    """The dtype for sums whose terms cancel: float64 for a real `dtype`, complex128 for a complex `dtype`."""
     return torch.complex128 if dtype.is_complex else torch.float64
 
 
@@ -32,5 +33,5 @@ def without_autocast(x: Tensor) -> torch.autocast:
 
 
 def short(dtype: torch.dtype) -> str:
-    """The name without "torch."."""
+    """The name of a dtype without "torch.", such as "float32"."""
     return str(dtype).removeprefix("torch.")

@@ -1,7 +1,7 @@
-"""Every private part of torch that sslkern uses. No other module of the package uses one.
+"""Every private part of torch that sslkern uses. No other module of the package uses private parts of torch.
 
-Checked against torch 2.11 to 2.14. A number such as (2.0) is the version of torch since which a part has this form. The
-module imports torch alone, and nothing in it imports `torch._dynamo`.
+The parts were checked with torch 2.11 to 2.14. A number such as (2.0) is the version of torch since which a part has
+its present form. This module imports only torch, and importing it does not import `torch._dynamo`.
 """
 
 from __future__ import annotations
@@ -18,35 +18,36 @@ from torch.autograd import forward_ad
 from torch.utils import _pytree as pytree  # 2.0: there is no public pytree
 
 if dist.is_available():
-    import torch.distributed._functional_collectives  # the fake kernels of `collectives`, without which compiling fails
+    import torch.distributed._functional_collectives  # fake kernels: without them, compiling `collectives` fails
 
 __all__ = ["pytree", "unwrap_dead_wrappers"]
 
-# 2.1. `torch.compiler.disable` imports `torch._dynamo` when it decorates a function, 1 s on an EPYC core. This one,
-# which torch uses for its optimizers, imports it when the function is first called
+# 2.1. A decorator that excludes a function from compilation. torch uses it for its optimizers. It imports
+# `torch._dynamo` when the function is first called. `torch.compiler.disable` imports `torch._dynamo` when it decorates,
+# which takes 1 s on an EPYC core
 not_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
 
-# 1.13. The id of the backward that is running in this thread, -1 outside of one
+# 1.13. The id of the backward that is running in this thread; -1 if none is running
 running_backward: Callable[[], int] = torch._C._current_graph_task_id
 
-# 2.0. Whether the backward that is running will reach a node
+# 2.0. Whether the backward that is running will execute a given node of the graph
 will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 
-# 2.0. Whether a transform of torch.func (vmap, grad, jvp, ...) is active. `unwrap_dead_wrappers` removes its wrappers
-# from tensors that have outlived it, as autograd.Function.apply does
+# 2.0. Whether a transform of torch.func (vmap, grad, jvp, ...) is active. `unwrap_dead_wrappers`, imported above,
+# removes the wrappers of a transform from tensors that have outlived it. `autograd.Function.apply` does the same
 transforms_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
 
-# 1.7. An assertion on a tensor of one element that does not wait for the GPU
+# 1.7. An assertion on a tensor of one element. It does not wait for the GPU
 assert_async: Callable[[Tensor, str], None] = torch._assert_async
 
-# 0.1. The class by which torch's tools recognise a batch norm; and the input check of SyncBatchNorm
+# 0.1. The base class of all batch norms, which torch's tools look for; and the input check of SyncBatchNorm
 BatchNormBase = nn.modules.batchnorm._BatchNorm
 check_sync_input_dim = nn.SyncBatchNorm._check_input_dim
 
-# 2.0. The operators that `torch.compile(fullgraph=True)` traces; they have no public form
+# 2.0. The functional collectives, which `torch.compile(fullgraph=True)` traces. They have no public form
 collectives = torch.ops._c10d_functional
 
-# 1.9. One kernel, or one loop in C++, for a list of tensors
+# 1.9. Operations on lists of tensors, in one kernel or in one loop in C++
 foreach_add, foreach_add_, foreach_mul_ = torch._foreach_add, torch._foreach_add_, torch._foreach_mul_
 foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
 
@@ -57,7 +58,7 @@ def forward_mode() -> bool:
 
 
 def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
-    """The outputs of a kernel by its vmap rule, inside vmap. (2.0)"""
+    """Call a kernel inside vmap by its vmap rule, and return its outputs. (2.0)"""
     from torch._functorch.autograd_function import custom_function_call_vmap_helper
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
@@ -66,7 +67,7 @@ def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
 
 
 def inside(tensor: Tensor) -> Tensor:
-    """The tensor inside the wrappers of torch.func; of a vmapped tensor, the whole batch. (2.0)"""
+    """The tensor inside the wrappers of torch.func. For a vmapped tensor, this is the whole batch. (2.0)"""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
@@ -79,34 +80,36 @@ def only_vmapped() -> bool:
 
 
 def while_tracing(function: Callable) -> Callable:
-    """Make a function of constants run while a compiler traces it, and stay out of the graph.
+    """Mark a function whose arguments are constants: a compiler runs it during tracing, and leaves it out of the graph.
     `torch.compiler.assume_constant_result` does the same, but imports `torch._dynamo`. (2.0)"""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def version(tensor: Tensor) -> int:
-    """How often a tensor was modified in place, which autograd compares to see if a saved tensor has changed. (1.0)"""
+    """How often a tensor was modified in place. Autograd compares this number to see whether a saved tensor has
+    changed. (1.0)"""
     return tensor._version
 
 
 def has_kernel(operator: str, key: str) -> bool:
-    """Whether "namespace::name" has a kernel under this dispatch key, e.g. "CPU". (1.10)"""
+    """Whether the operator "namespace::name" has a kernel for a dispatch key such as "CPU". (1.10)"""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def when_cuda_starts(call: Callable[[], None]) -> None:
-    """Call a function once CUDA is initialised, or now if it is: an import must not initialise it. (0.4)"""
+    """Call a function when CUDA is initialised, or at once if it already is. sslkern needs this because its import must
+    not initialise CUDA. (0.4)"""
     torch.cuda._lazy_call(call)
 
 
 def group_of(name: str) -> dist.ProcessGroup:
-    """The process group that functional collectives know by this name. (2.1)"""
+    """The process group with this name. Functional collectives take the name in place of the group. (2.1)"""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
-    """A module's own buffers by name; writing here bypasses `__setattr__`, which modules override. (0.1)"""
+    """A module's own buffers by name. Writing to this dict bypasses `__setattr__`, which modules override. (0.1)"""
     return module._buffers
 
 
@@ -116,13 +119,13 @@ def parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
 
 
 def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
-    """The hooks of `tensor.register_hook` in order; a new dict if there are none. (0.1)"""
+    """The hooks of `tensor.register_hook`, in order. If there are none, a new dict. (0.1)"""
     hooks = tensor._backward_hooks
     return {} if hooks is None else hooks
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether calling one of the modules runs hooks besides its `forward`. (2.0)"""
+    """Whether a call of one of the modules runs hooks in addition to its `forward`. (2.0)"""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True
@@ -135,11 +138,12 @@ class Sharded:
 
     def __init__(self, module: Any) -> None:
         state = module._get_fsdp_state()
-        one = getattr(state, "_fsdp_param_group", None)  # in 2.11 at most one
+        one = getattr(state, "_fsdp_param_group", None)  # torch 2.11 has at most one
         self.groups: Sequence[Any] = getattr(state, "_fsdp_param_groups", [] if one is None else [one])
-        self.inside_another: bool = state._is_root is False  # None before the first forward
+        self.inside_another: bool = state._is_root is False  # `_is_root` is None before the first forward
 
     @staticmethod
     def kind() -> type | tuple[()]:
-        """The class of sharded modules. Before its module is loaded there are none; it is not loaded here."""
+        """The class of sharded modules, for `isinstance`. If `torch.distributed.fsdp` is not imported yet, no module is
+        sharded, and this returns () and does not import it."""
         return getattr(sys.modules.get("torch.distributed.fsdp"), "FSDPModule", ())

@@ -1,5 +1,4 @@
-"""The batch of a call: the rows of this process alone, or this rank's rows of a joint batch that a group of ranks
-holds."""
+"""The batch of a call. Its rows are either all in this process, or they lie on the ranks of a group: a joint batch."""
 
 from __future__ import annotations
 
@@ -20,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class Over(NamedTuple):
-    """A group, and how the losses use it; see `over`."""
+    """A group with the settings of `over`."""
 
     group: ProcessGroup | Literal["world"]
     transport: torch.dtype | None
@@ -37,18 +36,20 @@ def over(
 
     Args:
         group: a torch.distributed.ProcessGroup, or "world" for all processes.
-        transport: the dtype in which embeddings are sent, torch.bfloat16 or torch.float16. It halves the traffic and
-            rounds the embeddings. None sends them as they are. Sums and gradients stay in float32 or better.
-        even: a promise that all ranks have the same number of rows, and valid input. It saves each loss a small
+        transport: the dtype in which embeddings are sent, torch.bfloat16 or torch.float16. Half precision halves the
+            traffic of float32 embeddings and rounds them. None sends embeddings in their own dtype. Sums and gradients
+            stay in float32 or better.
+        even: True promises that all ranks have the same number of rows, and valid input. Each loss then saves a small
             exchange and, on a GPU, the wait for it. If the promise is broken, results are wrong or a collective never
-            returns. Without it, uneven batches are correct, and invalid input on one rank raises on all ranks. Under
-            `torch.compile` batches must be even; without the promise, uneven ones raise on all ranks, with no wait.
+            returns. With False, ranks may have different numbers of rows, and invalid input on one rank raises on all
+            ranks. Under `torch.compile` all ranks must have the same number of rows; with False, all ranks raise if the
+            numbers differ, and no rank waits for this check.
 
     Returns:
         The group with its settings.
 
     Raises:
-        TypeError: group is not a process group or "world". ValueError: another transport.
+        TypeError: `group` is None or already has settings. ValueError: `transport` is another value.
     """
     if transport not in (None, torch.bfloat16, torch.float16):
         raise ValueError(f"transport must be torch.bfloat16, torch.float16 or None, got {transport!r}.")
@@ -58,15 +59,16 @@ def over(
 
 
 def world() -> ProcessGroup | None:
-    """All processes, or None where torch.distributed is not initialised."""
+    """The group of all processes, or None if torch.distributed is not initialised."""
     return dist.group.WORLD if dist.is_available() and dist.is_initialized() else None
 
 
 def peers_of(group: Group) -> Peers | None:
-    """The processes of a group, or None where this process is not in it or is its only member.
+    """The `Peers` of a group. None if `group` is None, if this process is not in the group, or if it is the only
+    member.
 
     Raises:
-        TypeError: not a `Group`.
+        TypeError: `group` is not a `Group`.
     """
     transport, even = None, False
     if isinstance(group, Over):
@@ -88,51 +90,56 @@ def peers_of(group: Group) -> Peers | None:
 
 
 def shown(group: Group) -> str:
-    """The end of a module's `extra_repr`."""
+    """The group as the last part of a module's `extra_repr`. Empty if it is None."""
     return "" if group is None else f", group={group!r}"
 
 
 class Batch:
     """A batch whose rows are all in this process. A `JointBatch` has the same methods for rows on several ranks.
 
-    Losses and metrics call these methods and never ask how many ranks there are. What they compute is this rank's part:
-    the mean of it over the ranks is the loss of the joint batch.
+    Losses and metrics call these methods and need not know how many ranks there are. Each rank computes its share of a
+    loss. The mean of the shares over the ranks is the loss of the joint batch.
     """
 
     __slots__ = ()
     joint = False
 
     def count(self, rows: int) -> int:
-        """N, the rows of all ranks, of which this rank has `rows`."""
+        """The number N of rows in the whole batch. This rank has `rows` of them."""
         return rows
 
     def every(self, x: Tensor, dim: int = -2) -> Tensor:
-        """The rows of all ranks along `dim`, this rank's first; differentiable. Alone, x itself."""
+        """The rows of all ranks along `dim`, with this rank's rows first; differentiable. Without a group, `x`
+        itself."""
         return x
 
     def summed(self, x: Tensor) -> Tensor:
-        """The sum of x over the ranks; differentiable."""
+        """The sum of `x` over the ranks; differentiable."""
         return x
 
     def mean(self, rows: Tensor) -> Tensor:
-        """The mean of (..., n), one number per row, over the joint batch."""
+        """This rank's share of the mean over the whole batch. `rows` (..., n) has one number for each row of this
+        rank."""
         return rows.mean()
 
     def average(self, total: Tensor, rows: int, columns: int = 1) -> Tensor:
-        """A sum over this rank's rows x columns numbers as part of the mean over the N x columns of the batch."""
+        """This rank's share of the mean of N x `columns` numbers. This rank has `rows` x `columns` of them, and `total`
+        is their sum."""
         return total / (rows * columns)
 
     def ratio(self, total: Tensor, number: Tensor) -> Tensor:
-        """`total / number` of two sums over the rows, of which `number` is an integer count; 0 if the count is 0."""
+        """This rank's share of the ratio of two sums over the whole batch. `total` and `number` are the sums over this
+        rank's rows; `number` is an integer count. A count of 0 in the whole batch is replaced by 1."""
         return total / number.clamp_min(1)
 
     def logsumexp(self, columns: Tensor) -> Tensor:
-        """Of (N,), one number per row in the order of `every`: their logsumexp over the ranks, for this rank's rows."""
+        """The log-sum-exp over the ranks of `columns` (N,), for the columns of this rank's rows. `columns` has one
+        number for each row of the whole batch, in the order of `every`."""
         return columns
 
 
 class JointBatch(Batch):
-    """The rows of all ranks of a group, of which rank r has counts[r]."""
+    """A batch whose rows lie on the ranks of a group. Rank r has `counts[r]` rows."""
 
     __slots__ = ("counts", "peers")
     joint = True
@@ -164,7 +171,7 @@ class JointBatch(Batch):
         top = collectives.all_reduce(columns.detach(), self.peers.name, "max")
         top = top.masked_fill(top == -torch.inf, 0)
         total = self.summed((columns - top).exp())
-        none = total == 0  # the only row of a joint batch of one
+        none = total == 0  # no rank has a term, as in a joint batch of one row
         logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
         return logs.narrow(0, before, self.counts[self.peers.rank])
 
@@ -173,17 +180,17 @@ ALONE = Batch()
 
 
 def batch(group: Group, least: int, check: Callable[[int], tuple[Any, ...]], dim: int = -2) -> tuple[Any, ...]:
-    """The batch of a call, and what `check` returns: (batch, tensors).
+    """Check the input of a call, and return its batch and the tensors that `check` returns.
 
     Args:
-        least: how many rows the batch must have.
-        check: called with the number of rows that this process must have, which is `least`, or 0 in a group, where a
-            rank may have no rows. It raises TypeError, ValueError or RuntimeError for invalid input, and returns the
-            tensors whose rows are counted.
+        least: the least number of rows that the whole batch must have.
+        check: a function of the least number of rows that this process must have. It is called with `least`, or with 0
+            if there is a group, in which a rank may have no rows. It raises TypeError, ValueError or RuntimeError for
+            invalid input, and returns the tensors whose rows are counted.
         dim: the dimension of the rows.
 
     Raises:
-        Whatever check raises, on all ranks of the group.
+        The error of `check`. With a group, the other ranks raise too; see `rows_of_all`.
     """
     peers = None if group is None else peers_of(group)
     if peers is None:
@@ -195,7 +202,7 @@ def batch(group: Group, least: int, check: Callable[[int], tuple[Any, ...]], dim
 def batches(
     group: Group, least: int, check: Callable[[int], tuple[Any, ...]], dim: int = -2
 ) -> tuple[tuple[Batch, ...], tuple[Any, ...]]:
-    """The same as `batch`, with a batch for each of the tensors, which may have different numbers of rows."""
+    """The same as `batch`, but with one batch for each tensor, since the tensors may have different numbers of rows."""
     peers = None if group is None else peers_of(group)
     if peers is None:
         tensors = check(least)

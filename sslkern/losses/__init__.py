@@ -1,4 +1,4 @@
-"""Losses as functions and as modules."""
+"""The losses, each as a function and as a module."""
 
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .info_nce import InfoNCELoss, info_nce_loss

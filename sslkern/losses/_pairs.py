@@ -1,4 +1,4 @@
-"""What losses over all pairs of rows share."""
+"""Helpers that the losses over all pairs of rows share."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from ..core.ranks import shown as shown_group
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:
-    """<x_i, y_i>, in the full precision of the dtype, regardless of autocast and torch's matmul precision."""
+    """<x_i, y_i> for every row i, in full precision. Autocast and torch's matmul precision do not change it."""
     return (x * y).sum(-1)
 
 
 def converted(value: float | Tensor, dtype: torch.dtype) -> float | Tensor:
-    """A coefficient in the precision of the loss, without dimensions."""
+    """Convert a one-element tensor to `dtype` and to shape (). A number is returned unchanged."""
     return value.to(dtype).reshape(()) if isinstance(value, Tensor) else value
 
 
@@ -25,15 +25,15 @@ def inverse(temperature: float | Tensor, dtype: torch.dtype) -> float | Tensor:
 
 
 def cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
-    """log(1 + exp(negatives - positive)): never negative, and 0 with a gradient of 0 where negatives is -inf."""
+    """log(1 + exp(negatives - positive)), which is >= 0. Where `negatives` is -inf, value and gradient are 0."""
     return -F.logsigmoid(positive - negatives)
 
 
 def shown(value: float | Tensor | None) -> str:
-    """A setting in a module's `extra_repr`."""
+    """The text of a setting for a module's `extra_repr`."""
     return repr(value.detach() if isinstance(value, Tensor) else value)
 
 
 def shown_last(eps: float | None, group: Group) -> str:
-    """The settings in a module's `extra_repr` that are shown only where they were given."""
+    """The end of a module's `extra_repr`: `eps` and `group`, each shown only if it is not None."""
     return ("" if eps is None else f", eps={eps!r}") + shown_group(group)

@@ -1,4 +1,4 @@
-"""Views of embeddings (N, D), (B, T, D), (B, C, H, W), ... as the (..., N, D) that the ops take."""
+"""Reshaping of embeddings (N, D), (B, T, D), (B, C, H, W), ... to the shape (..., N, D) that the ops take."""
 
 from __future__ import annotations
 
@@ -12,17 +12,18 @@ Positions = Literal["separate", "pooled"]
 
 
 def to_stack(name: str, z: Tensor, dim: int, batch_dim: int, positions: str) -> Tensor:
-    """A (..., N, D) view of z: features along `dim`, samples along `batch_dim`, all other dimensions positions.
+    """Reshape z to (..., N, D): `batch_dim` becomes N, `dim` becomes D, and all other dimensions are positions.
 
-    "separate" makes every position a slice with its own statistics; "pooled" counts positions as samples. Pooling
-    copies z only if its layout has no such view: contiguous (B, C, H, W) has none, channels-last has one.
+    "separate" makes every position a slice with its own statistics. "pooled" counts every position as a sample. The
+    result is a view of z, except that "pooled" copies z if its memory layout allows no such view. A contiguous
+    (B, C, H, W) allows none; a channels-last one does.
     """
     plain = type(dim) is type(batch_dim) is int and dim == -1 and batch_dim == 0 and positions == "separate"
     if plain and isinstance(z, Tensor) and z.dim() == 2:
-        return z  # making a view takes longer than all checks
+        return z  # the shape is right already, and making a view takes longer than all checks
     check_positions(dim, batch_dim, positions)
     if not isinstance(z, Tensor) or z.dim() < 2:
-        return z  # the op raises
+        return z  # the op raises the error
     if not (-z.dim() <= dim < z.dim() and -z.dim() <= batch_dim < z.dim()):
         raise ValueError(
             f"dim={dim} and batch_dim={batch_dim} must be dimensions of {name}, got shape {tuple(z.shape)}."
@@ -43,5 +44,5 @@ def check_positions(dim: object, batch_dim: object, positions: object) -> None:
 
 
 def over_slices(x: Tensor) -> Tensor:
-    """The mean over the slices of a stack; of a single one, x itself."""
+    """The mean of x, which has one value for each slice of a stack. An x without dimensions is returned unchanged."""
     return x.mean() if x.dim() else x

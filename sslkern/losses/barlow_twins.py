@@ -1,4 +1,4 @@
-"""Barlow Twins: redundancy reduction."""
+"""The Barlow Twins loss, which reduces the redundancy of features."""
 
 from __future__ import annotations
 
@@ -24,34 +24,38 @@ def barlow_twins_loss(
     group: Group = None,
     stats: Statistics = "sync",
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""Barlow Twins of two views, exact, without the D x D cross-correlation where N is smaller.
+    r"""The Barlow Twins loss of two views, computed exactly.
 
-    With C = A_hat'B_hat / N of the batch-standardised views (batch norm without affine, biased variance):
+    If N < 0.75 D, the D x D cross-correlation matrix is not formed. A_hat and B_hat are the views after a batch norm
+    without affine parameters (biased variance), and C = A_hat'B_hat / N is their cross-correlation:
 
         invariance = sum_j (1 - C_jj)^2
         redundancy = sum_{j != k} C_jk^2
         loss       = invariance + lambd * redundancy
 
-    The default weight is that of the official script.
+    The default of `lambd` is the value in the official script of the paper.
 
     Args:
-        a, b: (N, D), or with more dimensions: (B, T, D); (B, C, H, W) with dim=1. Same shape, dtype and device;
-            float32, bfloat16, float16 or float64; any strides; N >= 2.
-        lambd: a finite number, or a one-element floating tensor on the device of the views, which gets a gradient.
-        eps: a number >= 0, added to the variance as in batch norm, in units of a^2.
-        dim: the feature dimension. batch_dim: the sample dimension. All other dimensions are positions.
-        positions: "separate" computes a loss for each position and averages them; "pooled" counts positions as samples.
+        a, b: the two views, (N, D), or with more dimensions, such as (B, T, D), or (B, C, H, W) with dim=1. Both have
+            the same shape, dtype and device; float32, bfloat16, float16 or float64; any strides; N >= 2.
+        lambd: the weight of the redundancy term: a finite number, or a floating-point tensor with one element on the
+            device of the views. A tensor gets a gradient.
+        eps: a number >= 0, added to the variance as in batch norm, in units of the variance.
+        dim, batch_dim: the feature dimension and the sample dimension. All other dimensions are positions.
+        positions: "separate" computes one loss per position and averages these losses. "pooled" counts every position
+            as a sample.
         return_terms: also return the two unweighted terms, detached, for logging.
         group: the ranks that hold the batch; see `sslkern.distributed`. All ranks return the same value.
-        stats: with a group, "sync" standardises over the joint batch, as SyncBatchNorm does in the official script;
-            "local" standardises over this rank's rows.
+        stats: has an effect only with a group. "sync" standardises with the statistics of the joint batch, as
+            SyncBatchNorm does in that script. "local" uses the statistics of this rank's rows.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
+        The loss, a scalar in float32, or in float64 if the views are float64. With `return_terms`, the pair
+        (loss, terms), where `terms` is a dict with the keys "invariance" and "redundancy".
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.cross_correlation`. Also if lambd is neither a finite number nor a
-        one-element tensor (a bool is not a number), or if eps is a tensor, which would get no gradient.
+        TypeError, ValueError: for the same reasons as `sslkern.ops.cross_correlation`. Also if `lambd` is neither a
+        finite number nor a one-element tensor (a bool is not a number), or if `eps` is a tensor: `eps` has no gradient.
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """
@@ -74,7 +78,7 @@ def barlow_twins_loss(
 
 
 class BarlowTwinsLoss(nn.Module):
-    """`barlow_twins_loss` as a module; it holds its settings and no state."""
+    """`barlow_twins_loss` as a module, which stores only the settings."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""InfoNCE: each query against all keys, as in CPC, MoCo, NNCLR and CLIP."""
+"""The InfoNCE loss, which compares each query with all keys, as in CPC, MoCo, NNCLR and CLIP."""
 
 from __future__ import annotations
 
@@ -26,34 +26,42 @@ def info_nce_loss(
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""The cross-entropy of the key p(i) of query i among all M keys, without the N x M logits.
+    r"""The cross-entropy of finding the positive key p(i) of each query i among all M keys.
 
-        t_ij = <q_i, k_j> / temperature, of L2-normalised rows
+    The N x M matrix of logits is not formed. The rows q_i and k_j are L2-normalised first, unless
+    `normalize` is False:
+
+        t_ij = <q_i, k_j> / temperature
         loss = mean_i [log sum_j exp(t_ij) - t_ip(i)] = mean_i log(1 + sum_{j != p(i)} exp(t_ij - t_ip(i)))
 
-    The second form is the computed one: it keeps its relative precision where the loss is small.
+    The loss is computed in the second form, which keeps its relative precision where the loss is small.
 
     Args:
         q: (N, D) queries; float32, bfloat16, float16 or float64; any strides; N >= 1.
-        k: (M, D) keys on q's device, in any of these dtypes. Without `positives`, M >= N and p(i) = i: further keys are
-            negatives.
-        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
-        scale: replaces 1 / temperature, as the exp(logit_scale) of CLIP: a number, or a one-element floating tensor,
-            which gets a gradient.
-        positives: int64 (N,), the indices p(i) of the positive keys; with a group, indices of this rank's keys.
-        symmetric: the loss of CLIP: the mean of this loss and the loss with q and k exchanged, from one pass; M = N.
-        normalize: False leaves the rows as they are.
-        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
-            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
-        group: the ranks that hold the batch; see `sslkern.distributed`. The keys are sent to all ranks; M >= N must
-            hold on each rank. `symmetric` also reduces two numbers per key over the ranks, and sends no queries.
+        k: (M, D) keys on the device of `q`, in any of these dtypes. Without `positives`, M must be at least N, and key
+            i is the positive of query i: p(i) = i. The keys from N on are negatives only.
+        temperature: a number other than 0, or a floating-point tensor with one element, which gets a gradient. It is
+            dimensionless.
+        scale: replaces 1 / temperature, like exp(logit_scale) in CLIP: a number, or a floating-point tensor with one
+            element, which gets a gradient.
+        positives: int64 (N,), the indices p(i) of the positive keys. With a group, they are indices into the keys of
+            this rank.
+        symmetric: return the loss of CLIP, which is the mean of this loss and of the same loss with `q` and `k`
+            exchanged. Both are computed in one pass. It needs M = N.
+        normalize: whether to L2-normalise the rows first.
+        eps: a row shorter than `eps` is divided by `eps` instead of by its length, which bounds the gradient of the
+            row. The default is 1e-12, but 1e-3 for float16 rows, because the gradient of a row of zeros would overflow
+            with 1e-12.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The keys are sent to all ranks. Without
+            `positives`, every rank needs M >= N. With `symmetric`, the ranks also reduce two numbers per key; queries
+            are not sent.
 
     Returns:
         The loss, a scalar, computed in float32, or in float64 if q or k is float64.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ,
-        settings that do not fit together, or, on a CPU alone, positives out of range.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, settings do not fit
+        together, or an index in `positives` is out of range, which is checked only on a CPU.
 
     Sources: van den Oord et al., CPC (1807.03748); Radford et al., CLIP (2103.00020).
     """
@@ -72,7 +80,8 @@ def info_nce_loss(
         positive = c * row_products(x, y[: x.shape[0]])
         negatives = reduce_pairs(x, keys, c, mask="offdiag", both_sides=symmetric)
     else:
-        positive = c * row_products(x, F.embedding(positives, y))  # adds its gradient in a fixed order
+        # the backward of embedding adds up gradients in a fixed order
+        positive = c * row_products(x, F.embedding(positives, y))
         places = torch.arange(keys.shape[0], device=keys.device)
         negatives = reduce_pairs(x, keys, c, mask="different", labels=(positives.contiguous(), places))
     if symmetric:
@@ -114,9 +123,9 @@ def _check_settings(
 
 
 class InfoNCELoss(nn.Module):
-    """`info_nce_loss` as a module; it holds its settings, of which a temperature or scale may be an `nn.Parameter`.
+    """`info_nce_loss` as a module, which stores the settings. The temperature or scale may be an `nn.Parameter`.
 
-    A `scale` that is computed anew in every step, as CLIP's exp(logit_scale), goes into the call.
+    If the scale is computed anew in every step, like exp(logit_scale) in CLIP, pass it to the call as `scale`.
     """
 
     def __init__(

@@ -1,4 +1,4 @@
-"""NT-Xent, SimCLR's loss: views of one sample against all other samples of the batch."""
+"""NT-Xent, the loss of SimCLR, which contrasts the views of a sample with all other samples of the batch."""
 
 from __future__ import annotations
 
@@ -27,37 +27,44 @@ def nt_xent_loss(
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""The cross-entropy of finding the other views of a sample, without the 2N x 2N matrix of similarities.
+    r"""The cross-entropy of finding the other views of a sample among all rows of the batch.
 
-    With t_ij = cos(z_i, z_j) / temperature of the V N rows z of all V views, and P(i) the other views of i's sample:
+    The matrix of the similarities of all rows is not formed. The V views have V N rows z_i in total. P(i) is the set of
+    the other views of the sample of row i, and t_ij = cos(z_i, z_j) / temperature:
 
         loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
         loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
 
-    For two views both are the loss of SimCLR, a mean over 2N rows, each compared with the 2N - 1 others. `decoupled`
-    leaves P(i) out of the sum in the denominator, as DCL does; that loss may be negative. The computed form is
-    log(1 + exp(negatives - positive)), which keeps its relative precision where the loss is small.
+    For two views, both forms are the loss of SimCLR: a mean over 2N rows, each of which is compared with the 2N - 1
+    others. `decoupled` leaves P(i) out of the sum in the denominator, as in DCL; the loss may then be negative.
+
+    Without `decoupled`, a term of the second form is computed as log(1 + exp(n_i - p_i)), where n_i and p_i are the
+    logsumexp of the t_ij of the negatives and of the positives of row i. This keeps the relative precision where the
+    loss is small. The first form adds p_i - mean_{p in P(i)} t_ip.
 
     Args:
-        a, b: (N, D) views; same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
-        others: further views (N, D), with the shape and device of a.
-        inside: sum over a sample's positives inside the logarithm.
-        negatives: (K, D), a memory bank, in any of these dtypes. The loss is then the mean over the N rows of a, with
-            the row of b as the positive and the rows of the bank as negatives. The bank gets a gradient if it requires
-            one.
-        decoupled: as above; it needs N >= 2 or a bank.
-        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
-            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
+        a, b: two views, (N, D), N >= 1, with the same shape and device; each float32, bfloat16, float16 or float64; any
+            strides.
+        temperature: a number other than 0, or a floating-point tensor with one element, which gets a gradient. It is
+            dimensionless.
+        others: further views, each (N, D), with the shape and device of `a`.
+        inside: take the sum over the positives of a row inside the logarithm, as in the second form.
+        negatives: (K, D), a memory bank, in any of these dtypes. The loss is then the mean over the N rows of `a`. The
+            positive of a row is the same row of `b`, and its negatives are the rows of the bank. The bank gets a
+            gradient if it requires one.
+        decoupled: leave P(i) out of the denominator, as described above. It needs N >= 2 or a memory bank.
+        eps: a row shorter than `eps` is divided by `eps` instead of by its length, which bounds the gradient of the
+            row. The default is 1e-12, but 1e-3 for float16 rows, because the gradient of a row of zeros would overflow
+            with 1e-12.
         group: the ranks that hold the batch; see `sslkern.distributed`. All views of a sample must be on one rank. A
-            bank is not sent: rows are compared with the bank of their own rank.
+            memory bank is not sent: every rank compares its rows with its own bank.
 
     Returns:
         The loss, a scalar, computed in float32, or in float64 if a view or the bank is float64.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or
-        settings that do not fit together.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or settings do not fit
+        together.
 
     Sources: Chen et al., SimCLR (2002.05709); Yeh et al., DCL (2110.06848); He et al., MoCo (1911.05722) for the bank.
     """
@@ -116,7 +123,11 @@ def _check_settings(temperature: object, inside: object, decoupled: object, eps:
 
 
 def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
-    """(V, N, D), by one pass where eps is that of all views. In `dtype` first: autocast stacks no dtype but its own."""
+    """The views (V, N, D) with rows of unit length, computed in one pass if the same eps applies to all views.
+
+    The views are converted to `dtype` before they are stacked, because autocast can stack only its own half-precision
+    dtype.
+    """
     if {view.dtype for view in views} == {dtype}:
         return unit_rows(torch.stack(views), dtype, eps)
     kinds = {least_length(view, eps) for view in views}
@@ -126,7 +137,10 @@ def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None
 
 
 def _positives(z: Tensor) -> Tensor:
-    """Of (V, N, D), the products with the other views of the sample: (V - 1, V, N), each pair computed once."""
+    """The products of each row of z (V, N, D) with the other views of its sample: (V - 1, V, N).
+
+    The products of each pair of views are computed once.
+    """
     views = z.unbind()
     count = len(views)
     pairs = {(v, w): row_products(views[v], views[w]) for v in range(count) for w in range(v + 1, count)}
@@ -135,14 +149,17 @@ def _positives(z: Tensor) -> Tensor:
 
 
 def _loss(positives: Tensor, against: Tensor, inside: bool, decoupled: bool) -> Tensor:
-    """Per row, from its P positive logits (P, ...) and the logsumexp of its negatives (...)."""
+    """The loss of each row.
+
+    `positives` (P, ...) are the logits of its positives, and `against` (...) is the logsumexp of its negatives' logits.
+    """
     together = positives.logsumexp(0)
     target = together if inside else positives.mean(0)
     return against - target if decoupled else cross_entropy(together, against) + (together - target)
 
 
 class NTXentLoss(nn.Module):
-    """`nt_xent_loss` as a module; it holds its settings, of which the temperature may be an `nn.Parameter`."""
+    """`nt_xent_loss` as a module, which stores the settings. The temperature may be an `nn.Parameter`."""
 
     def __init__(
         self,

@@ -23,26 +23,30 @@ def sigmoid_loss(
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""Binary classification of every pair (a_i, b_j) as one sample or two, without the N x N logits.
+    r"""The loss of classifying every pair (a_i, b_j) as two views of the same sample (i = j) or of different samples.
+
+    The N x N matrix of logits is not formed.
 
         t_ij = scale cos(a_i, b_j) + bias
         loss = -1/N sum_ij log sigmoid(z_ij t_ij), z_ij = 1 for i = j and -1 otherwise
              = 1/N [sum_{i != j} softplus(t_ij) + sum_i softplus(-t_ii)]
 
     Args:
-        a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        scale, bias: numbers, or one-element floating tensors, which get a gradient; dimensionless. The paper learns
-            both, with scale=log_scale.exp().
-        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
-            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
+        a, b: the two views, (N, D), N >= 1, with the same shape and device; each float32, bfloat16, float16 or float64;
+            any strides.
+        scale, bias: numbers, or floating-point tensors with one element, which get a gradient. Both are dimensionless.
+            The paper learns both, and computes the scale as log_scale.exp() from a learned `log_scale`.
+        eps: a row shorter than `eps` is divided by `eps` instead of by its length, which bounds the gradient of the
+            row. The default is 1e-12, but 1e-3 for float16 rows, because the gradient of a row of zeros would overflow
+            with 1e-12.
         group: the ranks that hold the batch; see `sslkern.distributed`. The rows of b are sent to all ranks.
 
     Returns:
         The loss, a scalar, computed in float32, or in float64 if a or b is float64.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or a
-        setting is out of range.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, or a setting is out of
+        range.
 
     Source: Zhai et al., SigLIP (2303.15343).
     """
@@ -59,7 +63,7 @@ def sigmoid_loss(
     scale, bias = converted(scale, dtype), converted(bias, dtype)
     x, y = unit_rows(a, dtype, eps), unit_rows(b, dtype, eps)
     positive = scale * row_products(x, y) + bias
-    # the bias is one more column: its gradient is then that of a product
+    # the bias is one more column of the queries, so the backward of the product gives its gradient too
     y = batch.every(y)
     queries = torch.cat([scale * x, bias * torch.ones_like(x[:, :1])], 1)
     keys = torch.cat([y, torch.ones_like(y[:, :1])], 1)
@@ -74,9 +78,9 @@ def _check_settings(scale: object, bias: object, eps: object, x: Tensor | None) 
 
 
 class SigmoidLoss(nn.Module):
-    """`sigmoid_loss` as a module; it holds its settings, each of which may be an `nn.Parameter`.
+    """`sigmoid_loss` as a module, which stores the settings. `scale` and `bias` may each be an `nn.Parameter`.
 
-    A `scale` that is computed anew in every step, as exp(log_scale), goes into the call.
+    If the scale is computed anew in every step, like exp(log_scale), pass it to the call as `scale`.
     """
 
     def __init__(

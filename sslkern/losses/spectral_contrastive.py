@@ -13,30 +13,36 @@ from ._pairs import converted, row_products, shown
 
 
 def spectral_contrastive_loss(a: Tensor, b: Tensor, mu: float | Tensor = 1.0, *, group: Group = None) -> Tensor:
-    r"""The spectral contrastive loss of two views, from the smaller of the N x N and the D x D products.
+    r"""The spectral contrastive loss of two views.
 
         loss = [-2 mean_i <a_i, b_i> + sum_{i != j} <a_i, b_j>^2 / (N (N - 1))] / mu
 
-    where rows longer than sqrt(mu) are first scaled down to that length. Where D < N, ||AB'||_F^2 is computed as
-    <A'A, B'B>. With one sample the second term is 0.
+    Rows longer than sqrt(mu) are first scaled down to this length. With a single sample, the second term is 0. Let A
+    and B be the matrices with the rows a_i and b_j. If D < N, the sum of all squared products, ||AB'||_F^2, is computed
+    as <A'A, B'B> from D x D matrices, and otherwise from the N x N matrix AB'.
 
-    With a group of W ranks, N counts the rows of all ranks. A rank with n rows computes its part of the sum as
-    <A_r'A_r, B'B> where 2 D <= N, in 4 n D^2 flops, and the ranks add up D^2 numbers. Otherwise it gathers the rows of
-    b, N D numbers, and computes its n x N block of products in 2 n N D flops. It takes the form with less of
-    both. The backward takes twice the flops and the same traffic.
+    With a group of W ranks, N counts the rows of all ranks, and rank r has n rows A_r of A. There are two ways to
+    compute the part of the sum for these n rows:
+
+        2 D <= N    as <A_r'A_r, B'B>, in 4 n D^2 flops; the ranks add up D^2 numbers
+        2 D > N     from the n x N matrix A_r B', in 2 n N D flops; the ranks gather the N D numbers of B
+
+    The condition selects the way with both fewer flops and less traffic. The backward takes twice the flops and the
+    same traffic.
 
     Args:
-        a, b: (N, D); same shape and device; each float32, bfloat16, float16 or float64; any strides; N >= 1.
-        mu: the largest squared length of a row, in units of a^2: a number > 0, or a one-element floating
-            tensor, which gets a gradient.
+        a, b: the two views, (N, D), N >= 1, with the same shape and device; each float32, bfloat16, float16 or float64;
+            any strides.
+        mu: the largest squared length of a row, in units of the squared rows: a number > 0, or a floating-point tensor
+            with one element, which gets a gradient.
         group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
         The loss, a scalar, computed in float32, or in float64 if a or b is float64.
 
     Raises:
-        TypeError: a or b is not a dense floating tensor, or mu is not a number or a tensor. ValueError: shapes or
-        devices differ, or mu is not above 0.
+        TypeError: `a` or `b` is not a dense floating-point tensor, or `mu` is neither a number nor a tensor.
+        ValueError: shapes or devices differ, or `mu` is not above 0.
 
     Source: HaoChen et al., spectral contrastive loss (2106.04156).
     """
@@ -67,7 +73,7 @@ def _clipped(z: Tensor, length: float | Tensor) -> Tensor:
 
 
 class SpectralContrastiveLoss(nn.Module):
-    """`spectral_contrastive_loss` as a module; it holds its settings, of which mu may be an `nn.Parameter`."""
+    """`spectral_contrastive_loss` as a module, which stores the settings. `mu` may be an `nn.Parameter`."""
 
     def __init__(self, mu: float | Tensor = 1.0, *, group: Group = None) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""Supervised contrastive learning: any set of positives per row."""
+"""The supervised contrastive loss, in which a row may have any set of positives."""
 
 from __future__ import annotations
 
@@ -24,35 +24,41 @@ def supervised_contrastive_loss(
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""The cross-entropy of finding a row's positives among all other rows, without the N x N matrix.
+    r"""The cross-entropy of finding the positives of a row among all other rows.
 
-    With t_ij = cos(z_i, z_j) / temperature, and i over the rows that have a positive:
+    The N x N matrix of similarities is not formed. P(i) is the set of the positives of row i, t_ij =
+    cos(z_i, z_j) / temperature, and mean_i is the mean over the rows that have a positive:
 
         loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
         loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
 
-    A row without a positive is not an i, but is a j of the other rows. If no row has a positive, the loss is 0.
+    A row without a positive has no term of its own, but is a negative of the other rows. If no row has a positive, the
+    loss is 0.
 
     Args:
-        z: (N, D), where the views of a sample are separate rows; float32, bfloat16, float16 or float64; any strides; N
-            >= 1.
-        labels: int64 (N,); P(i) are the other rows of i's label. Any numbers: they need not be small or contiguous.
-        positives: int64 (N, P), instead of labels: the row indices of P(i), all different and not i, padded with -1.
-            With a group, they are indices of this rank's rows; labels find positives on all ranks.
-        temperature: a number other than 0, or a one-element floating tensor, which gets a gradient; dimensionless.
-        inside: sum over the positives inside the logarithm.
-        eps: rows that are shorter are divided by it instead of by their length, which bounds their gradient. By default
-            1e-12, and 1e-3 for float16 rows, so that the gradient of a row of zeros does not overflow.
+        z: (N, D), N >= 1; float32, bfloat16, float16 or float64; any strides. The views of a sample are separate rows.
+        labels: int64 (N,). P(i) is the set of the other rows with the label of row i. Labels may be any numbers: they
+            need not be small or contiguous.
+        positives: int64 (N, P), given instead of `labels`. Row i holds the row indices in P(i), which are all different
+            and not i, padded with -1. With a group, they are indices into the rows of this rank, whereas `labels` finds
+            positives on all ranks.
+        temperature: a number other than 0, or a floating-point tensor with one element, which gets a gradient. It is
+            dimensionless.
+        inside: take the sum over the positives inside the logarithm, as in the second form.
+        eps: a row shorter than `eps` is divided by `eps` instead of by its length, which bounds the gradient of the
+            row. The default is 1e-12, but 1e-3 for float16 rows, because the gradient of a row of zeros would overflow
+            with 1e-12.
         group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
         The loss, a scalar, computed in float32, or in float64 if z is float64.
 
     Raises:
-        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, both or
-        neither of labels and positives, or, on a CPU alone, positives out of range.
+        TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, both or neither of
+        `labels` and `positives` are given, or an index in `positives` is out of range, which is checked only on a CPU.
 
-    Source: Khosla et al., supervised contrastive learning (2004.11362), L_out; `inside` as solo-learn has it.
+    Source: Khosla et al., supervised contrastive learning (2004.11362): the first form is L_out of the paper. The
+    second form is the loss of solo-learn.
     """
 
     def check(least: int) -> tuple[Tensor]:
@@ -98,16 +104,19 @@ def _inside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: fl
 
 
 def _outside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: float | Tensor, batch: Batch) -> Tensor:
-    """t_ip is linear in z_p, so a class of n rows needs their sum S alone: (|S|^2 - sum_i |u_i|^2) / (n - 1).
+    """The first form of the loss, with the positives given by labels.
 
-    Of |S|^2, <R, S> is the part of this rank's rows, whose sum is R.
+    The unit rows u_i of a class of n rows have the sum S. Because t_ip = c <u_i, u_p> is linear in u_p, the means of
+    t_ip over P(i) add up to c (|S|^2 - sum_i |u_i|^2) / (n - 1). In a group, if R is the sum of this rank's rows of the
+    class, these rows contribute <R, S> to |S|^2.
     """
     total = reduce_pairs(u, keys, c, mask="offdiag")
     place = _places(labels[1])
     size = torch.zeros_like(place).index_add(0, place, torch.ones_like(place))
     weight = torch.where(size > 1, 1 / (size.to(u.dtype) - 1), 0)
     n = u.shape[0]
-    mine, own = (place, u) if keys is u else (place[:n], keys[:n])  # which the transport may have rounded
+    # in a group, own are this rank's rows of keys, because the transport between ranks may have rounded keys
+    mine, own = (place, u) if keys is u else (place[:n], keys[:n])
     sums = _sums(keys, place, len(place))
     squares = sums.square() if keys is u else _sums(u, mine, len(place)) * sums
     similar = (weight * squares.sum(-1)).sum() - (weight[mine] * row_products(u, own)).sum()
@@ -116,14 +125,17 @@ def _outside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: f
 
 
 def _places(labels: Tensor) -> Tensor:
-    """The labels' places among the distinct ones, without the host sync of torch.unique."""
+    """The index of each label among the sorted distinct labels, without the host sync of torch.unique."""
     ordered, order = labels.sort()
     places = F.pad((ordered.diff() != 0).cumsum(0), (1, 0))
     return torch.empty_like(labels).scatter(0, order, places)
 
 
 def _sums(u: Tensor, place: Tensor, size: int) -> Tensor:
-    """Sums of the rows of each place, (size, D), in a fixed order: index_add uses atomics on CUDA, index_put on CPU."""
+    """The sums of the rows of u that have the same `place`, (size, D), added up in a fixed order.
+
+    The function depends on the device, because index_add uses atomics on CUDA and index_put uses them on a CPU.
+    """
     zeros = u.new_zeros(size, u.shape[1])
     return zeros.index_put((place,), u, accumulate=True) if u.is_cuda else zeros.index_add(0, place, u)
 
@@ -133,7 +145,8 @@ def _of_indices(u: Tensor, keys: Tensor, positives: Tensor, c: float | Tensor, i
     present = positives >= 0
     number = present.sum(-1)
     counts = number > 0
-    t = c * row_products(u[:, None], F.embedding(positives.clamp_min(0), u))  # adds its gradient in a fixed order
+    # the backward of embedding adds up gradients in a fixed order
+    t = c * row_products(u[:, None], F.embedding(positives.clamp_min(0), u))
     if inside:
         target = t.masked_fill(~present & counts[:, None], -torch.inf).logsumexp(-1)
     else:
@@ -142,7 +155,7 @@ def _of_indices(u: Tensor, keys: Tensor, positives: Tensor, c: float | Tensor, i
 
 
 class SupervisedContrastiveLoss(nn.Module):
-    """`supervised_contrastive_loss` as a module; it holds its settings; the temperature may be an `nn.Parameter`."""
+    """`supervised_contrastive_loss` as a module that stores the settings. The temperature may be an `nn.Parameter`."""
 
     def __init__(
         self,

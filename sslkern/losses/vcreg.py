@@ -1,4 +1,4 @@
-"""VCReg: variance and covariance regularization of one representation."""
+"""The VCReg loss, which regularizes the variances and covariances of one representation."""
 
 from __future__ import annotations
 
@@ -29,16 +29,18 @@ def vcreg_loss(
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
     r"""Variance-covariance regularization of one batch of features.
 
+    With Zc the centred z, C = Zc'Zc / (N - 1) its covariance, and var_j = C_jj:
+
         variance   = mean_j max(0, gamma - sqrt(var_j + eps))
         covariance = sum_{j != k} C_jk^2 / D
         loss       = std_coeff * variance + cov_coeff * covariance
 
-    Arguments, errors and dtypes are as for `vicreg_loss`, with one tensor z: (N, D); or (B, T, D); or (B, C, H, W) with
-    dim=1.
+    The input z is one tensor: (N, D), (B, T, D), or (B, C, H, W) with dim=1. `vicreg_loss` documents the other
+    arguments, the dtypes and the errors.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms), the terms unweighted and
-        detached.
+        The loss, a scalar in float32, or in float64 if z is float64. With `return_terms`, the pair (loss, terms), where
+        `terms` is a dict of the unweighted, detached terms "variance" and "covariance".
 
     Source: Zhu et al., VCReg (2306.13292); Mialon et al. (2209.14905).
     """
@@ -63,7 +65,7 @@ def vcreg_loss(
 
 
 class VCRegLoss(nn.Module):
-    """`vcreg_loss` as a module; it holds its settings and no state."""
+    """`vcreg_loss` as a module, which stores only the settings."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""VICReg: variance, invariance, covariance."""
+"""The VICReg loss, which has a variance, an invariance and a covariance term."""
 
 from __future__ import annotations
 
@@ -30,33 +30,41 @@ def vicreg_loss(
     return_terms: bool = False,
     group: Group = None,
 ) -> Tensor | tuple[Tensor, dict[str, Tensor]]:
-    r"""VICReg of two views, exact, without the D x D covariance where N is smaller.
+    r"""The VICReg loss of two views, computed exactly.
+
+    If N is sufficiently smaller than D, no D x D covariance matrix is formed; see `sslkern.ops.covariance`.
 
         invariance = mean_ij (a_ij - b_ij)^2
         variance   = 1/2 sum_{z in a, b} mean_j max(0, gamma - sqrt(var_j(z) + eps))
         covariance = sum_{z in a, b} sum_{j != k} C_jk(z)^2 / D
         loss       = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
 
-    with unbiased variances and C = Zc'Zc / (N - 1). The default weights are those of the paper.
+    The variances are unbiased, and C(z) = Zc'Zc / (N - 1), where Zc is the centred z. The default coefficients are the
+    values in the paper.
 
     Args:
-        a, b: (N, D), or with more dimensions: (B, T, D); (B, C, H, W) with dim=1. Same shape, dtype and device;
-            float32, bfloat16, float16 or float64; any strides.
-        sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, eps >= 0, or one-element floating tensors on the
-            device of the views, which get a gradient. gamma is in units of a, eps in units of a^2.
-        estimator: "plugin", or "unbiased" for the U-statistic of the covariance term. It is unbiased at any batch size,
-            so the average gradient of micro-batches of 16 has the expectation of that of a large batch. N >= 4.
-        dim: the feature dimension. batch_dim: the sample dimension. All other dimensions are positions.
-        positions: "separate" computes a loss for each position and averages them; "pooled" counts positions as samples.
+        a, b: the two views, (N, D), or with more dimensions, such as (B, T, D), or (B, C, H, W) with dim=1. Both have
+            the same shape, dtype and device; float32, bfloat16, float16 or float64; any strides.
+        sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, with eps >= 0, or floating-point tensors with one
+            element on the device of the views. Tensors get a gradient. `gamma` has the units of `a`, and `eps` has the
+            units of the variance.
+        estimator: "plugin" uses the formula above. "unbiased" uses the U-statistic of the covariance term, which is
+            unbiased at any batch size and needs N >= 4. The gradient of this term, averaged over micro-batches of 16,
+            then has the same expectation as its gradient for a large batch.
+        dim, batch_dim: the feature dimension and the sample dimension. All other dimensions are positions.
+        positions: "separate" computes one loss per position and averages these losses. "pooled" counts every position
+            as a sample.
         return_terms: also return the three unweighted terms, detached, for logging.
-        group: the ranks that hold the batch; see `sslkern.distributed`. The invariance is that of this rank's rows.
+        group: the ranks that hold the batch; see `sslkern.distributed`. The invariance term uses only the
+            rows of this rank.
 
     Returns:
-        The loss, a float32 (float64 for float64) scalar; with return_terms, (loss, terms).
+        The loss, a scalar in float32, or in float64 if the views are float64. With `return_terms`, the pair
+        (loss, terms), where `terms` is a dict with the keys "invariance", "variance" and "covariance".
 
     Raises:
-        TypeError, ValueError: as `sslkern.ops.covariance`. Also if shapes, dtypes or devices differ, or if a setting is
-        neither a finite number nor a one-element tensor; a bool is not a number.
+        TypeError, ValueError: for the same reasons as `sslkern.ops.covariance`. Also if shapes, dtypes or devices
+        differ, or if a setting is neither a finite number nor a one-element tensor. A bool is not a number.
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """
@@ -81,7 +89,7 @@ def vicreg_loss(
 
 
 def _checked(settings: Settings, x: Tensor | None) -> Settings:
-    """sim_coeff, std_coeff, cov_coeff, gamma and eps as `checks.setting` returns them."""
+    """Check `sim_coeff`, `std_coeff`, `cov_coeff`, `gamma` and `eps`, and return the results of `checks.setting`."""
     *coefficients, eps = settings
     names = ("sim_coeff", "std_coeff", "cov_coeff", "gamma")
     numbers = [checks.setting(name, value, x) for name, value in zip(names, coefficients, strict=True)]
@@ -89,7 +97,7 @@ def _checked(settings: Settings, x: Tensor | None) -> Settings:
 
 
 class VICRegLoss(nn.Module):
-    """`vicreg_loss` as a module; it holds its settings and no state."""
+    """`vicreg_loss` as a module, which stores only the settings."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""Metrics of representations."""
+"""Metrics that describe representations."""
 
 from .bandwidth import median_bandwidth
 from .dhsic import dhsic

@@ -1,4 +1,4 @@
-"""Checks of variables whose rows are paired."""
+"""The checks of variables with paired rows."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from ..core import checks
 
 
 def check_paired(named: list[tuple[str, Tensor]], least: int) -> None:
-    """All must be (..., N, D), with the leading dimensions, the N and the device of the first."""
+    """Check that all variables are (..., N, D) and have the same leading dimensions, N and device as the first."""
     first, x = named[0]
     for name, z in named:
         checks.matrix_stack(name, z, min_rows=least)

@@ -1,4 +1,4 @@
-"""The bandwidths of Gaussian kernels."""
+"""Bandwidths of Gaussian kernels, given or chosen by the median heuristic."""
 
 from __future__ import annotations
 
@@ -12,23 +12,25 @@ from ..core.dtypes import accumulation_dtype
 from ..ops.kernel_matmul import rbf_scale
 
 _LIBRARY, _OPS = torch.library.Library("sslkern", "FRAGMENT"), torch.ops.sslkern
-_MOST_ROWS = 1000  # of the median heuristic: half a million distances
+_MOST_ROWS = 1000  # the most rows in the median heuristic; they have half a million distances
 
 
 def median_bandwidth(x: Tensor) -> Tensor:
-    r"""The median heuristic: the median of |x_i - x_j| over the pairs i < j; the lower of the two middle ones.
+    r"""The bandwidth by the median heuristic: the median of the distances |x_i - x_j| over all pairs i < j.
 
-    Exact up to 1000 rows. Of more rows it takes 1000 evenly spaced ones, floor(k N / 1000), so the result is
-    deterministic. A median of 0 is replaced by 1.
+    If the number of pairs is even, this is the lower of the two middle distances. The median is exact for up to 1000
+    rows. For N > 1000 rows it is taken over 1000 evenly spaced rows, floor(k N / 1000) for k = 0 to 999, so the result
+    is deterministic. A median of 0 is replaced by 1.
 
     Args:
-        x: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 2.
+        x: (..., N, D), N >= 2, float32, bfloat16, float16 or float64, any strides.
 
     Returns:
-        (...), float32 (float64 for float64), in units of x, > 0, detached; NaN if a distance is NaN.
+        The bandwidths, (...), in float32, or in float64 if x is float64. They are > 0, in units of x, and detached. A
+        bandwidth is NaN if one of its distances is NaN.
 
     Raises:
-        TypeError: not a dense floating tensor. ValueError: fewer than two rows.
+        TypeError: x is not a dense floating-point tensor. ValueError: x has fewer than two rows.
 
     Source: Gretton et al., A kernel two-sample test (2012), section 8.
     """
@@ -43,12 +45,15 @@ def median_bandwidth(x: Tensor) -> Tensor:
 
 
 def _median_distance(rows: Tensor) -> Tensor:
-    """Slice by slice, since the distances of a whole stack would need more memory than everything else."""
+    """The median distance within each slice, (...).
+
+    The slices are computed one by one, because the distances of all slices would need more memory than anything else.
+    """
     medians = [torch.pdist(part).median() for part in rows.reshape(-1, *rows.shape[-2:])]
     return torch.stack(medians).view(rows.shape[:-2]) if medians else rows.new_empty(rows.shape[:-2])
 
 
-# An op, so that a compiler does not unroll the loop over the slices; pdist supports neither stacks nor vmap.
+# This is an op so that a compiler does not unroll the loop over the slices. pdist supports neither stacks nor vmap.
 _LIBRARY.define("median_distance(Tensor rows) -> Tensor")
 _LIBRARY.impl("median_distance", _median_distance, "CompositeExplicitAutograd")
 torch.library.register_fake("sslkern::median_distance", lambda rows: rows.new_empty(rows.shape[:-2]), lib=_LIBRARY)
@@ -60,7 +65,7 @@ torch.library.register_vmap(
 
 
 def scales_of(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor]:
-    """1/(2 bandwidth^2) of each variable, (...)."""
+    """The scale 1/(2 bandwidth^2) of each variable, (...). For None, the bandwidth is its `median_bandwidth`."""
     return [
         rbf_scale("bandwidth", median_bandwidth(z), z) if c is None else c
         for c, (_, z) in zip(given_scales(bandwidth, named), named, strict=True)
@@ -68,7 +73,7 @@ def scales_of(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor]:
 
 
 def given_scales(bandwidth: Any, named: list[tuple[str, Tensor]]) -> list[Tensor | None]:
-    """The scales of the bandwidths that are given, checked; None where a bandwidth is None."""
+    """Check the bandwidths. Return 1/(2 bandwidth^2) for each variable, or None where its bandwidth is None."""
     widths = bandwidth if isinstance(bandwidth, tuple) else (bandwidth,) * len(named)
     if len(widths) != len(named):
         raise ValueError(

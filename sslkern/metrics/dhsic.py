@@ -1,4 +1,4 @@
-"""The joint dependence of several variables by kernels."""
+"""The joint dependence of several variables, measured with kernels."""
 
 from __future__ import annotations
 
@@ -20,27 +20,29 @@ def dhsic(
     bandwidth: float | Tensor | tuple[Any, ...] | None = None,
     group: Group = None,
 ) -> Tensor:
-    r"""dHSIC: the joint dependence of d variables, by Gaussian kernels.
+    r"""dHSIC, which measures the joint dependence of two or more variables with Gaussian kernels.
 
-    With K^d the kernel matrix of the d-th variable, exp(-|u - v|^2 / (2 bandwidth_d^2)):
+    With the kernel matrices K^d_ij = exp(-|u_i - u_j|^2 / (2 bandwidth_d^2)) of the rows u of the d-th variable:
 
         mean_ij prod_d K^d_ij + prod_d mean_ij K^d_ij - (2/N) sum_i prod_d mean_j K^d_ij
 
-    which for two variables is (N-1)^2/N^2 times their biased `hsic`. The product of Gaussians is the Gaussian of the
-    variables side by side, so each term is a streamed sum, in O(N sum D) memory; products are taken in float64. With a
-    group, all rows are sent to all ranks, and each rank sums the pairs of its own rows.
+    For two variables, this is (N-1)^2/N^2 times their biased `hsic`. The product of the Gaussian kernels is the
+    Gaussian kernel of the concatenated variables. Each term is therefore a sum over pairs of rows that needs no kernel
+    matrix, in O(N sum_d D_d) memory. Products are taken in float64. With a group, all rows are sent to all ranks, and
+    each rank sums over the pairs of its own rows with all rows.
 
     Args:
-        variables: two or more (..., N, D_d) of the same leading dimensions, N >= 2, and device; each float32, bfloat16,
-            float16 or float64, any strides.
-        bandwidth: in units of the variables: a number > 0, or a floating tensor with one element or a shape
-            that broadcasts to (...), which gets a gradient; or None for `median_bandwidth`; or a tuple with one of
-            these for each variable.
-        group: the ranks that hold the batch; see `sslkern.distributed`. N and the median bandwidth are those of the
-            joint batch.
+        variables: two or more tensors (..., N, D_d), N >= 2, with the same leading dimensions, N and device; each
+            float32, bfloat16, float16 or float64; any strides.
+        bandwidth: one bandwidth for all variables, or a tuple with one for each variable. A bandwidth is a number > 0
+            in units of the variables, or a floating-point tensor with one element or with a shape that broadcasts to
+            (...), or None for `median_bandwidth`. A tensor gets a gradient.
+        group: the ranks that hold the batch; see `sslkern.distributed`. N counts the rows of the joint batch, and
+            `median_bandwidth` uses all of its rows.
 
     Returns:
-        (...), float32, or float64 if a variable is float64; dimensionless, >= 0, differentiable once.
+        dHSIC, (...), in float32, or in float64 if a variable is float64. It is dimensionless, >= 0 and differentiable
+        once.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few

@@ -1,4 +1,4 @@
-"""The entropy of a representation: estimates and bounds that cost a small Gram or one pass over the pairs."""
+"""Estimates and bounds of the entropy of a representation, from a small Gram matrix or one pass over the pairs."""
 
 from __future__ import annotations
 
@@ -17,34 +17,39 @@ _ESTIMATORS = get_args(Estimator)
 
 
 def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 1.0) -> Tensor:
-    r"""The entropy, in nats, of the mixture of the N Gaussians N(z_i, noise^2 I), by an estimate or a bound.
+    r"""An estimate or a bound of the entropy, in nats, of the mixture of the N Gaussians N(z_i, noise^2 I).
 
-    C = Zc'Zc/N is the covariance of the points, so C + noise^2 I is that of the mixture. The estimators are:
+    C = Zc'Zc/N is the covariance of the rows of z, so the covariance of the mixture is C + noise^2 I. The estimators:
 
-        logdet                   (1/2) logdet(I + C/noise^2), the coding rate
-        moment                   (1/2) logdet(2 pi e (C + noise^2 I)), the Gaussian of the same covariance
-        diagonal                 (1/2) sum_k log(2 pi e (C_kk + noise^2)), of the same variances
+        logdet                   (1/2) logdet(I + C/noise^2)
+        moment                   (1/2) logdet(2 pi e (C + noise^2 I))
+        diagonal                 (1/2) sum_k log(2 pi e (C_kk + noise^2))
         pairwise-kl              (D/2) log(2 pi e noise^2) - mean_i log mean_j exp(-|z_i - z_j|^2/(2 noise^2))
-        pairwise-bhattacharyya   the same with |z_i - z_j|^2/(8 noise^2)
+        pairwise-bhattacharyya   (D/2) log(2 pi e noise^2) - mean_i log mean_j exp(-|z_i - z_j|^2/(8 noise^2))
 
-    pairwise-bhattacharyya is a lower bound; pairwise-kl and moment are upper bounds. pairwise-kl is tighter where the
-    noise is small compared with the distances, and moment where it is large; diagonal is above moment. logdet is
-    moment minus the entropy of the noise, (D/2) log(2 pi e noise^2). Determinants are computed from the smaller of the
-    D x D and N x N matrices, by Cholesky in float64. The pairs are streamed in O(N D) memory.
+    "logdet" is the coding rate: "moment" minus the entropy of the noise, (D/2) log(2 pi e noise^2). "moment" is the
+    entropy of a Gaussian with the covariance of the mixture, and "diagonal" the entropy of a Gaussian with the same
+    variances and no correlations.
+
+    "pairwise-bhattacharyya" is a lower bound. "pairwise-kl" and "moment" are upper bounds: "pairwise-kl" is tighter if
+    the noise is small compared with the distances of the rows, and "moment" is tighter if it is large. "diagonal" is
+    never below "moment". Determinants are computed from the smaller of the D x D and the N x N matrix, by a Cholesky
+    decomposition in float64. Sums over pairs are computed without a matrix of pairs, in O(N D) memory.
 
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 1.
-        estimator: as above.
-        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a floating tensor with one
-            element or a shape that broadcasts to the leading dimensions; a tensor gets a gradient.
+        estimator: one of the five names above.
+        noise: the standard deviation of each Gaussian, in units of z: a number > 0, or a floating-point tensor with one
+            element or with a shape that broadcasts to the leading dimensions. A tensor gets a gradient.
 
     Returns:
-        (...), in nats, float32 (float64 for float64); differentiable, once for the pairwise ones; NaN where z has NaN
-        or inf. A noise below 1e-7 of z's range is lost in the rounding of float64: a determinant may be NaN.
+        The entropy, (...), in nats, in float32, or in float64 if z is float64. It is differentiable, but only once for
+        the pairwise estimators. It is NaN where z has NaN or inf. If the noise is below 1e-7 of the range of z, it is
+        lost in the rounding of float64, and a determinant may be NaN.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: z has no rows or columns, the estimator is
-        unknown, or noise is not above 0.
+        unknown, or `noise` is not above 0.
 
     Sources: Shwartz-Ziv and LeCun, What do we maximize in self-supervised learning (2207.10081); Kolchinsky and Tracey,
     Estimating mixture entropy with pairwise distances (1706.02419); Ma et al., Segmentation of multivariate mixed data
@@ -65,17 +70,18 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     else:
         scale = -precision / (2 if estimator == "pairwise-kl" else 8)
         near = pairwise_reduce(z, kernel="sqeuclidean", reduction="logsumexp", scale=scale)
-        # as a tensor: math.log would make a symbolic N a constant
+        # log of a tensor, because math.log would make a symbolic N a constant
         out = of_noise + near.new_full((), n, dtype=torch.float64).log() - near.double().mean(-1)
     return out.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
 
 
 def _coding_rate(z: Tensor, precision: Tensor) -> Tensor:
-    """(1/2) logdet(I + precision Zc'Zc/N), from Zc'Zc or Zc Zc'."""
+    """(1/2) logdet(I + precision Zc'Zc/N), computed from the smaller of Zc'Zc and Zc Zc'."""
     n, d = z.shape[-2:]
     z = z.double()
     z = (z - z.mean(-2, keepdim=True)) * (precision / n).sqrt()[..., None, None]
     gram = z @ z.mT if n < d else z.mT @ z
     factor, failed = torch.linalg.cholesky_ex(gram + torch.eye(min(n, d), dtype=z.dtype, device=z.device))
     out = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    return out * torch.where(failed == 0, 1.0, torch.nan)  # with its gradient: NaN in z, or noise lost in rounding
+    # a failure makes the gradient NaN too: z has NaN, or the noise was lost in rounding
+    return out * torch.where(failed == 0, 1.0, torch.nan)

@@ -1,4 +1,4 @@
-"""Statistical dependence by kernels: the Hilbert-Schmidt independence criterion, without a kernel matrix."""
+"""The Hilbert-Schmidt independence criterion (HSIC), a kernel measure of dependence, without a kernel matrix."""
 
 from __future__ import annotations
 
@@ -28,40 +28,45 @@ def hsic(
     *,
     group: Group = None,
 ) -> Tensor:
-    r"""HSIC of the paired rows of x and y: 0 in expectation if they are independent, and, by "rbf", only then.
+    r"""An estimate of the HSIC of x and y from their paired rows.
 
-    With K and L the kernel matrices of x and y, rK and rL their row sums, and H = I - 11'/N:
+    The HSIC of two random variables is 0 if they are independent. For "rbf" it is 0 only if they are independent. K and
+    L are the kernel matrices of x and y, rK and rL are their row sums, and H = I - 11'/N:
 
         biased      Tr(KHLH)/(N-1)^2 = [sum K o L - (2/N) rK.rL + (sum K)(sum L)/N^2] / (N-1)^2
-        unbiased    [sum K o L + (sum K)(sum L)/((N-1)(N-2)) - 2/(N-2) rK.rL] / (N(N-3)), with zeroed diagonals
+        unbiased    [sum K o L + (sum K)(sum L)/((N-1)(N-2)) - 2/(N-2) rK.rL] / (N(N-3)), K and L with zero diagonals
 
         rbf         k(u, v) = exp(-|u - v|^2 / (2 bandwidth^2))
-        linear      k(u, v) = <u, v>, whose biased HSIC is ||C_xy||_F^2, C_xy = Xc'Yc/(N-1)
+        linear      k(u, v) = <u, v>: the biased HSIC is ||C_xy||_F^2, C_xy = Xc'Yc/(N-1)
 
-    The sums of "rbf" are streamed, in O(N D) memory; "linear" takes the smaller of the cross-covariance and the two
-    N x N Grams, in float64. Terms, which cancel, are combined in float64. With a group, all rows are sent to all ranks
-    for "rbf" and for the Grams, and each rank sums the pairs of its own rows; cross-covariances are added up.
+    For "rbf", the sums are computed without kernel matrices, in O(N D) memory. "linear" computes either the
+    cross-covariance or the two N x N Gram matrices, whichever takes less work, in float64. The terms of the formula
+    nearly cancel, so they are combined in float64. With a group, all rows are sent to all ranks for "rbf" and for Gram
+    matrices, and each rank sums over the pairs of its own rows with all rows. Cross-covariances are added up over the
+    ranks instead.
 
     Args:
-        x: (..., N, D1), float32, bfloat16, float16 or float64, any strides; N >= 2, and N >= 4 when unbiased.
-        y: (..., N, D2), of x's leading dimensions, N and device, in any of these dtypes.
+        x: (..., N, D1), float32, bfloat16, float16 or float64, any strides. N >= 2, and N >= 4 for "unbiased".
+        y: (..., N, D2), with the leading dimensions, the N and the device of x, in any of these dtypes.
         kernel: "rbf" or "linear".
         estimator: "biased", which is >= 0, or "unbiased", which may be negative.
-        bandwidth: for "rbf", in units of x and y: a number > 0, or a floating tensor with one element or a shape
-            that broadcasts to (...), which gets a gradient; or None for `median_bandwidth`; or a pair, for x and y.
-        group: the ranks that hold the batch; see `sslkern.distributed`. N and the median bandwidth are those of the
-            joint batch.
+        bandwidth: only for "rbf": one bandwidth for both x and y, or a pair with one for each. A bandwidth is a number
+            > 0 in units of x and y, or a floating-point tensor with one element or with a shape that broadcasts to
+            (...), or None for `median_bandwidth`. A tensor gets a gradient.
+        group: the ranks that hold the batch; see `sslkern.distributed`. N counts the rows of the joint batch, and
+            `median_bandwidth` uses all of its rows.
 
     Returns:
-        (...), float32, or float64 if x or y is float64; dimensionless for "rbf", in units of x^2 y^2 for "linear";
-        differentiable with respect to x and y, once for "rbf". The gradient treats the median bandwidth as a constant.
+        HSIC, (...), in float32, or in float64 if x or y is float64. It is dimensionless for "rbf", and in units of
+        x^2 y^2 for "linear". It is differentiable with respect to x and y, for "rbf" only once. The gradient treats
+        the median bandwidth as a constant.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few
         rows, or settings do not fit together.
 
-    Sources: Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms (2005), for the biased form;
-    Song et al., Feature selection via dependence maximization (2012), for the unbiased one.
+    Sources: Gretton et al., Measuring statistical dependence with Hilbert-Schmidt norms (2005), for "biased"; Song et
+    al., Feature selection via dependence maximization (2012), for "unbiased".
     """
 
     def check(least: int) -> tuple[Tensor, Tensor]:
@@ -92,20 +97,21 @@ def pairwise_hsic(
 ) -> Tensor:
     r"""HSIC of every pair of single features: entry (i, j) is `hsic(z[:, i:i+1], z[:, j:j+1])`.
 
-    Each pair of rows is visited once for all D kernels, in O(N D + D^2) memory; D kernel matrices would take D N^2.
-    With `normalized`, entries are divided by sqrt(HSIC_ii HSIC_jj) and lie between 0 and 1 if biased. The row and
-    column of a constant feature are 0; for "rbf", a feature with an HSIC_ii below 1e-14, which is rounding, counts as
-    constant.
+    The kernel matrices of all D features would take D N^2 memory. Instead, each pair of rows is visited once for all
+    features, in O(N D + D^2) memory. With `normalized`, entries are divided by sqrt(HSIC_ii HSIC_jj), so that biased
+    estimates lie between 0 and 1. The row and the column of a constant feature are then set to 0. For "rbf", a feature
+    counts as constant if its HSIC_ii is below 1e-14, which is the size of rounding errors.
 
     Args:
-        z: (..., N, D), float32, bfloat16, float16 or float64, any strides; N >= 2, and N >= 4 when unbiased.
+        z: (..., N, D), float32, bfloat16, float16 or float64, any strides. N >= 2, and N >= 4 for "unbiased".
         kernel, estimator: as in `hsic`.
-        bandwidth: for "rbf", in units of z: a number > 0, or a floating tensor with one element or a shape that
-            broadcasts to (..., D), which gets a gradient; or None for the `median_bandwidth` of each feature.
-        normalized: as above.
+        bandwidth: only for "rbf": a number > 0 in units of z, or a floating-point tensor with one element or with a
+            shape that broadcasts to (..., D), or None for the `median_bandwidth` of each feature. A tensor gets a
+            gradient.
+        normalized: whether to divide the entries as described above.
 
     Returns:
-        (..., D, D), float32 (float64 for float64); differentiable as `hsic`.
+        HSIC, (..., D, D), in float32, or in float64 if z is float64. It is differentiable like `hsic`.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, there are too few
@@ -131,7 +137,7 @@ def pairwise_hsic(
     out = _formula(sums, z.shape[-2], unbiased)
     if normalized:
         own = out.diagonal(dim1=-2, dim2=-1)
-        none = own <= (1e-14 if kernel == "rbf" else 0)  # rounding of 1 - 1 in float64; exactly 0 for centred rows
+        none = own <= (1e-14 if kernel == "rbf" else 0)  # "rbf" leaves rounding errors; "linear" gives exactly 0
         norm = own.masked_fill(none, 1).sqrt()
         out = out / (norm[..., :, None] * norm[..., None, :])
         out = out.masked_fill(none[..., :, None] | none[..., None, :], 0)
@@ -139,7 +145,7 @@ def pairwise_hsic(
 
 
 def _formula(sums: Sums, n: int, unbiased: bool) -> Tensor:
-    """HSIC from its three sums over n rows; unbiased, from those with zero diagonals."""
+    """HSIC from its three sums over n rows. If `unbiased`, the sums must be of kernel matrices with zero diagonals."""
     product, rows, totals = sums
     if unbiased:
         return (product + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows) / (n * (n - 3))

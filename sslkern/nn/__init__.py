@@ -1,4 +1,4 @@
-"""Layers with the names and conventions of torch.nn."""
+"""Layers that follow the names and conventions of torch.nn."""
 
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm

@@ -1,4 +1,7 @@
-"""The batch norms of torch.nn on sslkern's kernels, with torch's constructors, state_dicts, behaviour and errors."""
+"""The batch norm layers of torch.nn, computed by sslkern's kernels.
+
+Constructors, state_dicts, behaviour and errors are those of torch.
+"""
 
 from __future__ import annotations
 
@@ -16,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def _recorded(input: object) -> bool:
-    """Whether a tracer records the call, perhaps to run it where this package is not installed."""
+    """Whether a tracer records this call. The recorded call may later run where this package is not installed."""
     return torch.jit.is_tracing() or torch.compiler.is_exporting() or not isinstance(input, Tensor)
 
 
@@ -35,14 +38,15 @@ class _BatchNorm(internals.BatchNormBase):
         activation: Activation = None,
     ) -> None:
         super().__init__(num_features, eps, momentum, affine, track_running_stats, device, dtype)
-        if not bias:  # torch's constructor takes `bias` from 2.13 on
+        if not bias:  # torch's own constructor has `bias` only since 2.13
             self.register_parameter("bias", None)
         _activate(self, activation)
 
     def forward(self, input: Tensor) -> Tensor:
         """y = (x - mean) / sqrt(var + eps) * weight + bias.
 
-        `torch.jit.trace`, `torch.export` and ONNX record torch's own batch norm. torch.fx records a call of this layer.
+        `torch.jit.trace`, `torch.export` and the ONNX export record torch's own batch norm instead. torch.fx records a
+        call of this layer.
         """
         if _recorded(input):
             if not isinstance(input, Tensor):
@@ -53,7 +57,7 @@ class _BatchNorm(internals.BatchNormBase):
 
     def _normalise(self, input: Tensor, activation: Activation) -> Tensor:
         self._check_input_dim(input)
-        # `self.weight` looks into these dicts last, which takes as long as one of the checks
+        # `self.weight` searches these dicts last, and takes as long as one of the checks
         parameters, buffers = internals.parameters(self), internals.buffers(self)
         weight = parameters["weight"] if "weight" in parameters else self.weight  # noqa: SIM401
         bias = parameters["bias"] if "bias" in parameters else self.bias  # noqa: SIM401
@@ -61,7 +65,7 @@ class _BatchNorm(internals.BatchNormBase):
         momentum: float | Tensor = 0.0 if self.momentum is None else self.momentum
         if self.training and self.track_running_stats and batches is not None:
             batches.add_(1)
-            if self.momentum is None:  # the cumulative average, without a host sync
+            if self.momentum is None:  # momentum of the cumulative average, without a host sync
                 momentum = batches.double().reciprocal()
         by_batch = self.training or (mean is None and variance is None)
         keep = not self.training or self.track_running_stats
@@ -79,8 +83,10 @@ class _BatchNorm(internals.BatchNormBase):
         )
 
     def _proxied(self, input: Any) -> Any:
-        """The record of torch.fx: a call of this layer, which can still be switched to training. If this layer is
-        itself the root of the trace, the operations of its formula are recorded instead, which works in eval mode only.
+        """What torch.fx records: a call of this layer, which can still be switched to training mode.
+
+        If this layer itself is traced, without a model around it, its formula is recorded. This works only in eval
+        mode.
         """
         if not isinstance(input, torch.fx.Proxy):
             raise TypeError(f"input must be a torch.Tensor of shape (N, C, ...), got {type(input).__name__}.")
@@ -96,25 +102,26 @@ class _BatchNorm(internals.BatchNormBase):
         return formula(input, mean, var, self.weight, self.bias, by_batch, eps=self.eps)
 
     def _group(self) -> ProcessGroup | None:
-        """The processes that share the statistics of the batch; None is this process alone."""
+        """The processes that share the statistics of the batch, or None if this process does not share them."""
         return None
 
     def __prepare_scriptable__(self) -> nn.Module:
-        """The layer that `torch.jit.script` compiles: torch's own, with the same parameters and buffers."""
+        """The layer that `torch.jit.script` compiles: torch's own batch norm with the same parameters and buffers."""
         return convert_batchnorm(copy.copy(self), back=True)
 
 
 class BatchNormReLU(nn.Sequential):
-    """nn.Sequential(BatchNorm, ReLU) in one pass; sslkern's batch norms with `activation="relu"` are of this class.
+    """nn.Sequential(BatchNorm, ReLU), computed in one pass.
 
-    Both layers are ordinary children, named "0" and "1". Tools that replace, fuse, prune, initialise or export batch
-    norms therefore find the batch norm and keep the ReLU. The layers run one after the other if the first is not a
-    batch norm of sslkern, if one of them has hooks, or if the call is traced or exported. State dicts have the keys
-    "0.weight", ...; the keys of a bare batch norm ("weight", ...) are loaded too.
+    With `activation="relu"`, a batch norm of sslkern becomes a layer of this class. Both layers are ordinary child
+    modules, named "0" and "1". Tools that replace, fuse, prune, initialise or export batch norms therefore find the
+    batch norm and keep the ReLU. The layers run one after the other if the first layer is not a batch norm of sslkern,
+    if either layer has hooks, or if the call is traced or exported. State dicts have the keys "0.weight", "0.bias", and
+    so on. The keys of a batch norm without ReLU ("weight", ...) can be loaded too.
     """
 
     def forward(self, input: Tensor) -> Tensor:
-        """relu((x - mean) / sqrt(var + eps) * weight + bias), for x of the shape that the batch norm takes."""
+        """relu((x - mean) / sqrt(var + eps) * weight + bias). x has a shape that the batch norm accepts."""
         if len(self._modules) == 2 and not _recorded(input):
             norm, relu = self._modules.values()
             if type(norm) in _TORCHS and type(relu) is nn.ReLU and not internals.hooked(norm, relu):
@@ -132,7 +139,7 @@ class BatchNormReLU(nn.Sequential):
 
 
 def _activate(norm: nn.Module, activation: Activation) -> None:
-    """Turn a new batch norm into a `BatchNormReLU` that contains it, for activation="relu"."""
+    """If activation is "relu", turn `norm` into a `BatchNormReLU` in place, with the batch norm as its first child."""
     if activation is None:
         return
     if activation != "relu":
@@ -149,25 +156,25 @@ def _activate(norm: nn.Module, activation: Activation) -> None:
 
 
 class BatchNorm1d(_BatchNorm, nn.BatchNorm1d):
-    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L). With `activation="relu"` it makes a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm1d` for (N, C) and (N, C, L). With `activation="relu"`, the layer is a `BatchNormReLU`."""
 
 
 class BatchNorm2d(_BatchNorm, nn.BatchNorm2d):
-    """`torch.nn.BatchNorm2d` for (N, C, H, W). With `activation="relu"` it makes a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm2d` for (N, C, H, W). With `activation="relu"`, the layer is a `BatchNormReLU`."""
 
 
 class BatchNorm3d(_BatchNorm, nn.BatchNorm3d):
-    """`torch.nn.BatchNorm3d` for (N, C, T, H, W). With `activation="relu"` it makes a `BatchNormReLU`."""
+    """`torch.nn.BatchNorm3d` for (N, C, T, H, W). With `activation="relu"`, the layer is a `BatchNormReLU`."""
 
 
 class SyncBatchNorm(_BatchNorm):
-    """`torch.nn.SyncBatchNorm` for (N, C, ...), on CPUs too. With `activation="relu"` it makes a `BatchNormReLU`.
+    """`torch.nn.SyncBatchNorm` for (N, C, ...), also on CPUs. With `activation="relu"`, the layer is a `BatchNormReLU`.
 
-    In training, the statistics are those of the joint batch of all processes in `process_group`; None is all processes.
-    `sslkern.ops.batch_norm` documents the formula, the collectives and the effect of an empty batch. In eval mode, with
-    one process or without torch.distributed, this is a local batch norm and costs no more.
+    In training, the statistics are those of the joint batch of all processes in `process_group`. None means all
+    processes. `sslkern.ops.batch_norm` documents the formula, the collectives and the effect of an empty batch. In eval
+    mode, with a single process, or without torch.distributed, this layer is a local batch norm and costs no more.
 
-    It is not a subclass of torch.nn.SyncBatchNorm, which DistributedDataParallel refuses on a CPU.
+    The class is not a subclass of torch.nn.SyncBatchNorm, because DistributedDataParallel refuses that class on a CPU.
     """
 
     process_group: ProcessGroup | None
@@ -200,15 +207,15 @@ class SyncBatchNorm(_BatchNorm):
     def convert_sync_batchnorm(cls, module: nn.Module, process_group: ProcessGroup | None = None) -> nn.Module:
         """Convert every batch norm of a model to this class, in place.
 
-        Parameters, buffers and hooks stay the same objects. A ReLU after a batch norm stays.
+        Parameters, buffers and hooks stay the same objects. The ReLU of a `BatchNormReLU` is kept.
 
         Args:
-            module: any model. Layers of exactly the classes BatchNorm1d, 2d, 3d and SyncBatchNorm of torch.nn and
-                sslkern are converted; subclasses of a third party are not.
-            process_group: the processes that share the statistics; None is all of them.
+            module: any model. A layer is converted if its class is exactly BatchNorm1d, 2d, 3d or SyncBatchNorm of
+                torch.nn or sslkern. Subclasses of a third party are not converted.
+            process_group: the processes that share the statistics. None means all processes.
 
         Returns:
-            The module.
+            The same module.
 
         Raises:
             TypeError: module is not a torch.nn.Module.
@@ -236,18 +243,18 @@ def _found(module: nn.Module, types: dict[type, type]) -> list[nn.Module]:
 
 
 def convert_batchnorm(module: nn.Module, back: bool = False) -> nn.Module:
-    """Convert every batch norm of a model from torch's to sslkern's or, with `back`, to torch's, in place.
+    """Convert every batch norm of a model from torch's class to sslkern's, in place; `back` does the reverse.
 
     Parameters, buffers and hooks stay the same objects, so optimizers and state_dicts remain valid. With `back`, a
     `BatchNormReLU` becomes a torch.nn.Sequential of torch's batch norm and ReLU, with the same names.
 
     Args:
-        module: any model. Layers of exactly the classes BatchNorm1d, 2d, 3d and SyncBatchNorm are converted; subclasses
-            of a third party are not. A process group is kept.
-        back: convert from sslkern's batch norms to torch's.
+        module: any model. A layer is converted if its class is exactly BatchNorm1d, 2d, 3d or SyncBatchNorm. Subclasses
+            of a third party are not converted. The process group of a layer is kept.
+        back: whether to convert from sslkern's batch norms to torch's.
 
     Returns:
-        The module.
+        The same module.
 
     Raises:
         TypeError: module is not a torch.nn.Module.

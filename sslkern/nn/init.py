@@ -1,4 +1,4 @@
-"""In-place initialisations with orthonormal columns, like torch.nn.init. Each matrix of a stack is drawn by itself."""
+"""In-place initialisations with orthonormal columns, like torch.nn.init. Stacked matrices are drawn independently."""
 
 from __future__ import annotations
 
@@ -17,22 +17,23 @@ Init = Literal["haar", "identity", "henaff", "cayley"]
 
 @torch.no_grad()
 def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """Draw from the uniform distribution over matrices with orthonormal columns (Haar measure if u is square).
+    """Fill u with matrices from the uniform distribution over matrices with orthonormal columns.
 
         U = Q diag(R_jj / |R_jj|),  Q R = a matrix of standard normal numbers
 
-    The phases make the distribution independent of the sign convention of the QR decomposition. It is computed in
-    double precision, then rounded.
+    For a square u, this distribution is the Haar measure. The factors R_jj / |R_jj| make it independent of the sign
+    convention of the QR decomposition. U is computed in double precision and then rounded to the dtype of u.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's default generator.
+        generator: the generator of the random numbers; None uses torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is expanded.
+        TypeError: u has another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is an
+        expanded tensor.
 
     Source: Mezzadri, How to generate random matrices from the classical compact groups (math-ph/0609050).
     """
@@ -44,17 +45,18 @@ def haar_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """Set every matrix to the first p columns of the identity.
+    """Set every matrix to the first p columns of the identity matrix.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128.
-        generator: not used, since nothing is random.
+        generator: not used, because nothing is random.
 
     Returns:
         u.
 
     Raises:
-        TypeError: another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is expanded.
+        TypeError: u has another dtype. ValueError: u has fewer than two dimensions or more columns than rows, or is an
+        expanded tensor.
     """
     _check(u)
     return u.copy_(_identity(u))
@@ -62,20 +64,21 @@ def identity_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """Rotate planes by random angles t, uniform in [-pi, pi).
+    """Set every matrix to rotations of planes by random angles t, uniform in [-pi, pi).
 
-        real      blocks [[cos t, -sin t], [sin t, cos t]] along the diagonal, and a last 1 if n is odd
-        complex   exp(i t) on the diagonal
+        real      blocks [[cos t, -sin t], [sin t, cos t]] on the diagonal, and a last entry 1 if n is odd
+        complex   entries exp(i t) on the diagonal
 
     Args:
         u: (..., n, n), float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's default generator.
+        generator: the generator of the random numbers; None uses torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: another dtype. ValueError: u has fewer than two dimensions, is not square, or is expanded.
+        TypeError: u has another dtype. ValueError: u has fewer than two dimensions, is not square, or is an expanded
+        tensor.
 
     Source: Henaff et al., Recurrent orthogonal networks and long-memory tasks (1602.06662).
     """
@@ -88,22 +91,26 @@ def henaff_(u: Tensor, generator: Generator | None = None) -> Tensor:
 
 @torch.no_grad()
 def cayley_(u: Tensor, generator: Generator | None = None) -> Tensor:
-    """The Cayley transform of a skew matrix A with blocks [[0, s], [-s, 0]], s = tan(t / 2), t uniform in [0, pi / 2).
+    """Set every matrix to the Cayley transform of a random skew-symmetric matrix A.
 
-        U = (I + A)^-1 (I - A): blocks [[cos t, -sin t], [sin t, cos t]], and a last 1 if n is odd
+    A has blocks [[0, s], [-s, 0]] on the diagonal, with s = tan(t / 2) and t uniform in [0, pi / 2). The result
 
-    The values are real if u is complex, too. The paper's diagonal matrix D, which flips the signs of columns, is the
-    identity here.
+        U = (I + A)^-1 (I - A)
+
+    has blocks [[cos t, -sin t], [sin t, cos t]] on the diagonal, and a last entry 1 if n is odd. The values are real,
+    even if u is complex. The paper also multiplies by a diagonal matrix D that flips the signs of columns; here D is
+    the identity.
 
     Args:
         u: (..., n, n), float32, float64, complex64 or complex128.
-        generator: of the random numbers; None is torch's default generator.
+        generator: the generator of the random numbers; None uses torch's default generator.
 
     Returns:
         u.
 
     Raises:
-        TypeError: another dtype. ValueError: u has fewer than two dimensions, is not square, or is expanded.
+        TypeError: u has another dtype. ValueError: u has fewer than two dimensions, is not square, or is an expanded
+        tensor.
 
     Source: Helfrich et al., Orthogonal recurrent neural networks with scaled Cayley transform (1707.09520).
     """
@@ -130,7 +137,7 @@ def _identity(u: Tensor) -> Tensor:
 
 
 def _rotations(u: Tensor, angles: Tensor) -> Tensor:
-    """Matrices of u's shape and dtype with rotations by (..., n // 2) angles along the diagonal."""
+    """Matrices with the shape and dtype of u that have rotations by the angles (..., n // 2) on the diagonal."""
     even = 2 * angles.shape[-1]
     u = _identity(u).repeat(*u.shape[:-2], 1, 1)
     u.diagonal(dim1=-2, dim2=-1)[..., :even].copy_(angles.cos().repeat_interleave(2, -1))
@@ -152,7 +159,7 @@ def _check(u: Tensor, square: bool = False) -> None:
 
 
 def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = FULL) -> torch.dtype:
-    """The dtype, or torch's default dtype for None."""
+    """Check that the dtype is among `choices`, and return it. None stands for torch's default dtype."""
     dtype = dtype or torch.get_default_dtype()
     if dtype not in choices:
         raise TypeError(f"dtype must be {' or '.join(map(short, choices))}, got {short(dtype)}.")
@@ -160,7 +167,10 @@ def one_of_dtypes(dtype: torch.dtype | None, choices: tuple[torch.dtype, ...] = 
 
 
 def uniform_(t: Tensor, bound: float) -> None:
-    """Fill t with numbers uniform in +-bound; a complex t, in a square with the same mean square."""
+    """Fill t with numbers that are uniform in [-bound, bound].
+
+    If t is complex, its numbers are uniform in a square in the complex plane and have the same mean square.
+    """
     with torch.no_grad():
         if t.is_complex():
             torch.view_as_real(t).uniform_(-bound / 2**0.5, bound / 2**0.5)

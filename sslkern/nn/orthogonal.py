@@ -1,4 +1,4 @@
-"""Layers with orthogonal or unitary weights, which `sslkern.ops.rank_k_update_` keeps orthogonal during training."""
+"""Layers with orthogonal or unitary weights. During training, `sslkern.ops.rank_k_update_` keeps them orthogonal."""
 
 from __future__ import annotations
 
@@ -18,11 +18,12 @@ ConvInit = Literal[Init, "delta"]
 
 
 class OrthogonalModule(nn.Module):
-    """A layer that lists its own parameters with orthonormal columns in `orthogonal_names`.
+    """A layer that names its own parameters with orthonormal columns in the attribute `orthogonal_names`.
 
-    `orthogonal_parameters` accepts any module with this attribute, an iterable of strings on the class or the instance.
-    This class only adds that a change of precision keeps complex parameters complex and real ones real: both
-    `.double()` and `.to(torch.complex128)` make them complex128 and float64.
+    The attribute is an iterable of strings, on the class or on the instance. `orthogonal_parameters` accepts any module
+    that has it, whether or not the module is of this class. This class only changes conversions of the precision:
+    complex parameters stay complex and real ones stay real. Both `.double()` and `.to(torch.complex128)` convert them
+    to complex128 and float64.
     """
 
     orthogonal_names: tuple[str, ...] = ()
@@ -42,9 +43,10 @@ class OrthogonalModule(nn.Module):
 
 
 def orthogonal_parameters(module: nn.Module) -> Iterator[nn.Parameter]:
-    """The parameters of a model whose columns must stay orthonormal, each once, for `sslkern.optim.ProjUNN`.
+    """The parameters of a model whose columns must stay orthonormal, for `sslkern.optim.ProjUNN`.
 
-    Each module lists them in its attribute `orthogonal_names`, as the layers of `sslkern.nn` do.
+    Each module lists its own such parameters in the attribute `orthogonal_names`, like the layers of `sslkern.nn`. A
+    shared parameter is returned once.
 
         optimizers = [ProjUNN(orthogonal_parameters(model), lr=1e-4), torch.optim.Adam(other_parameters(model))]
 
@@ -89,25 +91,30 @@ def _orthogonal_ids(module: nn.Module) -> set[int]:
 
 
 class OrthogonalLinear(OrthogonalModule):
-    """y = x W^T + b, where W has orthonormal columns, or orthonormal rows if it is wide.
+    """y = x W^T + b, where W has orthonormal columns, or orthonormal rows if it has more columns than rows.
 
-    W is (out_features, in_features), as in torch.nn.Linear. The parameter `weight_u` is always tall, as
-    `rank_k_update_` requires: W itself for out >= in, W^T for out < in. `weight` is W, a view of it. Hence |W x| = |x|
-    for out >= in, and for out <= in the norm of the gradient is preserved, |W^T dy| = |dy|.
+    W is (out_features, in_features), as in torch.nn.Linear, and `weight` returns it. The parameter is `weight_u`, which
+    never has more columns than rows, as `rank_k_update_` requires: it is W for out_features >= in_features, and W^T
+    otherwise. So `weight` is the parameter or a view of it. For out_features >= in_features, the layer preserves the
+    norm of its input, |W x| = |x|. For out_features <= in_features, it preserves the norm of the gradient,
+    |W^T dy| = |dy|.
 
     Args:
         in_features, out_features: at least 1.
         bias: whether to add b, (out_features,), initialised uniformly in +-1 / sqrt(in_features) as in torch.nn.Linear.
         init: the initialisation of `weight_u`, a name in `sslkern.nn.init`: "haar" or "identity"; for a square weight
             also "henaff" or "cayley".
-        device, dtype: of the parameters; float32, float64, complex64 or complex128. The input has the same dtype.
-        factored: whether backward keeps the factors of the gradient of `weight_u`, one row per row of the input,
-            instead of the gradient. `sslkern.optim.ProjUNN` then takes its step without forming a matrix. This is for
-            one process and plain gradient descent. Neither input nor output may be modified in place before that
-            step. torch.compile breaks the graph at such a layer.
+        device, dtype: the device and the dtype of the parameters; float32, float64, complex64 or complex128. The input
+            must have the same dtype.
+        factored: whether the backward keeps the factors of the gradient of `weight_u` instead of the gradient. The
+            factors have one row for each row of the input. `sslkern.optim.ProjUNN` then takes its step without forming
+            a matrix of the size of the weight. This works only in a single process and for plain gradient descent.
+            Neither input nor output may be modified in place before that step. torch.compile breaks the graph at such a
+            layer.
 
     Raises:
-        ValueError: a size below 1, an unknown init, or one for square weights if W is not. TypeError: another dtype.
+        ValueError: a size is below 1, or `init` is unknown, or `init` needs a square weight and W is not square.
+        TypeError: another dtype.
 
     Source: Kiani et al., projUNN (2203.05483).
     """
@@ -144,18 +151,18 @@ class OrthogonalLinear(OrthogonalModule):
 
     @property
     def weight(self) -> Tensor:
-        """W, (out_features, in_features), differentiable."""
+        """W, (out_features, in_features). Gradients flow through it to `weight_u`."""
         return self.weight_u if self.out_features >= self.in_features else self.weight_u.mT
 
     def forward(self, input: Tensor) -> Tensor:
-        """(..., in_features) -> (..., out_features)."""
+        """Map an input (..., in_features) to (..., out_features)."""
         if not self.factored:
             return F.linear(input, self.weight, self.bias)
         y = factored_linear.linear(input, self.weight_u, self.out_features < self.in_features)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:
-        """The settings of torch.nn.Linear, and the initialisation."""
+        """The settings that torch.nn.Linear shows, and the initialisation."""
         return (
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, "
             f"init={self.init!r}" + (", factored=True" if self.factored else "")
@@ -163,30 +170,36 @@ class OrthogonalLinear(OrthogonalModule):
 
 
 class OrthogonalConv2d(OrthogonalModule):
-    """A circular convolution as large as the image, orthogonal or unitary as a linear map of (C, H, W).
+    """A circular convolution with a kernel of the size of the image. As a linear map of (C, H, W), it is unitary.
 
         Y_k = U_k X_k at every frequency k of the 2-d Fourier transforms X of x and Y of y, U_k unitary (C, C)
 
-    A real convolution has U_-k = conj(U_k). So U_k is real at the bins where k and -k coincide: frequency 0 and, along
-    a side of even length, half that length. Only independent blocks are parameters, so a step that keeps each block
-    unitary keeps the convolution orthogonal. `weight_orthogonal`, real, (s, C, C), has the s self-conjugate bins (s =
-    1, 2 or 4). `weight_unitary`, complex, ((H W - s) / 2, C, C), has one block for each other pair {k, -k}. A complex
-    convolution has only `weight_unitary`, (H W, C, C).
+    A real convolution is orthogonal, and has U_-k = conj(U_k). So U_k is real where k and -k are the same frequency: at
+    frequency 0 and, along a side of even length, at half that length. Only independent blocks U_k are parameters, so a
+    step that keeps each block unitary keeps the convolution unitary or orthogonal:
 
-    `weight` is the spatial kernel, (C, C, H, W), such that the layer equals
+        weight_orthogonal   real, (s, C, C): the s = 1, 2 or 4 frequencies with k = -k
+        weight_unitary      complex, ((H W - s) / 2, C, C): one block for each other pair {k, -k}
+
+    A complex convolution has only `weight_unitary`, (H W, C, C).
+
+    `weight` is the spatial kernel, (C, C, H, W), with which the layer equals
 
         F.conv2d(F.pad(x, (0, W - 1, 0, H - 1), mode="circular"), weight, bias)
 
     Args:
-        channels: C, of the input and of the output.
+        channels: C, the number of channels of the input and of the output.
         size: (H, W) of the image, or one number for both.
-        bias: whether to add b, (C,), zero at first.
-        init: of the blocks: "haar", "identity", "henaff" or "cayley", drawn for each block, or "delta": the same real
-            Haar matrix in all blocks, which is a 1 x 1 convolution (Xiao et al., 1806.05393).
-        device, dtype: float32 or float64 for a real convolution, complex64 or complex128 for a complex one.
+        bias: whether to add b, (C,), which is initialised with zeros.
+        init: the initialisation of the blocks. "haar", "identity", "henaff" and "cayley" draw each block independently.
+            "delta" sets all blocks to the same real Haar matrix, which gives a 1 x 1 convolution (Xiao et al.,
+            1806.05393).
+        device, dtype: the device and the dtype of the images and of `weight_orthogonal`; float32 or float64 for a real
+            convolution, complex64 or complex128 for a complex one.
 
     Raises:
-        ValueError: channels or a size below 1, an unknown init; in forward, another shape. TypeError: another dtype.
+        ValueError: `channels` or `size` is below 1, or `init` is unknown; in `forward`, the input has another shape.
+        TypeError: another dtype.
 
     Source: Kiani et al., projUNN (2203.05483).
     """
@@ -245,7 +258,10 @@ class OrthogonalConv2d(OrthogonalModule):
 
     @property
     def spectrum(self) -> Tensor:
-        """U, differentiable: (H, W, C, C), or for a real layer the half (H, W // 2 + 1, C, C) of `torch.fft.rfft2`."""
+        """The blocks U_k at all frequencies, (H, W, C, C). Gradients flow through them to the parameters.
+
+        For a real layer, only the half of the frequencies that `torch.fft.rfft2` returns: (H, W // 2 + 1, C, C).
+        """
         (height, width), block = self.size, self.weight_unitary.shape[1:]
         if self.weight_orthogonal is None:
             return self.weight_unitary.view(height, width, *block)
@@ -253,19 +269,22 @@ class OrthogonalConv2d(OrthogonalModule):
         own = self.weight_orthogonal.to(self.weight_unitary.dtype).view(own_rows, own_columns, *block)
         edge = self.weight_unitary[: rows * own_columns].view(rows, own_columns, *block)
         inner = self.weight_unitary[rows * own_columns :].view(height, (width - 1) // 2, *block)
-        edges = torch.cat([own[:1], edge, own[1:], edge.flip(0).conj()])  # columns 0 and W / 2: row -f is conj(row f)
+        edges = torch.cat([own[:1], edge, own[1:], edge.flip(0).conj()])  # columns 0, W / 2: row -f is conj(row f)
         return torch.cat([edges[:, :1], inner, edges[:, 1:]], 1)
 
     @property
     def weight(self) -> Tensor:
-        """The spatial kernel, (C, C, H, W), differentiable, for a cross-correlation as in torch.nn.Conv2d."""
+        """The spatial kernel, (C, C, H, W), for a cross-correlation as in torch.nn.Conv2d. It is differentiable."""
         spectrum = self.spectrum.permute(2, 3, 0, 1)
         if self.is_real:
             return torch.fft.irfft2(spectrum.conj(), s=self.size)
         return torch.fft.fft2(spectrum, norm="forward")
 
     def forward(self, input: Tensor) -> Tensor:
-        """(N, C, H, W) or (C, H, W) -> the same shape. A real layer also takes bfloat16 and float16."""
+        """Convolve an input (N, C, H, W) or (C, H, W). The output has the same shape and dtype.
+
+        The input has the dtype of the layer. A real layer also accepts bfloat16 and float16.
+        """
         self._check(input)
         x = input.to(self.dtype)
         if x.numel() == 0:  # MKL does not transform empty tensors
@@ -291,5 +310,5 @@ class OrthogonalConv2d(OrthogonalModule):
             raise TypeError(f"input must have the dtype of the layer, {expects}, got {short(input.dtype)}.")
 
     def extra_repr(self) -> str:
-        """The settings."""
+        """The settings, as text."""
         return f"{self.channels}, size={self.size}, bias={self.bias is not None}, init={self.init!r}"

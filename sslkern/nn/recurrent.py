@@ -1,4 +1,4 @@
-"""Recurrent layers with an orthogonal or unitary hidden weight, which preserves the norm of gradients, and modReLU."""
+"""Recurrent layers whose hidden weight is orthogonal or unitary, and therefore preserves the norm of gradients."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ Nonlinearity = Literal["relu", "tanh", "modrelu"]
 
 
 class _RNN(OrthogonalModule):
-    """h_t = f(V x_t + W h_(t-1) + b) with W orthogonal or unitary; modReLU as f takes b as its own bias."""
+    """h_t = f(V x_t + W h_(t-1) + b) with an orthogonal or unitary W. If f is modReLU, b is the bias of f instead."""
 
     _dtypes: tuple[torch.dtype, ...]
     _nonlinearities: tuple[str, ...]
@@ -73,17 +73,18 @@ class _RNN(OrthogonalModule):
                 uniform_(parameter, self.hidden_size**-0.5)
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """The hidden states of the last layer at every step, and the hidden states of all layers at the last step.
+        """Return the hidden states of the last layer at every step, and those of all layers at the last step.
 
         Args:
             input: (T, N, input_size), (N, T, input_size) with batch_first, or (T, input_size) without a batch; T >= 1.
-            h0: (num_layers, N, hidden_size), or (num_layers, hidden_size) without a batch; zero if None.
+            h0: (num_layers, N, hidden_size), or (num_layers, hidden_size) without a batch. None means zeros.
 
         Returns:
-            output (T, N, hidden_size), in the layout of the input, and h_n, in the shape of h0.
+            The pair (output, h_n). `output` is (T, N, hidden_size), or laid out as the input is. `h_n` has the shape of
+            `h0`.
 
         Raises:
-            TypeError: input or h0 is not a tensor, or has another dtype. ValueError: another shape.
+            TypeError: `input` or `h0` is not a tensor, or has another dtype. ValueError: one of them has another shape.
         """
         self._check(input)
         batched = input.dim() == 3
@@ -99,13 +100,13 @@ class _RNN(OrthogonalModule):
         return (x.transpose(0, 1) if swapped else x), h_n
 
     def _layer(self, x: Tensor, h: Tensor, layer: int) -> tuple[Tensor, Tensor]:
-        """x (T, N, input), h (N, hidden) -> all states (T, N, hidden), the last state (N, hidden)."""
+        """From x (T, N, input) and h (N, hidden), return all states (T, N, hidden) and the last state (N, hidden)."""
         bias: Tensor | None = getattr(self, f"bias_l{layer}", None)
         inside = None if self.nonlinearity == "modrelu" else bias
         function = self._function(bias)
         v, u = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         w, states = u.mT, []
-        for step in F.linear(x, v, inside).unbind(0):  # unbind: indexing by step costs O(T^2) in the backward
+        for step in F.linear(x, v, inside).unbind(0):  # indexing by step would cost O(T^2) in the backward
             h = function(step + factored_linear.linear(h, u) if self.factored else torch.addmm(step, h, w))
             states.append(h)
         return torch.stack(states), h
@@ -146,7 +147,7 @@ class _RNN(OrthogonalModule):
             raise TypeError(f"input must have the dtype of the weights, {short(dtype)}, got {short(input.dtype)}.")
 
     def extra_repr(self) -> str:
-        """The settings of torch.nn.RNN, and the initialisation."""
+        """The settings that torch.nn.RNN shows, and the initialisation."""
         return (
             f"{self.input_size}, {self.hidden_size}, num_layers={self.num_layers}, "
             f"nonlinearity={self.nonlinearity!r}, bias={self.bias}, batch_first={self.batch_first}, init={self.init!r}"
@@ -155,28 +156,30 @@ class _RNN(OrthogonalModule):
 
 
 class OrthogonalRNN(_RNN):
-    r"""torch.nn.RNN with an orthogonal hidden weight.
+    r"""torch.nn.RNN with an orthogonal hidden weight W.
 
-        h_t = f(V x_t + W h_(t-1) + b)                 "relu" and "tanh"
+        h_t = f(V x_t + W h_(t-1) + b)                 f is "relu" or "tanh"
         h_t = modrelu(V x_t + W h_(t-1), bias=b)       "modrelu"; with bias=False, the identity replaces modrelu
 
-    W preserves the norm of the gradient, however many steps there are. The names are those of torch.nn.RNN, with a
-    single bias: `weight_ih_l{k}` is V, `weight_hh_l{k}` is W, `bias_l{k}` is b. W is among `orthogonal_parameters`; V
-    and b are not.
+    A product with W preserves the norm of the gradient, so W causes no decay or growth over any number of steps. The
+    parameters have the names of torch.nn.RNN, but there is a single bias: in layer k, `weight_ih_l{k}` is V,
+    `weight_hh_l{k}` is W and `bias_l{k}` is b. `orthogonal_parameters` returns W, but not V and b.
 
     Args:
-        input_size, hidden_size, num_layers: at least 1.
+        input_size, hidden_size, num_layers: integers >= 1, as in torch.nn.RNN.
         nonlinearity: "relu", "tanh" or "modrelu".
-        bias: whether to add b, zero at first.
-        batch_first: (N, T, ...) instead of (T, N, ...).
-        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform in +-1 / sqrt(hidden_size).
-        device, dtype: float32 or float64.
-        factored: as in `OrthogonalLinear`: W gets the factors of its gradient, with T N rows, for `ProjUNN`.
+        bias: whether there is a bias b, which is initialised with zeros.
+        batch_first: whether inputs and outputs are (N, T, ...) instead of (T, N, ...).
+        init: the initialisation of W: "henaff", "cayley", "haar" or "identity". V is initialised uniformly in
+            +-1 / sqrt(hidden_size).
+        device, dtype: the device and the dtype of the parameters; float32 or float64.
+        factored: as in `OrthogonalLinear`: the backward keeps the factors of the gradient of W, which have T N rows,
+            for `ProjUNN`.
 
     Raises:
-        ValueError: a size below 1, an unknown nonlinearity or init. TypeError: another dtype.
+        ValueError: a size is below 1, or the nonlinearity or `init` is unknown. TypeError: another dtype.
 
-    Source: Kiani et al., projUNN (2203.05483); Henaff et al. (1602.06662).
+    Sources: Kiani et al., projUNN (2203.05483); Henaff et al. (1602.06662).
     """
 
     _dtypes = (torch.float32, torch.float64)
@@ -206,22 +209,23 @@ class UnitaryRNN(_RNN):
 
         h_t = modrelu(V x_t + W h_(t-1), bias=b)       with bias=False, the identity replaces modrelu
 
-    The input is real or complex, the output complex: `output.abs()` or `torch.view_as_real(output)` gives real
-    features. The parameters, their names and the arguments are those of `OrthogonalRNN`; V and W are complex, b is
-    real.
+    The input is real or complex. The output is complex; `output.abs()` or `torch.view_as_real(output)` turns it into
+    real features. The parameters have the names and meanings of `OrthogonalRNN`; V and W are complex, and b is real.
 
     Args:
-        input_size, hidden_size, num_layers: at least 1.
-        bias: whether to add b, zero at first.
-        batch_first: (N, T, ...) instead of (T, N, ...).
-        init: of W: "henaff", "cayley", "haar" or "identity". V is uniform, with mean square 1 / (3 hidden_size).
-        device, dtype: complex64 or complex128.
+        input_size, hidden_size, num_layers: integers >= 1, as in torch.nn.RNN.
+        bias: whether there is a bias b, which is initialised with zeros.
+        batch_first: whether inputs and outputs are (N, T, ...) instead of (T, N, ...).
+        init: the initialisation of W: "henaff", "cayley", "haar" or "identity". V is initialised uniformly, with the
+            mean square 1 / (3 hidden_size).
+        device, dtype: the device and the dtype of the parameters; complex64 or complex128, where b has the real dtype
+            of the same precision.
         factored: as in `OrthogonalLinear`.
 
     Raises:
-        ValueError: a size below 1, an unknown init. TypeError: another dtype.
+        ValueError: a size is below 1, or `init` is unknown. TypeError: another dtype.
 
-    Source: Arjovsky et al. (1511.06464); Kiani et al., projUNN (2203.05483).
+    Sources: Arjovsky et al. (1511.06464); Kiani et al., projUNN (2203.05483).
     """
 
     _dtypes = (torch.complex64, torch.complex128)
@@ -245,7 +249,10 @@ class UnitaryRNN(_RNN):
         )
 
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """As `OrthogonalRNN.forward`; input complex, or real of the same or half precision. h0, results complex."""
+        """The same as `OrthogonalRNN.forward`, for complex hidden states.
+
+        `input` is complex, or real with the same or a lower precision. `h0` and both results are complex.
+        """
         dtype = self.weight_hh_l0.dtype
         real = isinstance(input, Tensor) and input.is_floating_point()
         fits = real and torch.promote_types(input.dtype, dtype) == dtype

@@ -1,4 +1,4 @@
-"""The primitives: checked, differentiable torch ops over the back-ends."""
+"""The primitives: torch ops that check their arguments and run on the back-ends. Most of them are differentiable."""
 
 from .batch_norm import batch_moments, batch_norm
 from .covariance import covariance

@@ -1,4 +1,4 @@
-"""The layouts of (N, C, ...) and the per-channel tensors that batch norm kernels take, and their vmap rule."""
+"""What the kernels of batch norm require: memory layouts of (N, C, ...), per-channel tensors, and a vmap rule."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..core.dtypes import accumulation_dtype, short
 
 
 def dense(x: Tensor) -> Tensor:
-    """x in a layout that the kernels take: contiguous or channels-last. Copied if it has neither."""
+    """`x` in a layout that the kernels accept: contiguous or channels-last. A tensor in another layout is copied."""
     return x if x.is_contiguous() or x.movedim(1, -1).is_contiguous() else x.contiguous()
 
 
@@ -22,7 +22,8 @@ def laid_out_as(x: Tensor, dy: Tensor) -> Tensor:
 
 
 def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
-    """A per-channel tensor as the kernels take it: contiguous, in the dtype of the statistics."""
+    """A per-channel tensor as the kernels take it: contiguous, in the dtype of the statistics. If `values` is None,
+    every channel has the value `default`."""
     if values is None:
         return torch.full((like.shape[1],), default, dtype=accumulation_dtype(like), device=like.device)
     dtype = accumulation_dtype(like)
@@ -30,7 +31,7 @@ def parameter(values: Tensor | None, like: Tensor, default: float) -> Tensor:
 
 
 def kernel_tracks(running: Tensor | None, like: Tensor) -> bool:
-    """Whether a kernel can update these running statistics; `track` can update any."""
+    """Whether a kernel can update the running statistics in `running`. `track` can update any."""
     return running is None or (running.dtype == like.dtype and running.is_contiguous() and not checks.lazy(running))
 
 
@@ -42,8 +43,8 @@ def track(
     count: int | Tensor,
     momentum: float | Tensor,
 ) -> None:
-    """Move the running statistics towards the statistics of a batch of `count` elements per channel, unless it is
-    empty."""
+    """Move the running statistics in place towards the statistics of a batch of `count` elements per channel. If the
+    batch is empty, they stay as they are."""
     for running, batch in ((running_mean, centre[0]), (running_var, variance * (count / (count - 1)))):
         if running is not None:
             wide = torch.promote_types(running.dtype, batch.dtype)
@@ -53,7 +54,7 @@ def track(
 
 
 def check(x: Tensor, **named: object) -> None:
-    """Each argument must be None or a floating tensor of shape (C,) on the device of x."""
+    """Check that each named argument is None or a floating-point tensor of shape (C,) on the device of `x`."""
     channels, device = x.shape[1], x.device
     for name, value in named.items():
         if value is None:
@@ -68,8 +69,12 @@ def check(x: Tensor, **named: object) -> None:
 
 
 def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momentum: float | Tensor) -> None:
-    """Running statistics must be given together in eval and must not need a gradient; training needs memory for each
-    channel, and a valid momentum."""
+    """Check the running statistics and the momentum of a batch norm.
+
+    Outside of training, the running statistics must be given together or not at all. They must not need a gradient. In
+    training, they must have memory for each channel, because they are updated in place. The momentum must be a number,
+    or a floating-point tensor of shape () without a gradient.
+    """
     if not training and (mean is None) != (var is None):
         raise ValueError("running_mean and running_var must be given together outside of training, got one of them.")
     for name, value in (("running_mean", mean), ("running_var", var)):
@@ -94,9 +99,11 @@ def check_running(mean: Tensor | None, var: Tensor | None, training: bool, momen
 
 
 def per_slice(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
-    """A vmap rule as for `torch.library.register_vmap`: one call per slice, which has the bits of the slice alone.
+    """A vmap rule that calls the kernel once for each slice. A slice then gives the same bits as when it is passed
+    alone.
 
-    Folding the batch into the channels would divide the sums differently.
+    If the mapped dimension were folded into the channels, the kernel would divide its sums differently. Arguments and
+    results are as `torch.library.register_vmap` requires them.
     """
     if info.batch_size == 0:
         raise ValueError("A batch norm cannot be mapped over 0 slices, whose shape nothing tells.")

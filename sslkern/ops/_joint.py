@@ -1,6 +1,7 @@
-"""The primitives of a joint batch, whose rows lie on several ranks: each rank computes the products of its own rows.
+"""Covariance and cross-correlation of a joint batch, whose rows lie on several ranks.
 
-Plain torch: the products are too small here, or no smaller than their operands, for a kernel to help.
+Each rank computes the products of its own rows, in plain torch. A kernel would not help, because the products are too
+small, or no smaller than their operands.
 """
 
 from __future__ import annotations
@@ -20,7 +21,13 @@ Counts = tuple[int, ...]
 
 
 def products(x: Tensor, y: Tensor | None, batch: JointBatch, dual: bool) -> tuple[Tensor, Tensor]:
-    """sum_i x_ij y_ij (..., D) and sum_{j != k} (X'Y)_jk^2 (...) over the rows of all ranks; y None is x."""
+    """The diagonal of X'Y and the sum of its squared off-diagonal elements, for the rows of all ranks.
+
+        diagonal_j = sum_i x_ij y_ij                 (..., D)
+        squares    = sum_{j != k} (X'Y)_jk^2         (...)
+
+    If `y` is None, Y is X. With `dual`, this rank's rows of the N x N matrices XX' and YY' are formed in place of X'Y.
+    """
     diagonal, squares, *_ = _Products.apply(x, y, batch.counts, batch.peers, dual)
     return diagonal, squares
 
@@ -33,7 +40,7 @@ class _Products(Op):
                 matrix = collectives.all_reduce(x.mT @ (x if y is None else y), peers.name)
                 diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
                 matrix.diagonal(dim1=-2, dim2=-1).zero_()
-                # a norm makes no D x D temporary
+                # `vector_norm` makes no D x D temporary
                 return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
             every = [collectives.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
             own = [_own(z, counts, peers) for z in every]
@@ -75,12 +82,12 @@ class _Products(Op):
 
 
 def _own(every: Tensor, counts: Counts, peers: Peers) -> Tensor:
-    """This rank's rows of the gathered ones, which the transport has rounded."""
+    """This rank's rows, taken from the gathered rows, which are rounded to the transport's dtype."""
     return every.narrow(-2, sum(counts[: peers.rank]), counts[peers.rank])
 
 
 def _centred(x: Tensor, batch: JointBatch, constant: bool) -> Tensor:
-    """x minus the joint mean; `constant`: the gradient does not depend on the mean."""
+    """`x` minus the mean of the joint batch. If `constant` is True, the backward treats the mean as a constant."""
     total = x.sum(-2, keepdim=True, dtype=torch.float64)
     total = collectives.all_reduce(total.detach(), batch.peers.name) if constant else batch.summed(total)
     mean = total / sum(batch.counts)
@@ -89,8 +96,11 @@ def _centred(x: Tensor, batch: JointBatch, constant: bool) -> Tensor:
 
 
 def covariance(z: Tensor, unbiased: bool, batch: JointBatch, dual: bool) -> tuple[Tensor, Tensor]:
-    """`ops.covariance` of the joint batch. The columns of its gradient with respect to the centred rows add up to 0,
-    so the mean is a constant to it, except for the unbiased estimator."""
+    """`ops.covariance` of the joint batch.
+
+    For the plugin estimator, each column of the gradient with respect to the centred rows adds up to 0, so the backward
+    can treat the mean as a constant. For the unbiased estimator it cannot.
+    """
     n = sum(batch.counts)
     zc = _centred(z.to(accumulation_dtype(z)), batch, constant=not unbiased)
     diagonal, squares = products(zc, None, batch, dual)
@@ -109,7 +119,8 @@ def covariance(z: Tensor, unbiased: bool, batch: JointBatch, dual: bool) -> tupl
 def cross_correlation(
     a: Tensor, b: Tensor, eps: float, sync: bool, batch: JointBatch, dual: bool
 ) -> tuple[Tensor, Tensor]:
-    """`ops.cross_correlation` of the joint batch; columns are standardised over it, or over this rank's rows."""
+    """`ops.cross_correlation` of the joint batch. Columns are standardised over the joint batch if `sync` is True, and
+    over this rank's rows otherwise."""
     counts, peers = batch.counts, batch.peers
     n = sum(counts) if sync else max(1, counts[peers.rank])
     views = torch.stack([z.to(accumulation_dtype(z)) for z in (a, b)])

@@ -67,13 +67,13 @@ class _BatchMoments(Op):
         x, centre = ctx.saved_tensors
         count = x.numel() // x.shape[1]
         grad_mean, grad_variance = or_zeros(grad_mean, centre, 1), or_zeros(grad_variance, centre, 1)
-        # grad_mean / M + 2 / M grad_variance (x - mean): the affine map of a batch norm of unit variance
+        # The gradient is grad_mean / M + 2 / M grad_variance (x - mean): a batch norm of x with a variance of 1
         weight, one = 2 / count * grad_variance, torch.ones_like(grad_variance)
         return pick("batch_norm_apply", x)(x, weight, grad_mean / count, centre, one, 0.0, False)
 
 
 class _BatchNorm(Op):
-    """Batch norm by the statistics of x, which also update the running ones."""
+    """Batch norm by the statistics of `x`. The forward also updates the running statistics."""
 
     @staticmethod
     def forward(x, weight, bias, running_mean, running_var, momentum, eps, relu):
@@ -107,7 +107,9 @@ class _BatchNorm(Op):
 
 
 class _BatchNormByGiven(Op):
-    """Batch norm by constant statistics; with a group, by those of its joint batch of `count` elements per channel."""
+    """Batch norm by given statistics. If `group_name` is None, they are constants. Otherwise they are the statistics of
+    the group's joint batch, with `count` elements per channel, and the gradient of `x` accounts for their dependence on
+    `x`."""
 
     @staticmethod
     def forward(x, weight, bias, centre, variance, eps, relu, count, group_name):
@@ -135,24 +137,26 @@ class _BatchNormByGiven(Op):
                 means = collectives.all_reduce(sums, group_name) / count
         if by_input and (joint or relu):
             dx = _pick_or_empty("batch_norm_input_grad", x)(*arguments, means, eps, relu)
-        elif by_input:  # the statistics are constants: x is not read, so its NaN do not spread
+        elif by_input:  # the statistics are constants: x is not read, so NaN in x do not reach dx
             dy, _, w = arguments[:3]
             dx = _pick_or_empty("batch_norm_apply", x)(dy, w, means[0], means, variance, eps, False)
         return dx, *_parameter_gradients(sums, weight, bias), *[None] * 6
 
 
 def _pick_or_empty(name: str, x: Tensor) -> Callable:
-    """The kernel, or plain torch for an empty x. The result depends on the collectives, so a compiler keeps them."""
+    """The operator that `pick` returns, or the reference in plain torch if `x` is empty. In a graph, the result then
+    depends on the results of the collectives, so a compiler keeps the collectives."""
     return pick(name, x) if x.numel() > 0 else getattr(_reference, name)
 
 
 def _joint_moments(x: Tensor, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
-    """`batch_moments_fwd` of the joint batch of all ranks, and the number of its elements per channel, ().
+    """The centre (2, C) and the variance (C,), as in `batch_moments_fwd`, of the joint batch of all ranks; and its
+    number of elements per channel, ().
 
-    Merged in fp64 (Chan, Golub and LeVeque, 1983), with the same bits on every rank.
+    The moments of the ranks are merged in float64 (Chan, Golub and LeVeque, 1983), with the same bits on every rank.
     """
     channels = x.shape[1]
-    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # the values of an empty batch
+    own = x.new_zeros(2 * channels + 1, dtype=torch.float64)  # what a rank without rows sends
     if x.numel() > 0:
         centre, variance = pick("batch_moments_fwd", x)(x)
         own = torch.cat([centre.double().sum(0), variance.double(), own.new_full((1,), x.numel() // channels)])
@@ -166,7 +170,7 @@ def _joint_moments(x: Tensor, peers: Peers) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tensor | None) -> list[Tensor | None]:
-    """The gradients of weight and bias from `batch_norm_sums`."""
+    """The gradients of weight and bias, from the result of `batch_norm_sums`."""
     if sums is None:
         return [None, None]
     of_bias, of_weight = sums.unbind()
@@ -179,22 +183,25 @@ def _parameter_gradients(sums: Tensor | None, weight: Tensor | None, bias: Tenso
 def batch_moments(x: Tensor) -> tuple[Tensor, Tensor]:
     r"""Mean and biased variance of every channel.
 
-    With M numbers per channel c, over all dimensions but the second,
+    Channel c has M numbers x_ic, over all dimensions except the second:
 
         mean_c = sum_i x_ic / M,    var_c = sum_i (x_ic - mean_c)^2 / M
 
-    Each block that fits in cache or registers is summed after a value near its mean is subtracted, or in two passes,
-    and blocks are merged in fp64. So the variance keeps six digits at |mu|/sigma = 1e4.
+    The numbers are summed in blocks that fit in cache or registers. Each block is summed after a value near its mean is
+    subtracted, or in two passes, and the blocks are merged in float64. So the variance keeps six digits if the mean is
+    1e4 times the standard deviation.
 
     Args:
-        x: (N, C), (N, C, L), (N, C, H, W), ..., float32, bfloat16, float16 or float64, M >= 1. Contiguous and
-            channels-last tensors are read in place; others are copied first.
+        x: a tensor of shape (N, C), (N, C, L), (N, C, H, W), ..., in float32, bfloat16, float16 or float64, with
+            M >= 1. Contiguous and channels-last tensors are read in place; others are copied first.
 
     Returns:
-        mean and var, (C,), float32 (float64 for float64), differentiable once, in units of x and x^2.
+        mean and var, both (C,), in float32 (float64 if x is float64), in units of x and x^2. Both are differentiable
+        once.
 
     Raises:
-        TypeError: not a dense floating tensor. ValueError: fewer than two dimensions, or no numbers in a channel.
+        TypeError: x is not a dense floating-point tensor. ValueError: x has fewer than two dimensions, or a channel has
+        no numbers.
 
     Source: Ioffe and Szegedy, Batch normalization (1502.03167), algorithm 1.
     """
@@ -218,41 +225,47 @@ def batch_norm(
     activation: Activation = None,
     group: Group = None,
 ) -> Tensor:
-    r"""Batch norm, optionally followed by a relu, without a saved output or mask.
+    r"""Batch norm, optionally followed by a ReLU. Neither the output nor a mask of the ReLU is saved for the backward.
 
         y = (x - mean) / sqrt(var + eps) * weight + bias,    relu(y) with activation="relu"
 
-    In training, or where there are no running statistics, mean and var are those of the batch (`batch_moments`), and
+    In training, or without running statistics, mean and var are the moments of the batch (see `batch_moments`).
+    Otherwise mean and var are the running statistics. In training, the running statistics are updated by
 
-        running <- (1 - momentum) running + momentum batch,    with the unbiased variance.
+        running <- (1 - momentum) running + momentum batch,
 
-    With a group, the statistics are those of the joint batch. Of its n elements per channel rank r has n_r >= 0, and
+    where `batch` is the mean or the unbiased variance of the batch.
+
+    With a group, the moments are those of the joint batch. It has n elements per channel, of which rank r has n_r >= 0:
 
         mean = sum_r n_r mean_r / n,    var = sum_r n_r (var_r + (mean_r - mean)^2) / n
 
-    are merged in fp64. The forward takes one all-gather of 2 C + 1 numbers; the backward takes one all-reduce of 2 C
-    numbers if x needs a gradient. Every rank must run both, including ranks without samples. An empty batch is returned
-    as it is and leaves the running statistics unchanged. The gradients of weight and bias are sums over this rank's
-    rows, as in torch.nn.SyncBatchNorm, and DistributedDataParallel averages them.
+    These sums are computed in float64. The forward takes one all-gather of 2 C + 1 numbers. The backward takes one
+    all-reduce of 2 C numbers if x needs a gradient. Every rank must run both, even if it has no samples. An empty batch
+    is returned as it is and leaves the running statistics unchanged. The gradients of weight and bias are sums over
+    this rank's rows, as in torch.nn.SyncBatchNorm. DistributedDataParallel averages them.
 
     Args:
-        x: (N, C), (N, C, L), (N, C, H, W), ...; float32, bfloat16, float16 or float64, contiguous, channels-last, or
-            any strides at the price of a copy.
-        weight, bias, running_mean, running_var: (C,), floating, or None (1, 0, batch statistics).
-        training: use the statistics of the batch, and update the running ones in place.
-        momentum: share of the batch in the running statistics, a number or a tensor of shape ().
-        eps: added to the variance, in units of x^2.
+        x: a tensor of shape (N, C), (N, C, L), (N, C, H, W), ..., in float32, bfloat16, float16 or float64. Contiguous
+            and channels-last tensors are read in place; others are copied first.
+        weight: a floating-point tensor of shape (C,), or None for ones.
+        bias: a floating-point tensor of shape (C,), or None for zeros.
+        running_mean, running_var: floating-point tensors of shape (C,), or None for the statistics of the batch.
+        training: use the statistics of the batch, and update the running statistics in place.
+        momentum: the share of the batch in the running statistics, a number or a tensor of shape ().
+        eps: a number >= 0, added to the variance, in units of x^2.
         activation: None or "relu".
-        group: processes that share the statistics of the batch, by gloo or NCCL: a process group or "world", all
-            there are; None is this one alone.
+        group: the processes that share the statistics of the batch, by gloo or NCCL: a process group, or "world" for
+            all processes. None stands for this process alone. See `sslkern.distributed`.
 
     Returns:
-        y, in shape, dtype and memory format of x; differentiable once in x, weight and bias.
+        y, in the shape, dtype and memory format of x. It is differentiable once with respect to x, weight and bias.
 
     Raises:
-        TypeError: not dense floating tensors, not a process group. ValueError: wrong shapes, one number per channel in
-        training (in a joint batch it makes running_var NaN instead, as in torch), running statistics that need a
-        gradient or, in training, are expanded, negative eps, unknown activation.
+        TypeError: an argument is not a dense floating-point tensor, or the group is not a process group. ValueError:
+        shapes do not fit; a channel has one number in training (a joint batch raises no error, and makes running_var
+        NaN, as in torch); running statistics need a gradient or, in training, are expanded; eps is negative; the
+        activation is unknown.
 
     Source: Ioffe and Szegedy, Batch normalization (1502.03167); the merge of variances: Chan, Golub and LeVeque (1983).
     """

@@ -1,4 +1,4 @@
-"""Variances and squared off-diagonal covariances, without the covariance matrix."""
+"""Column variances and the sum of squared off-diagonal covariances, without the D x D matrix where N is smaller."""
 
 from __future__ import annotations
 
@@ -52,17 +52,19 @@ class _Covariance(Op):
 
 
 def takes_dual(n: int, d: int, form: str, threshold: float) -> bool:
-    """Whether to form the N x N matrix: for N < threshold * D it takes less work, and avoids a cancellation."""
+    """Whether to form the N x N matrix instead of the D x D matrix. With form "auto", the answer is True for
+    N < threshold * D, where the N x N matrix takes less work and avoids a cancellation."""
     return n < threshold * d if form == "auto" else form == "dual"
 
 
 def least_rows(estimator: str) -> int:
-    """The rows that a batch needs."""
+    """The least number of rows that a batch must have."""
     return 4 if estimator == "unbiased" else 2
 
 
 def check_views(least: int, estimator: str, *views: tuple[str, Any]) -> None:
-    """Check views, each a name and a stack, which must have `least` rows; with a group, 0, a rank may have no rows."""
+    """Check the estimator, and views that are given as pairs of a name and a tensor (..., N, D). Each view must have at
+    least `least` rows. With a group, `least` is 0, because a rank may have no rows."""
     checks.one_of("estimator", estimator, ESTIMATORS)
     for name, z in views:
         checks.matrix_stack(name, z, least)
@@ -75,44 +77,51 @@ def covariance(
 ) -> tuple[Tensor, Tensor]:
     r"""Column variances and the sum of squared off-diagonal covariances of every (N, D) slice of `z`.
 
-    With Zc the centred slice and C = Zc'Zc / (N - 1):
+    Let Zc be the slice minus its column means, and C = Zc'Zc / (N - 1). Then
 
         variance_j = C_jj                                              (..., D)
         offdiag    = sum_{j != k} C_jk^2                               (...)
 
-    "primal" forms the D x D matrix; "dual" uses ||Zc'Zc||_F = ||Zc Zc'||_F and forms the N x N one; "auto" takes
-    the dual where N < 0.8 D. estimator="unbiased" returns the U-statistic of sum_{j != k} Sigma_jk^2 from the same
-    Gram: with v the variances and c = (N-1)/(N(N-2)(N-3)),
+    The form "primal" forms the D x D matrix Zc'Zc. The form "dual" forms the N x N matrix Zc Zc', which has the same
+    Frobenius norm. The form "auto" takes the dual form where N < 0.8 D.
+
+    The estimator "unbiased" returns, as offdiag, the U-statistic of sum_{j != k} Sigma_jk^2, where Sigma is the true
+    covariance. It is computed from the same matrix. With the variances v, the plugin offdiag above, and
+    c = (N-1)/(N(N-2)(N-3)), it is
 
         c [(N-1)(N-2) offdiag + (sum_j v_j)^2 - sum_j v_j^2 - N/(N-1) (sum_i |z_i|^4 - sum_ij z_ij^4)],
 
-    whose expectation is exact at any batch size; it may be negative. The variance is unbiased either way.
+    where z_i are the rows of Zc. Its expectation is exact at any batch size, and it may be negative. The variance is
+    unbiased with either estimator.
 
-    With a group, z holds n of the N rows of all W ranks, and every rank returns the result of the N rows. Per rank and
-    slice, forward and backward:
+    With a group of W ranks, z holds n of the N rows of the joint batch, and every rank returns the result for all N
+    rows. Forward and backward together cost, per rank and slice:
 
-        dual      4 n N D flops, and (N - n) D numbers received       n rows of the N x N matrix
-        primal    4 n D^2 flops, and 2 (W - 1)/W D^2 numbers          the D x D matrix, summed over ranks
+        form      work             numbers received           matrix on each rank
+        dual      4 n N D flops    (N - n) D                  n rows of the N x N matrix
+        primal    4 n D^2 flops    2 (W - 1)/W D^2            the D x D matrix, summed over ranks
 
-    and a few D numbers more. "auto" takes the dual where N < D, where it is less of both. Gathering all rows and
-    computing everything on every rank takes 6 N D^2 flops on each.
+    and the exchange of a few D numbers more. With a group, "auto" takes the dual form where N < D, because it then
+    takes less work and less traffic. In comparison, gathering all rows and computing everything on every rank takes
+    6 N D^2 flops per rank.
 
     Args:
-        z: (..., N, D), float32, bfloat16, float16 or float64, any strides. N >= 2; N >= 4 when unbiased.
+        z: a tensor of shape (..., N, D) in float32, bfloat16, float16 or float64, with any strides. N >= 2, or N >= 4
+            for the unbiased estimator.
         estimator: "plugin" or "unbiased".
-        form: "auto", "primal" or "dual"; the value does not depend on it.
+        form: "auto", "primal" or "dual". The value does not depend on it.
         group: the ranks that hold the batch; see `sslkern.distributed`.
 
     Returns:
-        variance and offdiag, float32 (float64 for float64), in units of z^2 and z^4, both differentiable once. A slice
-        of a stack gives the bits of the slice alone.
+        variance and offdiag, in float32 (float64 if z is float64), in units of z^2 and z^4. Both are differentiable
+        once. A slice of a stack gives the same bits as when it is passed alone.
 
     Raises:
-        TypeError: z is not a dense floating tensor. ValueError: too few rows or columns, unknown estimator or form.
-        With a group, invalid input on one rank raises on all ranks.
+        TypeError: z is not a dense floating-point tensor. ValueError: z has too few rows or columns, or the estimator
+        or form is unknown. With a group, invalid input on one rank raises on all ranks.
 
     Source: Bardes et al., VICReg (2105.04906), eq. 3-4; Mialon et al., VCReg (2209.14905); the unbiased estimator of
-    tr(Sigma^2) is Himeno and Yamada (2014).
+    tr(Sigma^2) is by Himeno and Yamada (2014).
     """
 
     def check(least: int) -> tuple[Tensor]:
@@ -125,7 +134,7 @@ def covariance(
 
 
 def covariance_of(z: Tensor, estimator: str, form: str, batch: Batch) -> tuple[Tensor, Tensor]:
-    """`covariance` of a stack that has been checked."""
+    """The result of `covariance` for a tensor that has been checked."""
     shape, unbiased = z.shape, estimator == "unbiased"
     if isinstance(batch, JointBatch):
         return _joint.covariance(z, unbiased, batch, takes_dual(batch.count(shape[-2]), shape[-1], form, 1.0))

@@ -1,4 +1,4 @@
-"""Diagonal and squared off-diagonal of a cross-correlation, without the matrix where N is the smaller side."""
+"""Diagonal and sum of squared off-diagonals of a cross-correlation, without the D x D matrix where N is smaller."""
 
 from __future__ import annotations
 
@@ -66,38 +66,41 @@ def cross_correlation(
 ) -> tuple[Tensor, Tensor]:
     r"""Diagonal, and sum of squared off-diagonals, of the cross-correlation of two views.
 
-    Each column is standardised over its batch as batch norm does, x_hat = (x - mean) / sqrt(var + eps) with the biased
-    variance; then, with C = A_hat'B_hat / N,
+    Each column is standardised over its batch as in batch norm: x_hat = (x - mean) / sqrt(var + eps), with the biased
+    variance. With the standardised views A_hat and B_hat, let C = A_hat'B_hat / N. Then
 
         diagonal_j = C_jj                                              (..., D)
         offdiag    = sum_{j != k} C_jk^2                               (...)
 
-    "primal" forms the D x D matrix; "dual" uses ||A'B||_F^2 = <AA', BB'>_F and forms two N x N ones; "auto" takes the
-    dual where N < 0.75 D.
+    The form "primal" forms the D x D matrix C. The form "dual" forms two N x N matrices, by the identity ||A'B||_F^2 =
+    <AA', BB'>_F. The form "auto" takes the dual form where N < 0.75 D.
 
-    With a group, a and b hold n of the N rows of all W ranks, and every rank returns the result of the N rows. Per rank
-    and slice, forward and backward:
+    With a group of W ranks, a and b hold n of the N rows of the joint batch, and every rank returns the result for all
+    N rows. Forward and backward together cost, per rank and slice:
 
-        dual      8 n N D flops, and 2 (N - n) D numbers received     n rows of the two N x N matrices
-        primal    6 n D^2 flops, and 2 (W - 1)/W D^2 numbers          the D x D matrix, summed over ranks
+        form      work             numbers received           matrix on each rank
+        dual      8 n N D flops    2 (N - n) D                n rows of the two N x N matrices
+        primal    6 n D^2 flops    2 (W - 1)/W D^2            the D x D matrix, summed over ranks
 
-    and a few D numbers more. "auto" takes the dual where N < 0.75 D, where it is less of both.
+    and the exchange of a few D numbers more. "auto" takes the dual form where N < 0.75 D, because it then takes less
+    work and less traffic.
 
     Args:
-        a, b: (..., N, D), N >= 2, the same shape, dtype (float32, bfloat16, float16 or float64) and device,
-            any strides.
+        a, b: tensors of the same shape (..., N, D), N >= 2, the same dtype (float32, bfloat16, float16 or float64) and
+            the same device, with any strides.
         eps: a number >= 0, added to the variance, in units of a^2.
-        form: "auto", "primal" or "dual"; the value does not depend on it.
+        form: "auto", "primal" or "dual". The value does not depend on it.
         group: the ranks that hold the batch; see `sslkern.distributed`.
-        stats: with a group, "sync" standardises columns over the joint batch, as SyncBatchNorm does, and "local" over
-            this rank's rows, so that the result depends on how the batch is divided.
+        stats: used only with a group. "sync" standardises columns over the joint batch, as SyncBatchNorm does. "local"
+            standardises them over this rank's rows, so the result depends on how the batch is divided.
 
     Returns:
-        diagonal and offdiag, float32 (float64 for float64), dimensionless, both differentiable once.
+        diagonal and offdiag, in float32 (float64 if a is float64), dimensionless. Both are differentiable once.
 
     Raises:
-        TypeError: not dense floating tensors, or of different dtypes. ValueError: shapes or devices differ, too few
-        rows or columns, negative eps, unknown form. With a group, invalid input on one rank raises on all ranks.
+        TypeError: a or b is not a dense floating-point tensor, or their dtypes differ. ValueError: shapes or devices
+        differ, there are too few rows or columns, eps is negative, or form or stats is unknown. With a group, invalid
+        input on one rank raises on all ranks.
 
     Source: Zbontar et al., Barlow Twins (2103.03230), eq. 1-2.
     """
@@ -111,7 +114,8 @@ def cross_correlation(
 
 
 def check_pair(a: Tensor, b: Tensor, eps: float, stats: str, least: int, form: str = "auto") -> None:
-    """Check two views, which must have `least` rows; with a group, where it is 0, a rank may have no rows."""
+    """Check two views and the settings. Each view must have at least `least` rows. With a group, `least` is 0, because
+    a rank may have no rows."""
     checks.one_of("stats", stats, STATISTICS)
     checks.matrix_stack("a", a, least)
     checks.matrix_stack("b", b, least)
@@ -125,7 +129,7 @@ def check_pair(a: Tensor, b: Tensor, eps: float, stats: str, least: int, form: s
 def cross_correlation_of(
     a: Tensor, b: Tensor, eps: float, stats: str, batch: Batch, form: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """`cross_correlation` of views that have been checked."""
+    """The result of `cross_correlation` for views that have been checked."""
     shape = a.shape
     dual = takes_dual(batch.count(shape[-2]), shape[-1], form, 0.75)
     if isinstance(batch, JointBatch):

@@ -1,4 +1,5 @@
-"""A linear map whose backward forms no gradient of the weight: it leaves the factors for the optimizer to take."""
+"""A linear map whose backward does not form the gradient of the weight. It keeps the factors of the gradient, and an
+optimizer takes them."""
 
 from __future__ import annotations
 
@@ -11,18 +12,18 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from ..core import internals
 from ..core.autograd import Op, first_order
 
-_pending = WeakTensorKeyDictionary()  # not an attribute of the parameter, since these are saved with the model
+_pending = WeakTensorKeyDictionary()  # not attributes of parameters: a saved model would contain them
 
 
 class Factors(NamedTuple):
-    """The factors of one product y = x U^T: the gradient of U is dy^T conj(x). The rows of all leading dimensions are
-    joined."""
+    """The factors of the gradient of U for one product y = x U^T. The gradient is dy^T conj(x), where `dy` is the
+    gradient of y. All tensors are matrices: leading dimensions are joined to one."""
 
     dy: Tensor
     x: Tensor
     y: Tensor
     dx: Tensor
-    versions: tuple[int, ...]  # of the four tensors, which autograd no longer checks
+    versions: tuple[int, ...]  # how often each tensor was modified; autograd no longer checks this
 
     @classmethod
     def of(cls, dy: Tensor, x: Tensor, y: Tensor, dx: Tensor) -> Factors:
@@ -52,15 +53,16 @@ class _Linear(Op):
         return dx.to(x.dtype), None, None
 
 
-@internals.not_compiled  # the backward writes to `_pending`, which a graph cannot do
+@internals.not_compiled  # the backward writes to `_pending`, which a compiled graph cannot do
 def _recorded(x: Tensor, u: Tensor, wide: bool) -> Tensor:
     return _Linear.apply(x, u, wide)
 
 
 def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
-    """y = x U^T, or x U if `wide`. The backward leaves the gradient of U as `Factors` in `pending(u)`, not in u.grad.
+    """The product x U^T, or x U if `wide` is True.
 
-    Differentiable once. If U is frozen, it is torch's own product.
+    The backward does not set `u.grad`. It appends the gradient of U to `pending(u)`, as `Factors`. The product is
+    differentiable once. If U needs no gradient, it is torch's own product.
     """
     if not (torch.is_grad_enabled() and u.requires_grad):
         return x @ (u if wide else u.mT)
@@ -72,7 +74,8 @@ def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
 
 
 def pending(u: Tensor) -> list[Factors]:
-    """The factors of a parameter's gradient, one for each product since they were last taken."""
+    """The list of the factors of a parameter's gradient. It has one `Factors` for each product whose backward has run
+    since the list was last taken."""
     return _pending.setdefault(u, [])
 
 

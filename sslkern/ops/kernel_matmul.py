@@ -1,4 +1,5 @@
-"""A kernel between new points and support points, times coefficients, without the kernel matrix."""
+"""The product of a kernel matrix, of new points and support points, with coefficients. The kernel matrix is not
+formed."""
 
 from __future__ import annotations
 
@@ -17,7 +18,7 @@ _KERNELS = get_args(Kernel)
 
 
 def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
-    """1/(2 width^2), float64, for every slice of x (..., N, D)."""
+    """The scale 1 / (2 width^2) of the kernel "rbf" for every slice of `x` (..., N, D): float64, of shape (...)."""
     if isinstance(width, Tensor):
         return 0.5 / checks.per_slice(name, width, x, torch.float64).square()
     if isinstance(width, bool) or not isinstance(width, Real) or not 0 < float(width) < math.inf:
@@ -26,33 +27,34 @@ def rbf_scale(name: str, width: object, x: Tensor) -> Tensor:
 
 
 def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, kernel: Kernel = "rbf", bandwidth: float | Tensor = 1.0) -> Tensor:
-    r"""k_{x,s} b: the out-of-sample transform of a kernel method, in O((N + M)(D + P)) memory.
+    r"""The out-of-sample transform of a kernel method, k(x, s) b, in O((N + M)(D + P)) memory.
 
         out_i = sum_m k(x_i, s_m) b_m
 
         rbf           k(u, v) = exp(-|u - v|^2 / (2 bandwidth^2))
         dot           k(u, v) = <u, v>
-        cosine        k(u, v) = <u, v> / (|u| |v|), a row of zeros having cosine 0
+        cosine        k(u, v) = <u, v> / (|u| |v|), and 0 if u or v is 0
         sqeuclidean   k(u, v) = |u - v|^2
 
     The N x M kernel matrix is never formed.
 
     Args:
-        x: (..., N, D), the new points; float32, bfloat16, float16 or float64, any strides, N >= 1.
-        s: (..., M, D), M >= 1, the support points, with the leading dimensions and the device of x, in any of these
+        x: the new points, (..., N, D), N >= 1, in float32, bfloat16, float16 or float64, with any strides.
+        s: the support points, (..., M, D), M >= 1, with the leading dimensions and the device of x, in any of these
             dtypes.
-        b: (..., M, P), their coefficients, in any of these dtypes.
-        kernel: as above.
-        bandwidth: for "rbf" alone, in units of x: a number > 0, or a floating tensor with one element or a
-            shape that broadcasts to the leading dimensions; a tensor gets a gradient.
+        b: the coefficients of the support points, (..., M, P), in any of these dtypes.
+        kernel: one of the kernels above.
+        bandwidth: the bandwidth of "rbf", in units of x. It is a number > 0, or a floating-point tensor that has one
+            element or broadcasts to the leading dimensions of x. A tensor gets a gradient. The other kernels have no
+            bandwidth.
 
     Returns:
-        (..., N, P), float32, or float64 if x or s is float64; differentiable once with respect to x, s, b and
-        a tensor bandwidth.
+        out, (..., N, P), in float32, or in float64 if x or s is float64. It is differentiable once with respect to x,
+        s, b and a bandwidth that is a tensor.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices differ, the kernel is unknown,
-        or the bandwidth is not above 0 or is given for a kernel without one.
+        or the bandwidth is not above 0 or is given for a kernel without a bandwidth.
 
     Source: Kiani et al., Joint-embedding self-supervised learning in the kernel regime (2209.14884).
     """

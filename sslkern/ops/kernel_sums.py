@@ -1,6 +1,6 @@
-"""The sums over all pairs of rows from which the dependence of paired variables is computed, without kernel matrices.
+"""Sums over all pairs of rows, without kernel matrices. HSIC and other measures of dependence are computed from them.
 
-Terms of these sums cancel, so they are float64 throughout.
+The sums are computed in float64, because their terms cancel.
 """
 
 from __future__ import annotations
@@ -18,7 +18,11 @@ from .pairs import prepared, reduce_pairs
 
 
 class Sums(NamedTuple):
-    """For kernel matrices K, L: sum_ij K_ij L_ij, sum_i (sum_j K_ij) (sum_j L_ij), and (sum_ij K_ij) (sum_ij L_ij)."""
+    """Three sums over two kernel matrices K and L.
+
+    `product` is sum_ij K_ij L_ij, `rows` is sum_i (sum_j K_ij) (sum_j L_ij), and `totals` is (sum_ij K_ij) (sum_ij
+    L_ij).
+    """
 
     product: Tensor
     rows: Tensor
@@ -26,12 +30,13 @@ class Sums(NamedTuple):
 
 
 def gathered(variables: list[Tensor], batch: Batch) -> list[Tensor]:
-    """The rows of the whole batch, in rank order; in the dtype of the result where the variables differ in theirs."""
+    """The rows of the whole batch for each variable, in rank order. With several ranks, or if the dtypes of the
+    variables differ, they are in the dtype of the result."""
     kinds, dtype = {v.dtype for v in variables}, accumulation_dtype(*variables)
     if isinstance(batch, JointBatch):
         peers = batch.peers
         if kinds in ({torch.bfloat16}, {torch.float16}):
-            peers = peers._replace(transport=variables[0].dtype)  # without loss; their gradients come back in float32
+            peers = peers._replace(transport=variables[0].dtype)  # lossless for the rows; gradients return in float32
         side_by_side = torch.cat([v.to(dtype) for v in variables], -1)
         every = collectives.gathered(side_by_side, batch.counts, peers)
         return list(every.split([v.shape[-1] for v in variables], -1))
@@ -39,9 +44,10 @@ def gathered(variables: list[Tensor], batch: Batch) -> list[Tensor]:
 
 
 def linear_sums(x: Tensor, y: Tensor, zero_diagonal: bool, batch: Batch) -> Sums:
-    """`Sums` of K = Xc Xc' and L = Yc Yc', with their diagonals set to 0 on request."""
+    """`Sums` of K = Xc Xc' and L = Yc Yc', where Xc and Yc are `x` and `y` minus their means. With `zero_diagonal`, the
+    diagonals of K and L are set to 0."""
     n = batch.count(x.shape[-2])
-    # equal by ||X'Y||_F^2 = <XX', YY'>_F; the one with less work also fits in the memory of the inputs
+    # ||X'Y||_F^2 = <XX', YY'>_F: the side with less work also needs no more memory than the inputs
     if x.shape[-1] * y.shape[-1] <= n * (x.shape[-1] + y.shape[-1]):
         mine = _jointly_centred([x, y], batch) if isinstance(batch, JointBatch) else [centred(z) for z in (x, y)]
         product = batch.summed(mine[0].mT @ mine[1]).square().sum((-2, -1))
@@ -50,7 +56,7 @@ def linear_sums(x: Tensor, y: Tensor, zero_diagonal: bool, batch: Batch) -> Sums
         mine = [_own(z, batch) for z in every]
         grams = [z @ e.mT for z, e in zip(mine, every, strict=True)]
         product = batch.summed((grams[0] * grams[1]).sum((-2, -1)))
-    if not zero_diagonal:  # the row sums of centred rows are 0
+    if not zero_diagonal:  # all row sums of K and L are 0, since x and y are centred
         return Sums(product, torch.zeros_like(product), torch.zeros_like(product))
     squares = [z.square().sum(-1) for z in mine]
     parts = torch.stack([_dot(squares[0], squares[1]), *(q.sum(-1) for q in squares)], -1)
@@ -59,7 +65,9 @@ def linear_sums(x: Tensor, y: Tensor, zero_diagonal: bool, batch: Batch) -> Sums
 
 
 def rbf_sums(every: list[Tensor], scales: list[Tensor], zero_diagonal: bool, batch: Batch) -> Sums:
-    """`Sums` of K_ij = exp(-c |x_i - x_j|^2) and likewise L, from the x and y and the scales c of the whole batch."""
+    """`Sums` of K_ij = exp(-c |x_i - x_j|^2) and of L, the same kernel for y. `every` holds the rows of x and of y in
+    the whole batch, and `scales` holds the scale c of each. With `zero_diagonal`, the diagonals of K and L are set to
+    0."""
     if isinstance(batch, JointBatch):
         joint, *sums = _own_sums(every, scales, batch)
         if not zero_diagonal:
@@ -68,7 +76,7 @@ def rbf_sums(every: list[Tensor], scales: list[Tensor], zero_diagonal: bool, bat
         product, rows, *totals = batch.summed(parts).unbind(-1)
         return Sums(product, rows, totals[0] * totals[1])
     dtype, width = accumulation_dtype(*every), max(z.shape[-1] for z in every)
-    # autocast does not let float16 be stacked where its own dtype is bfloat16, nor the other way around
+    # converted first: under autocast to bfloat16, float16 tensors cannot be stacked, nor the other way around
     stack = torch.stack([pad(z.to(dtype), (0, width - z.shape[-1])) for z in every], -3)
     gram, rows = gram_sums(stack, torch.stack(scales, -1))
     product, (of_x, of_y) = gram[..., 0, 1], rows.unbind(-2)
@@ -78,7 +86,8 @@ def rbf_sums(every: list[Tensor], scales: list[Tensor], zero_diagonal: bool, bat
 
 
 def gram_sums(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
-    """sum_ij k^g_ij k^h_ij (..., G, G) and sum_j k^g_ij (..., G, N) of the G groups of (..., G, N, D), by "rbf"."""
+    """The sums sum_ij k^g_ij k^h_ij (..., G, G) and sum_j k^g_ij (..., G, N). k^g is the matrix of the kernel "rbf" for
+    group g of `groups` (..., G, N, D)."""
     dtype = accumulation_dtype(groups)
     groups = prepared(groups, groups, "rbf", dtype)
     gram, rows = reduce_pairs(groups, None, scale.to(dtype).contiguous(), kernel="rbf", reduction="gram")
@@ -86,7 +95,14 @@ def gram_sums(groups: Tensor, scale: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def combined(product: Tensor, sums: list[Tensor], diagonals: list[Tensor], zero_diagonal: bool) -> Sums:
-    """`Sums` (..., A, B) of A and B kernels from their products, and their row sums and diagonals, (..., A or B, N)."""
+    """`Sums` of each of A kernel matrices K with each of B kernel matrices L, (..., A, B).
+
+    Args:
+        product: sum_ij K_ij L_ij of each pair of matrices, (..., A, B).
+        sums: the row sums of the matrices K, (..., A, N), and of the matrices L, (..., B, N).
+        diagonals: the diagonals of the matrices K, (..., A, N), and of the matrices L, (..., B, N).
+        zero_diagonal: whether to set the diagonals of K and L to 0 in the result.
+    """
     if zero_diagonal:
         product = product - diagonals[0] @ diagonals[1].mT
         sums = [r - q for r, q in zip(sums, diagonals, strict=True)]
@@ -95,13 +111,13 @@ def combined(product: Tensor, sums: list[Tensor], diagonals: list[Tensor], zero_
 
 
 def rbf_rows(every: list[Tensor], scales: list[Tensor], batch: Batch) -> tuple[Tensor, list[Tensor]]:
-    """For each row i of this rank, sums over all rows j: of the product of the variables' kernels, and, in a list, of
-    each variable's kernel alone. Each is (..., n)."""
+    """Sums over all rows j for each row i of this rank, (..., n): first the sum of the product of all variables'
+    kernels, then a list with the sum of each variable's kernel."""
     if isinstance(batch, JointBatch):
         joint, *sums = (r + 1 for r in _own_sums(every, scales, batch))
         return joint, sums
     dtype = accumulation_dtype(*every)
-    # centred before they are rounded again: a common mean costs no digits
+    # the rows are centred before they are rounded, so a common mean costs no digits
     units = _unit_width(every, scales)
     rows = [prepared(u, u, "rbf", dtype) for u in (torch.cat(units, -1), *units)]
     joint, *sums = (reduce_pairs(u, None, 1.0, kernel="rbf", reduction="sum").double() for u in rows)
@@ -109,14 +125,14 @@ def rbf_rows(every: list[Tensor], scales: list[Tensor], batch: Batch) -> tuple[T
 
 
 def centred(z: Tensor) -> Tensor:
-    """In float64; equal rows give exactly 0."""
+    """`z` minus its column means, in float64. If all rows are equal, the result is exactly 0."""
     z = z.double()
     z = z - z[..., :1, :].detach()
     return z - z.mean(-2, keepdim=True)
 
 
 def _unit_width(every: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-    """The variables in units in which their scales are 1, centred."""
+    """The variables, centred and multiplied by the square roots of their scales, so that the scale of each is 1."""
     return [centred(v) * c.sqrt()[..., None, None] for v, c in zip(every, scales, strict=True)]
 
 
@@ -125,7 +141,7 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
 
 
 def _own(every: Tensor, batch: Batch) -> Tensor:
-    """This rank's rows of the result of `gathered`."""
+    """This rank's rows, taken from the result of `gathered`."""
     if not isinstance(batch, JointBatch):
         return every
     counts, rank = batch.counts, batch.peers.rank
@@ -133,10 +149,11 @@ def _own(every: Tensor, batch: Batch) -> Tensor:
 
 
 def _own_sums(every: list[Tensor], scales: list[Tensor], batch: JointBatch) -> list[Tensor]:
-    """sum_{j != i} of the product of all kernels, then of each kernel, for this rank's rows i: (..., n).
+    """Sums over all rows j != i for each row i of this rank, (..., n): first of the product of all variables' kernels,
+    then of each variable's kernel.
 
-    In float64: the terms of HSIC nearly cancel, and with float32 sums the HSIC of a thousand rows of independent
-    variables would have three correct digits.
+    The sums are in float64, because the terms of HSIC nearly cancel. With float32 sums, the HSIC of a thousand rows of
+    independent variables would have three correct digits.
     """
     n, before = batch.counts[batch.peers.rank], sum(batch.counts[: batch.peers.rank])
     units = _unit_width(every, scales)
@@ -151,7 +168,7 @@ def _own_sums(every: list[Tensor], scales: list[Tensor], batch: JointBatch) -> l
 
 
 def _jointly_centred(variables: list[Tensor], batch: JointBatch) -> list[Tensor]:
-    """This rank's rows, `centred` by the mean over all ranks."""
+    """This rank's rows of each variable minus their mean over all ranks, in float64."""
     z = torch.cat([v.double() for v in variables], -1)
     heads = tuple(min(count, 1) for count in batch.counts)
     z = z - collectives.gather_rows(z.detach()[..., :1, :], heads, batch.peers)[..., :1, :]

@@ -1,4 +1,4 @@
-"""Squared products of all pairs of rows, summed without the matrix of the pairs where it is the larger one."""
+"""The sum of the squared products of all pairs of rows, without the N x N matrix of the pairs where D is smaller."""
 
 from __future__ import annotations
 
@@ -9,22 +9,24 @@ from ..core.ranks import Batch
 
 
 def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor:
-    """sum_{j != i} <x_i, y_j>^2 over this rank's rows i and all rows j, by the smaller of the N x N and D x D products.
+    """The sum of <x_i, y_j>^2 over this rank's rows i and all rows j != i, from an N x N or D x D product, whichever is
+    smaller.
 
-    In plain torch: the products are no larger than their operands, so a kernel would save no memory.
+    It is written in plain torch. A kernel would save no memory, because the product is no larger than its operands.
 
     Args:
-        x, y: this rank's (n, D), float32 or float64.
-        diagonal: the n products <x_i, y_i>.
+        x, y: this rank's rows, both (n, D), float32 or float64.
+        diagonal: the products <x_i, y_i>, (n,).
+        batch: the batch that holds the rows.
     """
     rows, d = x.shape
     n = batch.count(rows)
     with without_autocast(x):
-        if 2 * d <= n if batch.joint else d < n:  # a D x D matrix is sent twice as far as the rows
+        if 2 * d <= n if batch.joint else d < n:  # an all-reduce sends each number twice, a gather once
             square = ((x.mT @ x) * batch.summed(y.mT @ y)).sum()
         else:
             every = batch.every(y)
             square = (x @ every.mT).square().sum()
-            if every is not y:  # as the transport rounded them
+            if every is not y:  # from the rows as the transport rounded them
                 diagonal = (x * every[:rows]).sum(-1)
     return square - diagonal.square().sum()

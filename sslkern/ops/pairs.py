@@ -1,4 +1,4 @@
-"""The kernels over all pairs of rows, and their gradients, for rows that have been checked."""
+"""The kernels over all pairs of rows, and their gradients, for arguments that have been checked."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _MASKED = "Tensor? x_labels, Tensor? y_labels"
 
 
 def _declare(schema: str, reference: Callable) -> None:
-    declare(schema, reference, dtypes=(torch.float32, torch.float64))  # to which the callers convert their rows
+    declare(schema, reference, dtypes=(torch.float32, torch.float64))  # the callers convert rows to one of them
 
 
 _declare(
@@ -56,10 +56,15 @@ _declare(
 
 
 def _scaled(ctx, scale: Tensor, inputs: list[tuple[Tensor | None, Tensor]]) -> tuple[Tensor | None, list[Tensor]]:
-    """From gradients per unit of scale: the gradient of the scale, and the gradients of the inputs.
+    """The gradient of the scale, and the gradients of the inputs, from the inputs' gradients divided by the scale.
 
-    A similarity s has degree 1 in x and in y, or degree 2 in both together. So the gradient of the scale, sum_ij w_ij
-    s_ij, is half of <x, sum_j w_ij ds_ij/dx_i> + <y, sum_i w_ij ds_ij/dy_j>.
+    `inputs` is a list of pairs of an input and its divided gradient. The input is None if its gradient was not
+    computed. Let s_ij be the similarities and w_ij the gradients of scale s_ij. A similarity has degree 1 in x_i and in
+    y_j, or degree 2 in both together. So the gradient of the scale, sum_ij w_ij s_ij, is half of
+
+        <x, sum_j w_ij ds_ij/dx_i> + <y, sum_i w_ij ds_ij/dy_j>
+
+    where both sums are divided gradients of inputs.
     """
     grad_scale = None
     if ctx.needs_input_grad[2]:
@@ -138,13 +143,13 @@ class _Gram(Op):
 
 
 def prepared(z: Tensor, x: Tensor, kernel: str, dtype: torch.dtype) -> Tensor:
-    """Rows as the kernels take them: contiguous, in the precision of the result; normalised for the cosine; centred for
-    distances, which then lose no digits to a common mean."""
+    """The rows `z` as the kernels take them: contiguous, in `dtype`. For "cosine" they are divided by their length. For
+    kernels of the squared distance, the mean of the rows of `x` is subtracted, so a common mean costs no digits."""
     if kernel == "cosine":
         return unit_rows(z.contiguous(), dtype)
     z = z.to(dtype).contiguous()
     if kernel in _reference.SQUARED:
-        finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # or one bad row would spoil all others
+        finite = x.detach().to(dtype).contiguous().nan_to_num(0.0, 0.0, 0.0)  # a bad row must not spoil the others
         z = z - finite.mean(-2, keepdim=True)
     return z
 
@@ -161,15 +166,15 @@ def reduce_pairs(
     rhs: Tensor | None = None,
     both_sides: bool = False,
 ) -> Any:
-    """`pairwise_reduce` of rows, labels and a right side that have been checked.
+    """`pairwise_reduce` for rows, labels and `rhs` that have been checked and prepared.
 
     Args:
-        x, y: float32 or float64, both in the dtype of the result. Half of the pairs are computed where y is None or x
-            itself. Where y is neither, x may be (0, D): the result then has no rows, and stays in the graph of all that
-            needs a gradient, since every rank of a group must take part in the backward.
-        scale: a number, or one for each slice of x in the dtype of the result.
-        kernel: not "cosine".
-        labels: the labels of x and of y; the second are not read where y is x.
+        x, y: float32 or float64, both in the dtype of the result. If `y` is None or is `x`, only half of the pairs are
+            computed. If `y` is another tensor, `x` may have no rows, (0, D). The result then has no rows, but it still
+            depends on all inputs in the graph, since every rank of a group must take part in the backward.
+        scale: a number, or a tensor with one number for each slice of `x` in the dtype of the result.
+        kernel: any kernel except "cosine". For "cosine", pass "dot" and the rows that `prepared` returns.
+        labels: the labels of `x` and of `y`. The second labels are not read if `y` is None or is `x`.
     """
     if y is x:
         y = None
@@ -191,6 +196,7 @@ def reduce_pairs(
 
 
 def _of_no_rows(x: Tensor, y: Tensor, scale: float | Tensor, both_sides: bool) -> Any:
+    """The result of `reduce_pairs` for an `x` without rows. It depends on all inputs in the graph."""
     nothing = y[:0].sum() + (scale * x.sum(-1)).sum()
     rows = x.sum(-1) + nothing
     return (rows, nothing + y.new_full(y.shape[:-1], -torch.inf)) if both_sides else rows
@@ -199,7 +205,8 @@ def _of_no_rows(x: Tensor, y: Tensor, scale: float | Tensor, both_sides: bool) -
 def _max(
     x: Tensor, y: Tensor | None, c: Tensor, x_labels: Tensor | None, y_labels: Tensor | None, bits: int, kernel: str
 ) -> tuple[Tensor, Tensor]:
-    """The largest similarities, from the pairs that have them."""
+    """The largest similarity of each row, and its index. A kernel finds the index without a graph, and the similarity
+    is computed from the rows of this pair, so that it has a gradient."""
     z = x if y is None else y
     with torch.no_grad():
         index = pick("pairwise_argmax", x)(x, y, c, x_labels, y_labels, bits, kernel)

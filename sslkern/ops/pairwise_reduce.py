@@ -1,4 +1,4 @@
-"""Reductions of a function of all pairs of rows, without the matrix of the pairs."""
+"""Reductions of a function over all pairs of rows, without the matrix of the pairs."""
 
 from __future__ import annotations
 
@@ -38,17 +38,17 @@ def pairwise_reduce(
     rhs: Tensor | None = None,
     both_sides: bool = False,
 ):
-    r"""A sum, a product or a maximum over j of a function of x_i and y_j, exact, in O((N + M) D) memory.
+    r"""Reduce a function of x_i and y_j over all rows j, such as by a sum or a maximum; exact, in O((N + M) D) memory.
 
-    With `scale` = c, the kernels are
+    With c = `scale`, the kernels are
 
-        dot           t_ij = c <x_i, y_j>              k_ij = t_ij
-        cosine        t_ij = c <x_i, y_j> / (|x_i| |y_j|), a row of zeros having cosine 0     k_ij = t_ij
-        sqeuclidean   t_ij = c |x_i - y_j|^2           k_ij = t_ij
-        rbf           t_ij = c |x_i - y_j|^2           k_ij = exp(-t_ij); c = 1/(2 bandwidth^2)
-        softplus      t_ij = c <x_i, y_j>              k_ij = log(1 + exp(t_ij))
+        dot           t_ij = c <x_i, y_j>                      k_ij = t_ij
+        cosine        t_ij = c <x_i, y_j> / (|x_i| |y_j|)      k_ij = t_ij; the cosine of a row of zeros is 0
+        sqeuclidean   t_ij = c |x_i - y_j|^2                   k_ij = t_ij
+        rbf           t_ij = c |x_i - y_j|^2                   k_ij = exp(-t_ij); c = 1/(2 bandwidth^2)
+        softplus      t_ij = c <x_i, y_j>                      k_ij = log(1 + exp(t_ij))
 
-    and the reductions, over the pairs that the mask keeps,
+    The reductions run over the pairs that the mask keeps:
 
         logsumexp     log sum_j exp(t_ij)                                    (..., N)
         max           max_j t_ij, and the first such j                       (..., N), (..., N) int64
@@ -56,29 +56,35 @@ def pairwise_reduce(
         matmul        sum_j k_ij rhs_j                                       (..., N, P)
         gram          sum_ij k^g_ij k^h_ij, and sum_j k^g_ij, of G groups    (..., G, G), (..., G, N)
 
-    y = None stands for x itself: half of the pairs are computed, each once. Where no pair is kept, logsumexp and max
-    are -inf (the index is -1) with a gradient of 0. Exponents are taken relative to the maximum of their row where they
-    could overflow, so scales of 1e3 and -1e3 are as accurate as 1.
+    If y is None, x is compared with itself, and half of the pairs are computed, each once. For a row without kept
+    pairs, logsumexp and max are -inf with a gradient of 0, and the index of max is -1. Where exponentials could
+    overflow, the maximum of the row is subtracted from the exponents, so results for scales of 1e3 and -1e3 are as
+    accurate as for a scale of 1.
 
     Args:
-        x: (..., N, D), for "gram" (..., G, N, D), where groups with fewer columns are padded with zeros; float32,
-            bfloat16, float16 or float64, any strides, N >= 1.
-        y: None, or (..., M, D) with the leading dimensions and the device of x, in any of these dtypes.
-        kernel: as above; "logsumexp" and "max" take "dot", "cosine" or "sqeuclidean", "gram" all but "softplus".
-        reduction: as above.
-        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise: a number, or a floating tensor with one
-            element or a shape that broadcasts to the leading dimensions of x; a tensor gets a gradient.
-        mask: None, or the pairs to keep: "offdiag" has j != i, "same" equal labels, "same offdiag" both, "different"
-            unequal labels.
-        labels: int64 (..., N), the labels of x and, if it has as many rows, of y; or a pair (..., N), (..., M).
-        rhs: (..., M, P), for "matmul"; it is converted to the dtype of the result and gets a gradient.
-        both_sides: for "logsumexp" with a y: also return the log-sum-exp over i, (..., M), from the same similarities.
+        x: a tensor of shape (..., N, D), or (..., G, N, D) for "gram"; float32, bfloat16, float16 or float64, any
+            strides, N >= 1. For "gram", groups with fewer columns must be padded with zeros.
+        y: None, or a tensor of shape (..., M, D) with the leading dimensions and the device of x, in any of these
+            dtypes.
+        kernel: one of the kernels above. "logsumexp" and "max" accept "dot", "cosine" and "sqeuclidean". "gram" accepts
+            all kernels except "softplus".
+        reduction: one of the reductions above.
+        scale: c, dimensionless for "cosine" and in units of x^-2 otherwise. It is a number, or a floating-point tensor
+            that has one element or broadcasts to the leading dimensions of x. A tensor gets a gradient.
+        mask: the pairs to keep. None keeps all pairs, "offdiag" pairs with j != i, "same" pairs with equal labels,
+            "same offdiag" pairs with equal labels and j != i, and "different" pairs with unequal labels.
+        labels: int64 labels, only for a mask that compares labels. One tensor (..., N) has the labels of x and, if y
+            has as many rows, of y. A pair of tensors (..., N) and (..., M) has the labels of x and of y.
+        rhs: a tensor of shape (..., M, P), only for "matmul". It is converted to the dtype of the result and gets a
+            gradient.
+        both_sides: only for "logsumexp" with a y. True also returns the log-sum-exp over i, (..., M), from the same
+            similarities.
 
     Returns:
-        As above, in float32, or float64 if x or y is float64; "gram" in float64, since such sums mostly cancel later.
-        Differentiable once with respect to x, y, scale and rhs, and a second time only for "max". bfloat16 and float16
-        rows are converted to float32 first. The rows of "cosine" are divided by their length or by 1e-12 (1e-3 for
-        float16), whichever is larger.
+        The results of the reduction, in float32, or in float64 if x or y is float64. "gram" is always in float64, since
+        such sums mostly cancel later. The results are differentiable once with respect to x, y, scale and rhs; only
+        "max" can be differentiated a second time. bfloat16 and float16 rows are converted to float32 first. The rows of
+        "cosine" are divided by their length or by 1e-12 (1e-3 for float16), whichever is larger.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes, devices or settings do not fit together.
@@ -123,7 +129,7 @@ def _check_y(x: Tensor, y: Tensor) -> None:
 
 
 def _labels(x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tuple[Tensor, Tensor] | None) -> Labels:
-    """The labels of both sides; only masks by labels have them."""
+    """The labels of x and of y, checked. Both are None if the mask does not compare labels."""
     if mask is not None:
         checks.one_of("mask", mask, _MASK_NAMES)
     by_label = mask is not None and mask != "offdiag"
@@ -140,7 +146,7 @@ def _labels(x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tupl
 
 
 def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
-    """One number per slice of x, in the precision of the result."""
+    """The scale as a tensor with one number per slice of x, in the precision of the result."""
     if isinstance(scale, Tensor):
         return checks.per_slice("scale", scale, x, dtype).contiguous()
     if type(scale) is not float and (isinstance(scale, bool) or not isinstance(scale, Real)):

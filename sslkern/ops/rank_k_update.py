@@ -1,4 +1,4 @@
-"""Rank-k updates in O(k N^2) that keep orthogonal and unitary matrices so."""
+"""Rank-k updates of orthogonal and unitary matrices that keep them orthogonal or unitary, in O(k N^2)."""
 
 from __future__ import annotations
 
@@ -26,7 +26,8 @@ _NUMBERS = {
 def _in_place(
     kernel: Callable, info: Any, in_dims: tuple[Any, ...], u: Tensor, a: Tensor, b: Tensor, *rest: Any
 ) -> Any:
-    """`stacked` for an argument that is written in place: copied back if it is not laid out as a stack."""
+    """A vmap rule like `stacked`, for a kernel that writes `u` in place. If `u` is not laid out as a stack, a copy is
+    updated and copied back."""
     if in_dims[0] is None:
         raise ValueError("u must be mapped by torch.vmap where a or b is: it has one value for each of theirs.")
     u = u.movedim(in_dims[0], 0)
@@ -48,36 +49,36 @@ declare(
 def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: Retraction = "tangent") -> Tensor:
     r"""Move U along a b^H, in place, and keep its columns orthonormal.
 
-    E = a b^H is the step, such as -lr times a rank-k gradient (torch's complex `.grad` is the direction of ascent: its
-    negative is that of descent).
+    E = a b^H is the step, such as -lr times a rank-k gradient. For a complex U, torch's `.grad` is the direction of
+    ascent, so a step of descent is along its negative. The retractions replace U by
 
-        direct    the matrix with orthonormal columns nearest to U + E: its polar factor
-        tangent   U exp((U^H E - E^H U) / 2), square matrices only
+        direct    the polar factor of U + E: the matrix with orthonormal columns that is nearest to U + E
+        tangent   U exp((U^H E - E^H U) / 2), for square matrices only
         cayley    (I - S / 2)^-1 (I + S / 2) U with S = P E U^H - U E^H P, P = I - U U^H / 2
 
-    All three agree with U + E - U (U^H E + E^H U) / 2, the projection onto the tangent space, up to O(|E|^2), and
-    cayley with tangent up to O(|E|^3). A zero step leaves U as it is.
+    U + E - U (U^H E + E^H U) / 2 is U moved by the projection of E onto the tangent space. All three retractions agree
+    with it up to O(|E|^2). cayley and tangent agree with each other up to O(|E|^3). A step of zero leaves U as it is.
 
     An update takes two passes over U, 10 k n p multiplications and additions (four times as many if complex), and no
-    n x p temporary. It needs no eigenvectors and no QR, so a and b may have zero or parallel columns. The accuracy of
-    the direct form depends on the condition number of U + E. If U + E is singular there is no nearest matrix: kernels
-    return NaN, and the reference raises an error of torch.linalg. In float32, rounding moves U away from orthogonality
-    by about 4e-8 sqrt(steps); `sslkern.optim.reorthogonalize_` corrects that.
+    n x p temporary. It needs no eigenvectors and no QR decomposition, so a and b may have zero or parallel columns. The
+    accuracy of the direct form depends on the condition number of U + E. If U + E is singular, there is no nearest
+    matrix: kernels return NaN, and the reference raises an error of torch.linalg. In float32, rounding moves U away
+    from orthogonality by about 4e-8 sqrt(steps). `sslkern.optim.reorthogonalize_` corrects this.
 
     Args:
-        u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with orthonormal columns; any strides, with a
-            copy if it is not contiguous.
-        a: (..., n, k), b: (..., p, k), in dtype and on the device of u, with its leading dimensions.
+        u: the matrix U, (..., n, p), n >= p, with orthonormal columns; float32, float64, complex64 or complex128, any
+            strides. If it is not contiguous, a copy is updated and copied back.
+        a, b: tensors of shape (..., n, k) and (..., p, k), with the leading dimensions, the dtype and the device of u.
         retraction: "tangent", "direct" or "cayley".
 
     Returns:
-        u.
+        u itself, updated.
 
     Raises:
-        TypeError: other dtypes; for a bfloat16 model, keep a float32 master of u. ValueError: wrong shapes, a wide u, a
-        tall one with "tangent", an expanded one. RuntimeError: u, a or b needs a gradient and gradients are enabled
-        (use `torch.no_grad()`); a GPU's shared memory has no room for this k, as it has for 64 on an A100 and its
-        successors.
+        TypeError: an argument has another dtype (for a bfloat16 model, keep a float32 copy of u). ValueError: shapes do
+        not fit, u has more columns than rows, u is not square with "tangent", or u is expanded. RuntimeError: u, a or b
+        needs a gradient and gradients are enabled (use `torch.no_grad()`); or the GPU's shared memory has no room for
+        this k. An A100 and its successors have room for k = 64.
 
     Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483).
     """

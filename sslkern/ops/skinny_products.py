@@ -1,4 +1,4 @@
-"""Products of a large matrix with few columns, from both sides."""
+"""The products of a large matrix with matrices of few columns, from both sides."""
 
 from __future__ import annotations
 
@@ -18,22 +18,22 @@ declare(
 
 
 def skinny_products(x: Tensor, right: Tensor | None = None, left: Tensor | None = None) -> tuple[Tensor, Tensor]:
-    r"""X right and X^H left, with X read once.
+    r"""Compute X right and X^H left, and read X once.
 
-    For sketches and power iterations, where `right` and `left` have 1 to 64 columns. Computed in the precision of x,
-    never in TF32 or bfloat16. If a gradient is needed, both are torch's own products.
+    This serves sketches and power iterations, where `right` and `left` have 1 to 64 columns. The products are computed
+    in the precision of x, never in TF32 or bfloat16. If a gradient is needed, torch's own products are used.
 
     Args:
-        x: (..., n, p), float32, float64, complex64 or complex128.
-        right: (..., p, m), of x's dtype and leading dimensions, or None for no columns.
-        left: (..., n, k), likewise.
+        x: the matrix X, (..., n, p), in float32, float64, complex64 or complex128.
+        right: a tensor of shape (..., p, m) with the leading dimensions, dtype and device of x, or None for no columns.
+        left: a tensor of shape (..., n, k) with the leading dimensions, dtype and device of x, or None for no columns.
 
     Returns:
-        X right (..., n, m) and X^H left (..., p, k).
+        X right, (..., n, m), and X^H left, (..., p, k).
 
     Raises:
-        TypeError: other dtypes. ValueError: wrong shapes or devices. RuntimeError: a gradient is needed, but a
-        back-end other than the reference is forced, or SSLKERN_STRICT=1 forbids the reference.
+        TypeError: an argument has another dtype. ValueError: shapes or devices do not fit. RuntimeError: a gradient is
+        needed, but a back-end other than the reference is forced, or SSLKERN_STRICT=1 forbids the reference.
     """
     checks.full("x", x)
     *stack, n, p = x.shape

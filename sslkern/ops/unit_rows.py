@@ -1,4 +1,4 @@
-"""Rows of unit length."""
+"""Division of rows by their length."""
 
 from __future__ import annotations
 
@@ -13,30 +13,31 @@ from ..core import checks
 from ..core.autograd import Op, first_order
 from ..core.dtypes import accumulation_dtype
 
-EPS = 1e-12  # shorter rows are divided by this, as torch.nn.functional.normalize does
-HALF_EPS = 1e-3  # for float16: the gradient of a row of zeros is divided by eps, and is inf beyond 65504
-LEAST_EPS = 1e-30  # anything smaller might be 0 in float32
+EPS = 1e-12  # rows shorter than this are divided by it, as in torch.nn.functional.normalize
+HALF_EPS = 1e-3  # for float16, in which numbers beyond 65504 are inf: the gradient of a row of zeros is divided by eps
+LEAST_EPS = 1e-30  # a smaller eps might be 0 in float32
 
 
 def check_eps(eps: object) -> None:
-    """eps must be None or a positive number that is not 0 in float32."""
+    """Check that `eps` is None, or a positive number that is large enough not to be 0 in float32."""
     if eps is not None and (isinstance(eps, bool) or not isinstance(eps, Real) or not LEAST_EPS <= float(eps) < inf):
         raise ValueError(f"eps must be None or a finite number >= {LEAST_EPS}, got {checks.got(eps)}.")
 
 
 def least_length(z: Tensor, eps: float | None) -> float:
-    """eps, or its default for the dtype of z."""
+    """`eps` or, if it is None, the default for the dtype of `z`."""
     if eps is not None:
         return eps
     return HALF_EPS if z.dtype == torch.float16 else EPS
 
 
 def unit_rows(z: Tensor, dtype: torch.dtype | None = None, eps: float | None = None) -> Tensor:
-    """x = z / max(|z|, eps) along the last dimension, in `dtype`, by default float32 or float64; zeros stay zeros.
+    """Divide the rows of `z` by their length: x = z / max(|z|, eps) along the last dimension. Rows of zeros stay zeros.
 
-    eps is 1e-12 by default, or 1e-3 where z is float16. The gradient is (g - x <x, g>)/|z|, and g/eps for rows shorter
-    than eps. It takes three passes; the one of `torch.nn.functional.normalize` takes ten unless a
-    compiler fuses them.
+    The result is in `dtype`; by default in float32, or in float64 if `z` is float64. The default of eps is 1e-12, or
+    1e-3 if `z` is float16. From the gradient g of x, the gradient of z is (g - x <x, g>)/|z|, and g/eps for rows
+    shorter than eps. The backward takes three passes. The backward of `torch.nn.functional.normalize` takes ten, unless
+    a compiler fuses them.
     """
     eps = least_length(z, eps)
     z = z.to(accumulation_dtype(z) if dtype is None else dtype)
@@ -62,5 +63,5 @@ class _UnitRows(Op):
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None]:
         x, lengths = ctx.saved_tensors
         along = (x * grad).sum(-1, keepdim=True)
-        along.masked_fill_(lengths <= ctx.eps, 0.0)  # divided by eps, not by the length
+        along.masked_fill_(lengths <= ctx.eps, 0.0)  # these rows were divided by eps, not by their length
         return torch.addcmul(grad, x, along, value=-1).div_(lengths), None

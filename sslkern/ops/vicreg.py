@@ -1,4 +1,4 @@
-"""VICReg on the kernels of the covariance, with the terms of both views in one call."""
+"""VICReg, with kernels that extend the kernels of the covariance. One call computes the terms of both views."""
 
 from __future__ import annotations
 
@@ -55,11 +55,13 @@ class _VICReg(Op):
 def vicreg_of(
     a: Tensor, b: Tensor, settings: Settings, estimator: str, batch: Batch, form: str = "auto"
 ) -> tuple[Tensor, Tensor]:
-    """VICReg of every slice of two views that have been checked: the loss (...), and its unweighted terms (..., 3),
-    which are not differentiable. `sslkern.losses.vicreg_loss` has the formula.
+    """VICReg of every slice of two views that have been checked.
 
-    The kernels take numbers. The terms are composed from the statistics of both views where a setting is a tensor,
-    which may need a gradient, and for a joint batch.
+    The results are the loss (...), and its unweighted terms (..., 3), which are not differentiable.
+    `sslkern.losses.vicreg_loss` has the formula.
+
+    The kernels accept only numbers as settings, and rows of this process. If a setting is a tensor, which may need a
+    gradient, or if the batch is joint, the loss is computed in torch from the covariance statistics of both views.
     """
     if not batch.joint and {*map(type, settings)} == {float}:
         shape = a.shape

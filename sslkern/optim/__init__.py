@@ -1,4 +1,4 @@
-"""Optimization over orthogonal and unitary matrices by low-rank steps."""
+"""Optimization over orthogonal and unitary matrices with low-rank steps."""
 
 from .factors import linear_factors, low_rank_factors
 from .orthogonality import orthogonality_error, reorthogonalize_

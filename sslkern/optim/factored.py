@@ -1,4 +1,4 @@
-"""Steps from the factors that `sslkern.ops.factored_linear` keeps, without forming the gradient."""
+"""Steps of `ProjUNN` from the factors that `sslkern.ops.factored_linear` keeps, without forming the gradient."""
 
 from __future__ import annotations
 
@@ -14,7 +14,10 @@ from .factors import linear_factors, linear_products, sketch
 
 
 def check(p: Tensor, group: dict[str, Any], scaled: bool) -> None:
-    """Raise RuntimeError if pending factors of p do not work with these options; `scaled`: a GradScaler is in use."""
+    """Raise RuntimeError if p has pending factors and the options in `group` do not support them.
+
+    `scaled` says whether a GradScaler is in use.
+    """
     if not has_pending(p):
         return
     if scaled:
@@ -41,9 +44,10 @@ def check(p: Tensor, group: dict[str, Any], scaled: bool) -> None:
 def take(
     u: Tensor, target: Tensor, rank: int, warm_start: Tensor | None, generator: torch.Generator, riemannian: bool
 ) -> tuple[Tensor, Tensor]:
-    """`linear_factors` of the pending factors of u, which are then removed; `target` is u or its float32 master.
+    """Remove the pending factors of u, and return the `linear_factors` of its gradient G.
 
-    For a square U, the tangent part of the gradient needs no product with U, because U x^T = y^T and dy conj(U) = dx:
+    `target` is u or its float32 master. With `riemannian`, the result approximates the tangent part of G. For a square
+    U, this part needs no product with U, because U x^T = y^T and dy conj(U) = dx:
 
         (G - U G^H U) / 2 = (dy^T conj(x) - y^T conj(dx)) / 2
 

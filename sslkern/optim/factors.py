@@ -1,4 +1,4 @@
-"""Low-rank factors of a gradient that is dense or never formed."""
+"""Low-rank factors of a gradient, which is given as a dense matrix or as a product that is never formed."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..core.dtypes import HALF, double_dtype, short, without_autocast
 from ..ops.skinny_products import skinny_products
 
 Method = Literal["sketch", "columns", "svd"]
-# (r, a) -> (G r, G^H a); None stands for no columns
+# maps (r, a) to (G r, G^H a); None stands for an r or an a without columns
 _Products = Callable[[Tensor | None, Tensor | None], tuple[Tensor, Tensor]]
-_LARGE = 1 << 17  # elements of a matrix from which, on a CPU, `skinny_products` is faster than two products
-_NOISE = 2.0**-10  # added to a warm start to find new directions; costs 1e-6 of the captured energy
+_LARGE = 1 << 17  # from this many elements on, `skinny_products` is faster on a CPU than two products
+_NOISE = 2.0**-10  # scale of the noise in a warm start, for new directions; costs 1e-6 of the energy
 
 
 @torch.no_grad()
@@ -29,49 +29,51 @@ def low_rank_factors(
     samples: int | None = None,
     u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""G ~ left right^H = left left^H G, where left has orthonormal columns.
+    r"""Low-rank factors of G: G ~ left right^H with right = G^H left, where left has orthonormal columns.
 
-        sketch    left = orth(G R), R random or the warm start; G is read twice
+        sketch    left = orth(G R), an orthonormal basis of the columns of G R, where R is random or the warm start.
+                  G is read twice
         columns   left = the `rank` largest left singular vectors of `samples` columns of G. Column j is drawn with
                   replacement with probability p_j = |g_j|^2 / |G|_F^2 (uniform if G is zero) and divided by sqrt(p_j)
                   (LinearTimeSVD)
         svd       left = the `rank` largest left singular vectors of G: the best approximation, in O(n p min(n, p))
 
-    "sketch" is exact if the rank of G is at most `rank`. With `warm_start`, R is the right factor of the last step with
-    normalised columns, plus 2^-10 times a random matrix. Each step of an optimizer is then a step of power iteration,
-    and nearly as good as "svd" while gradients change slowly. All methods are equivariant to the scale of G within the
-    range of its dtype, since no absolute constant is added. G may be zero or rank-deficient; for a zero G, right is
-    zero.
+    "sketch" is exact if the rank of G is at most `rank`. With `warm_start`, R is the given right factor with normalised
+    columns, plus 2^-10 times a random matrix. If this is the right factor of the last step of an optimizer, each step
+    is a step of power iteration, which is nearly as good as "svd" while gradients change slowly.
 
-    With `u`, these are factors of the part of G that is tangent at U, the Riemannian gradient
+    No absolute constant is added anywhere, so with every method, scaling G scales the result by the same factor within
+    the range of the dtype. G may be zero or rank-deficient. For a zero G, right is zero.
+
+    With `u`, the factors approximate the Riemannian gradient, which is the part of G that is tangent at U:
 
         D = G - U (U^H G + G^H U) / 2
 
-    D vanishes at a stationary point and G does not. Factors of G would then spend their rank on directions that do not
-    move U, and descent would stop early. Short steps along -left left^H D descend. The sketch does not form D: it reads
-    G twice and U four times, or G three times and U five times if U is tall.
+    At a stationary point D vanishes, but G does not. Factors of G would spend their rank on directions that do not move
+    U, and descent would stop early. Short steps along -left left^H D descend. The sketch does not form D: it reads G
+    twice and U four times, or G three times and U five times if n > p.
 
     Args:
         g: (..., n, p), real or complex, float32, float64, complex64 or complex128. bfloat16 and float16 are factored in
             float32.
-        rank: k; larger values are reduced to min(n, p), for which the factors are exact.
+        rank: k. Larger values are reduced to min(n, p), for which the factors are exact.
         method: "sketch", "columns" or "svd".
-        warm_start: for "sketch", the right factor of a similar matrix: (..., p, k) in the dtype of the result. Zero
-            columns are replaced by random ones.
-        generator: of the random numbers, on the device of g. All matrices of a stack share them.
-        samples: for "columns", the number of columns to draw; at least `rank`, which is also the default.
-        u: None, or the matrix with orthonormal columns that g is the gradient of: (..., n, p) in the dtype of the
+        warm_start: only for "sketch": the right factor of a similar matrix, (..., p, k), in the dtype of the result.
+            Zero columns are replaced by random ones.
+        generator: the generator of the random numbers, on the device of `g`. All matrices of a stack share the numbers.
+        samples: only for "columns": the number of columns to draw. It is at least `rank`, which is also the default.
+        u: None, or the matrix with orthonormal columns at which `g` is the gradient: (..., n, p), in the dtype of the
             result. "columns" and "svd" form D, in O(n p^2).
 
     Returns:
-        left (..., n, k) and right (..., p, k).
+        The pair (left, right): left is (..., n, k), and right is (..., p, k).
 
     Raises:
         TypeError: another dtype. ValueError: wrong shapes, a rank below 1, or an argument of another method.
-        torch.linalg.LinAlgError: NaN or infinity in g, for "columns" and "svd"; "sketch" propagates them.
+        torch.linalg.LinAlgError: for "columns" and "svd", `g` has NaN or infinity. "sketch" passes them on.
 
-    Source: Kiani et al., projUNN (2203.05483). Warm start: Vogels et al., PowerSGD (1905.13727). Columns: Drineas,
-    Kannan and Mahoney, Fast Monte Carlo algorithms for matrices II (2006).
+    Sources: Kiani et al., projUNN (2203.05483); for the warm start, Vogels et al., PowerSGD (1905.13727); for
+    "columns", Drineas, Kannan and Mahoney, Fast Monte Carlo algorithms for matrices II (2006).
     """
     checks.one_of("method", method, get_args(Method))
     g = checks.matrices("g", g).detach()
@@ -95,7 +97,7 @@ def low_rank_factors(
         basis = _unit(g) if method == "svd" else _columns(_unit(g), max(samples or k, k), generator)
         left, sigma, _ = torch.linalg.svd(basis, full_matrices=False)
         left, found = left[..., :k], sigma > sigma[..., :1] * max(basis.shape[-2:]) * torch.finfo(g.dtype).eps
-        return left, (left.mH @ g).mH.resolve_conj().contiguous() * found[..., None, :k]  # duplicates add no rank
+        return left, (left.mH @ g).mH.resolve_conj().contiguous() * found[..., None, :k]  # repeated columns add no rank
 
 
 @torch.no_grad()
@@ -107,29 +109,32 @@ def linear_factors(
     generator: torch.Generator | None = None,
     u: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    r"""`low_rank_factors` of the gradient of a linear layer's weight, which is never formed.
+    r"""`low_rank_factors` of the gradient of the weight of a linear layer, without forming this gradient.
 
-    With y = x U^T, the gradient of U (n, p) is G = dy^T conj(x), a product over m rows. Its sketch
+    With y = x U^T and U (n, p), the gradient of U is G = dy^T conj(x), a product over the m rows of dy and x. Its
+    sketch
 
         left = orth(dy^T (conj(x) R)), right = x^T (conj(dy) left)
 
     takes 4 k m (n + p) multiplications and additions and forms no n x p matrix. For the same random numbers or warm
-    start it equals the sketch of the dense G. It is for steps along the gradient itself: a momentum buffer is no such
-    product.
+    start, it equals the sketch of the dense G. This function serves only steps along the gradient itself, because a
+    momentum buffer is not a product of this form.
 
     Args:
-        dy: (..., m, n), the gradient of y, as torch passes it to a backward. The leading dimensions are those of U:
-            flatten batch dimensions into m.
-        x: (..., m, p), the input of the layer, in the dtype and on the device of dy.
+        dy: (..., m, n), the gradient of y, as torch passes it to a backward. The leading dimensions are the leading
+            dimensions of U; batch dimensions must be flattened into m.
+        x: (..., m, p), the input of the layer, with the dtype and the device of `dy`.
         rank, warm_start, generator, u: as in `low_rank_factors`.
 
     Returns:
-        left (..., n, k) and right (..., p, k). `rank_k_update_(u, -lr * left, right)` is a step of gradient descent.
+        The pair (left, right): left is (..., n, k), and right is (..., p, k). `rank_k_update_(u, -lr * left, right)` is
+        a step of gradient descent.
 
     Raises:
-        TypeError: another dtype, or two dtypes. ValueError: wrong shapes, two devices, or a rank below 1.
+        TypeError: another dtype, or `dy` and `x` have different dtypes. ValueError: wrong shapes, different devices, or
+        a rank below 1.
 
-    Source: as for `low_rank_factors`.
+    Sources: the same as for `low_rank_factors`.
     """
     dy, x = checks.matrices("dy", dy).detach(), checks.matrices("x", x).detach()
     if dy.shape[:-1] != x.shape[:-1]:
@@ -151,7 +156,7 @@ def linear_factors(
 
 
 def linear_products(dy: Tensor, x: Tensor) -> _Products:
-    """The products G r and G^H a with G = dy^T conj(x), which is not formed."""
+    """A function that computes G r and G^H a for G = dy^T conj(x), without forming G."""
     none = dy.new_empty(0)
 
     def products(r: Tensor | None, a: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -161,7 +166,7 @@ def linear_products(dy: Tensor, x: Tensor) -> _Products:
 
 
 def _products(g: Tensor) -> _Products:
-    """The products G r and G^H a with a dense G."""
+    """A function that computes G r and G^H a for a dense G."""
     if g.device.type == "cpu" and g.shape[-2] * g.shape[-1] >= _LARGE:
         return lambda r, a: skinny_products(g, r, a)
     none = g.new_empty(*g.shape[:-2], 0, 0)
@@ -181,7 +186,10 @@ def sketch(
     warm_start: Tensor | None,
     generator: torch.Generator | None,
 ) -> tuple[Tensor, Tensor]:
-    """orth(G R) and G^H orth(G R), by products with G. Leading dimensions, dtype and device are those of `like`."""
+    """left = orth(G R) and right = G^H left, computed from products with G. With `u`, D takes the place of G.
+
+    The leading dimensions, the dtype and the device are those of the tensor `like`.
+    """
     # torch.randn takes a generator or symbolic sizes, but not both
     start = like.new_empty(p, k).normal_(generator=generator) / max(p, 1) ** 0.5
     if warm_start is not None:
@@ -199,7 +207,10 @@ def sketch(
 
 
 def _tangent(u: Tensor, products: _Products) -> _Products:
-    """The products with D = G - U (U^H G + G^H U) / 2, one per call. A square U has U U^H = I."""
+    """A function that computes D r or D^H a for D = G - U (U^H G + G^H U) / 2, one of them per call.
+
+    For a square U, it uses U U^H = I.
+    """
     of_u, square = _products(u), u.shape[-2] == u.shape[-1]
 
     def times(r: Tensor) -> Tensor:
@@ -233,7 +244,7 @@ def _check_point(u: Tensor, shape: tuple[int, ...], dtype: torch.dtype) -> None:
 
 
 def _unit(x: Tensor) -> Tensor:
-    """x divided by its largest absolute entry, unless that is zero, so that squares neither underflow nor overflow."""
+    """Divide each nonzero matrix by its largest absolute entry, so that squares neither underflow nor overflow."""
     if x.numel() == 0:
         return x
     scale = x.abs().amax((-2, -1), keepdim=True)
@@ -241,7 +252,7 @@ def _unit(x: Tensor) -> Tensor:
 
 
 def _columns(g: Tensor, samples: int, generator: torch.Generator | None) -> Tensor:
-    """(..., n, samples): columns of g, drawn with probability p_j by squared norm and divided by sqrt(p_j)."""
+    """Draw columns of g, (..., n, samples): column j with probability p_j = |g_j|^2 / |g|_F^2, divided by sqrt(p_j)."""
     weights = torch.linalg.vector_norm(g, dim=-2, dtype=double_dtype(g.dtype)).square()
     total = weights.sum(-1, keepdim=True)
     weights = torch.where(total > 0, weights / total, 1 / max(g.shape[-1], 1))

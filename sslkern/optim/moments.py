@@ -1,4 +1,4 @@
-"""Momentum and second moments of gradients."""
+"""Momentum and second moments of gradients, for `ProjUNN`."""
 
 from __future__ import annotations
 
@@ -11,13 +11,16 @@ from ..core import internals
 from ..core.dtypes import double_dtype
 
 SecondMoment = Literal["scalar", "elementwise"]
-AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # steps since a buffer was zero
+AGES = {"momentum_buffer": "momentum_steps", "square_avg": "square_steps"}  # buffer -> steps since it was 0
 
 
 def directions_of(
     group: dict[str, Any], grads: list[Tensor], states: list[dict[str, Any]]
 ) -> tuple[list[Tensor], list[Tensor]]:
-    """The descent directions, and one scale factor per matrix for the "scalar" second moment, otherwise none."""
+    """Update the buffers in `states`, and return the directions of a step and their scale factors.
+
+    The second list has one factor per matrix for the "scalar" second moment, and is empty otherwise.
+    """
     momentum, kind = group["momentum"], group["second_moment"]
     directions = grads
     if momentum:
@@ -40,7 +43,7 @@ def directions_of(
 
 
 def _squares(g: Tensor, kind: SecondMoment) -> Tensor:
-    """|g|^2 of every element, or its mean over each matrix in float64."""
+    """|g|^2 of every element for "elementwise"; for "scalar", its mean over each matrix, in float64."""
     if kind == "elementwise":
         return torch.view_as_real(g.resolve_conj()).square().sum(-1) if g.is_complex() else g.square()
     norm = torch.linalg.vector_norm(g, dim=(-2, -1), keepdim=True, dtype=double_dtype(g.dtype))

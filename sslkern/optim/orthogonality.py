@@ -1,4 +1,4 @@
-"""The distance of columns from orthonormal, and its correction."""
+"""Measurement and correction of the deviation of columns from orthonormality."""
 
 from __future__ import annotations
 
@@ -8,23 +8,24 @@ from torch import Tensor
 from ..core import checks
 from ..core.dtypes import FULL, HALF, double_dtype, without_autocast
 
-_FAR = 0.05  # largest error of columns that count as orthonormal; rounding to bfloat16 alone gives 2e-3
+_FAR = 0.05  # columns with a larger error do not count as orthonormal; rounding to bfloat16 alone gives 2e-3
 
 
 @torch.no_grad()
 def orthogonality_error(u: Tensor) -> Tensor:
-    r"""||U^H U - I||_F / sqrt(p) of every matrix: the root mean square of sigma^2 - 1 over its singular values.
+    r"""||U^H U - I||_F / sqrt(p) of every matrix.
 
-    The Gram matrix is summed in float64, since in float32 it would itself be off by about 1e-8 sqrt(p).
+    This is the root mean square of sigma^2 - 1 over the singular values sigma of U. The Gram matrix U^H U is summed in
+    float64, because float32 sums would add an error of about 1e-8 sqrt(p).
 
     Args:
         u: (..., n, p), n >= p, real or complex, of any floating dtype and any strides.
 
     Returns:
-        (...), float64, dimensionless; no host sync and no gradient.
+        The errors, (...), float64, dimensionless. They have no gradient, and there is no host sync.
 
     Raises:
-        TypeError, ValueError: u is not a stack of matrices, or is wide.
+        TypeError, ValueError: u is not a stack of matrices, or has more columns than rows.
     """
     u = checks.orthonormal("u", u, FULL + HALF)
     p = u.shape[-1]
@@ -39,24 +40,27 @@ def orthogonality_error(u: Tensor) -> Tensor:
 def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator | None = None) -> Tensor:
     r"""Remove the drift from orthogonality that rounding causes, in place.
 
-        q = None   U <- U - U (U^H U - I) / 2: one Newton-Schulz step in O(n p^2); an error e becomes about e^2
-        q          U <- U - [Y Z^H + (U Z - Y Q^H Z) Q^H] / 2, Y = U Q, Z = U^H Y - Q: O(q n p)
+        q = None   U <- U - U (U^H U - I) / 2, one Newton-Schulz step, in O(n p^2)
+        q          U <- U - [Y Z^H + (U Z - Y Q^H Z) Q^H] / 2 with Y = U Q, Z = U^H Y - Q, in O(q n p)
 
-    The second form corrects only the rows and columns of the error in the span of Q, a random (p, q) matrix with
-    orthonormal columns. This removes a share of about 2 q / p of the squared error. Rounding to float32 adds (4e-8)^2
-    to the squared error per step of an optimizer. So one direction per step, or 32 at every 32nd step, hold the error
-    at about 4e-8 sqrt(p / 2). Terms that cancel are summed in float64, whatever torch's precision of float32 products.
+    The first form reduces an error e to about e^2. The second form corrects only the rows and columns of the error in
+    the span of Q, a random (p, q) matrix with orthonormal columns. It removes a share of about 2 q / p of the squared
+    error.
+
+    In an optimizer, rounding to float32 adds (4e-8)^2 to the squared error in each step. Correcting one direction per
+    step, or 32 directions at every 32nd step, therefore holds the error at about 4e-8 sqrt(p / 2). Terms that cancel
+    are summed in float64, whatever precision torch is set to use for float32 products.
 
     Args:
         u: (..., n, p), n >= p, float32, float64, complex64 or complex128, with nearly orthonormal columns; any strides.
-        q: the number of directions to correct; None, or p and more, is all of them.
-        generator: of Q, on the device of u. All matrices of a stack share one Q.
+        q: the number of directions to correct. None, or q >= p, corrects all directions.
+        generator: the generator that draws Q, on the device of u. All matrices of a stack share one Q.
 
     Returns:
         u.
 
     Raises:
-        TypeError: another dtype. ValueError: u is wide, or q is below 1.
+        TypeError: another dtype. ValueError: u has more columns than rows, or `q` is below 1.
     """
     u = checks.orthonormal("u", u)
     if q is not None:
@@ -79,7 +83,7 @@ def reorthogonalize_(u: Tensor, q: int | None = None, generator: torch.Generator
 
 
 def off_orthonormal(u: Tensor) -> float:
-    """An estimate of the largest `orthogonality_error` of a stack, from (U^H U - I) x for one random x.
+    """Estimate the largest `orthogonality_error` of a stack, from (U^H U - I) x for one random x.
 
     The expectation of |(U^H U - I) x|^2 / |x|^2 is the squared error. Raises ValueError if the estimate is above _FAR
     or NaN.

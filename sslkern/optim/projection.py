@@ -1,4 +1,4 @@
-"""The two projections of projUNN, under their names in the paper."""
+"""The two projections of projUNN, with the names that they have in the paper."""
 
 from __future__ import annotations
 
@@ -8,10 +8,10 @@ from ..ops.rank_k_update import rank_k_update_
 
 
 def project_direct_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """U <- the matrix with orthonormal columns nearest to U + a b^H, in place: projUNN-D.
+    """projUNN-D: replace U, in place, by the matrix with orthonormal columns that is nearest to U + a b^H.
 
-    This is `sslkern.ops.rank_k_update_` with "direct", which documents shapes (u (..., n, p), n >= p), dtypes and
-    errors. a b^H is the step: -lr times a low-rank gradient. Returns u.
+    a b^H is the step: -lr times a low-rank gradient. u is (..., n, p) with n >= p. The function
+    `sslkern.ops.rank_k_update_` does the work, with "direct", and documents the shapes, dtypes and errors. Returns u.
 
     Source: Kiani et al., projUNN (2203.05483).
     """
@@ -19,10 +19,10 @@ def project_direct_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
 
 
 def project_tangent_(u: Tensor, a: Tensor, b: Tensor) -> Tensor:
-    """U <- U exp((U^H E - E^H U) / 2) with E = a b^H, in place: projUNN-T.
+    """projUNN-T: replace U, in place, by U exp((U^H E - E^H U) / 2) with E = a b^H.
 
-    This is `sslkern.ops.rank_k_update_` with "tangent", which documents shapes (u (..., n, n)), dtypes and errors. E is
-    the step: -lr times a low-rank gradient. Returns u.
+    E is the step: -lr times a low-rank gradient. u is (..., n, n). The function `sslkern.ops.rank_k_update_`
+    does the work, with "tangent", and documents the shapes, dtypes and errors. Returns u.
 
     Source: Kiani et al., projUNN (2203.05483).
     """

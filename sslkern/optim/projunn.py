@@ -1,4 +1,4 @@
-"""ProjUNN: gradient descent over orthogonal and unitary matrices by low-rank steps."""
+"""ProjUNN: gradient descent over orthogonal and unitary matrices with low-rank steps."""
 
 from __future__ import annotations
 
@@ -18,60 +18,68 @@ from .factors import Method, low_rank_factors
 from .moments import AGES, SecondMoment, directions_of
 from .orthogonality import off_orthonormal, reorthogonalize_
 
-_STACKED = 128 * 128  # elements; for larger matrices the call overhead does not matter
-_NEAR = 1e-5  # errors up to this are rounding drift
+_STACKED = 128 * 128  # matrices with more elements are not stacked: the call overhead does not matter for them
+_NEAR = 1e-5  # up to this, an orthogonality error counts as rounding drift
 
 
 class ProjUNN(torch.optim.Optimizer):
     r"""An optimizer that keeps the columns of its parameters orthonormal, in O(k n p) per step.
 
         m <- momentum m + g                                 momentum as in torch.optim.SGD; g is the gradient
-        d = m, or g + momentum m with nesterov
-        v <- beta2 v + (1 - beta2) |g|^2                    with second_moment: Adam's direction with bias correction,
-        d <- (1 - momentum) d / (sqrt(v) + eps)             or RMSprop's without momentum
-        U <- retraction of U - lr left right^H              left right^H ~ d's tangent part, rank k: `low_rank_factors`
+        d = m                                               or d = g + momentum m with `nesterov`
+        v <- beta2 v + (1 - beta2) |g|^2                    only with `second_moment`
+        d <- (1 - momentum) d / (sqrt(v) + eps)             only with `second_moment`
+        U <- retraction of U - lr left right^H              left right^H: rank-k approximation of d's tangent part
 
-    Parameters are stacks of matrices (..., n, p), n >= p, real or complex, that start with orthonormal columns and keep
-    them (`sslkern.ops.rank_k_update_`). bfloat16 and float16 are too coarse for orthogonality: such a parameter is a
-    rounded copy of a float32 master, the entry "master" of its state, and other writes to it are overwritten. There is
-    no weight decay: it would add rank n to a gradient of rank k, and the norm of these matrices is fixed.
+    With `second_moment`, d is the direction of Adam with bias correction, or of RMSprop if there is no momentum.
+    `low_rank_factors` computes left and right.
 
-    Layers with `factored=True` keep the factors of their gradient instead of the gradient. A step uses the factors up
-    and forms no n x p matrix. This works only for plain gradient descent with method "sketch".
+    Parameters are stacks of matrices (..., n, p), n >= p, real or complex, whose columns must be orthonormal at first.
+    `sslkern.ops.rank_k_update_` keeps the columns orthonormal. bfloat16 and float16 are too coarse for orthogonality: a
+    parameter of these dtypes is a rounded copy of a float32 master, which is the entry "master" of its state. Each step
+    overwrites whatever else was written to such a parameter. There is no weight decay, because it would add a matrix of
+    rank n to a gradient of rank k, and because the norm of a matrix with orthonormal columns is fixed.
+
+    Layers with `factored=True` keep the factors of their gradient instead of the gradient. A step consumes the factors
+    and forms no n x p matrix. This works only for plain gradient descent with the method "sketch".
 
     Random numbers depend only on `seed` and the step count of a parameter, so a run that resumes from a state_dict
-    continues bit for bit. Matrices of the same shape share them, stacked or not.
+    continues bit for bit. Matrices of the same shape use the same random numbers, whether or not they are stacked.
 
     Args:
-        params: iterable of parameters, or of groups with their own options.
-        lr: the step length, a number or a one-element tensor. A step of norm 0.1 is long. With second_moment, d has a
-            norm of sqrt(n p).
-        rank: k of every step; larger values are reduced to min(n, p), for which a step takes all of d.
+        params: an iterable of parameters, or of groups with their own options.
+        lr: the step length, a number or a one-element tensor. A step of norm 0.1 is long. With `second_moment`, d has
+            a norm of sqrt(n p).
+        rank: k, the rank of every step. Larger values are reduced to min(n, p), with which a step uses all of d.
         retraction: "tangent" (projUNN-T, square matrices only), "direct" (projUNN-D) or "cayley".
-        momentum: in [0, 1).
+        momentum: a number in [0, 1).
         nesterov: whether to use Nesterov momentum.
-        second_moment: None; "scalar", the mean of |g|^2 over each matrix, which keeps the rank of a gradient; or
-            "elementwise", as in RMSprop and Adam, which does not: a step of small k then follows less of the gradient.
-        beta2: decay of the second moment, in [0, 1).
-        eps: added to the root of the second moment, in units of the gradient.
-        method: "sketch", "columns" or "svd" of `low_rank_factors`.
-        warm_start: whether a sketch starts from the last step's, as in PowerSGD: more accurate at the same cost.
-        riemannian: whether to factor only the tangent part of d. Otherwise a step reads less, but part of the rank goes
-            to the rest of d, which does not move U and need not vanish at an optimum: descent stops early.
-        reorthogonalize_every: m; after every m-th step `reorthogonalize_` corrects m directions. This keeps float32
-            within about 4e-8 sqrt(p / 2) of orthonormal, at 10 n p operations per step for any m. None: never.
-        seed: of all random numbers.
-        foreach: whether to update parameters of the same shape, dtype and device in one call, as a stack; None is True
-            for matrices of up to 128 x 128 elements.
-        weight_decay: must be 0.0; the argument only exists for its error message.
+        second_moment: None, "scalar" or "elementwise". "scalar" is the mean of |g|^2 over each matrix, which keeps the
+            rank of a gradient. "elementwise" is the moment of RMSprop and Adam, which does not keep the rank, so that a
+            step with a small k follows less of the gradient.
+        beta2: the decay of the second moment, in [0, 1).
+        eps: added to the square root of the second moment, in units of the gradient.
+        method: the method of `low_rank_factors`: "sketch", "columns" or "svd".
+        warm_start: whether a sketch starts from the right factor of the last step, as in PowerSGD. This is more
+            accurate at the same cost.
+        riemannian: whether to factor only the tangent part of d. False reads less memory per step, but spends some of
+            the rank on the rest of d. This rest does not move U and need not vanish at an optimum, so descent stops
+            early.
+        reorthogonalize_every: m: after every m-th step, `reorthogonalize_` corrects m directions. This keeps float32
+            parameters within about 4e-8 sqrt(p / 2) of orthonormal, and costs 10 n p operations per step on average
+            for any m. None turns it off.
+        seed: the seed of all random numbers.
+        foreach: whether to update parameters of the same shape, dtype and device as a stack, in one call. None means
+            True for matrices of up to 128 x 128 elements.
+        weight_decay: must be 0.0. The argument exists only to give a clear error message.
 
     Raises:
-        TypeError, ValueError: options out of range, vectors, wide matrices, tall ones with "tangent", weight decay; in
-        the first step of a parameter, columns that are not orthonormal. RuntimeError: in a step, sparse gradients, or
-        factors that the options do not allow.
+        TypeError, ValueError: an option is out of range, a parameter is a vector or has more columns than rows, a
+        parameter is not square with "tangent", or there is weight decay. In the first step of a parameter, its columns
+        are not orthonormal. RuntimeError: in a step, a gradient is sparse, or the options do not support factors.
 
-    Source: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483). Warm
-    start: Vogels et al., PowerSGD (1905.13727).
+    Sources: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483); for
+    the warm start, Vogels et al., PowerSGD (1905.13727).
     """
 
     def __init__(
@@ -113,7 +121,7 @@ class ProjUNN(torch.optim.Optimizer):
         super().__init__(params, defaults)
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch.optim.Optimizer; a group with an error is not added."""
+        """The same as in torch.optim.Optimizer. A group that raises an error is not added."""
         super().add_param_group(param_group)
         try:
             _check(self.param_groups[-1])
@@ -123,12 +131,15 @@ class ProjUNN(torch.optim.Optimizer):
 
     @property
     def _step_supports_amp_scaling(self) -> bool:
-        """True makes a GradScaler announce itself to `step`, which then refuses factors, as they are not unscaled."""
+        """Whether a GradScaler must leave unscaling to `step`. It is True while factors are pending.
+
+        `step` then sees that a GradScaler is in use, and raises an error, because it cannot unscale factors.
+        """
         return any(has_pending(p) for p in chain.from_iterable(g["params"] for g in self.param_groups))
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters with a gradient or factors. Returns the value of `closure`, run with gradients on."""
+        """Update all parameters that have a gradient or factors. Return the value of `closure`, run with grad."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -146,13 +157,13 @@ class ProjUNN(torch.optim.Optimizer):
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch.optim.Optimizer; pending factors are discarded too."""
+        """The same as in torch.optim.Optimizer. Pending factors are discarded too."""
         super().zero_grad(set_to_none)
         for p in chain.from_iterable(group["params"] for group in self.param_groups):
             forget(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """As in torch.optim.Optimizer, but the state keeps its dtypes, which torch would cast to the parameters'."""
+        """The same as in torch.optim.Optimizer, but without casting the state to the dtypes of the parameters."""
         super().load_state_dict(state_dict)
         saved, ours = (
             chain.from_iterable(g["params"] for g in x) for x in (state_dict["param_groups"], self.param_groups)
@@ -163,7 +174,7 @@ class ProjUNN(torch.optim.Optimizer):
                     self.state[p][name] = value.to(p.device, copy=True)
 
     def _stacks(self, group: dict[str, Any], params: list[Tensor]) -> Iterable[list[Tensor]]:
-        """Lists of parameters that one call updates: same matrix shape, dtype, device and step counts."""
+        """Lists of parameters that one call can update, with the same matrix shape, dtype, device and step counts."""
         stacks: dict[tuple, list[Tensor]] = {}
         for p in params:
             stacked = group["foreach"]
@@ -176,14 +187,14 @@ class ProjUNN(torch.optim.Optimizer):
         return stacks.values()
 
     def _initialize(self, group: dict[str, Any], p: Tensor) -> None:
-        """Make the state of a parameter; its first step checks that the columns are orthonormal."""
+        """Create or update the state of a parameter. In its first step, check that its columns are orthonormal."""
         state = self.state[p]
         half = p.dtype in HALF
-        if "step" not in state or half != ("master" in state):  # new, or its precision has changed
+        if "step" not in state or half != ("master" in state):  # p is new, or its precision has changed
             state.pop("master", None)
             u = p.float() if half else p
             if off_orthonormal(u) > _NEAR:
-                for _ in range(3):  # errors from bfloat16 on: 2e-3, 3e-6, 7e-12
+                for _ in range(3):  # reduces the error of bfloat16: 2e-3, 3e-6, 7e-12
                     reorthogonalize_(u)
             if u is not p:
                 state["master"] = u
@@ -281,14 +292,14 @@ def _warm(group: dict[str, Any]) -> bool:
 
 
 def _stack(tensors: list[Tensor]) -> Tensor:
-    """Several stacks of matrices as one; a single one unchanged."""
+    """Join several stacks of matrices into one. A single stack is returned unchanged."""
     return (
         tensors[0] if len(tensors) == 1 else torch.cat([t.flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors])
     )
 
 
 def _unstack(tensors: list[Tensor], values: Tensor) -> None:
-    """Copy a stack back to the tensors that `_stack` joined."""
+    """Copy the values of a stack back to the tensors from which `_stack` made it."""
     if len(tensors) > 1:
         pieces = values.split([t.shape[:-2].numel() for t in tensors])
         internals.foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])

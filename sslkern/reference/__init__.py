@@ -1,1 +1,2 @@
-"""Formulas in plain torch: the truth in tests, the fake kernels, and the fall-back on any other device."""
+"""The kernels in plain torch. Tests compare the other back-ends with them. They are also the fake (meta) kernels, and
+run where no other back-end does."""

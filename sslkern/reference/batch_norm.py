@@ -1,4 +1,4 @@
-"""Batch moments and batch norm in plain torch, over (N, C, ...)."""
+"""Batch moments and batch norm of tensors (N, C, ...) in plain torch."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ def _over(x: Tensor) -> tuple[int, ...]:
 
 
 def _per_channel(values: Tensor, x: Tensor) -> Tensor:
-    """(C,) as a shape that broadcasts with x."""
+    """`values` (C,) in a shape that broadcasts with `x` (N, C, ...)."""
     return values.view(*values.shape, *[1] * (x.dim() - 2))
 
 
 def _like(x: Tensor, y: Tensor) -> Tensor:
-    """y in the dtype and strides of x."""
+    """`y` in the dtype and strides of `x`."""
     y = y.to(x.dtype)
     return y if y.stride() == x.stride() else torch.empty_like(x).copy_(y)
 
@@ -33,7 +33,8 @@ def _behind_relu(dy: Tensor, xc: Tensor, scale: Tensor, bias: Tensor, relu: bool
 
 
 def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
-    """Of a dense x (N, C, ...): centre (2, C), whose rows sum to the mean, and the biased variance (C,)."""
+    """The channel statistics of a dense `x` (N, C, ...): `centre` (2, C), whose two rows add up to the mean, and the
+    biased variance (C,)."""
     z = x.to(accumulation_dtype(x))
     pivot = z[0].flatten(1)[:, 0] if x.dim() > 2 else z[0]
     shift = (z - _per_channel(pivot, x)).mean(_over(x))
@@ -45,7 +46,8 @@ def batch_moments_fwd(x: Tensor) -> tuple[Tensor, Tensor]:
 def batch_norm_apply(
     x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
-    """(x - mean) weight / sqrt(variance + eps) + bias, then a ReLU if `relu`, in the dtype and strides of x."""
+    """(x - mean) weight / sqrt(variance + eps) + bias, then a ReLU if `relu` is True. `centre` holds the mean as in
+    `batch_moments_fwd`. The result has the dtype and strides of `x`."""
     scale = weight * (variance + eps).rsqrt()
     y = _centred(x, centre) * _per_channel(scale, x) + _per_channel(bias, x)
     return _like(x, y.relu() if relu else y)
@@ -54,7 +56,8 @@ def batch_norm_apply(
 def batch_norm_sums(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> Tensor:
-    """(2, C): the sums over each channel of dy, masked by the ReLU, and of dy x_hat."""
+    """For each channel, the sum of dy and the sum of dy x_hat, (2, C). x_hat is (x - mean) / sqrt(variance + eps). If
+    `relu` is True, dy is first set to 0 where the ReLU returned 0."""
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dy = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     return torch.stack([dy.sum(_over(x)), (dy * xc).sum(_over(x)) * inv_std])
@@ -71,8 +74,12 @@ def batch_norm_input_grad(
     eps: float,
     relu: bool,
 ) -> Tensor:
-    """weight / sqrt(variance + eps) (dy - means_0 - x_hat means_1). means (2, C) are those of `batch_norm_sums`, or
-    zeros; with zeros, NaN and inf in x do not reach the result."""
+    """The gradient of x: weight / sqrt(variance + eps) (dy - means[0] - x_hat means[1]), with x_hat and dy as in
+    `batch_norm_sums`.
+
+    `means` (2, C) is the result of `batch_norm_sums` divided by the number of elements per channel; or zeros, if the
+    statistics are constants. With zeros, NaN and inf in x do not reach the result.
+    """
     xc, inv_std = _centred(x, centre), (variance + eps).rsqrt()
     dx = _behind_relu(dy, xc, weight * inv_std, bias, relu)
     slope = _per_channel(means[1] * inv_std, x)
@@ -90,8 +97,8 @@ def batch_norm_fwd(
     eps: float,
     relu: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Batch norm by the statistics of x itself: the output, and the centre (the mean as an unevaluated sum of two
-    numbers) and the variance from `batch_moments_fwd`.
+    """Batch norm by the statistics of `x` itself. Returns the output, and `centre` and `variance` of
+    `batch_moments_fwd`.
 
     The running statistics, (C,) in the dtype of the variance, move in place towards the mean and the unbiased variance.
     """
@@ -107,7 +114,8 @@ def batch_norm_fwd(
 def batch_norm_bwd(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor, centre: Tensor, variance: Tensor, eps: float, relu: bool
 ) -> tuple[Tensor, Tensor]:
-    """The backward of `batch_norm_fwd`: the gradient of x, and `batch_norm_sums`, the gradients of bias and weight."""
+    """The backward of `batch_norm_fwd`. Returns the gradient of `x`, and the result of `batch_norm_sums`, whose rows
+    are the gradients of bias and weight."""
     sums = batch_norm_sums(dy, x, weight, bias, centre, variance, eps, relu)
     means = sums / (x.numel() // x.shape[1])
     return batch_norm_input_grad(dy, x, weight, bias, centre, variance, means, eps, relu), sums

@@ -1,4 +1,5 @@
-"""The covariance in plain torch, by its primal or dual formula; this defines what the kernels return."""
+"""The covariance in plain torch, by its primal or dual formula. It defines what the kernels of other back-ends
+return."""
 
 from __future__ import annotations
 
@@ -10,7 +11,8 @@ from .columns import centre_of, centred
 
 
 def _second_moments(zc: Tensor, unbiased: bool, dual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """(variance, offdiag, gram, row_sq) of centred rows (..., N, D)."""
+    """The results `variance`, `offdiag`, `gram` and `row_sq` of `covariance_fwd`, from centred rows `zc`
+    (..., N, D)."""
     n = zc.shape[-2]
     square = zc.square()
     variance = square.sum(-2) / (n - 1)
@@ -32,10 +34,12 @@ def _second_moments(zc: Tensor, unbiased: bool, dual: bool) -> tuple[Tensor, Ten
 
 
 def covariance_fwd(z: Tensor, unbiased: bool, dual: bool) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """z (..., N, D) -> variance (..., D), offdiag (...), centre (..., 2, D), gram (..., m, m), row_sq (..., N or 0).
+    """The statistics of `z` (..., N, D): variance (..., D), offdiag (...), centre (..., 2, D), gram (..., m, m) and
+    row_sq.
 
-    gram is Zc Zc' if dual (m = N), otherwise the covariance with a zero diagonal (m = D). row_sq holds the squared row
-    norms if unbiased, and is empty otherwise.
+    `centre` holds the column means as in `centre_of`. If `dual` is True, `gram` is Zc Zc' with m = N; otherwise it is
+    the covariance with a zero diagonal, and m = D. If `unbiased` is True, `row_sq` (..., N) holds the squared lengths
+    of the centred rows; otherwise it is empty, (..., 0).
     """
     with without_autocast(z):
         centre = centre_of(z)
@@ -53,7 +57,7 @@ def input_gradient(
     unbiased: bool,
     dual: bool,
 ) -> Tensor:
-    """The gradient with respect to z, (..., N, D), in accumulation precision."""
+    """The gradient with respect to z, (..., N, D), in the dtype of the centred rows `zc`."""
     n = zc.shape[-2]
     g = grad_offdiag[..., None]
     c = (n - 1) / (n * (n - 2) * (n - 3)) if unbiased else 0.0

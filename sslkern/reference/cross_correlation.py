@@ -1,4 +1,4 @@
-"""Cross-correlation of two batch-standardised views in plain torch."""
+"""Cross-correlation in plain torch of two views that are standardised over the batch."""
 
 from __future__ import annotations
 
@@ -12,10 +12,12 @@ from .columns import centre_of, centred
 def cross_correlation_fwd(
     a: Tensor, b: Tensor, eps: float, dual: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a, b (..., N, D) -> diagonal (..., D), offdiag (...), centre (2, ..., 2, D), inv_std (2, ..., D), gram.
+    """The statistics of `a` and `b` (..., N, D): diagonal (..., D), offdiag (...), centre (2, ..., 2, D), inv_std
+    (2, ..., D) and gram.
 
-    If dual, gram is A A' and B B' of the standardised views, (2, ..., N, N); otherwise the correlation with a zero
-    diagonal, (1, ..., D, D).
+    The first dimension of `centre` and `inv_std` stands for the two views. `centre` holds the column means as in
+    `centre_of`, and `inv_std` is 1 / sqrt(variance + eps). If `dual` is True, `gram` (2, ..., N, N) holds A A' and B B'
+    of the standardised views. Otherwise it holds the correlation with a zero diagonal, (1, ..., D, D).
     """
     with without_autocast(a):
         n = a.shape[-2]
@@ -47,7 +49,7 @@ def cross_correlation_bwd(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to a and b; a gradient that is not needed is empty."""
+    """The gradients with respect to `a` and `b`. A gradient that is not needed is empty."""
     n = a.shape[-2]
     grads = []
     with without_autocast(a):

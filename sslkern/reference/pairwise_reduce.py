@@ -1,4 +1,4 @@
-"""Reductions over all pairs of rows in plain torch, one slice of rows at a time."""
+"""Reductions over all pairs of rows in plain torch. The similarities are computed for a part of the rows at a time."""
 
 from __future__ import annotations
 
@@ -9,21 +9,22 @@ from torch import Tensor
 
 from ..core.dtypes import without_autocast
 
-OFFDIAG, SAME, DIFFERENT = 1, 2, 4  # bits of a mask: keep j != i; equal labels; unequal labels
+OFFDIAG, SAME, DIFFERENT = 1, 2, 4  # bits of a mask: keep j != i, equal labels, unequal labels
 SQUARED = ("sqeuclidean", "rbf")  # kernels of the squared distance
-_NUMBERS = 1 << 20  # elements of one slice of similarities, over all matrices of a stack
+_NUMBERS = 1 << 20  # how many similarities are computed at a time, over all matrices of a stack
 
 
 def _share(x: Tensor, y: Tensor) -> Iterator[slice]:
     n = x.shape[-2]
-    if not isinstance(n, int):  # symbolic: a loop would make it constant, and tracing needs no memory
+    if not isinstance(n, int):  # symbolic in a trace: a loop would make it constant, and memory does not matter
         return iter([slice(0, n)])
     step = max(1, _NUMBERS // max(1, y.shape[:-1].numel()))
     return (slice(i, min(n, i + step)) for i in range(0, n, step))
 
 
 def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str, self_pairs: bool) -> Tensor:
-    """scale <x_i, y_j> or scale |x_i - y_j|^2 for a slice of rows of x; `self_pairs` if y is x."""
+    """The similarities of the rows `rows` of x with all rows of y: scale <x_i, y_j>, or scale |x_i - y_j|^2 for kernels
+    of the squared distance. `self_pairs` says whether y is x; the distance of a row to itself is then 0."""
     s = x[..., rows, :] @ y.mT
     if kernel in SQUARED:
         square = [z.square().sum(-1) for z in (x[..., rows, :], y)]
@@ -36,7 +37,8 @@ def _similarities(x: Tensor, y: Tensor, rows: slice, scale: Tensor, kernel: str,
 def _dropped(
     rows: slice, n: int, m: int, x_labels: Tensor | None, y_labels: Tensor | None, mask: int, device: torch.device
 ) -> Tensor | None:
-    """A mask of the pairs that do not count; None if all count."""
+    """A Boolean tensor that is True for the pairs that the mask drops, for the rows `rows` of x. None if it keeps all
+    pairs."""
     if mask == 0:
         return None
     out = torch.zeros((), dtype=torch.bool, device=device)
@@ -59,7 +61,8 @@ def _pairs(
     value: float,
     function: Callable[[str, Tensor], Tensor] = lambda _, t: t,
 ) -> Iterator[tuple[slice, Tensor]]:
-    """Slices of rows, each with `function` of its similarities, and `value` for pairs that do not count."""
+    """For a slice of the rows of x at a time, yield the slice, and `function(kernel, similarities)` of its pairs. For
+    pairs that the mask drops, the result is replaced by `value`."""
     z, self_pairs = (x if y is None else y), y is None
     for rows in _share(x, z):
         t = function(kernel, _similarities(x, z, rows, scale, kernel, self_pairs))
@@ -90,10 +93,12 @@ def _add_gradients(
     grad_x: Tensor | None,
     grad_y: Tensor | None,
 ) -> None:
-    """Add the gradients of x (a slice of rows) and y, per unit of scale, from w, the gradients of the similarities."""
+    """Add the gradients of the rows `rows` of x and of all rows of y, divided by the scale, to `grad_x` and `grad_y`.
+    `w` holds the gradients of the similarities."""
     some = x[..., rows, :]
     if self_pairs and kernel in SQUARED:
-        w.diagonal(rows.start, -2, -1).zero_()  # the gradient of a zero distance is 0, which rounding would miss
+        # the distance of a row to itself has a gradient of 0, which rounding would change
+        w.diagonal(rows.start, -2, -1).zero_()
     for grad, at, weights, this, other in ((grad_x, rows, w, some, y), (grad_y, slice(None), w.mT, y, some)):
         if grad is None:
             continue
@@ -113,9 +118,10 @@ def pairwise_logsumexp_fwd(
     kernel: str,
     columns: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The log-sum-exp over j, (..., N), and over i, (..., M); the second one is empty unless `columns`.
+    """The log-sum-exp of the similarities over j, (..., N), and over i, (..., M). The second result is empty unless
+    `columns` is True.
 
-    x is (..., N, D); y (..., M, D), or None to compare x with itself; scale (...).
+    `x` is (..., N, D). `y` is (..., M, D), or None to compare `x` with itself. `scale` is (...).
     """
     z = x if y is None else y
     over_rows = x.new_empty(x.shape[:-1])
@@ -144,13 +150,14 @@ def pairwise_logsumexp_bwd(
     need_x: bool,
     need_y: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients of x and y divided by the scale; the caller multiplies by it. One that is not needed is empty."""
+    """The gradients of x and y, divided by the scale. The caller multiplies them by the scale. A gradient that is not
+    needed is empty."""
     z, self_pairs = (x if y is None else y), y is None
     if self_pairs:
         columns, over_columns, grad_columns = True, over_rows, grad_rows
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
     grad_y = torch.zeros_like(z, memory_format=torch.contiguous_format) if need_y and not self_pairs else None
-    # without pairs the log-sum-exp is -inf; a finite base makes the weights 0
+    # the log-sum-exp of a row without pairs is -inf; 0 in its place makes the weights of the row 0
     bases = [v.masked_fill(v == -torch.inf, 0) for v in (over_rows, over_columns)]
     with without_autocast(x):
         for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
@@ -171,7 +178,8 @@ def pairwise_argmax(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """The first j with the largest similarity of every row: (..., N), int64; -1 if all pairs of a row are masked."""
+    """For every row, the first j with the largest similarity, (..., N), int64. It is -1 if all pairs of the row are
+    masked."""
     out = x.new_empty(x.shape[:-1], dtype=torch.int64)
     with without_autocast(x):
         for rows, t in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, -torch.inf):
@@ -189,7 +197,7 @@ def pairwise_matmul_fwd(
     mask: int,
     kernel: str,
 ) -> Tensor:
-    """sum_j k_ij rhs_j, (..., N, P), with rhs (..., M, P), or None for a column of ones."""
+    """The sum over j of k_ij rhs_j, (..., N, P). `rhs` is (..., M, P), or None for a column of ones."""
     out = x.new_empty((*x.shape[:-1], 1 if rhs is None else rhs.shape[-1]))
     with without_autocast(x):
         for rows, k in _pairs(x, y, scale, x_labels, y_labels, mask, kernel, 0, _apply):
@@ -211,7 +219,8 @@ def pairwise_matmul_bwd(
     need_y: bool,
     need_rhs: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of x and y divided by the scale, and of rhs. One that is not needed is empty."""
+    """The gradients of x and y, both divided by the scale, and the gradient of rhs. A gradient that is not needed is
+    empty."""
     z, self_pairs = (x if y is None else y), y is None
     y_labels = x_labels if self_pairs else y_labels
     grad_x = torch.zeros_like(x, memory_format=torch.contiguous_format) if need_x else None
@@ -239,7 +248,8 @@ def pairwise_matmul_bwd(
 
 
 def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    """x (..., G, N, D), scale (..., G) -> sum_ij k^g_ij k^h_ij (..., G, G), sum_j k^g_ij (..., G, N), in float64."""
+    """The sums sum_ij k^g_ij k^h_ij, (..., G, G), and sum_j k^g_ij, (..., G, N), in float64. `x` (..., G, N, D) holds G
+    groups of rows, `scale` is (..., G), and k^g is the kernel matrix of group g."""
     gram = x.new_zeros((*x.shape[:-2], x.shape[-3]), dtype=torch.float64)
     sums = x.new_empty(x.shape[:-1], dtype=torch.float64)
     with without_autocast(x):
@@ -251,7 +261,7 @@ def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Te
 
 
 def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    """The gradient of x divided by the scale; the caller multiplies by it."""
+    """The gradient of x, divided by the scale. The caller multiplies it by the scale."""
     grad = torch.zeros_like(x, memory_format=torch.contiguous_format)
     both, grad_sums = (2 * (grad_gram + grad_gram.mT)).to(x.dtype), grad_sums.to(x.dtype)
     with without_autocast(x):

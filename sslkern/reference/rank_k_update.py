@@ -1,11 +1,12 @@
-"""Rank-k updates of orthogonal and unitary matrices in plain torch, without eigenvectors and without QR.
+"""Rank-k updates of orthogonal and unitary matrices in plain torch, without eigenvectors and without a QR
+decomposition.
 
 With M = U^H a, W = [M b], K = W^H W and A = a^H a, every update is
 
     U' = U + (U W C + a D) W^H
 
-where C (2k, 2k) and D (k, 2k) follow from K and A alone. K is never inverted, so zero, equal or nearly parallel columns
-do no harm.
+where the matrices C (2k, 2k) and D (k, 2k) are functions of K and A alone. K is never inverted, so a and b may have
+zero, equal or nearly parallel columns.
 """
 
 from __future__ import annotations
@@ -23,7 +24,11 @@ def _blocks(rows: list[list[Tensor]]) -> Tensor:
 
 
 def _exponential(j: Tensor, gram: Tensor) -> Tensor:
-    """S with exp(W J W^H) = I + W S W^H, K = `gram`: S = phi_1(J K) J for J / 2^s, then s times S <- 2 S + S K S."""
+    """The matrix S for which exp(W J W^H) = I + W S W^H, where K = W^H W is `gram`.
+
+    First J is divided by 2^s, and S = phi_1(J K) J is computed from the series of phi_1(z) = (exp(z) - 1) / z. Then S
+    is replaced by 2 S + S K S, s times, which undoes the division.
+    """
     norm = torch.linalg.matrix_norm(j @ gram)[..., None, None]
     halvings = (norm.log2() + 1).ceil().clamp(0, 40).nan_to_num(0.0)
     j = j * torch.exp2(-halvings)
@@ -38,7 +43,8 @@ def _exponential(j: Tensor, gram: Tensor) -> Tensor:
 
 
 def _square_root(x: Tensor) -> Tensor:
-    """The square root for positive eigenvalues, by the Denman-Beavers iteration with determinant scaling."""
+    """The square root of matrices with positive eigenvalues, by the Denman-Beavers iteration with determinant
+    scaling."""
     y, z = x, torch.eye(x.shape[-1], dtype=x.dtype, device=x.device).expand_as(x)
     for _ in range(20):
         scale = -(torch.linalg.slogdet(y)[1] + torch.linalg.slogdet(z)[1]) / (2 * x.shape[-1])
@@ -48,19 +54,20 @@ def _square_root(x: Tensor) -> Tensor:
 
 
 def coefficients(gram: Tensor, outer: Tensor, retraction: int) -> tuple[Tensor, Tensor]:
-    """C (2k, 2k) and D (k, 2k) of an update, from K = `gram` and A = `outer`, in double precision."""
+    """The matrices C (2k, 2k) and D (k, 2k) of an update, from K = `gram` and A = `outer`, which are in double
+    precision."""
     k = outer.shape[-1]
     one = torch.eye(k, dtype=gram.dtype, device=gram.device).expand_as(outer)
     zero, two = torch.zeros_like(one), torch.eye(2 * k, dtype=gram.dtype, device=gram.device)
     skew = _blocks([[zero, one], [-one, zero]])
     if retraction == TANGENT:
         return _exponential(skew / 2, gram), outer.new_zeros(*outer.shape[:-1], 2 * k)
-    if retraction == DIRECT:  # Y (Y^H Y)^(-1/2), Y = U + a b^H and Y^H Y = I + W theta W^H
+    if retraction == DIRECT:  # U' = Y (Y^H Y)^(-1/2) with Y = U + a b^H, Y^H Y = I + W theta W^H
         theta = _blocks([[zero, one], [one, outer]])
         z = theta @ gram
         s = -torch.linalg.solve(_square_root(two + z) + two + z, theta)
         return s, (two + gram @ s)[..., k:, :]
-    # I + V S V^H with V = [(I - U U^H / 2) a, U b], and V^H U = [M / 2, b]^H
+    # cayley: U' = (I + V S V^H) U with V = [(I - U U^H / 2) a, U b], so V^H U = [M / 2, b]^H
     m, b = gram[..., :k, :k], gram[..., k:, k:]
     mb = gram[..., :k, k:] / 2
     left = _blocks([[outer - 0.75 * m, mb], [mb.mH, b]])
@@ -70,7 +77,8 @@ def coefficients(gram: Tensor, outer: Tensor, retraction: int) -> tuple[Tensor, 
 
 
 def balance(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """a and b, rescaled to equal column norms with the same a b^H."""
+    """`a` and `b` with their columns rescaled: the norms of column i of `a` and column i of `b` become equal, and a b^H
+    stays the same."""
     ratio = torch.linalg.vector_norm(a, dim=-2, keepdim=True, dtype=_double(a)).real
     ratio = (ratio / torch.linalg.vector_norm(b, dim=-2, keepdim=True, dtype=_double(b)).real).sqrt()
     ratio = torch.where(ratio.isfinite() & (ratio > 0), ratio, 1)
@@ -82,7 +90,8 @@ def _double(x: Tensor) -> torch.dtype:
 
 
 def rank_k_update_(u: Tensor, a: Tensor, b: Tensor, retraction: int) -> None:
-    """U <- the retraction of U + a b^H, in place; u (..., n, p), a (..., n, k), b (..., p, k)."""
+    """Replace U by the retraction of U + a b^H, in place. `u` is (..., n, p), `a` is (..., n, k) and `b` is
+    (..., p, k)."""
     with without_autocast(u):
         a, b = balance(a, b)
         w = torch.cat([u.mH @ a, b], -1)

@@ -8,6 +8,7 @@ from ..core.dtypes import without_autocast
 
 
 def skinny_products(x: Tensor, right: Tensor, left: Tensor) -> tuple[Tensor, Tensor]:
-    """X right and X^H left, contiguous. The second is taken as (left^H X)^H, which reads X along its rows."""
+    """The products X right and X^H left, both contiguous. The second is computed as (left^H X)^H, which reads X along
+    its rows."""
     with without_autocast(x):
         return x @ right, (left.mH @ x).mH.resolve_conj().contiguous()

@@ -1,4 +1,4 @@
-"""VICReg in plain torch; this defines what the kernels return."""
+"""VICReg in plain torch. It defines what the kernels of other back-ends return."""
 
 from __future__ import annotations
 
@@ -20,7 +20,8 @@ def vicreg_of(
     gamma: float | Tensor,
     eps: float | Tensor,
 ) -> tuple[Tensor, Tensor]:
-    """loss (...) and terms (..., 3) from invariance (...), variance (2, ..., D) and offdiag (2, ...) of both views."""
+    """The loss (...) and its unweighted terms (..., 3), from the invariance (...), and from `variance` (2, ..., D) and
+    `offdiag` (2, ...) of both views."""
     hinge = (gamma - (variance + eps).sqrt()).relu().mean(-1).sum(0) / 2
     terms = torch.stack([invariance, hinge, offdiag.sum(0) / variance.shape[-1]], -1)
     return sim_coeff * terms[..., 0] + std_coeff * terms[..., 1] + cov_coeff * terms[..., 2], terms
@@ -37,7 +38,8 @@ def vicreg_fwd(
     unbiased: bool,
     dual: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """a, b (..., N, D) -> loss (...), terms (..., 3), and centre, variance, gram, row_sq of both views, stacked."""
+    """VICReg of `a` and `b` (..., N, D): the loss (...), its unweighted terms (..., 3), and the results centre,
+    variance, gram and row_sq of `covariance_fwd`, stacked for both views."""
     with without_autocast(a):
         dtype = accumulation_dtype(a)
         invariance = (a.to(dtype) - b.to(dtype)).square().mean((-2, -1))
@@ -65,7 +67,7 @@ def vicreg_bwd(
     need_a: bool,
     need_b: bool,
 ) -> tuple[Tensor, Tensor]:
-    """The gradients with respect to a and b; a gradient that is not needed is empty."""
+    """The gradients with respect to `a` and `b`. A gradient that is not needed is empty."""
     n, d = a.shape[-2:]
     grads = []
     with without_autocast(a):

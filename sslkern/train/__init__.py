@@ -1,4 +1,4 @@
-"""Tools for training, beside the losses."""
+"""Training tools other than losses."""
 
 from .large_batch import LargeBatch as LargeBatch
 from .large_batch import large_batch as large_batch

@@ -1,6 +1,7 @@
-"""The parts of `large_batch` that make two runs of a module equal, and the backward of a chunk.
+"""Helpers of `large_batch`, which runs every chunk of a batch twice: without a graph, and again in the backward.
 
-Both runs use the same buffers, training flags, autocast settings and random numbers.
+They make the second run equal to the first, with the same buffers, training flags, autocast settings and random
+numbers, and they compute the backward of a chunk.
 """
 
 from __future__ import annotations
@@ -19,16 +20,19 @@ _HALF = (torch.bfloat16, torch.float16)
 
 
 class Buffers:
-    """A snapshot of a module's buffers."""
+    """A snapshot of the buffers of a module and its submodules."""
 
     def __init__(self, module: nn.Module) -> None:
         named = [(m, name, b) for m in module.modules() for name, b in buffers(m).items() if b is not None]
-        copies = {id(b): b.detach().clone() for _, _, b in named}  # one copy of a shared buffer
+        copies = {id(b): b.detach().clone() for _, _, b in named}  # shared buffers are copied once
         self.kept = [(m, name, b, copies[id(b)]) for m, name, b in named]
 
     def drop_unchanged(self) -> None:
-        """Forget the buffers that have not changed since. On a GPU keep all: comparing them is a host sync, and their
-        version does not tell, because a batch norm moves its statistics without a new version."""
+        """Forget the buffers on a CPU that have not changed since the snapshot.
+
+        Buffers on a GPU are all kept, because comparing them would be a host sync. Their version cannot show a change
+        either, because a batch norm updates its statistics without a new version.
+        """
         self.kept = [
             (m, name, b, copy)
             for m, name, b, copy in self.kept
@@ -37,13 +41,13 @@ class Buffers:
 
     @contextmanager
     def as_before(self) -> Iterator[None]:
-        """Set the buffers to the snapshot inside the context, and back to their current values after it."""
+        """A context in which the buffers have the values of the snapshot. On exit, the previous values are restored."""
         now = [buffers(m).get(name) for m, name, _, _ in self.kept]
         values = [None if b is None else b.detach().clone() for b in now]
         try:
             for m, name, b, copy in self.kept:
                 if buffers(m).get(name) is b:
-                    b.data.copy_(copy)  # .data: no new version, so graphs that saved the buffer stay valid
+                    b.data.copy_(copy)  # .data keeps the version, so graphs that saved it stay valid
                 else:
                     buffers(m)[name] = copy.clone()
             yield
@@ -56,7 +60,7 @@ class Buffers:
 
 @contextmanager
 def training(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
-    """Set the training flags of modules inside the context, and back to their current values after it."""
+    """A context in which the modules have these training flags. On exit, the previous flags are restored."""
     now = [m.training for m, _ in modes]
     try:
         for m, training in modes:
@@ -68,7 +72,10 @@ def training(modes: list[tuple[nn.Module, bool]]) -> Iterator[None]:
 
 
 def autocast(tensors: Sequence[Tensor]) -> Callable[[], ExitStack]:
-    """The current autocast settings, without the cache: a weight that was cast without grad must not be reused."""
+    """A function that returns a context with the current autocast settings, but without autocast's weight cache.
+
+    The cache could return a weight that was cast without grad.
+    """
     kinds = {"cpu", *(t.device.type for t in tensors)}
     settings = [
         (kind, torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind))
@@ -86,13 +93,13 @@ def autocast(tensors: Sequence[Tensor]) -> Callable[[], ExitStack]:
 
 
 def devices(tensors: Sequence[Tensor]) -> tuple[list[int], str]:
-    """The indices of the accelerators that hold the tensors, and their type, which is "cuda" if there are none."""
+    """The indices of the accelerators that hold the tensors, and their type ("cuda" if there are none)."""
     places = {t.device for t in tensors if t.device.type not in ("cpu", "meta")}
     return sorted({p.index for p in places}), next((p.type for p in places), "cuda")
 
 
 def random_state(devices: tuple[list[int], str]) -> Callable[[], None]:
-    """A function that sets the generators of the CPU and of the devices to their current state."""
+    """A function that resets the generators of the CPU and of the devices to the state that they have now."""
     indices, kind = devices
     cpu = torch.get_rng_state()
     module = torch.get_device_module(kind)
@@ -107,7 +114,7 @@ def random_state(devices: tuple[list[int], str]) -> Callable[[], None]:
 
 
 class Total:
-    """A sum of gradients: a single one is kept as it is, further ones are added in fp32 or better."""
+    """A sum of gradients. A single gradient is kept as it is. Further gradients are added in fp32 or better."""
 
     value: Tensor | None = None
     own = False
@@ -117,7 +124,7 @@ class Total:
             self.value = grad
         elif self.own:
             self.value.add_(grad)
-        else:  # out of place: the first one may also be the gradient of another parameter
+        else:  # not in place: the first gradient may also belong to another parameter
             wide = self.value.float() if self.value.dtype in _HALF else self.value
             self.value, self.own = wide + grad, True
 
@@ -126,9 +133,9 @@ class Total:
 
 
 class Summed:
-    """The backward of a chunk, which sums the gradients of the parameters over all chunks.
+    """The backward of a chunk. It sums the gradients of the parameters over all chunks of all views in one backward.
 
-    The sum is over all views in the same backward. Gradients are added as they come, so there is never a second set.
+    Each gradient is added to the sum as soon as it is computed, so there is never a second set of gradients.
     """
 
     final = False
@@ -143,7 +150,7 @@ class Summed:
     def __enter__(self) -> Summed:
         if self.task != (task := running_backward()):
             self.task, self.sums, self.done = task, [Total() for _ in self.params], []
-        # user hooks are for the gradient of the batch and run when it is accumulated, not per chunk
+        # user hooks expect the gradient of the batch; they run when it is accumulated, so not for each chunk
         self.theirs = [dict(backward_hooks(p)) for p in self.params]
         for p, hooks in zip(self.params, self.theirs, strict=True):
             if hooks:
@@ -159,7 +166,7 @@ class Summed:
                 backward_hooks(p).update(hooks)
 
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The gradients of the leaves, from pairs (output, its gradient)."""
+        """The gradients of `leaves`. Each of `pairs` is an output of the chunk and the gradient of this output."""
         outputs, grads = zip(*pairs, strict=True)
         try:
             return torch.autograd.grad(outputs, [*leaves, *self.params], grads, allow_unused=True)[: len(leaves)]
@@ -171,7 +178,7 @@ class Summed:
             ) from error
 
     def gradients(self, node: object) -> Sequence[Tensor | None]:
-        """All views add to one sum of gradients; the last view of this backward returns it, the others return None."""
+        """The summed gradients of the parameters, for the last view of this backward. Earlier views get None."""
         self.done.append(node)
         waiting = [other for ref in self.nodes if (other := ref()) is not None and other not in self.done]
         if any(will_run(other) for other in waiting):
@@ -188,7 +195,10 @@ class Summed:
 
 
 class Synced:
-    """The backward of a chunk for sharded parameters, which accumulate by themselves and reduce in the last chunk."""
+    """The backward of a chunk if the parameters are sharded.
+
+    Such parameters accumulate their gradients themselves. The gradients are reduced over the ranks in the last chunk.
+    """
 
     final = False
 
@@ -205,7 +215,7 @@ class Synced:
             group.reduce_grads, group.all_reduce_grads = flags
 
     def __call__(self, pairs: list[tuple[Tensor, Tensor]], leaves: list[Tensor], last: bool) -> Sequence[Any]:
-        """The gradients of the leaves, from pairs (output, its gradient)."""
+        """The gradients of `leaves`. Each of `pairs` is an output of the chunk and the gradient of this output."""
         for group, flags in zip(self.groups, self.theirs, strict=True):
             group.reduce_grads, group.all_reduce_grads = flags if last and self.final else (False, False)
         outputs, grads = zip(*pairs, strict=True)

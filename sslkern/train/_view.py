@@ -1,4 +1,4 @@
-"""One view of a batch: its chunks, run without a graph, and run again in the backward."""
+"""One view of a batch. Its chunks run first without a graph, and again in the backward."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ._replay import Buffers, Summed, Synced, Total, autocast, devices, random_s
 
 
 class View:
-    """One view of a batch, and the state that makes both runs of its chunks equal."""
+    """One view of a batch: its tensors, its chunks, and the recorded state that makes both runs of a chunk equal."""
 
     def __init__(self, backbone: nn.Module, name: str, view: Any, chunk_size: int, kwargs: dict[str, Any]) -> None:
         args = tuple(view) if isinstance(view, tuple) else (view,)
@@ -32,8 +32,8 @@ class View:
         if not all(shapes) or len({shape[0] for shape in shapes}) > 1:
             raise ValueError(f"{name} must have tensors with the same number of rows (dim 0), got shapes {shapes}.")
         rows = shapes[0][0]
-        count = max(1, -(-rows // chunk_size))  # without rows, one empty chunk gives the shapes of the outputs
-        ends = [(k + 1) * (rows // count) + min(k + 1, rows % count) for k in range(count)]  # sizes as in tensor_split
+        count = max(1, -(-rows // chunk_size))  # even 0 rows need a chunk, for the shapes of the outputs
+        ends = [(k + 1) * (rows // count) + min(k + 1, rows % count) for k in range(count)]  # as in tensor_split
         self.backbone, self.rows, self.chunks = backbone, rows, list(zip([0, *ends], ends, strict=False))
         places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self.tensors = [leaves[i] for i in places]
@@ -43,7 +43,7 @@ class View:
         self.watched: Sequence[Tensor] = ()  # parameters that must not change before the backward
 
     def first_pass(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """The outputs (N, ...), computed without grad. With `keep`, also record the state before each chunk."""
+        """Compute the outputs (N, ...) without grad. If `self.keep` is set, also record the state before each chunk."""
         outputs: list[Tensor] = []
         self.random: list[Callable[[], None]] = []
         self.autocast = autocast(tensors)
@@ -77,7 +77,10 @@ class View:
         return outputs
 
     def replay(self, tensors: Sequence[Tensor], grads: Sequence[Tensor | None], backward: Summed | Synced) -> list[Any]:
-        """The gradients of the tensors; `backward` also takes care of the gradients of the parameters."""
+        """Run all chunks again, and return the gradients of `tensors`, given the gradients `grads` of the outputs.
+
+        `backward` also accumulates the gradients of the parameters.
+        """
         sums = [Total() for _ in tensors]
         reached: set[int] = set()
         slices = [
@@ -103,7 +106,7 @@ class View:
     def _chunk(
         self, leaves: list[Tensor], start: int, stop: int, grads: Sequence[Tensor | None], backward: Summed | Synced
     ) -> list[Tensor | None]:
-        """The gradients of the leaves. The graph of the chunk is freed on return."""
+        """Run one chunk with grad, and return the gradients of `leaves`. The graph of the chunk is freed on return."""
         wanted = [leaf for leaf in leaves if leaf.requires_grad]
         with torch.enable_grad(), self.autocast():
             args, kwargs = self._arguments(leaves)
@@ -113,14 +116,14 @@ class View:
         return [next(found) if leaf.requires_grad else None for leaf in leaves]
 
     def _slices(self, tensors: Sequence[Tensor], start: int, stop: int) -> list[Tensor]:
-        """The tensors of a chunk, as leaves."""
-        return [  # not the requires_grad of the slice: if t is a view, the slice may have that of its base
+        """The tensors of one chunk, as leaves of a new graph."""
+        return [  # requires_grad is taken from t: if t is a view, its slice may have the flag of the base of t
             (t[start:stop] if c else t).detach().requires_grad_(t.requires_grad)
             for t, c in zip(tensors, self.cut, strict=True)
         ]
 
     def check_parameters(self) -> None:
-        """Raise RuntimeError if the parameters have changed since the forward."""
+        """Raise RuntimeError if a watched parameter was changed, frozen or replaced since the forward."""
         now = {id(p): version(p) for p in self.backbone.parameters() if p.requires_grad}
         if any(now.get(id(p)) != before for p, before in self.params):
             raise RuntimeError(
@@ -131,7 +134,7 @@ class View:
         return pytree.tree_unflatten(list(outputs), self.output_spec)
 
     def _arguments(self, tensors: Sequence[Tensor]) -> Any:
-        """(args, kwargs) with the tensors in their places."""
+        """The arguments (args, kwargs) of the backbone, with `tensors` in the places of the tensors."""
         leaves = list(self.rest)
         for place, t in zip(self.places, tensors, strict=True):
             leaves[place] = t

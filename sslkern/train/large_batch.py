@@ -1,4 +1,4 @@
-"""The exact gradient of a large batch in the memory of a chunk."""
+"""The exact gradient of a large batch, computed in the memory of one chunk."""
 
 from __future__ import annotations
 
@@ -18,44 +18,46 @@ from ._view import View
 
 
 def large_batch(backbone: nn.Module, /, *views: Any, chunk_size: int, **kwargs: Any) -> Any:
-    """backbone(view) for each view, with the exact gradient and the memory of one chunk of `chunk_size` samples.
+    """Compute backbone(view) for each view, with exact gradients, in the memory of one chunk of `chunk_size` samples.
 
         f = backbone(x)  ->  f = large_batch(backbone, x, chunk_size=64)
 
-    The backbone runs chunk by chunk without grad, and only its outputs are kept. What follows, such as a projector with
-    batch norm and any loss, sees the whole batch. The backward runs each chunk again with grad, with the same random
-    numbers, autocast, training flags and buffers, and applies that chunk's slice of the gradient:
+    The backbone runs chunk by chunk without grad, and only its outputs are kept. Whatever follows, such as a
+    projector with batch norm and any loss, sees the whole batch. The backward runs each chunk again, with grad and with
+    the same random numbers, autocast settings, training flags and buffers. It then applies the part of the gradient
+    that belongs to this chunk:
 
         dL/dtheta = sum_chunks (df_chunk/dtheta)' dL/df_chunk
 
-    This costs one more forward of the backbone. The graph is an ordinary one, so GradScaler and any loss or optimizer
-    work unchanged. Each parameter gets its gradient once per step, so DistributedDataParallel reduces once. Buffers and
-    the random stream advance once, as in a chunked forward alone. Without grad, nothing runs twice.
+    The cost is one more forward of the backbone. The graph is an ordinary one, so GradScaler and any loss or optimizer
+    work unchanged. Each parameter gets its gradient once per step, so DistributedDataParallel reduces it once. Buffers
+    and the random stream advance as in a single forward over the chunks. Without grad, nothing runs twice.
 
-    Layers that mix samples inside the backbone see a chunk, not the batch. A batch norm there normalises by chunk, so
-    use LayerNorm, GroupNorm or frozen statistics for the gradient of the full batch. Random numbers of Python and numpy
-    are not replayed. Gradients reach the parameters of the backbone, the views and the tensors in `kwargs`, but no
-    other tensors that its forward uses. Module hooks run in both passes.
+    Layers that mix samples inside the backbone see one chunk, not the batch. For example, a batch norm normalises each
+    chunk by itself. For the gradient of the full batch, use LayerNorm, GroupNorm or frozen statistics. Random numbers
+    of Python and numpy are not replayed. Gradients reach the parameters of the backbone, the views and the tensors in
+    `kwargs`, but no other tensors that the forward of the backbone uses. Module hooks run in both passes.
 
     Args:
-        backbone: a module. It may be compiled (inside a compiled step it runs as it is), use non-reentrant
-            checkpointing, be wrapped in DistributedDataParallel, or be sharded by `torch.distributed.fsdp.fully_shard`
-            as a root of its own. If it is sharded, all views share one backward, and every rank must have as many
-            chunks, since each chunk gathers parameters.
+        backbone: a module. It may be compiled, use non-reentrant checkpointing, or be wrapped in
+            DistributedDataParallel. A compiled step that calls this function leaves the backbone as it is. The backbone
+            may also be sharded by `torch.distributed.fsdp.fully_shard` as a root of its own. Then all views share one
+            backward, and every rank must have the same number of chunks, because every chunk gathers parameters.
         views: each is a tensor (N, ...) or a tuple of positional arguments. Tensors are cut along dim 0 and must have
-            the same N within a view; other arguments are passed unchanged. Views may differ in N and in everything
+            the same N within a view. Other arguments are passed unchanged. Views may differ in N and in everything
             else.
-        chunk_size: the most samples per chunk; there are ceil(N / chunk_size) chunks, whose sizes differ by at most
-            one.
-        kwargs: passed to every call, uncut.
+        chunk_size: the largest number of samples in a chunk. There are ceil(N / chunk_size) chunks, whose sizes differ
+            by at most one.
+        kwargs: passed to every call of the backbone, without being cut.
 
     Returns:
-        The output for one view, or a tuple of outputs for several: a tensor (N, ...), or any pytree of such tensors.
+        The output for a single view, or a tuple with the outputs of several views. An output is a tensor (N, ...), or
+        any pytree of such tensors.
 
     Raises:
-        TypeError, ValueError: invalid arguments, or an output that is not a pytree of tensors with one row per sample.
-        RuntimeError: inside a transform of torch.func; in the backward, if parameters were changed or replaced since
-        the forward, under reentrant checkpointing, and for second derivatives.
+        TypeError, ValueError: an argument is invalid, or an output is not a pytree of tensors with one row per sample.
+        RuntimeError: the call is inside a transform of torch.func. In the backward: parameters were changed or replaced
+        since the forward, the backbone uses reentrant checkpointing, or a second derivative is requested.
 
     Source: Gao, Zhang, Han, Callan, Scaling Deep Contrastive Learning Batch Size under Memory Limited Setup
     (2101.06983).
@@ -65,9 +67,10 @@ def large_batch(backbone: nn.Module, /, *views: Any, chunk_size: int, **kwargs: 
 
 
 class LargeBatch(nn.Module):
-    """`large_batch` of one view as a module: LargeBatch(backbone, 64)(*args, **kwargs) for backbone(*args, **kwargs).
+    """`large_batch` of one view as a module.
 
-    The attribute `module` is the backbone. Errors are those of `large_batch`.
+    LargeBatch(backbone, 64)(*args, **kwargs) takes the place of backbone(*args, **kwargs). The attribute `module` is
+    the backbone. The errors are the same as for `large_batch`.
     """
 
     def __init__(self, backbone: nn.Module, chunk_size: int) -> None:
@@ -87,7 +90,7 @@ class LargeBatch(nn.Module):
 def _outputs(
     backbone: nn.Module, views: tuple[Any, ...], chunk_size: int, kwargs: dict[str, Any], names: tuple[str, ...] = ()
 ) -> tuple[Any, ...]:
-    """The outputs of the backbone for every view. `names` are the views' names in errors, by default views[k]."""
+    """The outputs of the backbone for every view. Error messages call the views `names`, by default views[k]."""
     _check(backbone, chunk_size)
     if transforms_active() or forward_mode():
         raise RuntimeError(
@@ -108,7 +111,7 @@ def _outputs(
     if groups and any(run.keep for run in runs):
         for run in runs:
             run.keep = True
-        dummy = torch.empty(0, requires_grad=True)  # sharded parameters get gradients by their own hooks
+        dummy = torch.empty(0, requires_grad=True)  # hooks of the sharded parameters set their gradients
         return _apply(runs, Synced(groups), [dummy])
     backward = Summed(params)
     return tuple(
@@ -135,7 +138,7 @@ def _check(backbone: object, chunk_size: object) -> None:
 
 
 def _through_ddp(ddp: Any, views: tuple[Any, ...], chunk_size: int, kwargs: dict[str, Any]) -> tuple[Any, ...]:
-    """One forward of DistributedDataParallel over all chunks of all views, so that it reduces once."""
+    """Run all chunks of all views in one forward of DistributedDataParallel, so that it reduces gradients once."""
     inner = ddp.module
     ddp.module = _All(inner, chunk_size)
     try:
@@ -145,7 +148,7 @@ def _through_ddp(ddp: Any, views: tuple[Any, ...], chunk_size: int, kwargs: dict
 
 
 class _All(nn.Module):
-    """The backbone on all views, as the forward of one module."""
+    """A module whose forward runs the backbone on all views."""
 
     def __init__(self, backbone: nn.Module, chunk_size: int) -> None:
         super().__init__()
@@ -156,7 +159,7 @@ class _All(nn.Module):
 
 
 def _sharded(backbone: nn.Module) -> list[Any]:
-    """The `fully_shard` parameter groups in a backbone. If the FSDP module was never loaded, there are none."""
+    """The `fully_shard` parameter groups in a backbone. There are none if torch's FSDP module was never imported."""
     kind: Any = Sharded.kind()
     groups: list[Any] = []
     roots: set[str] = set()
@@ -175,16 +178,16 @@ def _sharded(backbone: nn.Module) -> list[Any]:
 
 
 def _apply(runs: list[View], backward: Summed | Synced, inputs: Sequence[Tensor]) -> tuple[Any, ...]:
-    """Run all views under one node of the autograd graph, and return the outputs of each."""
+    """Run all views under one node of the autograd graph, and return the outputs of each view."""
     tensors = [t for run in runs for t in run.tensors]
     for run in runs:
-        run.tensors = []  # autograd saves them, frees them and detects in-place changes
+        run.tensors = []  # the node saves them, so autograd frees them and detects in-place changes
     outputs = list(_Replayed.apply(runs, backward, len(tensors), *tensors, *inputs))
     return tuple(run.unflatten([outputs.pop(0) for _ in range(run.output_spec.num_leaves)]) for run in runs)
 
 
 class _Replayed(torch.autograd.Function):
-    """The node of `large_batch` in the autograd graph. Inputs: the tensors of all views, then the parameters."""
+    """The node of `large_batch` in the autograd graph. Its inputs are the tensors of all views, then the parameters."""
 
     @staticmethod
     def forward(
