@@ -2,8 +2,9 @@
 
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm
+from .convolution import OrthogonalConv2d
 from .modrelu import modReLU, modrelu
-from .orthogonal import OrthogonalConv2d, OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
+from .orthogonal import OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
 from .recurrent import OrthogonalRNN, UnitaryRNN
 
 __all__ = [

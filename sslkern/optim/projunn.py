@@ -9,7 +9,7 @@ from typing import Any, get_args
 import torch
 from torch import Tensor
 
-from ..core import checks, internals
+from ..core import checks
 from ..core.dtypes import FULL, HALF
 from ..ops.factored_linear import forget, has_pending
 from ..ops.rank_k_update import Retraction, rank_k_update_
@@ -17,6 +17,7 @@ from . import factored
 from .factors import Method, low_rank_factors
 from .moments import AGES, SecondMoment, directions_of
 from .orthogonality import off_orthonormal, reorthogonalize_
+from .stacks import stack, unstack
 
 _STACKED = 128 * 128  # matrices with more elements are not stacked: the call overhead does not matter for them
 _NEAR = 1e-5  # up to this, an orthogonality error counts as rounding drift
@@ -152,8 +153,8 @@ class ProjUNN(torch.optim.Optimizer):
                 factored.check(p, group, hasattr(self, "found_inf"))
                 self._initialize(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
-            for stack in self._stacks(group, params):
-                self._step(group, stack)
+            for together in self._stacks(group, params):
+                self._step(group, together)
         return loss
 
     def zero_grad(self, set_to_none: bool = True) -> None:
@@ -227,25 +228,25 @@ class ProjUNN(torch.optim.Optimizer):
         targets = [state.get("master", p) for p, state in zip(params, states, strict=True)]
         generator = torch.Generator(params[0].device).manual_seed((group["seed"] + step * 0x9E3779B1) % 2**63)
 
-        u = _stack(targets)
+        u = stack(targets)
         scale: Tensor | float = 1.0
         last = [state["right"] for state in states] if _warm(group) else []
-        warm, point = _stack(last) if last else None, u if group["riemannian"] else None
+        warm, point = stack(last) if last else None, u if group["riemannian"] else None
         if has_pending(params[0]):
             left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
         else:
             grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
             directions, scales = directions_of(group, grads, states)
-            scale = _stack(scales) if scales else 1.0
-            left, right = low_rank_factors(_stack(directions), group["rank"], group["method"], warm, generator, u=point)
+            scale = stack(scales) if scales else 1.0
+            left, right = low_rank_factors(stack(directions), group["rank"], group["method"], warm, generator, u=point)
         if last:
-            _unstack(last, right)
+            unstack(last, right)
         lr = group["lr"].reshape(()) if isinstance(group["lr"], Tensor) else group["lr"]
         rank_k_update_(u, left, (right * (-lr * scale)).to(u.dtype), group["retraction"])
         every = group["reorthogonalize_every"]
         if every and step % every == 0:
             reorthogonalize_(u, every, generator)
-        _unstack(targets, u)
+        unstack(targets, u)
         for p, target in zip(params, targets, strict=True):
             if target is not p:
                 p.copy_(target)
@@ -289,19 +290,3 @@ def _check(group: dict[str, Any]) -> None:
 
 def _warm(group: dict[str, Any]) -> bool:
     return group["method"] == "sketch" and group["warm_start"]
-
-
-def _stack(tensors: list[Tensor]) -> Tensor:
-    """Join several stacks of matrices into one. A single stack is returned unchanged."""
-    return (
-        tensors[0] if len(tensors) == 1 else torch.cat([t.flatten(0, -3) if t.dim() > 2 else t[None] for t in tensors])
-    )
-
-
-def _unstack(tensors: list[Tensor], values: Tensor) -> None:
-    """Copy the values of a stack back to the tensors from which `_stack` made it."""
-    if len(tensors) > 1:
-        pieces = values.split([t.shape[:-2].numel() for t in tensors])
-        internals.foreach_copy_(tensors, [v.view(t.shape) for v, t in zip(pieces, tensors, strict=True)])
-    elif tensors[0] is not values:
-        tensors[0].copy_(values)
