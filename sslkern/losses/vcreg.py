@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core import checks, ranks
 from ..core.ranks import Group
-from ..ops.covariance import Estimator, check_views, covariance_of, least_rows
+from ..ops.covariance import Estimator, check_view, covariance_of, least_rows
 from ._pairs import shown
 from ._positions import Positions, check_positions, over_slices, to_stack
 
@@ -48,7 +48,7 @@ def vcreg_loss(
     def check(least: int) -> tuple[Tensor]:
         nonlocal std_coeff, cov_coeff, gamma, eps
         x = to_stack("z", z, dim, batch_dim, positions)
-        check_views(least, estimator, ("z", x))
+        check_view(least, estimator, "z", x)
         if not (checks.numbers(std_coeff, cov_coeff, gamma, eps) and eps >= 0):
             std_coeff, cov_coeff = checks.setting("std_coeff", std_coeff, x), checks.setting("cov_coeff", cov_coeff, x)
             gamma, eps = checks.setting("gamma", gamma, x), checks.setting("eps", eps, x, least=0)

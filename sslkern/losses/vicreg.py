@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from ..core import checks, ranks
 from ..core.ranks import Group
-from ..ops.covariance import Estimator, check_views, least_rows
+from ..ops.covariance import Estimator, check_view, least_rows
 from ..ops.vicreg import Settings, vicreg_of
 from ._pairs import shown
 from ._positions import Positions, check_positions, over_slices, to_stack
@@ -73,7 +73,8 @@ def vicreg_loss(
     def check(least: int) -> tuple[Tensor, Tensor]:
         nonlocal settings
         x, y = to_stack("a", a, dim, batch_dim, positions), to_stack("b", b, dim, batch_dim, positions)
-        check_views(least, estimator, ("a", x), ("b", y))
+        check_view(least, estimator, "a", x)
+        checks.matrix_stack("b", y, least)
         checks.same("a", x, "b", y)
         if not (checks.numbers(*settings) and settings[-1] >= 0):
             settings = _checked(settings, x)

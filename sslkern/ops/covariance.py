@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 from torch import Tensor
 
@@ -62,14 +62,13 @@ def least_rows(estimator: str) -> int:
     return 4 if estimator == "unbiased" else 2
 
 
-def check_views(least: int, estimator: str, *views: tuple[str, Any]) -> None:
-    """Check the estimator, and views that are given as pairs of a name and a tensor (..., N, D). Each view must have at
-    least `least` rows. With a group, `least` is 0, because a rank may have no rows."""
+def check_view(least: int, estimator: str, name: str, z: Tensor) -> None:
+    """Check the estimator and a tensor z (..., N, D), which must have at least `least` rows. With a group, `least` is 0,
+    because a rank may have no rows."""
     checks.one_of("estimator", estimator, ESTIMATORS)
-    for name, z in views:
-        checks.matrix_stack(name, z, least)
-        if least == 0:
-            reference_only("covariances of a group", z)
+    checks.matrix_stack(name, z, least)
+    if least == 0:
+        reference_only("covariances of a group", z)
 
 
 def covariance(
@@ -126,7 +125,7 @@ def covariance(
 
     def check(least: int) -> tuple[Tensor]:
         checks.one_of("form", form, FORMS)
-        check_views(least, estimator, ("z", z))
+        check_view(least, estimator, "z", z)
         return (z,)
 
     batch, _ = ranks.batch(group, least_rows(estimator), check)
