@@ -63,7 +63,7 @@ def least_rows(estimator: str) -> int:
 
 
 def check_view(least: int, estimator: str, name: str, z: Tensor) -> None:
-    """Check the estimator and a tensor z (..., N, D), which must have at least `least` rows. With a group, `least` is 0,
+    """Check the estimator and a tensor (..., N, D), which must have at least `least` rows. With a group, `least` is 0,
     because a rank may have no rows."""
     checks.one_of("estimator", estimator, ESTIMATORS)
     checks.matrix_stack(name, z, least)
