@@ -148,7 +148,10 @@ class Convention:
 
 OFFICIAL, LIGHTLY, SOLO, STABLE = "official script", "lightly", "solo-learn", "stable-pretraining"
 LOCAL = "[a]"
-FOOTNOTE = f"{LOCAL} The one-process loss it is compared with also normalises each rank's rows separately."
+FOOTNOTE = (
+    f"{LOCAL} The one-process loss of this row also normalises the two halves of the joint batch separately, as the "
+    "two ranks do."
+)
 
 
 def _ours(title: str, loss: Callable[..., Tensor], how: str = '`group="world"`') -> Convention:
@@ -261,9 +264,9 @@ def table(results: dict) -> str:
         f"The gradient of a linear encoder, averaged over {RANKS} ranks, is compared with the gradient of the same "
         f"loss in one process on the joint batch of {SHAPE[0]} rows. The arithmetic is in fp64;",
         f"torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Each loss is reimplemented from "
-        "the published definition of its trainer; no code of theirs is used.",
+        "the published definition of its implementation, without using its code.",
         "",
-        "| loss | trainer | how | ratio of the norms | cosine | relative error |",
+        "| loss | implementation | how | ratio of the norms | cosine | relative error |",
         "|" + " --- |" * 6,
     ]
     for r in results["rows"]:

@@ -131,7 +131,8 @@ REASONS = [
         REFUSED,
         "compiled group",
         "*_loss*; covariance; cross_correlation; hsic*; dhsic",
-        "if the ranks have different numbers of rows, every rank raises an error, because one graph has one size; "
+        "if the ranks have different numbers of rows, every rank raises an error, because the compiled graph takes it "
+        "that all ranks have the same number of rows; "
         "otherwise the value is correct",
     ),
     Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 if all elements of z are 0"),

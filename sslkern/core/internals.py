@@ -1,6 +1,6 @@
 """Every private part of torch that sslkern uses. No other module of the package uses private parts of torch.
 
-The parts were checked with torch 2.11 to 2.14. A number such as (2.0) is the version of torch since which a part has
+The parts were checked with torch 2.11 to 2.14. A note such as (torch >= 2.0) is the version since which a part has
 its present form. This module imports only torch, and importing it does not import `torch._dynamo`.
 """
 
@@ -53,12 +53,12 @@ foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
 
 
 def forward_mode() -> bool:
-    """Whether `torch.autograd.forward_ad.dual_level` is active. (1.8)"""
+    """Whether `torch.autograd.forward_ad.dual_level` is active. (torch >= 1.8)"""
     return forward_ad._current_level >= 0
 
 
 def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
-    """Call a kernel inside vmap by its vmap rule, and return its outputs. (2.0)"""
+    """Call a kernel inside vmap by its vmap rule, and return its outputs. (torch >= 2.0)"""
     from torch._functorch.autograd_function import custom_function_call_vmap_helper
     from torch._functorch.pyfunctorch import retrieve_current_functorch_interpreter
 
@@ -67,65 +67,65 @@ def call_vmapped(kernel: Any, rule: Callable, *args: Any) -> Any:
 
 
 def inside(tensor: Tensor) -> Tensor:
-    """The tensor inside the wrappers of torch.func. For a vmapped tensor, this is the whole batch. (2.0)"""
+    """The tensor inside the wrappers of torch.func. For a vmapped tensor, this is the whole batch. (torch >= 2.0)"""
     while torch._C._functorch.is_functorch_wrapped_tensor(tensor):
         tensor = torch._C._functorch.get_unwrapped(tensor)
     return tensor
 
 
 def only_vmapped() -> bool:
-    """Whether all active transforms of torch.func are vmap. (2.0)"""
+    """Whether all active transforms of torch.func are vmap. (torch >= 2.0)"""
     vmap = torch._C._functorch.TransformType.Vmap
     return all(level.key() == vmap for level in torch._C._functorch.get_interpreter_stack())
 
 
 def while_tracing(function: Callable) -> Callable:
     """Mark a function whose arguments are constants: a compiler runs it during tracing, and leaves it out of the graph.
-    `torch.compiler.assume_constant_result` does the same, but imports `torch._dynamo`. (2.0)"""
+    `torch.compiler.assume_constant_result` does the same, but imports `torch._dynamo`. (torch >= 2.0)"""
     function._dynamo_marked_constant = True  # type: ignore[attr-defined]
     return function
 
 
 def version(tensor: Tensor) -> int:
     """How often a tensor was modified in place. Autograd compares this number to see whether a saved tensor has
-    changed. (1.0)"""
+    changed. (torch >= 1.0)"""
     return tensor._version
 
 
 def has_kernel(operator: str, key: str) -> bool:
-    """Whether the operator "namespace::name" has a kernel for a dispatch key such as "CPU". (1.10)"""
+    """Whether the operator "namespace::name" has a kernel for a dispatch key such as "CPU". (torch >= 1.10)"""
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
 def when_cuda_starts(call: Callable[[], None]) -> None:
     """Call a function when CUDA is initialised, or at once if it already is. sslkern needs this because its import must
-    not initialise CUDA. (0.4)"""
+    not initialise CUDA. (torch >= 0.4)"""
     torch.cuda._lazy_call(call)
 
 
 def group_of(name: str) -> dist.ProcessGroup:
-    """The process group with this name. Functional collectives take the name in place of the group. (2.1)"""
+    """The process group with this name. Functional collectives take the name in place of the group. (torch >= 2.1)"""
     return dist.distributed_c10d._resolve_process_group(name)  # type: ignore[arg-type]
 
 
 def buffers(module: nn.Module) -> MutableMapping[str, Tensor | None]:
-    """A module's own buffers by name. Writing to this dict bypasses `__setattr__`, which modules override. (0.1)"""
+    """A module's own buffers by name. Writing to this dict bypasses the `__setattr__` of modules. (torch >= 0.1)"""
     return module._buffers
 
 
 def parameters(module: nn.Module) -> MutableMapping[str, nn.Parameter | None]:
-    """A module's own parameters by name. (0.1)"""
+    """A module's own parameters by name. (torch >= 0.1)"""
     return module._parameters
 
 
 def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
-    """The hooks of `tensor.register_hook`, in order. If there are none, a new dict. (0.1)"""
+    """The hooks of `tensor.register_hook`, in order. If there are none, a new dict. (torch >= 0.1)"""
     hooks = tensor._backward_hooks
     return {} if hooks is None else hooks
 
 
 def hooked(*modules: nn.Module) -> bool:
-    """Whether a call of one of the modules runs hooks in addition to its `forward`. (2.0)"""
+    """Whether a call of one of the modules runs hooks in addition to its `forward`. (torch >= 2.0)"""
     for m in modules:
         if m._forward_hooks or m._forward_pre_hooks or m._backward_hooks or m._backward_pre_hooks:
             return True

@@ -180,13 +180,14 @@ ALONE = Batch()
 
 
 def batch(group: Group, least: int, check: Callable[[int], tuple[Any, ...]], dim: int = -2) -> tuple[Any, ...]:
-    """Check the input of a call, and return its batch and the tensors that `check` returns.
+    """Check the input of a call. Return a `Batch`, which is a `JointBatch` if there is a group, and what `check`
+    returned.
 
     Args:
         least: the least number of rows that the whole batch must have.
-        check: a function of the least number of rows that this process must have. It is called with `least`, or with 0
-            if there is a group, in which a rank may have no rows. It raises TypeError, ValueError or RuntimeError for
-            invalid input, and returns the tensors whose rows are counted.
+        check: called as `check(k)`, where k is the least number of rows that this process must have: `least` without a
+            group, and 0 with one, because a rank may then have no rows. It raises TypeError, ValueError or RuntimeError
+            for invalid input, and returns the tensors whose rows are counted.
         dim: the dimension of the rows.
 
     Raises:

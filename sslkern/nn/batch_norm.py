@@ -246,7 +246,7 @@ def convert_batchnorm(module: nn.Module, back: bool = False) -> nn.Module:
     """Convert every batch norm of a model from torch's class to sslkern's, in place; `back` does the reverse.
 
     Parameters, buffers and hooks stay the same objects, so optimizers and state_dicts remain valid. With `back`, a
-    `BatchNormReLU` becomes a torch.nn.Sequential of torch's batch norm and ReLU, with the same names.
+    `BatchNormReLU` becomes a torch.nn.Sequential of torch's batch norm and ReLU, with the same state_dict keys.
 
     Args:
         module: any model. A layer is converted if its class is exactly BatchNorm1d, 2d, 3d or SyncBatchNorm. Subclasses

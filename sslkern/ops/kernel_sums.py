@@ -132,7 +132,8 @@ def centred(z: Tensor) -> Tensor:
 
 
 def _unit_width(every: list[Tensor], scales: list[Tensor]) -> list[Tensor]:
-    """The variables, centred and multiplied by the square roots of their scales, so that the scale of each is 1."""
+    """The variables, centred and multiplied by sqrt(c), where c is the scale in the kernel exp(-c |x_i - x_j|^2). The
+    kernel of the result has c = 1."""
     return [centred(v) * c.sqrt()[..., None, None] for v, c in zip(every, scales, strict=True)]
 
 

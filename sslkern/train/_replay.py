@@ -30,8 +30,8 @@ class Buffers:
     def drop_unchanged(self) -> None:
         """Forget the buffers on a CPU that have not changed since the snapshot.
 
-        Buffers on a GPU are all kept, because comparing them would be a host sync. Their version cannot show a change
-        either, because a batch norm updates its statistics without a new version.
+        Buffers on a GPU are all kept, because comparing them would be a host sync. `Tensor._version` cannot
+        show a change either, because batch norm updates its running statistics without incrementing it.
         """
         self.kept = [
             (m, name, b, copy)
