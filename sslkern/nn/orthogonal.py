@@ -19,9 +19,9 @@ class OrthogonalModule(nn.Module):
     """A layer whose attribute `orthogonal_names` lists which of its own parameters have orthonormal columns.
 
     The attribute is an iterable of strings, on the class or on the instance. `orthogonal_parameters` accepts any module
-    that has it, whether or not the module is of this class. All that this class adds to `nn.Module`
-    is that conversions of the dtype keep complex parameters complex and real ones real. Both `.double()` and `.to(torch.complex128)` convert them
-    to complex128 and float64.
+    that has it, whether or not the module is of this class. All that this class adds to `nn.Module` is that conversions
+    of the dtype keep complex parameters complex and real ones real. Both `.double()` and `.to(torch.complex128)`
+    convert them to complex128 and float64.
     """
 
     orthogonal_names: tuple[str, ...] = ()
