@@ -242,7 +242,7 @@ def markdown(results: dict, rows: list[dict], little: list[dict], path: Path) ->
     lines += [
         f"| cached embeddings | | | {results['cached_bytes'] / 1e6:.1f} |",
         "",
-        f"The peak of large_batch is {results['peak_over_chunk_and_cached']:.2f}x that of one chunk plus the cached "
+        f"The peak of large_batch is {results['peak_over_chunk_and_cached']:.2f}x the sum of one chunk and the cached "
         f"embeddings. With two views of {limit['batch']} images of {limit['side']} x {limit['side']} and the memory of "
         f"the step limited to {limit['room_bytes'] >> 20} MiB, the "
         + " and ".join(f"{row['implementation']} {ended(row)}" for row in little)

@@ -92,7 +92,8 @@ REASONS = [
         REFUSED,
         "vmapped",
         "rank_k_update_*; project_direct_; project_tangent_",
-        "`u` is written in place: if it is mapped, the value is correct; if not, it cannot hold several results",
+        "`u` is written in place: if `torch.vmap` maps over it, the value is correct; if it maps only over other "
+        "arguments, one `u` cannot hold the results of all slices",
     ),
     Reason(
         TORCH,
@@ -107,7 +108,10 @@ REASONS = [
         "all slices would update the same `running_mean`; torch's own layers raise an error too",
     ),
     Reason(
-        REFUSED, "expanded", "init.*", "written in place, but several elements of an expanded tensor share one address"
+        REFUSED,
+        "expanded",
+        "init.*",
+        "the tensor is written in place, but several elements of an expanded tensor share one address",
     ),
     Reason(
         REFUSED,

@@ -30,8 +30,8 @@ KERNELS = (
     "The kernels of sslkern come first."
 )
 FAILED = (
-    "Failed checks. *error* is against fp64, *plain* is the error of plain torch, and *size* is the magnitude of the "
-    "result:"
+    "Failed checks. *part* numbers the results of a check: the values, then the gradients. *error* is against fp64, "
+    "*plain* is the error of plain torch, and *size* is the magnitude of the result. Lines of pytest may be cut:"
 )
 
 
@@ -121,7 +121,13 @@ def markdown(results: dict, path: Path) -> str:
     ]
     if results["failures"]:
         lines += ["", FAILED, ""]
-        lines += [f"- {f['phase']}: {f['what'][:100]}: {f['note'][:200]}" for f in results["failures"]]
+        groups: dict[str, list[dict]] = {}  # one line for equal messages of several processes of pytest
+        for f in results["failures"]:
+            worker = re.fullmatch(r"gw\d+", f["what"])
+            groups.setdefault(f["note"][:200] if worker else f["what"] + f["note"], []).append(f)
+        for first, *more in groups.values():
+            what = f"{1 + len(more)} processes" if more else first["what"][:100]
+            lines.append(f"- {first['phase']}: {what}: {first['note'][:200]}")
     return "\n".join(lines) + "\n"
 
 

@@ -112,7 +112,7 @@ def linear_factors(
     r"""`low_rank_factors` of the gradient of the weight of a linear layer, without forming this gradient.
 
     With y = x U^T and U (n, p), the gradient of U is G = dy^T conj(x), a product over the m rows of dy and x. Its
-    sketch
+    sketch of rank k, where R (p, k) is random or the warm start,
 
         left = orth(dy^T (conj(x) R)), right = x^T (conj(dy) left)
 
