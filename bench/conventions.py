@@ -263,8 +263,8 @@ def table(results: dict) -> str:
     lines = [
         f"The gradient of a linear encoder, averaged over {RANKS} ranks, is compared with the gradient of the same "
         f"loss in one process on the joint batch of {SHAPE[0]} rows. The arithmetic is in fp64;",
-        f"torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Each loss is reimplemented from "
-        "the published definition of its implementation, without using its code.",
+        f"torch {results['machine']['torch']}, commit {results['commit']} ({PATH}). Each row is our own code for "
+        "the loss as that library or script defines it publicly; none of its code is used.",
         "",
         "| loss | implementation | how | ratio of the norms | cosine | relative error |",
         "|" + " --- |" * 6,

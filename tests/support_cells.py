@@ -135,7 +135,7 @@ REASONS = [
         REFUSED,
         "compiled group",
         "*_loss*; covariance; cross_correlation; hsic*; dhsic",
-        "if the ranks have different numbers of rows, every rank raises an error, because the compiled graph takes it "
+        "if the ranks have different numbers of rows, every rank raises an error, because the compiled graph assumes "
         "that all ranks have the same number of rows; "
         "otherwise the value is correct",
     ),

@@ -30,8 +30,9 @@ KERNELS = (
     "The kernels of sslkern come first."
 )
 FAILED = (
-    "Failed checks. *part* numbers the results of a check: the values, then the gradients. *error* is against fp64, "
-    "*plain* is the error of plain torch, and *size* is the magnitude of the result. Lines of pytest may be cut:"
+    "Failed checks. *part* is the index of a result within its check; the values come first, then the gradients. "
+    "*error* is against fp64, *plain* is the error of plain torch, and *size* is the magnitude of the result. Lines of "
+    "pytest are cut:"
 )
 
 

@@ -102,8 +102,8 @@ def per_slice(kernel: Callable, info: Any, in_dims: tuple[int | None, ...], *arg
     """A vmap rule that calls the kernel once for each slice. A slice then gives the same bits as when it is passed
     alone.
 
-    If the mapped dimension were folded into the channels, the kernel would divide its sums differently. Arguments and
-    results are as `torch.library.register_vmap` requires them.
+    If the mapped dimension were folded into the channels, the kernel would add up other partial sums, and the last bits
+    would differ. Arguments and results are as `torch.library.register_vmap` requires them.
     """
     if info.batch_size == 0:
         raise ValueError("A batch norm cannot be mapped over 0 slices, whose shape nothing tells.")
