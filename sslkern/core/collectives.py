@@ -100,7 +100,7 @@ class _Gathered(Op):
 
 
 class _Scattered(Op):
-    """`scatter_sums`. The backward is `_Gathered`, its transpose."""
+    """`scatter_sums` as a differentiable operation. Its backward is its transpose, `_Gathered`."""
 
     @staticmethod
     def forward(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int) -> Tensor:
