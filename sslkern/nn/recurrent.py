@@ -251,8 +251,8 @@ class UnitaryRNN(_RNN):
     def forward(self, input: Tensor, h0: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """The same as `OrthogonalRNN.forward`, for complex hidden states.
 
-        `input` is complex, in the dtype of the weights, or real, in the same or a lower precision than the weights. `h0`
-        and both results are complex.
+        `input` is complex, in the dtype of the weights, or real, in the same or a lower precision than the weights.
+        `h0` and both results are complex.
         """
         dtype = self.weight_hh_l0.dtype
         real = isinstance(input, Tensor) and input.is_floating_point()
