@@ -1,8 +1,7 @@
 """`python -m bench.conventions`: the gradients of data-parallel training under each trainer's convention.
 
-Trainers gather embeddings and statistics in different ways. For each of them, two processes take half of a batch each,
-and the gradient of an encoder's weights is averaged over them, as DistributedDataParallel does. It is compared with the
-gradient of the same loss in one process that has the whole batch. All of it is in fp64.
+For each trainer, two processes take half of a batch each, and the gradient of an encoder's weights is averaged over
+them. It is compared, in fp64, with the gradient of the same loss in one process that has the whole batch.
 """
 
 from __future__ import annotations

@@ -143,8 +143,9 @@ def compiled(backend: str, *devices: str) -> None:
 
 def restrict(backend: str, device: str, refuses: Refusal) -> None:
     """Make all kernels of a back-end for a device type refuse the key tensors for which `refuses` returns a reason."""
-    for owner, name, on in [key for key in kernels if key[0] == backend and key[2] == device]:
-        add(owner, name, on, kernels[owner, name, on].dtypes, refuses)
+    for key, kernel in kernels.items():
+        if key[0] == backend and key[2] == device:
+            kernels[key] = kernel._replace(refuses=refuses)
     sort()
 
 

@@ -125,6 +125,11 @@ def gathered(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) ->
     return _Gathered.apply(x, counts, peers, dim)
 
 
+def own_rows(every: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
+    """This rank's rows of `every`, which has the rows of all ranks along `dim` in rank order; a view."""
+    return every.narrow(dim, sum(counts[: peers.rank]), counts[peers.rank])
+
+
 def own_first(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
     """The rows of all ranks as in `gathered`, but rotated so that this rank's rows come first: row i of `x` is row i of
     the result."""

@@ -173,7 +173,7 @@ class JointBatch(Batch):
         total = self.summed((columns - top).exp())
         none = total == 0  # no rank has a term, as in a joint batch of one row
         logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
-        return logs.narrow(0, before, self.counts[self.peers.rank])
+        return collectives.own_rows(logs, self.counts, self.peers, 0)
 
 
 ALONE = Batch()

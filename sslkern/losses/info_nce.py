@@ -83,7 +83,7 @@ def info_nce_loss(
         # the backward of embedding adds up gradients in a fixed order
         positive = c * row_products(x, F.embedding(positives, y))
         places = torch.arange(keys.shape[0], device=keys.device)
-        negatives = reduce_pairs(x, keys, c, mask="different", labels=(positives.contiguous(), places))
+        negatives = reduce_pairs(x, keys, c, mask="different", labels=(positives, places))
     if symmetric:
         rows, columns = negatives
         sides = rows, batch.logsumexp(columns)

@@ -95,7 +95,6 @@ def _check_settings(temperature: object, inside: object, eps: object, x: Tensor 
 
 
 def _inside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: float | Tensor, batch: Batch) -> Tensor:
-    labels = labels[0].contiguous(), labels[1].contiguous()
     alike = reduce_pairs(u, keys, c, mask="same offdiag", labels=labels)
     unlike = reduce_pairs(u, keys, c, mask="different", labels=labels)
     counts = alike != -torch.inf

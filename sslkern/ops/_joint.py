@@ -43,7 +43,7 @@ class _Products(Op):
                 # `vector_norm` makes no D x D temporary
                 return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
             every = [collectives.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
-            own = [_own(z, counts, peers) for z in every]
+            own = [collectives.own_rows(z, counts, peers) for z in every]
             grams = [z @ e.mT for z, e in zip(own, every, strict=True)]
             square = (grams[0] * grams[-1]).sum((-2, -1), dtype=torch.float64)
             sums = torch.cat([(own[0] * own[-1]).sum(-2, dtype=torch.float64), square[..., None]], -1)
@@ -74,16 +74,11 @@ class _Products(Op):
                 of_y = None if ctx.alone else scale * (x @ matrix) + column * x
             else:
                 every, grams = saved[: len(saved) // 2], saved[len(saved) // 2 :]
-                own = [_own(z, counts, peers) for z in every]
+                own = [collectives.own_rows(z, counts, peers) for z in every]
                 column = column - scale * diagonal[..., None, :]
                 of_x = scale * (grams[-1] @ every[0]) + column * own[-1]
                 of_y = None if ctx.alone else scale * (grams[0] @ every[1]) + column * own[0]
         return 2 * of_x if ctx.alone else of_x, of_y, None, None, None
-
-
-def _own(every: Tensor, counts: Counts, peers: Peers) -> Tensor:
-    """This rank's rows, taken from the gathered rows, which are rounded to the transport's dtype."""
-    return every.narrow(-2, sum(counts[: peers.rank]), counts[peers.rank])
 
 
 def _centred(x: Tensor, batch: JointBatch, constant: bool) -> Tensor:

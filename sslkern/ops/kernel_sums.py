@@ -141,12 +141,9 @@ def _dot(x: Tensor, y: Tensor) -> Tensor:
     return (x[..., None, :] @ y[..., None, :].mT)[..., 0, 0]
 
 
-def _own(every: Tensor, batch: Batch) -> Tensor:
-    """This rank's rows, taken from the result of `gathered`."""
-    if not isinstance(batch, JointBatch):
-        return every
-    counts, rank = batch.counts, batch.peers.rank
-    return every.narrow(-2, sum(counts[:rank]), counts[rank])
+def _own(every: Tensor, batch: Batch, dim: int = -2) -> Tensor:
+    """This rank's rows of a result of `gathered`."""
+    return collectives.own_rows(every, batch.counts, batch.peers, dim) if isinstance(batch, JointBatch) else every
 
 
 def _own_sums(every: list[Tensor], scales: list[Tensor], batch: JointBatch) -> list[Tensor]:
@@ -156,15 +153,12 @@ def _own_sums(every: list[Tensor], scales: list[Tensor], batch: JointBatch) -> l
     The sums are in float64, because the terms of HSIC nearly cancel. With float32 sums, the HSIC of a thousand rows of
     independent variables would have three correct digits.
     """
-    n, before = batch.counts[batch.peers.rank], sum(batch.counts[: batch.peers.rank])
     units = _unit_width(every, scales)
     sums = []
     for unit in (torch.cat(units, -1), *units):
         places = torch.arange(unit.shape[-2], device=unit.device).expand(unit.shape[:-1])
-        labels = places.narrow(-1, before, n).contiguous(), places.contiguous()
-        own = unit.narrow(-2, before, n)
-        rows = reduce_pairs(own, unit, 1.0, kernel="rbf", reduction="sum", mask="different", labels=labels)
-        sums.append(rows)
+        labels, own = (_own(places, batch, -1), places), _own(unit, batch)
+        sums.append(reduce_pairs(own, unit, 1.0, kernel="rbf", reduction="sum", mask="different", labels=labels))
     return sums
 
 

@@ -181,9 +181,11 @@ def reduce_pairs(
     if y is not None and x.shape[-2] == 0:
         return _of_no_rows(x, y, scale, both_sides)
     c = scale if isinstance(scale, Tensor) else torch.full(x.shape[:-2], scale, dtype=x.dtype, device=x.device)
-    x, x_labels, y_labels, bits = x.contiguous(), labels[0], None, MASKS[mask]
-    if y is not None:
-        y, y_labels = y.contiguous(), labels[1]
+    x, bits = x.contiguous(), MASKS[mask]
+    x_labels, y_labels = labels
+    x_labels = None if x_labels is None else x_labels.contiguous()
+    y_labels = None if y is None or y_labels is None else y_labels.contiguous()
+    y = None if y is None else y.contiguous()
     if reduction == "logsumexp":
         both = _LogSumExp.apply(x, y, c, x_labels, y_labels, bits, kernel, both_sides)
         return both if both_sides else both[0]

@@ -142,7 +142,7 @@ def _labels(x: Tensor, y: Tensor | None, mask: str | None, labels: Tensor | tupl
         raise ValueError("labels must be one tensor where y is None, and a tensor or a pair of them otherwise.")
     for side, z in zip(pair, (x, x if y is None else y), strict=True):
         checks.indices("labels", side, z, tuple(z.shape[:-1]))
-    return pair[0].contiguous(), pair[1].contiguous()
+    return pair
 
 
 def _scale_of(x: Tensor, scale: float | Tensor, dtype: torch.dtype) -> Tensor:
