@@ -66,7 +66,7 @@ def test_named_files(page):
 
 def test_the_readme_is_short():
     text = (ROOT / "README.md").read_text()
-    assert len(text.splitlines()) <= 150
+    assert len(text.splitlines()) < 150
     assert text.count("![") == 1
     rows = [line for line in between(ROOT / "README.md", "summary").splitlines() if line.startswith("|")]
     assert len(rows) == 2 + 5
@@ -179,6 +179,6 @@ def test_a_slower_row_stays_and_is_marked(tmp_path):
     path.write_text(json.dumps({"machine": {"device": "a CPU", "threads": 1, "torch": "2"}, "rows": rows}))
     text = summary.readme_rows(path, tmp_path / "none.json")
     lines = [line for line in text.splitlines() if line.startswith("|")]
-    assert "9.0x | 4.0x" in lines[2] and "4.50x"
+    assert "9.0x | 4.0x" in lines[2]
     assert "Barlow Twins loss, 256 x 8192" in lines[-1] and "| 4.5x | **0.50x, slower** |" in lines[-1]
     assert "**0.50x, slower**" in report.table(path)
