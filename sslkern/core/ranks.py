@@ -102,7 +102,6 @@ class Batch:
     """
 
     __slots__ = ()
-    joint = False
 
     def count(self, rows: int) -> int:
         """The number N of rows in the whole batch. This rank has `rows` of them."""
@@ -142,7 +141,6 @@ class JointBatch(Batch):
     """A batch whose rows lie on the ranks of a group. Rank r has `counts[r]` rows."""
 
     __slots__ = ("counts", "peers")
-    joint = True
 
     def __init__(self, counts: tuple[int, ...], peers: Peers) -> None:
         self.counts, self.peers = counts, peers

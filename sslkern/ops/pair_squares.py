@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..core.dtypes import without_autocast
-from ..core.ranks import Batch
+from ..core.ranks import Batch, JointBatch
 
 
 def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor:
@@ -22,7 +22,9 @@ def pair_squares(x: Tensor, y: Tensor, diagonal: Tensor, batch: Batch) -> Tensor
     rows, d = x.shape
     n = batch.count(rows)
     with without_autocast(x):
-        if 2 * d <= n if batch.joint else d < n:  # an all-reduce sends each number twice, a gather once
+        if (
+            2 * d <= n if isinstance(batch, JointBatch) else d < n
+        ):  # an all-reduce sends each number twice, a gather once
             square = ((x.mT @ x) * batch.summed(y.mT @ y)).sum()
         else:
             every = batch.every(y)

@@ -8,7 +8,7 @@ from torch import Tensor
 from ..backend import declare, pick
 from ..core.autograd import Op, first_order, intermediate, or_zeros, stacked
 from ..core.dtypes import accumulation_dtype
-from ..core.ranks import Batch
+from ..core.ranks import Batch, JointBatch
 from ..reference import vicreg as _reference
 from .covariance import covariance_of, takes_dual
 
@@ -63,12 +63,12 @@ def vicreg_of(
     The kernels accept only numbers as settings, and rows of this process. If a setting is a tensor, which may need a
     gradient, or if the batch is joint, the loss is computed in torch from the covariance statistics of both views.
     """
-    if not batch.joint and {*map(type, settings)} == {float}:
+    if isinstance(batch, JointBatch):  # one exchange for both views
+        variance, offdiag = covariance_of(torch.stack([a, b]), estimator, form, batch)
+    elif {*map(type, settings)} == {float}:
         shape = a.shape
         dual = takes_dual(shape[-2], shape[-1], form, 0.8)
         return _VICReg.apply(a, b, *settings, estimator == "unbiased", dual)[:2]
-    if batch.joint:  # one exchange for both views
-        variance, offdiag = covariance_of(torch.stack([a, b]), estimator, form, batch)
     else:
         views = [covariance_of(view, estimator, form, batch) for view in (a, b)]
         variance, offdiag = (torch.stack([view[k] for view in views]) for k in (0, 1))
