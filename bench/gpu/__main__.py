@@ -3,6 +3,9 @@
 Each phase has a budget and processes of its own, so neither a crash nor a hang of one ends the run; what it finds is
 a line of results.jsonl at once. Nothing compiles but Triton: the extension is `make gpu-bundle`'s, in build/gpu, where
 the package has none of its own. The table comes last, and the exit status is 1 where anything failed.
+
+With --phases or --cases, a run goes on where an earlier one in the same folder stopped: it replaces the rows of what it
+runs, and the table has all rows. The versions are always checked first.
 """
 
 from __future__ import annotations
@@ -19,7 +22,7 @@ from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
 
-from . import table
+from . import stand_ins, table
 from .machine import Record, rows
 
 ROOT = Path(__file__).parents[2]
@@ -211,11 +214,15 @@ def main() -> int:
     args.out.mkdir(parents=True, exist_ok=True)
     run = Run(args)
     os.environ["PATH"] += f"{os.pathsep}/usr/local/cuda/bin"  # where ncu and compute-sanitizer may be
-    run.rows.unlink(missing_ok=True)
-    run.log.unlink(missing_ok=True)
+    os.environ["BENCH_GPU_RUN"] = str(time.time())
+    if args.dry_run:
+        os.environ["PATH"] = os.pathsep.join([str(stand_ins.make(args.out)), os.environ["PATH"]])
+    if not args.cases and set(chosen) == set(PHASES):
+        run.rows.unlink(missing_ok=True)
+        run.log.unlink(missing_ok=True)
     link()
     for name in PHASES:
-        if name not in chosen:
+        if name not in chosen and name != "versions":
             continue
         record, begin = Record(run.rows, name), time.monotonic()
         seconds = min(run.left(), BUDGETS[name] * (20 if args.dry_run else 1))
@@ -227,7 +234,7 @@ def main() -> int:
             PHASES[name](run, seconds)
         except Exception as error:  # a fault of this program must not cost the other phases
             record.row("phase", False, note=f"{type(error).__name__}: {error}")
-        record.row("phase", note=f"{time.monotonic() - begin:.1f} s")
+        record.row("phase", note=f"{time.monotonic() - begin:.1f} s", whole=not args.cases)
         if any(row["what"] == table.ABORT for row in rows(run.rows)):
             break
     text, failed = table.make(rows(run.rows))

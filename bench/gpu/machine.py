@@ -27,20 +27,36 @@ class Record:
 
     def row(self, what: str, ok: bool | None = True, **values: Any) -> None:
         """`ok` is None where something was left out, for a reason that `note` gives."""
-        line = json.dumps({"phase": self.phase, "what": what, "ok": ok, **values}, default=str) + "\n"
+        run = float(os.environ.get("BENCH_GPU_RUN", 0))
+        line = json.dumps({"phase": self.phase, "what": what, "ok": ok, "run": run, **values}, default=str) + "\n"
         with open(self.path, "a") as file:  # one write of one line: processes share the file
             file.write(line)
 
 
-def rows(path: Path) -> list[dict]:
-    """What a run has recorded so far; a line that a kill has cut short is left out."""
+def rows(*paths: Path) -> list[dict]:
+    """The rows of one run or of several, each row from the latest run that has it. A line cut short by a kill is left
+    out.
+
+    A run of selected cases replaces their rows alone. A run of a whole phase replaces all rows of the phase.
+    """
     found = []
-    for line in path.read_text().splitlines() if path.exists() else ():
+    for line in (line for path in paths if path.exists() for line in path.read_text().splitlines()):
         try:
             found.append(json.loads(line))
         except ValueError:
             continue
-    return found
+    latest: dict[tuple, float] = {}
+    for row in found:
+        latest[_key(row)] = max(row["run"], latest.get(_key(row), 0.0))
+        if row.get("whole"):
+            latest[row["phase"],] = max(row["run"], latest.get((row["phase"],), 0.0))
+    return [row for row in found if row["run"] >= max(latest[_key(row)], latest.get((row["phase"],), 0.0))]
+
+
+def _key(row: dict) -> tuple:
+    """What a later run replaces. The rows of a phase and of its processes belong together."""
+    of_phase = row["what"] == "phase" or row["what"].startswith("process ")
+    return row["phase"], None if of_phase else row["what"]
 
 
 @contextmanager

@@ -1,7 +1,8 @@
-"""`python -m bench.gpu.results results.jsonl`: keep the results of a GPU run with the sources.
+"""`python -m bench.gpu.results results.jsonl ...`: keep the results of a GPU run, or of several, with the sources.
 
-Writes bench/results/<device>.json, .md and .png, the tables of docs/gpu.md, and the documents that `python -m bench
---readme` writes. Given the .json, it writes all others again.
+Of several runs, each row comes from the latest that has it. Writes bench/results/<device>.json, .md and .png, the
+tables of docs/gpu.md, and the documents that `python -m bench --readme` writes. Given the .json, it writes all others
+again.
 """
 
 from __future__ import annotations
@@ -149,9 +150,12 @@ def _faster(line: table.Line, other: dict) -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.gpu.results", description=__doc__)
-    parser.add_argument("source", type=Path, help="results.jsonl of a run, or the .json made from it")
-    source = parser.parse_args().source
-    results = json.loads(source.read_text()) if source.suffix == ".json" else gathered(read(source))
+    parser.add_argument("sources", type=Path, nargs="+", help="results.jsonl of runs, or the .json made from them")
+    sources = parser.parse_args().sources
+    results = json.loads(sources[0].read_text()) if sources[0].suffix == ".json" else gathered(read(*sources))
+    if len(sources) > 1:
+        commits = dict.fromkeys(gathered(read(source))["machine"]["commit"] for source in sources)
+        results["machine"]["commit"] = ", ".join(commits)
     label = re.sub(r"[^a-z0-9]+", "-", results["machine"]["device"].lower()).strip("-")
     write(results, Path("bench/results") / f"{label}.json")
 

@@ -14,47 +14,12 @@ from bench import __main__ as bench
 from bench.gpu import __main__ as program
 from bench.gpu import results, table, versions
 from bench.gpu.machine import Record, rows
+from bench.gpu.stand_ins import CLEAN
 from bench.gpu.tools import read_profile, read_sanitizer
 from sslkern import backend
 
-TOOL = """#!/bin/bash
-while [ $# -gt 0 ]; do
-  case "$1" in
-    --log-file) log=$2; shift 2;;
-    --tool) kind=$2; shift 2;;
-    --csv) shift;;
-    --*) shift 2;;
-    *) break;;
-  esac
-done
-[ "$kind" = racecheck ] || "$@" || exit $?
-cat > "$log" <<'END'
-{log}
-END
-"""
-KERNEL = '"0","1","python","h","void sslkern::cuda::moments<float, 4>(const T1 *)","1","7","(32, 1, 1)","(8, 1, 1)","0"'
-PROFILE = f"""==PROF== Connected to process 1
-"ID","Process ID","Process Name","Host Name","Kernel Name","Context","Stream","Block Size","Grid Size","Device",\
-"CC","Section Name","Metric Name","Metric Unit","Metric Value"
-{KERNEL},"9.0","Command line profiler metrics","gpu__time_duration.sum","ns","1,234"
-{KERNEL},"9.0","Command line profiler metrics","launch__registers_per_thread","register/thread","64" """
-CLEAN = """========= ERROR SUMMARY: 0 errors
-========= RACECHECK SUMMARY: 0 hazards displayed (0 errors, 0 warnings)"""
 RACE = """========= Error: Race reported between Write access at x and Read access at y
 ========= RACECHECK SUMMARY: 1 hazard displayed (1 error, 0 warnings)"""
-
-
-@pytest.fixture
-def tools(tmp_path, monkeypatch):
-    """Stand-ins for profiler and sanitizer, first on the PATH. Both kinds of the latter are given the same command: the
-    second only writes its log."""
-    folder = tmp_path / "bin"
-    folder.mkdir()
-    for name, log in (("ncu", PROFILE), ("compute-sanitizer", CLEAN)):
-        (folder / name).write_text(TOOL.replace("{log}", log))
-        (folder / name).chmod(0o755)
-    monkeypatch.setenv("PATH", f"{folder}{os.pathsep}{os.environ['PATH']}")
-    return folder
 
 
 @pytest.fixture
@@ -76,7 +41,7 @@ def wrong(found):
     return {row["what"]: row["note"] for row in found if row["ok"] is False}
 
 
-def test_every_phase(run, tools):
+def test_every_phase(run):
     """Every kind of check and of case once; nothing fails, and the files are those that come back."""
     checks = "vicreg_loss$|max dot$|info_nce_loss$|batch_norm relu$|hsic rbf|nn.UnitaryRNN|ProjUNN|step|HSIC|rank_k"
     status, found, said = run("--seconds", "3000", "--cases", checks)
@@ -203,6 +168,39 @@ def test_a_line_cut_short_is_left_out(tmp_path):
     with open(path, "a") as file:
         file.write(json.dumps({"phase": "smoke"})[:8])
     assert [row["what"] for row in rows(path)] == ["one"]
+
+
+def test_later_rows_replace_earlier_ones(tmp_path, monkeypatch):
+    """Of the same name, in one file or in several; a whole phase replaces the phase, and selected cases only theirs."""
+    paths = [tmp_path / "one", tmp_path / "two"]
+
+    def told(path, run, phase, *names, whole=False, ok=True):
+        monkeypatch.setenv("BENCH_GPU_RUN", str(run))
+        for name in names:
+            Record(path, phase).row(name, ok)
+        Record(path, phase).row("phase", whole=whole)
+
+    told(paths[0], 1, "smoke", "a", "b", "process 3", whole=True, ok=False)
+    told(paths[0], 1, "speed", "c", "c", whole=True)
+    told(paths[0], 2, "smoke", "b")
+    names = [(row["what"], row["ok"]) for row in rows(paths[0])]
+    assert names == [("a", False), ("c", True), ("c", True), ("phase", True), ("b", True), ("phase", True)]
+    told(paths[1], 3, "smoke", "d", whole=True)
+    assert [row["what"] for row in rows(*paths)] == ["c", "c", "phase", "d", "phase"]
+
+
+def test_a_run_goes_on_where_one_stopped(run, monkeypatch):
+    """What is run again replaces its rows; what is not run again is in the table all the same, and so is its failure."""
+    monkeypatch.setitem(program.PHASES, "ceilings", lambda run, seconds: 1 / 0)
+    status, _, said = run("--seconds", "300", "--phases", "ceilings,smoke", "--cases", "max dot|info_nce_loss$")
+    assert status == 1 and "ceilings: phase: ZeroDivisionError" in said
+    status, found, said = run("--seconds", "300", "--phases", "smoke", "--cases", "max dot")
+    assert status == 1 and "ceilings: phase: ZeroDivisionError" in said
+    smoke = {row["what"].split()[0]: row["run"] for row in found if row["phase"] == "smoke"}
+    assert smoke["max"] == smoke["phase"] > smoke["info_nce_loss"]
+    monkeypatch.setitem(program.PHASES, "ceilings", lambda run, seconds: None)
+    status, found, _ = run("--seconds", "300", "--phases", "ceilings")
+    assert status == 0 and not wrong(found)
 
 
 def test_ratios_need_the_error_they_allow():
