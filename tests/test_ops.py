@@ -9,9 +9,9 @@ from sslkern import backend as backends
 
 
 def in_turn(names, op_name, turn, special=False):
-    """What the interpreter takes of the cases, of which two estimators share the kernels: in turn 0 every case, for one
-    of the two; in turns 1 and 2 the same, but the cases that are only a shape and a layout in one of both turns.
-    `special`: all with values of their own, for both estimators."""
+    """What Triton takes of the cases, each of which is compiled or interpreted. Two estimators share the kernels: in turn
+    0 every case, for one of the two; in turns 1 and 2 the same, but the cases that are only a shape and a layout in one
+    of both turns. `special`: all with values of their own, for both estimators."""
     taken = []
     for k, (name, case) in enumerate(cases.CASES.items()):
         own = case.values is not cases.same
@@ -27,7 +27,7 @@ def in_turn(names, op_name, turn, special=False):
 def test_values_and_gradients_follow_fp64(op_name, dtype, backend, device):
     """Over every shape and layout, with random gradients of every output."""
     names = cases.cases_for(cases.OPS[op_name], backend, 40_000 if dtype == torch.float32 else 1300)
-    if cases.interpreted(backend):
+    if backend == "triton":
         names = in_turn(names, op_name, cases.DTYPES.index(dtype), special=dtype == torch.float32)
     found = [line for name in names for line in complaints(op_name, name, dtype, device)]
     assert not found, "\n".join(found)
@@ -38,7 +38,7 @@ def test_the_form_auto_would_not_take_agrees(op_name, backend, device):
     """The value does not depend on the form, up to the cancellation that "auto" avoids."""
     op, found = cases.OPS[op_name], []
     names = cases.cases_for(op, backend, 1300)
-    for name in in_turn(names, op_name, 1, special=True) if cases.interpreted(backend) else names:
+    for name in in_turn(names, op_name, 1, special=True) if backend == "triton" else names:
         n, d = cases.inputs_of(cases.CASES[name], 1, torch.float32)[0].shape[-2:]
         form = "primal" if n < op.threshold * d else "dual"
         found += complaints(op_name, name, torch.float32, device, form, forced=True)

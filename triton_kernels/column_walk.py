@@ -77,7 +77,7 @@ def store_sums(out, x, d, COLS: tl.constexpr, FOLD: tl.constexpr):
     tl.store(out + cols, x, mask=cols < d)
 
 
-@triton.jit
+@launch.kernel()
 def merge_kernel(
     parts,  # (S, chunks, WIDTH) fp64
     merged,  # (S, groups, WIDTH)

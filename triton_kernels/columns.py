@@ -41,7 +41,7 @@ def _moments_of(z, row_stride, first, last, cols, strand, out, d, COLS: tl.const
     store_sums(out + d, square, d, COLS, FOLD)
 
 
-@triton.jit
+@launch.kernel("n", "rows")
 def moments_kernel(
     a,  # (S, N, D)
     a_slice,
@@ -115,7 +115,7 @@ def statistics(z, moments, chunks, centre, spread, s, n, d, cols, eps, STANDARDI
         return high, low, factor
 
 
-@triton.jit
+@launch.kernel("n", "rows")
 def operands_kernel(
     a,  # (S, N, D)
     a_slice,

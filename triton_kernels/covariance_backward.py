@@ -105,7 +105,7 @@ def _view_gradient(
         tl.store(out[None, :] + step * d, rounded(g, out.dtype.element_ty), mask=here)
 
 
-@triton.jit
+@launch.kernel("n", "rows")
 def gradient_kernel(
     a,  # (S, N, D)
     a_slice,
@@ -218,7 +218,7 @@ def backward(
             *launch.strided(a), *launch.strided(b), outputs[0], outputs[1] if len(outputs) == 2 else None,
             product, product.stride(0), product.stride(1), centre, variance,
             row_sq if unbiased else None, cubic, row_sums(variance) if unbiased else None, grad, grad.stride(0),
-            *((None, 0, 0) if grad_variance is None else (grad_variance, *grad_variance.stride())),
+            *((None, 0, 0) if grad_variance is None else launch.strided(grad_variance)),
             s, n, d, cut.rows, 0 if cubic is None else cubic.shape[2], *coefficients,
             COLS=cut.cols, FOLD=cut.fold, num_warps=1,
         )  # fmt: skip

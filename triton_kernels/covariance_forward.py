@@ -17,7 +17,7 @@ from .launch import inverse
 PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge; and (a - b)^2, for the first view only
 
 
-@triton.jit
+@launch.kernel("n")
 def second_moments_kernel(
     raw,  # (V, S, M, M), pitched
     raw_slice,
@@ -79,7 +79,7 @@ def _offdiag(parts, fourth, n, programs, DUAL: tl.constexpr):
     return plugin
 
 
-@triton.jit
+@launch.kernel("n", "d")
 def finish_kernel(
     parts,  # (S, V, 5, programs) fp64
     fourth,  # (V, S, N) fp64 or None

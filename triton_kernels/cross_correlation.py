@@ -15,7 +15,7 @@ from .gemm import PLANES, multiply, precision, symmetric_product
 from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, total
 
 
-@triton.jit
+@launch.kernel("n")
 def correlations_kernel(
     raw,  # (2, S, N, N) when dual, else (S, D, D), pitched
     raw_slice,
@@ -47,7 +47,7 @@ def correlations_kernel(
     tl.store(parts + programs, tl.sum(on * on, 0))
 
 
-@triton.jit
+@launch.kernel("n")
 def off_correlations_kernel(
     parts,  # (S, 2, programs) fp64
     offdiag,  # (S,)

@@ -24,7 +24,7 @@ def _column_factor(grad_diagonal, gd_col, grad, diagonal, s, n, d, cols, DUAL: t
     return factor
 
 
-@triton.jit
+@launch.kernel("n", "rows")
 def standardised_gradient_kernel(
     a,  # (S, N, D)
     a_slice,
@@ -188,7 +188,7 @@ def backward(
         inputs = (*launch.strided(views[0]), *launch.strided(views[1]))
         outputs = (grad_a if need_a else None, grad_b if need_b else None)
         parts = (product, product.stride(0), product.stride(1), centre, inv_std, diagonal)
-        grads = (grad_diagonal, *grad_diagonal.stride(), grad_offdiag, grad_offdiag.stride(0))
+        grads = (*launch.strided(grad_diagonal), grad_offdiag, grad_offdiag.stride(0))
         scale = 2 / n**2 if dual else 2 / n
 
         def run(cut: Tiling, sums: Tensor, only_sum: bool) -> None:

@@ -29,7 +29,7 @@ def _sum_cubic(z, z_row, centre, row_sq, out, at, n, d, rows, cols, strand, COLS
     store_sums(out + (at * tl.num_programs(1) + tl.program_id(1)) * d, acc, d, COLS, FOLD)
 
 
-@triton.jit
+@launch.kernel("n", "rows")
 def cubic_kernel(
     a,  # (S, N, D)
     a_slice,

@@ -42,12 +42,12 @@ def planes_for(role: str) -> str:
 
 def empty_operand(z: Tensor, slices: int, n: int, d: int, planes: str, along: str) -> tuple[Tensor, int]:
     """Allocate an operand, with its planes side by side ("columns") or one below the other ("rows"), and return the
-    step between planes."""
-    dtype = torch.float32 if planes == "f" else torch.bfloat16
+    step between planes; 0 if there is only one."""
+    dtype, several = torch.float32 if planes == "f" else torch.bfloat16, len(planes) > 1
     if along == "columns":
-        return launch.pitched(z, slices, n, len(planes) * d, dtype), d
+        return launch.pitched(z, slices, n, len(planes) * d, dtype), d * several
     operand = launch.pitched(z, slices, len(planes) * n, d, dtype)
-    return operand, n * operand.stride(1)
+    return operand, n * operand.stride(1) * several
 
 
 @triton.jit
@@ -100,7 +100,7 @@ def split(gram: Tensor, role: str, along: str) -> Tensor:
     are aligned."""
     planes = planes_for(role)
     count, m = gram.shape[:2]
-    if planes == "f" and m % 8 == 0:
+    if planes == "f" and m % launch.PITCH == 0:
         return gram
     operand, step = empty_operand(gram, count, m, m, planes, along)
     cols = launch.columns_per_program(gram)

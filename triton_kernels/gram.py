@@ -22,7 +22,11 @@ def programs(m: int, d: int) -> int:
 def empty_gram(raw: Tensor, symmetrise: bool) -> Tensor:
     """Memory for the finished Gram of a pitched product. The product itself, if it is contiguous and needs no
     symmetrising."""
-    return torch.empty_like(raw, memory_format=torch.contiguous_format) if symmetrise or raw.shape[-1] % 8 else raw
+    return (
+        torch.empty_like(raw, memory_format=torch.contiguous_format)
+        if symmetrise or raw.shape[-1] % launch.PITCH
+        else raw
+    )
 
 
 @triton.jit
@@ -72,7 +76,7 @@ def total(parts, count):
     return tl.sum(acc, 0)
 
 
-@triton.jit
+@launch.kernel("n")
 def row_norms_kernel(
     operand,  # (S, planes x N x D)
     plane_slice,
@@ -107,7 +111,7 @@ def row_norms(operand: Tensor, n: int, d: int, dual: bool) -> tuple[Tensor, Tens
     row_sq = launch.workspace(operand, s, n)
     fourth = launch.workspace(operand, s, n, dtype=torch.float64)
     split = operand.shape[2 if dual else 1] == 3 * (d if dual else n)
-    step = d if dual else n * operand.stride(1)
+    step = 0 if not split else d if dual else n * operand.stride(1)
     row_norms_kernel[(s * n,)](
         operand, operand.stride(0), operand.stride(1), step, row_sq, fourth, n, d, SPLIT=split, COLS=512, num_warps=4
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import os
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
@@ -18,6 +19,8 @@ INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 ON_REQUEST = ("cpu",) if INTERPRETED else ()  # the interpreter is for tests
 ARCHITECTURES = (80, 90, 100)  # architectures that the tests compile for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+PITCH = 16  # the alignment, in elements, for which Triton compiles vector loads and stores
+COUNTS = ("slices", "stacks", "groups", "chunks", "programs", "blocks", "strips", "splits", "tiles", "count", "each")
 
 
 def register(name: str, function: Callable, refuses: Callable[[Tensor], str | None] | None = None) -> None:
@@ -35,6 +38,17 @@ def register(name: str, function: Callable, refuses: Callable[[Tensor], str | No
     backend.implement("triton", name, function, "cuda", dtypes=DTYPES, refuses=refusal, on_request=ON_REQUEST)
 
 
+def kernel(*more: str) -> Callable[[Callable], triton.JITFunction]:
+    """`triton.jit`, compiled once for all values of the counts of programs and of loop steps, and of the arguments in
+    `more`. Triton would compile again where such an argument is 1 or a multiple of 16, which no address depends on."""
+
+    def decorated(function: Callable) -> triton.JITFunction:
+        names = inspect.signature(function).parameters
+        return triton.jit(function, do_not_specialize=[name for name in names if name in COUNTS or name in more])
+
+    return decorated
+
+
 def on_device(z: Tensor) -> AbstractContextManager:
     """Make the device of `z` current: launches go to the current device."""
     return torch.cuda.device(z.device) if z.is_cuda else nullcontext()
@@ -45,9 +59,14 @@ def slices(z: Tensor) -> Tensor:
     return z.reshape(-1, *z.shape[-2:])
 
 
+def slice_stride(z: Tensor) -> int:
+    """The stride of the first dimension; 0 for a single slice, whose stride would only compile a kernel once more."""
+    return z.stride(0) if z.shape[0] > 1 else 0
+
+
 def strided(z: Tensor | None) -> tuple:
-    """The kernel arguments of a (S, N, D) input: pointer, slice stride, row stride, column stride."""
-    return (None, 0, 0, 0) if z is None else (z, *z.stride())
+    """The kernel arguments of a (S, N, D) input: pointer, slice stride, row stride, column stride; likewise of (S, D)."""
+    return (None, 0, 0, 0) if z is None else (z, slice_stride(z), *z.stride()[1:])
 
 
 def columns_per_program(z: Tensor) -> int:
@@ -68,13 +87,13 @@ def workspace(z: Tensor, *shape: int, dtype: torch.dtype = torch.float32) -> Ten
 
 
 def pitched(z: Tensor, slices: int, rows: int, columns: int, dtype: torch.dtype = torch.float32) -> Tensor:
-    """A fresh (S, rows, columns). Rows start at multiples of 16 bytes, for vector loads, and slices at multiples of
-    128.
+    """A fresh (S, rows, columns). Rows start at multiples of PITCH elements, for vector loads and stores, and slices at
+    multiples of 128 bytes.
 
-    Vendor GEMMs choose a kernel by alignment, and so every slice is aligned like a slice alone. A square of side 8 k is
-    contiguous.
+    Vendor GEMMs choose a kernel by alignment, and so every slice is aligned like a slice alone. A square is contiguous
+    if its side is a multiple of PITCH.
     """
-    pitch = triton.cdiv(columns, 8) * 8
+    pitch = triton.cdiv(columns, PITCH) * PITCH
     step = triton.cdiv(rows * pitch, 64) * 64
     return workspace(z, slices, step, dtype=dtype).as_strided((slices, rows, columns), (step, pitch, 1))
 

@@ -24,7 +24,7 @@ from .pairwise_tiles import (
 )
 
 
-@triton.jit
+@launch.kernel("n", "m", "first_block")
 def argmax_kernel(
     x,  # (S, planes, padded, BD)
     y,  # (S, planes, padded, BD)
@@ -93,7 +93,7 @@ def argmax_kernel(
     tl.store(index + out, at)
 
 
-@triton.jit
+@launch.kernel("n")
 def first_of_strips_kernel(
     best,  # (S, strips, padded)
     index,  # (S, strips, padded) int32

@@ -22,7 +22,7 @@ from .pairwise_weights import VALUES, pair_weights
 NUMBERS = 1 << 24  # elements of a workspace: 64 MB
 
 
-@triton.jit
+@launch.kernel("first", "n")
 def weights_kernel(
     raw,  # (rows, M): products, which the weights replace
     raw_row,

@@ -70,7 +70,7 @@ def merge(top, total, parts, step, first, last, fixed, AT_ONCE: tl.constexpr):
     return top, total
 
 
-@triton.jit
+@launch.kernel("n")
 def collect_kernel(
     parts,  # (S, strips, padded)
     above,  # (S, padded / BLOCK, padded) or None: those of a symmetric matrix from the blocks of rows before

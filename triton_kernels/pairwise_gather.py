@@ -10,7 +10,7 @@ from torch import Tensor
 from . import launch
 
 
-@triton.jit
+@launch.kernel("n")
 def gather_kernel(
     parts,  # (splits, S, padded, WIDTH), or None for the sums
     sums,  # (splits, S, padded) or None

@@ -51,7 +51,7 @@ def kernel_tile(
     return tl.where((i[:, None] < n) & (j[None, :] < n), k, 0.0)
 
 
-@triton.jit
+@launch.kernel("n")
 def gram_kernel(
     x,  # (S G, planes, padded, BD)
     squares,  # (S G, padded)
@@ -121,7 +121,7 @@ def gram_kernel(
         tl.store(rows + (at_h * strips + strip) * padded + i, sum_h)
 
 
-@triton.jit
+@launch.kernel()
 def collect_gram_kernel(
     parts,  # (S G G, count) fp64
     gram,  # (S G G,) fp64
@@ -130,7 +130,7 @@ def collect_gram_kernel(
     tl.store(gram + tl.program_id(0), total(parts + tl.program_id(0).to(tl.int64) * count, count))
 
 
-@triton.jit
+@launch.kernel("n")
 def collect_sums_kernel(
     rows,  # (S G, strips, padded) fp64
     columns,  # (S G, blocks, padded)
@@ -183,7 +183,7 @@ def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str)
     return gram, over
 
 
-@triton.jit
+@launch.kernel("n")
 def gram_gradient_kernel(
     x,  # (S G, planes, padded, BD)
     squares,  # (S G, padded)

@@ -29,7 +29,7 @@ from .pairwise_tiles import (
 )
 
 
-@triton.jit
+@launch.kernel("n", "m", "first_block")
 def logsumexp_kernel(
     x,  # (S, planes, padded, BD)
     y,  # (S, planes, padded, BD)

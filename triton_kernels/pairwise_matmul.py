@@ -45,7 +45,7 @@ class Side(NamedTuple):
     factor: Operand | None = None  # (S, N, Q): factors that are products of two rows
 
 
-@triton.jit
+@launch.kernel("n", "m")
 def weighted_rows_kernel(
     x,  # (S, planes, padded, BD)
     y,  # (S, planes, padded, BD)

@@ -68,7 +68,7 @@ def cut(x, PLANES: tl.constexpr):
         return high.to(tl.bfloat16), middle.to(tl.bfloat16), low.to(tl.bfloat16)
 
 
-@triton.jit
+@launch.kernel("n")
 def cut_kernel(
     z,  # (S, N, D)
     planes,  # (S, planes, padded, WIDTH)

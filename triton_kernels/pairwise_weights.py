@@ -31,7 +31,7 @@ def value_of(t, FUNCTION: tl.constexpr):
     return t
 
 
-@triton.jit
+@launch.kernel("n")
 def pair_kernel(
     weight,  # (S, N)
     base,  # (S, N) or None

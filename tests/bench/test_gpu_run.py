@@ -190,7 +190,7 @@ def test_later_rows_replace_earlier_ones(tmp_path, monkeypatch):
 
 
 def test_a_run_goes_on_where_one_stopped(run, monkeypatch):
-    """What is run again replaces its rows; what is not run again is in the table all the same, and so is its failure."""
+    """What is run again replaces its rows; what is not run again stays in the table, and so does its failure."""
     monkeypatch.setitem(program.PHASES, "ceilings", lambda run, seconds: 1 / 0)
     status, _, said = run("--seconds", "300", "--phases", "ceilings,smoke", "--cases", "max dot|info_nce_loss$")
     assert status == 1 and "ceilings: phase: ZeroDivisionError" in said
