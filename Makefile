@@ -16,6 +16,9 @@ SET_UP = ($(PY) setup.py build_ext > /dev/null & $(OURS)$(if $(PYTHON),,"[$(1)]"
 # Folder for the log, the results and the table of `make gpu`
 OUT ?= out
 
+# The oldest Triton, in a folder of its own, for the tests that compile for a GPU. Linux only, and not with PYTHON=
+OLD_TRITON := $(if $(PYTHON)$(filter-out Linux,$(shell uname)),,build/triton-3.6.0)
+
 # The binary of `make gpu-bundle`. If it exists, `make gpu` installs nothing and compiles nothing
 BUNDLE := $(wildcard build/gpu/sslkern/_C.abi3.so)
 
@@ -31,7 +34,7 @@ demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
 	$(PY) -m bench.large_batch --limit
 
-test: $(VENV)/complete lint
+test: $(VENV)/complete $(addsuffix /ready,$(OLD_TRITON)) lint
 	$(PY) -m pytest $(PARALLEL) $(ARGS)
 
 bench: build
@@ -81,6 +84,10 @@ $(VENV)/complete: $(READY) $(SOURCES)
 	export SSLKERN_CUDA=$${SSLKERN_CUDA:-1}; $(call SET_UP,test)
 	cp -p $@.new $(VENV)/built
 	mv $@.new $@
+
+build/triton-%/ready: $(READY)
+	$(INSTALL) --no-deps --upgrade --target $(@D) "triton==$*"
+	touch $@
 
 clean:
 	rm -rf build dist *.egg-info sslkern/*.so .venv/built .venv/complete

@@ -36,3 +36,25 @@ def resources(binary: Path) -> dict[tuple[int, str], dict[str, int]]:
             numbers = {name: int(n) for name, n in re.findall(r"\b(REG|STACK|LOCAL|SHARED):(\d+)", after)}
             found[architecture, kernel[1]] = numbers
     return found
+
+
+def products(cubin: Path) -> dict[str, object]:
+    """Hopper's matrix products (wgmma) in a file of one kernel: how wide they are, how many there are and how often the
+    kernel waits for them. Also the number of spills, loads and stores of local memory."""
+    code = tool("nvdisasm", "-c", str(cubin))
+    widths = [int(width) for width in re.findall(r"HGMMA\.\d+x(\d+)x\d+", code)]
+    return {
+        "widths": sorted(set(widths)),
+        "products": len(widths),
+        "waits": len(re.findall(r"WARPGROUP\.DEPBAR", code)),
+        "spills": len(re.findall(r"\b(?:LDL|STL)\b", code)),
+    }
+
+
+def serialised(ptx: str, ptxas: str, folder: Path) -> list[str]:
+    """The warnings of ptxas, C7510 and others, that products wait for each other."""
+    source = folder / "kernel.ptx"
+    source.write_text(ptx)
+    command = [ptxas, "-v", "--gpu-name=sm_90a", source, "-o", folder / "kernel.cubin"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True)
+    return sorted(set(re.findall(r"C75\d\d", told.stdout + told.stderr)))
