@@ -240,7 +240,8 @@ __global__ void __launch_bounds__(kThreads, 2) skinny_kernel(SkinnyProblem<T> al
   block.write_left();
 }
 
-// Adds up partial sums. Lanes have a vector of elements each, and warps take turns with the partial sums.
+// Adds up partial sums. Lanes have a vector of elements each, and warps take turns with the partial sums. With the 32
+// registers that nvcc takes by itself, it spills.
 template <class T>
 __global__ void __launch_bounds__(kThreads, 6) combine_kernel(SkinnyProblem<T> all, SkinnyPlan c, const T* partial) {
   constexpr int L = kLanes<T>, kEach = 32 * L;
