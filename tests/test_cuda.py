@@ -53,6 +53,7 @@ def test_the_binary_has_them_where_there_is_an_nvcc(nvcc):
     assert installed.cuda_build().startswith("CUDA kernels: sm_"), installed.cuda_build()
     assert ("native", "batch_norm_fwd", "cuda") in kernels
     assert ("native", "rank_k_update_", "cuda") in kernels
+    assert ("native", "skinny_products", "cuda") in kernels
 
 
 def test_a_cpu_tensor_is_refused():
@@ -62,6 +63,8 @@ def test_a_cpu_tensor_is_refused():
     ops, on_cuda, x = torch.ops.sslkern_native, torch._C.DispatchKeySet(torch._C.DispatchKey.CUDA), torch.randn(4, 3)
     with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
         ops.batch_moments_fwd.default.redispatch(on_cuda, x)
+    with pytest.raises(RuntimeError, match="x must be a CUDA tensor"):
+        ops.skinny_products.default.redispatch(on_cuda, x, x.mT.contiguous(), x)
     with pytest.raises(RuntimeError, match="u must be a CUDA tensor"):
         ops.rank_k_update_.default.redispatch(on_cuda, x, x, x, 0)
 

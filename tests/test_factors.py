@@ -4,6 +4,7 @@ import matrices
 import pytest
 import torch
 from matrices import DTYPES, METHODS, captured, eps, error, generator, haar, of_rank, wide
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern import optim
@@ -167,14 +168,25 @@ def test_linear_factors_are_those_of_the_weights_gradient(dtype):
     assert error(left, right, dy.mT @ x.conj()) < 100 * eps(dtype)  # a batch of 4 has rank 4
 
 
-def test_off_a_cpu_large_gradients_are_multiplied_by_plain_products(monkeypatch):
-    """`skinny_products` has kernels for CPUs alone: elsewhere its reference is what SSLKERN_STRICT=1 refuses."""
+def test_large_gradients_take_skinny_products_where_it_has_kernels(monkeypatch):
+    """On a CPU and a GPU; small ones, and those on other devices, take plain products."""
     called = []
     monkeypatch.setattr(factors, "skinny_products", lambda *tensors: called.append(tensors) or tensors[1:])
-    for device, calls in (("meta", 0), ("cpu", 1)):
-        g, r, a = (torch.empty(size, device=device) for size in ((512, 256), (256, 3), (512, 3)))
-        found = factors._products(g)(r, a)
-        assert len(called) == calls and (device == "cpu" or [x.shape for x in found] == [(512, 3), (256, 3)])
+    for device, n, calls in (("meta", 512, 0), ("cpu", 511, 0), ("cpu", 512, 1), ("cuda", 512, 1)):
+        called.clear()
+        with FakeTensorMode():
+            g, r, a = (torch.empty(size, device=device) for size in ((n, 256), (256, 3), (n, 3)))
+            found = factors._products(g)(r, a)
+        assert len(called) == calls and (calls or [x.shape for x in found] == [(n, 3), (256, 3)]), device
+
+
+def test_a_large_gradient_is_made_contiguous_once(monkeypatch):
+    called = []
+    monkeypatch.setattr(factors, "skinny_products", lambda *tensors: called.append(tensors) or tensors[1:])
+    products = factors._products(torch.empty(512, 256).mT)
+    for _ in range(2):
+        products(None, None)
+    assert called[0][0] is called[1][0] and called[0][0].is_contiguous()
 
 
 def test_one_graph_for_all_sizes():

@@ -82,14 +82,15 @@ def rotations() -> Iterator[Check]:
             return [u, normal(*stack, n, k) / n, normal(*stack, p, k, seed=1) / p**0.5]
 
         yield Check(f"rank_k_update_ {kind}", (*stack, n, p, k), call, inputs, COMPLEX, False, captured=True)
-    for n, p in ((33, 17), (1024, 1024)):
+    for stack, n, p, k in (((), 33, 17, 4), ((7,), 64, 64, 16), ((), 1024, 1024, 16), ((), 300, 2001, 40)):
         yield Check(
             "skinny_products",
-            (n, p),
+            (*stack, n, p, k),
             ops.skinny_products,
-            lambda n=n, p=p: [normal(n, p), normal(p, 4), normal(n, 4)],
+            lambda stack=stack, n=n, p=p, k=k: [normal(*stack, *size) for size in ((n, p), (p, k), (n, k))],
             COMPLEX,
             False,
+            captured=True,
         )
 
 

@@ -3,13 +3,12 @@
 #pragma once
 
 #include "coefficients.cuh"
+#include "tiles.cuh"
 
 namespace sslkern::cuda {
 
-constexpr int kWarps = 8, kThreads = 32 * kWarps;
 constexpr int kColumns = 32;         // columns of U per step of `gather`
 constexpr int kDepth = 8 * kWarps;   // rows of a in shared memory
-constexpr int64_t kBlocks = 264;     // blocks of a pass over a large matrix: two per SM of an H100
 constexpr int64_t kGathers = 32;     // most partial sums of K and A; one block adds them up
 constexpr int64_t kShare = 512;      // least rows of a per partial sum
 constexpr int64_t kSmall = 1 << 16;  // most elements of a matrix that one block updates
@@ -18,12 +17,6 @@ constexpr int64_t kMany = 256;       // matrices of a stack that keep the GPU bu
 constexpr int64_t kResident = 1024;  // matrices per launch, where one block updates one
 constexpr int64_t kTogether = 64;    // the same for large matrices
 
-template <class T>
-constexpr int kLanes = kVectorBytes / sizeof(T);
-template <class T>
-constexpr int kStep = 8 * kLanes<T>;  // columns of U per step of a warp
-template <class T, bool kWide>
-constexpr int kTile = (kWide ? 8 : 4) * kLanes<T>;  // columns of W per step of a warp
 template <class T, bool kWide>
 constexpr int kProjected = kWide ? 16 : 2 * kLanes<T>;  // columns of a per thread in `project`
 

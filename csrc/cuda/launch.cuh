@@ -81,4 +81,15 @@ cudaError_t launch(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_by
   return cudaLaunchKernelEx(&config, kernel, static_cast<P>(arguments)...);
 }
 
+// Like `launch`, for a kernel that may need more shared memory than the default limit.
+template <class... P, class... A>
+cudaError_t launch_large(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
+                         const A&... arguments) {
+  if (shared_bytes > 48 << 10) {
+    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
+    if (const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes))) return e;
+  }
+  return launch(kernel, grid, block, shared_bytes, stream, arguments...);
+}
+
 }  // namespace sslkern::cuda

@@ -6,31 +6,6 @@
 
 namespace sslkern::cuda {
 
-// sums += left right. A lane takes every eighth row of `left` from its first row on, and every fourth vector of columns
-// of `right`.
-template <int kInner, class T, int R, int H, int L>
-__device__ __forceinline__ void multiply(const T* left, int left_stride, const T* right, int right_stride,
-                                         T (&sums)[R][H][L]) {
-#pragma unroll
-  for (int q = 0; q < kInner; q += L) {
-    T x[R][L];
-#pragma unroll
-    for (int r = 0; r < R; ++r) load(left + r * 8 * left_stride + q, x[r]);
-#pragma unroll
-    for (int s = 0; s < L; ++s) {
-      T y[H][L];
-#pragma unroll
-      for (int h = 0; h < H; ++h) load(right + (q + s) * right_stride + 4 * L * h, y[h]);
-#pragma unroll
-      for (int r = 0; r < R; ++r)
-#pragma unroll
-        for (int h = 0; h < H; ++h)
-#pragma unroll
-          for (int l = 0; l < L; ++l) sums[r][h][l] += x[r][s] * y[h][l];
-    }
-  }
-}
-
 // A warp copies (kRows, kCols). Both strides are multiples of a vector.
 template <int kRows, int kCols, class T>
 __device__ __forceinline__ void copy_tile(const T* from, int from_stride, T* to, int to_stride) {

@@ -109,17 +109,6 @@ int64_t workspace_bytes(const Problem<T>& q, const UpdatePlan& p) {
   return p.together * Room<T>(nullptr, p.cut, q.k).each;
 }
 
-// Like `launch`, for a kernel that may need more shared memory than the default limit.
-template <class... P, class... A>
-cudaError_t launch_large(void (*kernel)(P...), dim3 grid, dim3 block, size_t shared_bytes, cudaStream_t stream,
-                         const A&... arguments) {
-  if (shared_bytes > 48 << 10) {
-    const auto attribute = cudaFuncAttributeMaxDynamicSharedMemorySize;
-    if (const cudaError_t e = cudaFuncSetAttribute(kernel, attribute, static_cast<int>(shared_bytes))) return e;
-  }
-  return launch(kernel, grid, block, shared_bytes, stream, arguments...);
-}
-
 template <class T, int V, bool kWide>
 cudaError_t some_updates(const Problem<T>& q, unsigned count, const UpdatePlan& p, const Room<T>& room,
                          cudaStream_t stream) {
