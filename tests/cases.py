@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from functools import cache
 
 import torch
+from conftest import INTERPRETED
 from formulas import covariance_published, cross_correlation_published, vicreg_published
 from torch import Tensor
 
@@ -205,7 +206,7 @@ def cases_for(op: Op, name: str | None = None, most: int = 1 << 30) -> dict[str,
 
 def interpreted(name: str | None) -> bool:
     """Does this back-end run in Triton's interpreter, a thousand times slower?"""
-    return name == "triton" and not torch.cuda.is_available()
+    return name == "triton" and INTERPRETED
 
 
 def by_slice(plain: Callable[..., tuple[Tensor, ...]]) -> Callable[..., tuple[Tensor, ...]]:

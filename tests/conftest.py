@@ -15,19 +15,20 @@ if os.environ.get("PYTEST_XDIST_WORKER", "gw1").endswith(("0", "2")):
 import pytest
 import torch
 
-if not torch.cuda.is_available():
+if not torch.cuda.is_available() and "SSLKERN_TEST_LAUNCHES" not in os.environ:  # with it, Triton compiles
     os.environ["TRITON_INTERPRET"] = "1"
 
 import sslkern
 
 pytest.register_assert_rewrite("cases", "large_batches", "rules")  # their assertions show numbers as a test's do
 
-if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None:
-    import quick_interpreter  # noqa: F401
-
 ROOT = Path(__file__).parents[1]
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tests of a file, or of an architecture in it, that share what is costly to make: one process runs them
-TOGETHER = re.compile(r"test_(?:ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
+TOGETHER = re.compile(r"test_(?:ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+-\w+")
+
+if INTERPRETED and find_spec("triton") is not None:
+    import quick_interpreter  # noqa: F401
 
 
 def settings(**environment: str) -> dict[str, str]:
@@ -81,7 +82,7 @@ def pytest_collectstart(collector):
 def pytest_itemcollected(item):
     """What is parametrised with a back-end on a GPU is marked here; the rest has `pytest.mark.gpu` where it stands."""
     params = [p for p in item.callspec.params.values() if isinstance(p, str)] if hasattr(item, "callspec") else []
-    if "cuda" in params or ("triton" in params and torch.cuda.is_available()):
+    if "cuda" in params or ("triton" in params and not INTERPRETED):
         item.add_marker(pytest.mark.gpu)
 
 

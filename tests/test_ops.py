@@ -9,9 +9,9 @@ from sslkern import backend as backends
 
 
 def in_turn(names, op_name, turn, special=False):
-    """What Triton takes of the cases, each of which is compiled or interpreted. Two estimators share the kernels: in turn
-    0 every case, for one of the two; in turns 1 and 2 the same, but the cases that are only a shape and a layout in one
-    of both turns. `special`: all with values of their own, for both estimators."""
+    """What Triton takes of the cases, which it compiles or interprets one by one. Two estimators share the kernels: in
+    turn 0 every case, for one of the two; in turns 1 and 2 the same, but the cases that are only a shape and a layout
+    in one of both turns. `special`: all with values of their own, for both estimators."""
     taken = []
     for k, (name, case) in enumerate(cases.CASES.items()):
         own = case.values is not cases.same

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
-from conftest import available
+from conftest import INTERPRETED, available
 from pairwise import SHAPES, compare, settings
 
 from sslkern import backend
@@ -18,7 +18,7 @@ RAGGED = {
 }
 LOGSUMEXP = [("logsumexp", kernel, mask) for kernel in ("dot", "sqeuclidean") for mask in (None, "same offdiag")]
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)
