@@ -27,7 +27,7 @@ if os.environ.get("TRITON_INTERPRET") == "1" and find_spec("triton") is not None
 
 ROOT = Path(__file__).parents[1]
 # Tests of a file, or of an architecture in it, that share what is costly to make: one process runs them
-TOGETHER = re.compile(r"test_(?:ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
+TOGETHER = re.compile(r"test_(?:fake_cuda|ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+")
 
 
 def settings(**environment: str) -> dict[str, str]:
