@@ -126,12 +126,15 @@ def compared(subject: Subject, state: State, launchers: dict[str, Callable] | No
 
 
 def looks(subject: Subject) -> dict[str, Found]:
-    """By state."""
-    full = subject.full or any(leaf.complex for leaf in subject.leaves)
-    states = {name: state for name, state in PLAIN.items() if name != "bfloat16" or not full}
-    found = {name: compared(subject, state) for name, state in states.items()}
+    """By state. A module around a function that is walked itself is looked at in one."""
+    found = {"float32": compared(subject, PLAIN["float32"])}
+    if subject.wraps:
+        return found
+    found["float64"] = compared(subject, PLAIN["float64"])
+    if not subject.full and not any(leaf.complex for leaf in subject.leaves):
+        found["bfloat16"] = compared(subject, PLAIN["bfloat16"])
     launched = found["float32"].launched
-    if launched and not (subject.module or subject.wraps):
+    if launched and not subject.module:
         states = LAUNCHING | ({"tall": TALL} if "moments_kernel" in launched else {})
         found |= {name: on_cuda(subject, state) for name, state in states.items()}
     return found
