@@ -25,7 +25,7 @@ pytest.register_assert_rewrite("cases", "large_batches", "rules")  # their asser
 ROOT = Path(__file__).parents[1]
 INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 # Tests of a file, or of an architecture in it, that share what is costly to make: one process runs them
-TOGETHER = re.compile(r"test_(?:ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+-\w+")
+TOGETHER = re.compile(r"test_(?:fake_cuda|ranks|simulator|support|wheel)\.py|test_compile_only\.py.*\[sm_\d+-\w+")
 
 if INTERPRETED and find_spec("triton") is not None:
     import quick_interpreter  # noqa: F401

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 import pytest
 import torch
+import tritons
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import driver, jit
@@ -24,7 +25,6 @@ from sslkern.backend import registry
 
 TARGET = GPUTarget("cuda", 90, 32)
 SHARED = 227 * 1024  # bytes that a block of an H100 may have
-GRID = (2**31 - 1, 65535, 65535)
 SIZES = ("BI", "BJ", "BK", "BD", "BV", "BQ", "STAGES", "PLANES", "TILE", "ROWS", "WIDTH", "COLS", "FOLD")
 launches: Counter[str] = Counter()
 specialisations: Counter[str] = Counter()
@@ -83,7 +83,7 @@ def run(self, *args, grid, warmup, **kwargs) -> object:
     """In the place of a launch."""
     launches[self.__name__] += 1
     grid = grid(kwargs) if callable(grid) else grid
-    if not all(0 < size <= most for size, most in zip(grid, GRID, strict=False)):
+    if not tritons.fits(grid):
         raise LaunchError(f"{self.__name__} has the grid {tuple(grid)}")
     _ = self.device_caches[0]  # which sets the compiler when it is made
     self.compile = compiled

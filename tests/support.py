@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any
 
@@ -104,3 +104,8 @@ def add(name: str, family: str, call: Callable, formula: Callable, *leaves: Leaf
 
 A = B = Leaf((ROWS, D))
 LABELS = Leaf((ROWS,), "labels")
+
+
+def widened(leaf: Leaf, columns: int) -> Leaf:
+    """The leaf with so many columns in the place of D."""
+    return replace(leaf, shape=tuple(columns if side == D else side for side in leaf.shape))

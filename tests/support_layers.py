@@ -160,7 +160,7 @@ add("modrelu", ORTHOGONAL, layers.modrelu, plain.modrelu, A, Leaf((D,), "shared"
 
 
 def seeded(function: Callable) -> Callable:
-    return lambda u: function(u, generator=torch.Generator().manual_seed(0))
+    return lambda u: function(u, generator=torch.Generator(u.device).manual_seed(0))
 
 
 POINT = Leaf((D, D), "orthonormal")

@@ -23,7 +23,8 @@ def weights_of(outputs: Sequence[Tensor], expanded: bool = False) -> list[Tensor
     weights = []
     for k, out in enumerate(outputs):
         shape = torch.Size() if expanded else out.shape
-        w = (torch.arange(shape.numel(), dtype=torch.float64) * 1.7 + k).cos().bfloat16().double().view(shape)
+        steps = torch.arange(shape.numel(), dtype=torch.float64, device=out.device)
+        w = (steps * 1.7 + k).cos().bfloat16().double().view(shape)
         w = torch.complex(w, w.flip(-1) if shape else w) if out.is_complex() else w
         weights.append(w.to(out.dtype).expand(out.shape))
     return weights

@@ -1,10 +1,13 @@
-"""The Tritons that kernels are compiled with: the installed one, and the oldest that is supported."""
+"""Triton's kernels, the Tritons that they are compiled with (the installed one, and the oldest that is supported), and
+the limits of a launch."""
 
 from __future__ import annotations
 
 import os
 import sys
+from importlib import import_module
 from pathlib import Path
+from pkgutil import iter_modules
 
 import pytest
 
@@ -13,6 +16,19 @@ from sslkern.installed import OLDEST_TRITON
 OLDEST = (
     Path(__file__).parents[1] / "build" / f"triton-{'.'.join(map(str, OLDEST_TRITON))}.0"
 )  # `make test` puts it there
+GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # the largest grid of CUDA
+
+
+def kernels() -> list[str]:
+    """The names of all kernels that are launched from Python."""
+    room = import_module("sslkern.triton_kernels")
+    modules = [import_module(f"{room.__name__}.{module.name}") for module in iter_modules(room.__path__)]
+    return sorted({name for module in modules for name in vars(module) if name.endswith("_kernel")})
+
+
+def fits(grid: tuple) -> bool:
+    """Whether CUDA takes this grid."""
+    return all(isinstance(size, int) and 0 < size <= most for size, most in zip(grid, GRID, strict=False))
 
 
 def environment(which: str) -> dict[str, str]:

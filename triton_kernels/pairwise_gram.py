@@ -277,6 +277,9 @@ def _case(name: str, kernel, width: int, planes: int, **more: object) -> launch.
 
 COMPILE_CASES = [
     launch.CompileCase(
+        "pairwise_gram_total", collect_gram_kernel, {"parts": "*fp64", "gram": "*fp64"}, constants={}, warps=4
+    ),
+    launch.CompileCase(
         "pairwise_gram_sums",
         collect_sums_kernel,
         {"rows": "*fp64", "columns": "*fp32", "sums": "*fp64"},

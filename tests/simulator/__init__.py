@@ -50,20 +50,26 @@ def run(command: list[str], source: str | None = None) -> str:
     return result.stdout
 
 
-def build(name: str, source: str | Path, include_dirs: Iterable[str | Path] = ()) -> ModuleType:
-    """Compile and import PYBIND11_MODULE(name, ...), which is a file or text. What has not changed is compiled once."""
-    command = [*compiler(), *(f"-I{folder}" for folder in include_dirs), *FLAGS, "-DSSLKERN_SIMULATOR"]
+def library(name: str, source: str | Path, flags: Iterable[str] = (), links: Iterable[str] = ()) -> Path:
+    """Compile a shared library, from a file or from text. What has not changed is compiled once."""
+    command, links = [*compiler(), *FLAGS, *flags], list(links)
     text = None if isinstance(source, Path) else source
     expanded = run([*command, "-E", "-x", "c++", str(source) if text is None else "-"], text)
-    digest = hashlib.sha256("\0".join([*command, expanded]).encode()).hexdigest()[:16]
+    digest = hashlib.sha256("\0".join([*command, *links, expanded]).encode()).hexdigest()[:16]
     path = CACHE / f"{name}-{digest}.so"
     CACHE.mkdir(parents=True, exist_ok=True)
     with open(CACHE / f"{name}-{digest}.lock", "w") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # of processes side by side, one compiles
         if not path.exists():
             written = path.with_suffix(".part")
-            run([*command, "-shared", "-x", "c++-cpp-output", "-", "-o", str(written)], expanded)
+            run([*command, "-shared", "-x", "c++-cpp-output", "-", "-o", str(written), *links], expanded)
             written.replace(path)
+    return path
+
+
+def build(name: str, source: str | Path, include_dirs: Iterable[str | Path] = ()) -> ModuleType:
+    """Compile and import PYBIND11_MODULE(name, ...), which is a file or text."""
+    path = library(name, source, [*(f"-I{folder}" for folder in include_dirs), "-DSSLKERN_SIMULATOR"])
     spec = importlib.util.spec_from_file_location(name, path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
