@@ -123,6 +123,7 @@ def smoke(run: Run, seconds: float) -> None:
 
 def tests(run: Run, seconds: float) -> None:
     command = [sys.executable, "-m", "pytest", "-p", "bench.gpu.tests_plugin", "-p", "no:cacheprovider", "-q"]
+    command += ["--continue-on-collection-errors"]  # a package that some file imports may be missing there
     command += [f"--junitxml={run.args.out / 'tests.xml'}"]
     command += [TINY_TESTS, "-m", "not gpu", "-k", "test_empty"] if run.args.dry_run else ["-m", "gpu"]
     if find_spec("xdist"):
