@@ -12,8 +12,8 @@ import torch
 import sslkern
 from sslkern import backend, installed
 
-# the example calls of every kernel: the default dtype and shape, float64, and rows of 2^20 elements
-CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (2, 2, 1 << 20)})
+# the example calls of every kernel: the default dtype and shape, float64, and a stack of 2^16 slices
+CALLS: tuple[dict[str, Any], ...] = ({}, {"dtype": torch.float64}, {"shape": (1 << 16, 2, 2)})
 
 
 def _version(package: str) -> str:

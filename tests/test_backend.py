@@ -7,7 +7,7 @@ import itertools
 
 import pytest
 import torch
-from told import FLOAT64, WIDE
+from told import FLOAT64, MANY_GROUPS
 from torch._dynamo.testing import CompileCounter
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -43,7 +43,7 @@ def test_pick_does_what_choice_and_supports_tell(name):
     """Of a tensor and of its description: every kernel, device and dtype, at shapes within and beyond the limits."""
     for device in ("cpu", "cuda"):
         for dtype in (torch.float32, torch.bfloat16, torch.float64):
-            for shape in ((2, 3, 4), (2, 3, 256), (2, 3, 257), (0, 3, 4)):
+            for shape in ((2, 3, 4), (2, 3, 257), (1 << 16, 3, 4), (1 << 16, 3, 257), (0, 3, 4)):
                 x = fake(*shape, dtype=dtype, device=device)
                 told = backends.choice(name, x)
                 assert told == backends.choice(name, device, dtype=dtype, shape=shape)
@@ -57,16 +57,17 @@ def test_pick_does_what_choice_and_supports_tell(name):
 
 
 def test_the_limits_of_triton(interpreted):
-    """fp64 everywhere, and more than 256 columns in the Gram: said, with the reason, and left to the reference."""
+    """fp64 everywhere, and too many groups in the Gram: said, with the reason, and left to the reference."""
     for name in (*COLUMNS, *PAIRS, *GRAM):
         assert backends.choice(name, "cuda") == "triton"
         assert backends.choice(name, "cuda", dtype=torch.float64) == "reference"
         support = backends.supports(name, "cuda", dtype=torch.float64)["triton"]
         assert not support and support.reason.startswith(FLOAT64)
-        wide = backends.supports(name, "cuda", shape=(2, 5, 257))["triton"]
-        assert wide.yes == (name not in GRAM) and wide.reason.startswith(WIDE if name in GRAM else "")
-        assert backends.choice(name, "cuda", shape=(2, 5, 257)) == ("reference" if name in GRAM else "triton")
-        assert backends.choice(name, "cuda", shape=(2, 5, 256)) == "triton"
+        for d in (256, 257):
+            many = backends.supports(name, "cuda", shape=(1 << 16, 5, d))["triton"]
+            assert many.yes == (name not in GRAM) and many.reason.startswith(MANY_GROUPS if name in GRAM else "")
+            assert backends.choice(name, "cuda", shape=(1 << 16, 5, d)) == ("reference" if name in GRAM else "triton")
+            assert backends.choice(name, "cuda", shape=(2, 5, d)) == "triton"
     for name in STREAMING:
         assert backends.supports(name, "cuda")["triton"].reason == "it has no such kernel for cuda tensors"
 
@@ -79,7 +80,9 @@ def test_what_kernels_are_handed():
             assert not support and (
                 backend in backends.missing() or "dtypes" in support.reason or "no such" in support.reason
             )
-    for shape, fits in (((2048, 2048, 4), False), ((64, 2048, 4), True), ((2, 3, 2048, 2048, 4), False)):
+    shapes = {(2048, 2048, 4): False, (64, 2048, 4): True, (2, 3, 2048, 2048, 4): False}
+    shapes |= {(2, 3, 2048, 2048, 300): True, (16383, 64, 300): True, (16384, 1, 300): False}
+    for shape, fits in shapes.items():
         for name in GRAM:
             support = backends.supports(name, "cuda", shape=shape)["triton"]
             if "triton" not in backends.missing():
@@ -134,7 +137,7 @@ def test_bad_descriptions():
 
 
 def test_pick_under_compile(interpreted):
-    """One graph for all sizes within the limits; beyond them the refusal, of D alone."""
+    """One graph for all sizes within the limits, and one for wide rows; beyond them the refusal."""
     gram = torch.ops.sslkern_triton.pairwise_gram_fwd.default
 
     def function(x):
@@ -147,12 +150,16 @@ def test_pick_under_compile(interpreted):
         for shape in ((2, 5, 4), (3, 6, 5), (9, 70, 33), (4, 1000, 256), (40, 3, 2)):
             assert torch.equal(compiled(torch.zeros(shape)), torch.ones(shape))
         assert counter.frame_count == 1
-        with pytest.raises(Exception, match=WIDE):
-            compiled(torch.zeros(2, 5, 257))
+        for shape in ((2, 5, 257), (9, 70, 1100), (2, 3000, 300)):
+            assert torch.equal(compiled(torch.zeros(shape)), torch.ones(shape))
+        assert counter.frame_count == 2
+        for d in (2, 257):
+            with pytest.raises(Exception, match=MANY_GROUPS):
+                compiled(torch.zeros(1 << 16, 2, d))
     assert torch.equal(
         compiled(torch.zeros(2, 5, 300)), torch.full((2, 5, 300), 2.0)
     )  # on a CPU Triton is not the first
-    assert counter.frame_count == 2
+    assert counter.frame_count == 3
 
 
 def test_wrapped_tensors(interpreted):
@@ -164,8 +171,8 @@ def test_wrapped_tensors(interpreted):
         return x.sum()
 
     with backends.use("triton"):
-        torch.func.vmap(function, in_dims=3)(torch.ones(2, 5, 4, 300))
+        torch.func.vmap(function, in_dims=1)(torch.ones(2, 1 << 16, 5, 4))
         torch.func.grad(function)(torch.ones(2, 5, 4))
-        with pytest.raises(RuntimeError, match=WIDE):
-            torch.func.vmap(function)(torch.ones(3, 2, 5, 257))
+        with pytest.raises(RuntimeError, match=MANY_GROUPS):
+            torch.func.vmap(function)(torch.ones(3, 1 << 16, 2, 1))
     assert seen == [((2, 5, 4), "sslkern_triton")] * 2

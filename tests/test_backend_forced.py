@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import available
 from interpreters import HIDE_NATIVE, python, pythons
-from told import FLOAT64, WIDE
+from told import FLOAT64, MANY_GROUPS
 
 import sslkern
 from sslkern import backend as backends
@@ -20,8 +20,7 @@ BEYOND = {
     "max": (lambda x: ops.pairwise_reduce(x, reduction="max"), (6, 4), torch.float64, FLOAT64),
     "matmul": (lambda x: ops.kernel_matmul(x, x, x), (6, 4), torch.float64, FLOAT64),
     "gram": (lambda x: ops.pairwise_reduce(x, kernel="rbf", reduction="gram"), (2, 6, 4), torch.float64, FLOAT64),
-    "wide gram": (lambda x: ops.pairwise_reduce(x, kernel="rbf", reduction="gram"), (2, 6, 257), torch.float32, WIDE),
-    "wide hsic": (lambda x: sslkern.metrics.hsic(x, x), (6, 257), torch.float32, WIDE),
+    "hsic": (lambda x: sslkern.metrics.hsic(x, x), (6, 257), torch.float64, FLOAT64),
     "batch norm": (ops.batch_moments, (6, 4), torch.float32, "no such kernel"),
     "skinny": (
         lambda x: ops.skinny_products(x.detach(), x.detach().mT.contiguous()),
@@ -112,7 +111,7 @@ def told(name, force=None, **description):
 print(json.dumps({
     "covariance": told("covariance_fwd"),
     "float64": told("covariance_fwd", dtype=torch.float64),
-    "wide": told("pairwise_gram_fwd", shape=(2, 5, 300)),
+    "groups": told("pairwise_gram_fwd", shape=(1 << 16, 5, 300)),
     "skinny": told("skinny_products"),
     "asked for": told("skinny_products", "reference"),
     "batch norm": told("batch_norm_fwd"),
@@ -136,7 +135,7 @@ def test_strict():
     found, bare, relaxed = (json.loads(run.stdout) for run in done)
     for key, name, reason in (
         ("float64", "covariance_fwd", FLOAT64),
-        ("wide", "pairwise_gram_fwd", WIDE),
+        ("groups", "pairwise_gram_fwd", MANY_GROUPS),
     ):
         for text in found[key]:
             assert text.startswith("SSLKERN_STRICT=1 forbids the reference") and name in text and reason in text, text
@@ -156,7 +155,7 @@ def test_the_command_tells_limits_and_reasons():
     out = " ".join(python("-m", "sslkern", TRITON_INTERPRET="1").stdout.split())
     for name in ("covariance_fwd", "pairwise_gram_bwd"):
         assert name in out.partition(FLOAT64)[2]
-    assert "pairwise_gram_fwd" in out.partition(WIDE)[2]
+    assert "pairwise_gram_fwd" in out.partition(MANY_GROUPS)[2]
     code = HIDE_NATIVE + "from sslkern.__main__ import main\nmain()"
     strict = python("-c", code, SSLKERN_STRICT="1", TRITON_INTERPRET="1").stdout
     assert "SSLKERN_STRICT=1: the reference is an error for tensors that are not on a CPU" in strict

@@ -28,10 +28,10 @@ import tritons
 
 triton = pytest.importorskip("triton", reason="needs Triton") if "pytest" in sys.modules else __import__("triton")
 import triton.language as tl  # noqa: E402
-from sslkern.triton_kernels import launch  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
 from sslkern import triton_kernels  # noqa: E402
+from sslkern.triton_kernels import launch  # noqa: E402
 
 ARCHITECTURES = launch.ARCHITECTURES
 SHARED_LIMIT = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}

@@ -65,7 +65,8 @@ def slice_stride(z: Tensor) -> int:
 
 
 def strided(z: Tensor | None) -> tuple:
-    """The kernel arguments of a (S, N, D) input: pointer, slice stride, row stride, column stride; likewise of (S, D)."""
+    """The kernel arguments of a (S, N, D) input, pointer, slice stride, row stride and column stride; or of a (S, D)
+    input."""
     return (None, 0, 0, 0) if z is None else (z, slice_stride(z), *z.stride()[1:])
 
 

@@ -10,11 +10,19 @@ from torch import Tensor
 
 from sslkern.reference.pairwise_reduce import OFFDIAG
 
-from . import launch, pairwise_chunks, pairwise_gram, pairwise_logsumexp
+from . import (
+    launch,
+    pairwise_chunks,
+    pairwise_gram,
+    pairwise_gram_wide,
+    pairwise_gram_wide_backward,
+    pairwise_logsumexp,
+)
 from .pairwise_argmax import argmax
 from .pairwise_matmul import Side, tile_of, weighted_rows
 from .pairwise_tiles import SQUARED, WIDEST, Operand, has_wgmma, operand, padded_columns, plane_count
 from .pairwise_weights import SLOPES, VALUES, pairs
+from .pairwise_wide import is_wide
 
 
 @overload
@@ -248,29 +256,29 @@ def pairwise_matmul_bwd(
 
 
 def pairwise_gram_fwd(x: Tensor, scale: Tensor, kernel: str) -> tuple[Tensor, Tensor]:
-    groups, n = x.shape[-3:-1]
+    groups, n, d = x.shape[-3:]
+    planes = plane_count(kernel)
     with launch.on_device(x):
-        rows = operand(_rows(x), plane_count(kernel))
-        gram, sums = pairwise_gram.forward(rows, (x.shape[:-3].numel(), groups, n), _flat(scale), kernel)
+        if is_wide(x):
+            gram, sums = pairwise_gram_wide.forward(_flat(x, groups, n, d), _flat(scale, groups), kernel, planes)
+        else:
+            sizes = x.shape[:-3].numel(), groups, n
+            gram, sums = pairwise_gram.forward(operand(_rows(x), planes), sizes, _flat(scale), kernel)
     return gram.view(*x.shape[:-2], groups), sums.view(x.shape[:-1])
 
 
 def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Tensor, kernel: str) -> Tensor:
-    groups, n = x.shape[-3:-1]
+    groups, n, d = x.shape[-3:]
+    planes, over_gram = plane_count(kernel), _flat(grad_gram, groups, groups)
     with launch.on_device(x):
-        z = _rows(x)
-        grads = _flat(grad_gram, groups, groups), _flat(grad_sums, n)
-        grad = pairwise_gram.backward(z, operand(z, plane_count(kernel)), groups, _flat(scale), *grads, kernel)
+        if is_wide(x):
+            given = _flat(x, groups, n, d), _flat(scale, groups), over_gram, _flat(grad_sums, groups, n)
+            grad = pairwise_gram_wide_backward.backward(*given, kernel, planes)
+        else:
+            z = _rows(x)
+            grads = over_gram, _flat(grad_sums, n)
+            grad = pairwise_gram.backward(z, operand(z, planes), groups, _flat(scale), *grads, kernel)
     return grad.view(x.shape)
-
-
-def _too_many_columns(x: Tensor) -> str | None:
-    """Why the Gram refuses x, if it does: it has no kernel by chunks, so every column of a tile must fit on chip."""
-    return (
-        f"D > {WIDEST}: the Gram's tiles keep at most {WIDEST} columns on chip"
-        if x.shape[-1] > WIDEST
-        else pairwise_gram.too_many_programs(x)
-    )
 
 
 _FUNCTIONS: tuple[Callable, ...] = (
@@ -282,5 +290,5 @@ _FUNCTIONS: tuple[Callable, ...] = (
 )
 for _function in _FUNCTIONS:
     launch.register(_function.__name__, _function)
-launch.register("pairwise_gram_fwd", pairwise_gram_fwd, _too_many_columns)
-launch.register("pairwise_gram_bwd", pairwise_gram_bwd, _too_many_columns)
+launch.register("pairwise_gram_fwd", pairwise_gram_fwd, pairwise_gram_wide.too_many_programs)
+launch.register("pairwise_gram_bwd", pairwise_gram_bwd, pairwise_gram_wide.too_many_programs)

@@ -147,13 +147,11 @@ def table(
 
 
 @triton.jit
-def load_planes(
-    z, s, first, padded, BLOCK: tl.constexpr, WIDTH: tl.constexpr, PLANES: tl.constexpr, start=0, COLS: tl.constexpr = 0
-):
+def load_planes(z, s, first, padded, BLOCK: tl.constexpr, width, PLANES: tl.constexpr, start=0, COLS: tl.constexpr = 0):
     """The planes of a block of rows: all columns, or COLS columns from `start`. Absent planes repeat the first."""
-    z += (s * PLANES * padded + first) * WIDTH + start
-    at = tl.arange(0, BLOCK)[:, None] * WIDTH + tl.arange(0, COLS if COLS else WIDTH)[None, :]
-    step = tl.cast(padded, tl.int64) * WIDTH
+    z += (s * PLANES * padded + first) * width + start
+    at = tl.arange(0, BLOCK)[:, None] * width + tl.arange(0, COLS if COLS else width)[None, :]
+    step = tl.cast(padded, tl.int64) * width
     high = tl.load(z + at)
     middle, low = high, high
     if PLANES > 1:

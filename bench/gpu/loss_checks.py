@@ -93,7 +93,7 @@ def pair_ops() -> Iterator[Check]:
                 return [normal(n, d), normal(m, d, seed=1)] + ([normal(m, 3)] if r == "matmul" else [])
 
             yield Check(f"{reduction} {kernel} {mask or ''}".strip(), (n, m, d), call, inputs, dtypes)
-    for kernel, shape in itertools.product(("dot", "rbf"), ((3, 70, 2), (2, 2000, 32))):
+    for kernel, shape in itertools.product(("dot", "rbf"), ((3, 70, 2), (2, 2000, 32), (3, 70, 300), (2, 2100, 1100))):
 
         def gram(x, k=kernel):
             return ops.pairwise_reduce(x, kernel=k, reduction="gram", scale=1 / x.shape[-1])
