@@ -77,7 +77,7 @@ def pair_ops() -> Iterator[Check]:
         "sum": ("softplus", "rbf", "dot"),
         "matmul": ("rbf", "cosine", "softplus"),
     }
-    shapes = (((70, 81, 24), LOW), ((1000, 770, 128), LOW), ((300, 300, 768), FULL))
+    shapes = (((70, 81, 24), LOW), ((33, 21, 300), FULL), ((1000, 770, 128), LOW), ((300, 300, 768), FULL))
     for reduction, names in kernels.items():
         for kernel, ((n, m, d), dtypes), mask in itertools.product(names, shapes, (None, "offdiag", "different")):
             if mask is not None and (n != m or kernel != names[0]):
@@ -93,7 +93,9 @@ def pair_ops() -> Iterator[Check]:
                 return [normal(n, d), normal(m, d, seed=1)] + ([normal(m, 3)] if r == "matmul" else [])
 
             yield Check(f"{reduction} {kernel} {mask or ''}".strip(), (n, m, d), call, inputs, dtypes)
-    for kernel, shape in itertools.product(("dot", "rbf"), ((3, 70, 2), (2, 2000, 32), (3, 70, 300), (2, 2100, 1100))):
+    for kernel, shape in itertools.product(
+        ("dot", "rbf"), ((3, 70, 2), (2, 2000, 32), (2, 9, 300), (3, 70, 300), (2, 2100, 1100))
+    ):
 
         def gram(x, k=kernel):
             return ops.pairwise_reduce(x, kernel=k, reduction="gram", scale=1 / x.shape[-1])
