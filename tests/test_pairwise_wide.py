@@ -7,7 +7,7 @@ import math
 import cases
 import pytest
 import torch
-from conftest import available
+from conftest import INTERPRETED, available
 from pairwise import brute
 
 from sslkern import backend
@@ -15,7 +15,7 @@ from sslkern.ops import pairwise_reduce
 
 SHAPES = {257: (2, 70, 257), 300: (3, 20, 300), 1100: (2, 9, 1100)}
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-pytestmark = [pytest.mark.gpu] if DEVICE == "cuda" else []
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)
@@ -135,7 +135,7 @@ def test_nothing_undefined_is_read(monkeypatch):
 
 def test_every_address_is_in_its_tensor(monkeypatch):
     """No load or store next to a workspace, where its neighbour's numbers would hide it."""
-    if DEVICE == "cuda":
+    if not INTERPRETED:
         pytest.skip("compute-sanitizer checks it on a GPU")
     from triton.runtime.interpreter import InterpreterBuilder
 
@@ -165,7 +165,7 @@ def test_every_address_is_in_its_tensor(monkeypatch):
 
 def test_tensor_cores_that_truncate(monkeypatch):
     """A product of many columns must not be one accumulation: a tensor core truncates every sum that it adds to."""
-    if DEVICE == "cuda":
+    if not INTERPRETED:
         pytest.skip("the interpreter's products are replaced")
     import numpy as np
     from triton.runtime import interpreter
