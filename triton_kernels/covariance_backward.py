@@ -182,8 +182,8 @@ def _gram_products(views: list[Tensor], centre: Tensor, variance: Tensor, gram: 
     operand, _ = operands(views, None, centre, variance, (planes_for(role),) * 2, along)
     product = launch.pitched(operand, len(views) * s, n, d)
     if dual:
-        return multiply(split(gram, "left", "columns"), operand, product)
-    return multiply(operand, split(gram, "right", "rows"), product)
+        return multiply(split(gram, "left", "columns"), operand, product, n)
+    return multiply(operand, split(gram, "right", "rows"), product, d)
 
 
 def backward(

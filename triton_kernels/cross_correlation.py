@@ -66,7 +66,7 @@ def _raw_gram(operand: Tensor, s: int, n: int, d: int, dual: bool) -> Tensor:
     """Pitched AA' and BB' (2 S, N, N), not yet symmetrised; or A'B (S, D, D)."""
     if dual:
         return symmetric_product(operand, n, d, dual)
-    return multiply(operand[:s].mT, operand[s:], launch.pitched(operand, s, d, d))
+    return multiply(operand[:s].mT, operand[s:], launch.pitched(operand, s, d, d), n)
 
 
 def cross_correlation_fwd(

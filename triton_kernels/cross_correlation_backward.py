@@ -159,7 +159,7 @@ def _gram_products(
         pairs += [(operand[:s], right)] if need_b else []
     product = launch.pitched(operand, len(pairs) * s, n, d)
     for view, (x, y) in enumerate(pairs):
-        multiply(x, y, product[view * s : (view + 1) * s])
+        multiply(x, y, product[view * s : (view + 1) * s], gram.shape[-1])
     return product
 
 

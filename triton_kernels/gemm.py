@@ -2,6 +2,10 @@
 
 An fp32 matrix is passed as fp32 (ieee), as one bf16 plane, or (bf16x3) as bf16 planes of its high and low halves. The
 planes lie side by side along the summed index, so that one GEMM with fp32 output sums all their products.
+
+A tensor core truncates its fp32 sums toward zero, after every 16 products: a sum of n positive products is about
+1.3e-9 n of itself too small. bf16x3 drops the products of two low halves, 2.7e-6 of a sum of squares. Long sums are
+taken in blocks, so that truncation loses no more than that; blocks are added in fp32, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -14,12 +18,14 @@ from torch import Tensor
 from . import launch
 from .launch import rounded
 
-# per role, the planes along the summed index: f is fp32, h high, l low, d half of high
+# per role, the planes along the summed index: f is fp32, h high, l low, d half of high. Products with low come first
 PLANES = {
     "ieee": {"symmetric": "f", "left": "f", "right": "f"},
-    "bf16x3": {"symmetric": "lhd", "left": "hhl", "right": "hlh"},
+    "bf16x3": {"symmetric": "lhd", "left": "lhh", "right": "hlh"},
     "bf16": {"symmetric": "h", "left": "h", "right": "h"},
 }
+BLOCK = 2048  # most products of high planes that one sum takes
+PARTS = 1 << 22  # most elements of all blocks at once: 16 MB, which stay in the second-level cache
 
 
 def precision() -> str:
@@ -111,19 +117,44 @@ def split(gram: Tensor, role: str, along: str) -> Tensor:
     return operand
 
 
-def multiply(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """x y of (S, ., .) fp32 or bf16 operands, in fp32. Autocast leaves the `out` overloads alone.
+def multiply(x: Tensor, y: Tensor, out: Tensor, plane: int) -> Tensor:
+    """x y of (S, ., .) fp32 or bf16 operands, in fp32. `plane` is how many summed elements a plane has. Autocast leaves
+    the `out` overloads alone.
 
-    One GEMM per slice gives the same bits as the slice alone, and may split its sum over the SMs.
+    The GEMMs of a slice give the same bits as the slice alone, and may split their sums over the SMs.
     """
     for s in range(x.shape[0]):
         if x.dtype == torch.float32:
             torch.mm(x[s], y[s], out=out[s])
-        elif x.is_cuda:
-            torch.ops.aten.mm.dtype_out(x[s], y[s], torch.float32, out=out[s])
-        else:  # the interpreter: a CPU has no bf16 GEMM with fp32 output
-            torch.mm(x[s].float(), y[s].float(), out=out[s])
+        else:
+            _sum_of_blocks(x[s], y[s], out[s], plane)
     return out
+
+
+def _sum_of_blocks(x: Tensor, y: Tensor, out: Tensor, plane: int) -> None:
+    """x y of bf16 matrices: one GEMM if a plane is one block; otherwise all blocks at once, if they are small, or one
+    after the other."""
+    k = x.shape[1]
+    blocks = k // BLOCK
+    if plane > BLOCK and k % BLOCK == 0 and blocks * out.numel() <= PARTS:
+        parts = launch.workspace(out, blocks, *out.shape)
+        product(x.unflatten(1, (blocks, BLOCK)).transpose(0, 1), y.unflatten(0, (blocks, BLOCK)), parts)
+        torch.sum(parts, 0, out=out)
+        return
+    first = k - plane + BLOCK
+    product(x[:, :first], y[:first], out)
+    for start in range(first, k, BLOCK):
+        product(x[:, start : start + BLOCK], y[start : start + BLOCK], out, add=True)
+
+
+def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+    """Write x y of bf16 matrices, or of stacks of them, to an fp32 `out`, or add it to the matrix that is there."""
+    if not x.is_cuda:  # the interpreter: a CPU has no bf16 GEMM with fp32 output
+        out.copy_(out + x.float() @ y.float() if add else x.float() @ y.float())
+    elif add:
+        torch.ops.aten.addmm.dtype_out(out, x, y, torch.float32, out=out)
+    else:
+        (torch.ops.aten.mm if x.dim() == 2 else torch.ops.aten.bmm).dtype_out(x, y, torch.float32, out=out)
 
 
 def _tall_product(z: Tensor) -> Tensor:
@@ -150,9 +181,9 @@ def symmetric_product(z: Tensor, n: int, d: int, dual: bool) -> Tensor:
         return _tall_product(z)
     x, k = (z, d) if dual else (z.mT, n)
     left, right = (x[..., : 2 * k], x[..., k:]) if x.shape[-1] == 3 * k else (x, x)
-    return multiply(left, right.mT, launch.pitched(z, z.shape[0], m, m))
+    return multiply(left, right.mT, launch.pitched(z, z.shape[0], m, m), k)
 
 
 COMPILE_CASES = [
-    launch.CompileCase("split", split_kernel, {"gram": "*fp32", "planes": "*bf16"}, {"PLANES": "hhl", "COLS": 128})
+    launch.CompileCase("split", split_kernel, {"gram": "*fp32", "planes": "*bf16"}, {"PLANES": "lhh", "COLS": 128})
 ]

@@ -78,11 +78,11 @@ def cut(z: Tensor, role: str, dim: int, kernel: str = "dot") -> Tensor:
     return torch.cat([high if p == "h" else low for p in planes], dim)
 
 
-def product(x: Tensor, y: Tensor, out: Tensor | None = None) -> Tensor:
-    """x y of cut operands, in fp32."""
+def product(x: Tensor, y: Tensor, plane: int, out: Tensor | None = None) -> Tensor:
+    """x y of cut operands, in fp32. `plane` is how many summed elements a plane has."""
     if out is None:
         out = torch.empty(x.shape[0], y.shape[1], dtype=torch.float32, device=x.device)
-    return multiply(x[None], y[None], out[None])[0]
+    return multiply(x[None], y[None], out[None], plane)[0]
 
 
 def products(x: Tensor, y: Tensor, kernel: str = "dot") -> Iterator[tuple[int, Tensor]]:
@@ -93,7 +93,7 @@ def products(x: Tensor, y: Tensor, kernel: str = "dot") -> Iterator[tuple[int, T
     room = launch.pitched(x, 1, step, m)[0]
     for start in range(0, n, step):
         some = left[start : start + step]
-        yield start, product(some, right, room[: some.shape[0]])
+        yield start, product(some, right, x.shape[1], room[: some.shape[0]])
 
 
 def squares(z: Tensor) -> Tensor:
@@ -166,7 +166,7 @@ def matmul(x, y, scale, rhs, labels, mask: int, kernel: str) -> Tensor:
         for start, k in products(a, b, kernel):
             _weigh(k, None, start, norms, labels, (None, None), scale, sizes, VALUES[kernel], self_pairs, mask, kernel)
             at = out[start : start + k.shape[0]]
-            at.copy_(k.sum(-1, keepdim=True) if right is None else product(cut(k, "left", -1), right))
+            at.copy_(k.sum(-1, keepdim=True) if right is None else product(cut(k, "left", -1), right, k.shape[1]))
         return (out[None],)
 
     (out,) = _each(one, x, y, scale, rhs, *labels)
@@ -192,10 +192,10 @@ def gradients(
             _weigh(w, mixed, start, norms, labels, weights, scale, sizes, function, self_pairs, mask, kernel)
             rows = slice(start, start + w.shape[0])
             if grad_x is not None and other is not None:
-                part = product(cut(w, "left", -1), other)
+                part = product(cut(w, "left", -1), other, w.shape[1])
                 grad_x[rows] = _around(part, a[rows], w.sum(-1), kernel)
             if grad_y is not None:
-                part = product(cut(w, "left", 0).mT, cut(a[rows], "right", 0))
+                part = product(cut(w, "left", 0).mT, cut(a[rows], "right", 0), w.shape[0])
                 grad_y += _around(part, b, w.sum(0), kernel)
         return tuple(None if g is None else g[None] for g in (grad_x, grad_y))
 

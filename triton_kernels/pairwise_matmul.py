@@ -81,6 +81,7 @@ def weighted_rows_kernel(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    HALVES: tl.constexpr,  # 2: the columns of the sum are taken in two halves
 ):
     per_slice = n_padded // BI * splits
     s = (tl.program_id(0) // per_slice).to(tl.int64)
@@ -103,7 +104,10 @@ def weighted_rows_kernel(
         x0, x1, x2 = load_planes(x, s, block * BI, n_padded, BI, BD, PLANES)
     if left is not None:
         l0, l1, l2 = load_planes(left, s, block * BI, n_padded, BI, BQ, PLANES)
-    acc = tl.zeros((BI, BV), tl.float32)
+    COLS: tl.constexpr = BV // HALVES
+    acc = tl.zeros((BI, COLS), tl.float32)
+    if HALVES == 2:
+        second = tl.zeros((BI, COLS), tl.float32)
     total = tl.zeros((BI,), tl.float32)
     for start in tl.range(split * width, tl.minimum((split + 1) * width, m), BJ, num_stages=1 if BK else STAGES):
         j = start + tl.arange(0, BJ)
@@ -125,10 +129,11 @@ def weighted_rows_kernel(
         if sums is not None:
             total += tl.sum(w, 1)
         if out is not None:
-            if values is not None:
-                acc = add_weighted(w, values, s, start, m_padded, acc, BJ, BV, PLANES)
-            elif BK:
-                acc = add_weighted(w, y, s, start, m_padded, acc, BJ, BV, PLANES)
+            if values is not None or BK:
+                v = y if values is None else values
+                acc = add_weighted(w, v, s, start, m_padded, acc, BJ, BV, PLANES)
+                if HALVES == 2:
+                    second = add_weighted(w, v, s, start, m_padded, second, BJ, BV, PLANES, COLS)
             else:
                 w0, w1, w2 = cut(w, PLANES)
                 acc = add_product(w0, w1, w2, y0, y1, y2, acc, PLANES)
@@ -137,7 +142,10 @@ def weighted_rows_kernel(
     if sums is not None:
         tl.store(sums + at + row, total)
     if out is not None:
-        tl.store(out + at * BV + row[:, None] * BV + tl.arange(0, BV)[None, :], acc)
+        out += at * BV + row[:, None] * BV + tl.arange(0, COLS)[None, :]
+        tl.store(out, acc)
+        if HALVES == 2:
+            tl.store(out + COLS, second)
 
 
 def tile_of(
@@ -146,7 +154,11 @@ def tile_of(
     """The tile for padded widths, where 0 is an absent operand. None if it does not fit or would spill."""
     if planes * width > (384 if factor or around else 768):
         return None
-    return table(planes, width + factor, width + factor + values, 0 if only_sums else values or width, around, wgmma)
+    summed = 0 if only_sums else values or width
+    tile = table(planes, width + factor, width + factor + values, summed, around, wgmma)
+    # a sum of operands that are loaded for it can be taken in halves, of which registers hold one beside the sum
+    loaded = tile is not None and (values or tile["BK"])
+    return tile and {**tile, "HALVES": 2 if wgmma and loaded and planes * summed > 256 else 1}
 
 
 def weighted_rows(
@@ -242,6 +254,8 @@ COMPILE_CASES = list(
         _cases("sum_rbf", "exp", 128, 3, ("values", "out", *_FACTORS, *_WEIGHTS)),
         _cases("gradient_rbf", "-exp", 128, 3, ("values", *_WEIGHTS), factor=32),
         _cases("matmul_rbf", "exp", 256, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
+        _cases("matmul_rbf_by_128", "exp", 128, 3, (*_FACTORS, *_WEIGHTS, "sums"), values=128),
+        _cases("gradient_rbf_by_64", "-exp", 128, 3, ("values", *_WEIGHTS), factor=64),
         *(
             _cases("gradient_softplus", "sigmoid", width, planes, ("values", "sums", *_WEIGHTS), factor=64)
             for width, planes in ((64, 3), (128, 2), (128, 3), (256, 1))

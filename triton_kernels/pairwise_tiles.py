@@ -3,6 +3,10 @@
 The tensor cores get fp32 rows as bf16 planes that sum to them. Three planes and six products are as accurate as fp32
 ("ieee"); two planes and three products are bf16x3; one plane is bf16. Planes are padded with zeros, so tiles are loaded
 without masks.
+
+A tensor core truncates its fp32 sums toward zero, after every 16 products: a long sum of positive terms comes out too
+small, by 2e-8 of it per step. A chain of products through one accumulator is therefore at most as long as a tile, and
+tiles are added up in fp32, rounded to nearest.
 """
 
 from __future__ import annotations
@@ -125,6 +129,7 @@ def table(
     without waiting for each wgmma.
     """
     held = planes * resident
+    heavy = planes * summed if around else 0  # with sums of the weights, a tile of fewer columns has the registers
     if not summed:
         most, four = 512, 384
     elif wgmma:
@@ -136,12 +141,14 @@ def table(
     if held > most:
         if planes * max(loaded, summed) > 1152:
             return None
-        columns, warps = (16 if planes * summed > 512 else 32), (4 if 0 < summed <= 64 else 8)
-        return {"BI": PAD, "BJ": columns, "STAGES": 2, "BK": 32, "num_warps": warps}
+        narrow = planes * summed > 512 or (heavy > 256 and (held > 512 or not wgmma))
+        warps = 4 if 0 < summed <= 64 else 8
+        return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": warps}
     warps = 4 if held <= four else 8
     for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
-        crowded = summed and 128 < held < 256 and columns > 32
+        crowded = summed and (128 < held < 256 or heavy > 128) and columns > 32
         if not crowded and 2 * planes * (PAD * resident + columns * stages * loaded) <= limit:
+            columns = 16 if heavy > 256 else columns
             return {"BI": PAD, "BJ": columns, "STAGES": stages, "BK": 0, "num_warps": warps}
     return None
 
@@ -163,15 +170,17 @@ def load_planes(z, s, first, padded, BLOCK: tl.constexpr, width, PLANES: tl.cons
 
 @triton.jit
 def add_product(a0, a1, a2, b0, b1, b2, acc, PLANES: tl.constexpr):
-    """acc + a b from their planes, smallest products first."""
+    """acc + a b from their planes, smallest products first. The products of several planes are summed before they are
+    added; the compiler sums a single product in acc."""
+    part = tl.zeros_like(acc)
     if PLANES > 2:
-        acc = tl.dot(a2, b0, acc, input_precision="ieee")
-        acc = tl.dot(a0, b2, acc, input_precision="ieee")
-        acc = tl.dot(a1, b1, acc, input_precision="ieee")
+        part = tl.dot(a2, b0, part, input_precision="ieee")
+        part = tl.dot(a0, b2, part, input_precision="ieee")
+        part = tl.dot(a1, b1, part, input_precision="ieee")
     if PLANES > 1:
-        acc = tl.dot(a1, b0, acc, input_precision="ieee")
-        acc = tl.dot(a0, b1, acc, input_precision="ieee")
-    return tl.dot(a0, b0, acc, input_precision="ieee")
+        part = tl.dot(a1, b0, part, input_precision="ieee")
+        part = tl.dot(a0, b1, part, input_precision="ieee")
+    return acc + tl.dot(a0, b0, part, input_precision="ieee")
 
 
 @triton.jit
@@ -201,25 +210,29 @@ def products_by_steps(
 
 
 @triton.jit
-def add_weighted(w, z, s, first, padded, acc, BJ: tl.constexpr, BV: tl.constexpr, PLANES: tl.constexpr):
-    """acc + w z, one plane of z at a time, so that few registers hold planes on their way to shared memory."""
+def add_weighted(
+    w, z, s, first, padded, acc, BJ: tl.constexpr, BV: tl.constexpr, PLANES: tl.constexpr, START: tl.constexpr = 0
+):
+    """acc + w z as in `add_product`, for the columns of z from START on, as many as acc has. One plane of z at a time,
+    so that few registers hold planes on their way to shared memory."""
     w0, w1, w2 = cut(w, PLANES)
-    z += (s * PLANES * padded + first) * BV
-    at = tl.arange(0, BJ)[:, None] * BV + tl.arange(0, BV)[None, :]
+    z += (s * PLANES * padded + first) * BV + START
+    at = tl.arange(0, BJ)[:, None] * BV + tl.arange(0, acc.shape[1])[None, :]
     step = tl.cast(padded, tl.int64) * BV
+    part = tl.zeros_like(acc)
     if PLANES > 2:
-        acc = tl.dot(w0, tl.load(z + 2 * step + at), acc, input_precision="ieee")
+        part = tl.dot(w0, tl.load(z + 2 * step + at), part, input_precision="ieee")
     if PLANES > 1:
         middle = tl.load(z + step + at)
         if PLANES > 2:
-            acc = tl.dot(w1, middle, acc, input_precision="ieee")
-        acc = tl.dot(w0, middle, acc, input_precision="ieee")
+            part = tl.dot(w1, middle, part, input_precision="ieee")
+        part = tl.dot(w0, middle, part, input_precision="ieee")
     high = tl.load(z + at)
-    if PLANES > 2:
-        acc = tl.dot(w2, high, acc, input_precision="ieee")
     if PLANES > 1:
-        acc = tl.dot(w1, high, acc, input_precision="ieee")
-    return tl.dot(w0, high, acc, input_precision="ieee")
+        part = tl.dot(w1, high, part, input_precision="ieee")
+    if PLANES > 2:
+        part = tl.dot(w2, high, part, input_precision="ieee")
+    return acc + tl.dot(w0, high, part, input_precision="ieee")
 
 
 @triton.jit
