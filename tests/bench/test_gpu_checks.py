@@ -1,103 +1,155 @@
-"""The checks that a GPU run makes of the Triton kernels, in Triton's interpreter: with fresh memory full of NaN, twice,
-and against fp64."""
+"""The checks of `bench.gpu.smoke` on the Triton kernels, in Triton's interpreter, with `torch.empty` full of NaN.
 
-import re
+What has no Triton kernel (batch norm, rotations, layers, optimizers) runs natively in the dry run of
+`test_gpu_run.py`.
+"""
+
+from __future__ import annotations
+
 import warnings
 from collections import Counter
+from contextlib import contextmanager
+from dataclasses import replace
 
 import pytest
 import torch
 import tritons
-from conftest import INTERPRETED, available
+from conftest import available
 
 from bench.gpu import smoke
+from bench.gpu.check import FULL, view
 from bench.gpu.loss_checks import columns, contrastive, measures, pair_ops
 from bench.gpu.machine import Device
 from sslkern import backend
 
-pytestmark = pytest.mark.skipif(not INTERPRETED, reason="the kernels run on a GPU here, by `make gpu`")
-LARGEST = 17_000  # elements that the interpreter takes a second for
-ELSEWHERE = {"merge_kernel": "takes a million rows", "split_kernel": "splits matrices in the lower precisions alone"}
+interpreter = pytest.importorskip("triton.runtime.interpreter", reason="needs Triton")
+pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="`make gpu` runs these checks on a GPU")
+
+# Of the arithmetic: fp32, bf16x3 with its 16 bits, bf16
+EPS = {"highest": smoke.EPS, "high": 2.0**-15, "medium": torch.finfo(torch.bfloat16).eps}
 
 
-def smallest():
-    """The smallest shape of every check, and the smallest of more than 256 columns, which other kernels take."""
-    found = {}
-    for check in sorted((*columns(), *pair_ops(), *contrastive(), *measures()), key=lambda c: c.shape):
-        size = sum(x.numel() for x in check.inputs())
-        if size <= LARGEST:
-            found.setdefault((check.name, check.shape[-1] > 256), check)
-    return list(found.values())
+def checks() -> list[smoke.Check]:
+    """The smallest of every name, number of dimensions and side of 256 columns, beyond which other kernels run; and
+    tall columns, whose partial sums are merged."""
+    smallest = {}
+    for group in (columns, pair_ops, contrastive, measures):
+        for check in group():
+            if check.tiny:
+                smallest.setdefault((check.name, len(check.shape), check.shape[-1] > 256), check)
+    first = next(iter(smallest.values()))
+    assert first.name == "covariance plugin"
+    tall = replace(first, shape=(17_000, 2), inputs=lambda: view(17_000, 2), dtypes=FULL)
+    return [*smallest.values(), tall]
 
 
-CHECKS = smallest()
+@pytest.fixture
+def launches(monkeypatch):
+    """How often each kernel was launched."""
+    counted, launch = Counter(), interpreter.GridExecutor.__call__
+
+    def counting(self, *arguments, **named):
+        counted[self.fn.__name__] += 1
+        return launch(self, *arguments, **named)
+
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", counting)
+    return counted
+
+
+@pytest.fixture(params=EPS)
+def setting(request, monkeypatch):
+    """A precision of products, and the tolerance that it has."""
+    before = torch.get_float32_matmul_precision()
+    monkeypatch.setattr(smoke, "EPS", EPS[request.param])
+    torch.set_float32_matmul_precision(request.param)
+    yield request.param
+    torch.set_float32_matmul_precision(before)
 
 
 @pytest.fixture(autouse=True)
-def triton():
-    with backend.use(available("triton")), warnings.catch_warnings():
+def quiet():
+    """Inside, everything runs on the Triton kernels; torch warns of what it does not make deterministic."""
+    with warnings.catch_warnings(), backend.use(available("triton")):
         warnings.filterwarnings("ignore", message=".*deterministic")
         yield
 
 
-@pytest.fixture(scope="module")
-def launched():
-    """How often each kernel was launched, by name."""
-    interpreter = pytest.importorskip("triton.runtime.interpreter")
-    counts, run = Counter(), interpreter.InterpretedFunction.run
-
-    def counted(self, *args, **kwargs):
-        counts[self.fn.__name__] += 1
-        return run(self, *args, **kwargs)
-
-    interpreter.InterpretedFunction.run = counted
-    yield counts
-    interpreter.InterpretedFunction.run = run
+def test_every_kernel_writes_what_is_read(setting, launches):
+    """Finite, right, and the same again; of columns in every dtype, whose kernels load them."""
+    found, by_columns = {}, {check.name for check in columns()}
+    for check in checks():
+        dtypes = check.dtypes if setting == "highest" and check.name in by_columns else FULL
+        for dtype in dtypes:
+            row = smoke.run(replace(check, captured=check.captured and setting == "highest"), dtype, Device("cpu"))
+            if not row["ok"]:
+                found[check.name, check.shape, dtype] = row["note"]
+    assert not found
+    assert sorted(launches) == tritons.kernels()
 
 
-def test_fresh_memory_is_full_of_nan():
-    """However it is made."""
-    with smoke.poisoned():
-        x = torch.empty(6)
-        made = (x, x.new_empty(3), torch.empty_like(x), torch.empty(8).as_strided((2, 3), (4, 1)))
-        assert all(y.isnan().all() for y in made)
-    assert not torch.are_deterministic_algorithms_enabled()
+@contextmanager
+def one_left(kernel, number=None):
+    """Every launch of this kernel leaves the first element that it changes as it was, or as a number."""
+    launch = interpreter.GridExecutor.__call__
 
+    def leaving(self, *arguments, **named):
+        tensors = [x for x in (*arguments, *named.values()) if isinstance(x, torch.Tensor)]
+        before = [x.clone() for x in tensors] if self.fn.__name__ == kernel else []
+        launch(self, *arguments, **named)
+        for x, old in zip(tensors, before, strict=False):
+            changed = ((x != old) & ~(x.isnan() & old.isnan())).nonzero()
+            if len(changed):
+                at = tuple(changed[0])
+                x[at] = old[at] if number is None else number
+                return
 
-def test_in_fp32(launched):
-    """By the rule, and every kernel is launched."""
-    rows = {f"{check.name} {check.shape}": smoke.run(check, torch.float32, Device("cpu")) for check in CHECKS}
-    assert {name: row["note"] for name, row in rows.items() if not row["ok"]} == {}
-    assert sorted({*launched, *ELSEWHERE}) == tritons.kernels()
-
-
-@pytest.mark.parametrize("precision", ("high", "medium"))
-def test_in_lower_precision(precision, launched):
-    """Nothing undefined is read, and a repetition has the same bits; how exact it is, other tests say."""
-    torch.set_float32_matmul_precision(precision)
+    interpreter.GridExecutor.__call__ = leaving
     try:
-        rows = {check.name: smoke.run(check, torch.float32, Device("cpu")) for check in CHECKS[::3]}
+        yield
     finally:
-        torch.set_float32_matmul_precision("highest")
-    notes = {
-        name: re.sub(r"(in a CUDA graph, )?part \d+: error[^;]*(; )?", "", row["note"]) for name, row in rows.items()
-    }
-    assert {name: note for name, note in notes.items() if note} == {}
-    assert launched["split_kernel"]
+        interpreter.GridExecutor.__call__ = launch
 
 
-def test_an_element_that_is_not_written_is_found(monkeypatch):
-    """Neither the first nor the last one."""
-    from sslkern.triton_kernels import pairwise_matmul
+def finds(check, kernel, number=None):
+    """Whether the check fails where the kernel leaves an element."""
+    try:
+        with one_left(kernel, number):
+            return not smoke.run(replace(check, captured=False), torch.float32, Device("cpu"))["ok"]
+    except RuntimeError as error:  # an index
+        return "out of bounds" in str(error)
 
-    gather = pairwise_matmul.gather
 
-    def holed(*args):
-        whole = gather(*args)
-        out = torch.empty_like(whole)
-        out[:, 1:], out[:, 0, 1:] = whole[:, 1:], whole[:, 0, 1:]
-        return out
+def test_an_element_that_is_not_written_is_found(launches):
+    """Of every kernel, by the first check that launches it. Without a bound of their exponents, rows are right all the
+    same, each by its own maximum: `shifts_kernel` leaves a wrong bound."""
+    left, missed = set(tritons.kernels()), []
+    for check in checks():
+        launches.clear()
+        smoke.value_and_grad(check.call, check.inputs(), check.backward)
+        for kernel in sorted(left & set(launches)):
+            if not finds(check, kernel, 1e3 if kernel == "shifts_kernel" else None):
+                missed.append(f"{kernel} in {check.name}")
+        left -= set(launches)
+    assert not missed and not left
 
-    monkeypatch.setattr(pairwise_matmul, "gather", holed)
-    (check,) = (check for check in CHECKS if check.name == "matmul rbf" and check.shape[-1] <= 256)
-    assert "part 0 is not finite" in smoke.run(check, torch.float32, Device("cpu"))["note"]
+
+def test_what_is_allocated_is_poisoned():
+    """By whichever call a launcher makes."""
+    from sslkern.triton_kernels import launch
+
+    x = torch.zeros(3, 5)
+    with smoke.poisoned():
+        made = [
+            launch.workspace(x, 3, 5),
+            launch.workspace(x, 3, 5, dtype=torch.float64),
+            launch.workspace(x, 3, 5, dtype=torch.bfloat16),
+            launch.pitched(x, 2, 3, 5),
+            torch.empty(40).as_strided((2, 5), (8, 1)),
+            torch.empty_like(x),
+            torch.empty_like(x.mT, memory_format=torch.contiguous_format),
+            x.new_empty(3, 5),
+            torch.empty_strided((3, 5), (8, 1)),
+        ]
+        numbers = [launch.workspace(x, 7, dtype=torch.int64), torch.empty_like(x, dtype=torch.int32)]
+    assert all(y.isnan().all() for y in made)
+    assert all((y == torch.iinfo(y.dtype).max).all() for y in numbers)
