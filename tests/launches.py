@@ -24,7 +24,7 @@ import sslkern
 from sslkern.backend import registry
 
 TARGET = GPUTarget("cuda", 90, 32)
-SHARED = 227 * 1024  # bytes that a block of an H100 may have
+SHARED = tritons.SHARED[TARGET.arch]
 SIZES = ("BI", "BJ", "BK", "BD", "BV", "BQ", "STAGES", "PLANES", "TILE", "ROWS", "WIDTH", "COLS", "FOLD")
 launches: Counter[str] = Counter()
 specialisations: Counter[str] = Counter()

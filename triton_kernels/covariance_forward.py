@@ -17,7 +17,7 @@ from .launch import inverse
 PARTS = 5  # per view: Gram squares, sum v^2, sum v, hinge; and (a - b)^2, for the first view only
 
 
-@launch.kernel("n")
+@launch.kernel("n", "programs")
 def second_moments_kernel(
     raw,  # (V, S, M, M), pitched
     raw_slice,

@@ -14,7 +14,7 @@ from .gemm import PLANES, multiply, precision, symmetric_product
 from .gram import COLS, TILE, block_sum, empty_gram, gram_tile, programs, total
 
 
-@launch.kernel("n")
+@launch.kernel("n", "programs")
 def correlations_kernel(
     raw,  # (2, S, N, N) when dual, else (S, D, D), pitched
     raw_slice,

@@ -20,7 +20,7 @@ ON_REQUEST = ("cpu",) if INTERPRETED else ()  # the interpreter is for tests
 ARCHITECTURES = (80, 90, 100)  # architectures that the tests compile for
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 PITCH = 16  # the alignment, in elements, for which Triton compiles vector loads and stores
-COUNTS = ("slices", "stacks", "groups", "chunks", "programs", "blocks", "strips", "splits", "tiles", "count", "each")
+COUNTS = ("slices", "stacks", "groups", "chunks", "blocks", "strips", "splits", "tiles", "each")
 
 
 def register(name: str, function: Callable, refuses: Callable[[Tensor], str | None] | None = None) -> None:
@@ -40,7 +40,10 @@ def register(name: str, function: Callable, refuses: Callable[[Tensor], str | No
 
 def kernel(*more: str) -> Callable[[Callable], triton.JITFunction]:
     """`triton.jit`, compiled once for all values of the counts of programs and of loop steps, and of the arguments in
-    `more`. Triton would compile again where such an argument is 1 or a multiple of 16, which no address depends on."""
+    `more`. Triton would compile again where such an argument is 1 or a multiple of 16.
+
+    Arguments by which addresses step or masks of vectors end are not among them, since they decide how wide loads are.
+    """
 
     def decorated(function: Callable) -> triton.JITFunction:
         names = inspect.signature(function).parameters

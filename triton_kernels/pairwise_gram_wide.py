@@ -69,7 +69,7 @@ def products_kernel(
     tl.store(parts + (at_h * groups + g) * count + part, total)
 
 
-@launch.kernel("n", "first")
+@launch.kernel()
 def add_sums_kernel(
     row_sums,  # (S, tiles, rows)
     column_sums,  # (S, blocks, padded)

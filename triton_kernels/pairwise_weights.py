@@ -31,7 +31,7 @@ def value_of(t, FUNCTION: tl.constexpr):
     return t
 
 
-@launch.kernel("n")
+@triton.jit
 def pair_kernel(
     weight,  # (S, N)
     base,  # (S, N) or None

@@ -5,7 +5,6 @@ That no operator waits for the device is seen without a GPU, in `test_fake_cuda.
 
 import ast
 import re
-from contextlib import contextmanager
 
 import pytest
 import torch
@@ -13,6 +12,7 @@ from conftest import ROOT
 from support import widened
 from support_layers import SUBJECTS
 
+from bench.gpu.machine import Device
 from sslkern import losses
 
 LOSSES = {name: s for name, s in SUBJECTS.items() if s.family.startswith("Losses") and not s.wraps}
@@ -48,34 +48,6 @@ def value_and_grads(subject, leaves):
     return [loss.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
 
 
-def captured(run):
-    """(replay, result): a CUDA graph of a call that ran before on another stream, and the tensors that it fills."""
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        for _ in range(2):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with surviving_a_failure(), torch.cuda.graph(graph):
-        result = run()
-    return graph.replay, result
-
-
-@contextmanager
-def surviving_a_failure():
-    """Where a capture fails, torch leaves its stream current, and its generator counting for the graph; the tests that
-    follow get theirs back."""
-    stream = torch.cuda.current_stream()
-    try:
-        yield
-    except BaseException:
-        torch.cuda.set_stream(stream)
-        fresh = torch.Generator("cuda")
-        torch.cuda.default_generators[stream.device_index].graphsafe_set_state(fresh.graphsafe_get_state())
-        raise
-
-
 def differing(subject, capture, rows, columns, device="cuda"):
     """Which parts of the result differ between a replay, on other inputs than those of the capture, and a call."""
     static, others = (leaves_of(subject, rows, columns, seed, device) for seed in range(2))
@@ -95,7 +67,7 @@ def test_a_replay_has_the_bits_of_a_call(name, rows, columns):
     """Forward and backward."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
-    assert not differing(LOSSES[name], captured, rows, columns)
+    assert not differing(LOSSES[name], Device("cuda").captured, rows, columns)
 
 
 def test_every_loss_is_captured():
