@@ -18,9 +18,11 @@ from .pairwise_weights import VALUES, value_of
 NARROWEST = 16  # least columns of a tile
 
 
-def tile_of(width: int, planes: int) -> dict[str, int]:
-    """The tile: two of them and their products stay in the registers of 8 warps."""
-    columns, step = (32, min(width, 32)) if width <= 128 else (16, 32) if planes < 3 else (32, 16)
+def tile_of(width: int, planes: int, gradient: bool = False) -> dict[str, int]:
+    """The tile: two of them and their products, or one and its gradient, stay in the registers of 8 warps."""
+    columns, step = 32, min(width, 32)
+    if gradient and width > 128:
+        columns, step = (16, 32) if planes < 3 else (32, 16)
     return {"BI": PAD, "BJ": columns, "BK": step, "BD": width, "STAGES": 2, "num_warps": 4 if width <= 64 else 8}
 
 
@@ -241,7 +243,7 @@ def backward(
 ) -> Tensor:
     """The gradient with respect to z, (S G, N, D), per unit of scale."""
     (count, n, d), planes = z.shape, x.planes.shape[1]
-    tile = tile_of(x.width, planes)
+    tile = tile_of(x.width, planes, gradient=True)
     blocks, tiles = x.padded // PAD, triton.cdiv(n, tile["BJ"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
@@ -261,7 +263,7 @@ _CASE = {"FUNCTION": "exp", "SQUARED": True}
 
 
 def _case(name: str, kernel, width: int, planes: int, **more: object) -> launch.CompileCase:
-    tile = tile_of(width, planes)
+    tile = tile_of(width, planes, gradient=kernel is gram_gradient_kernel)
     warps = tile.pop("num_warps")
     pointers = {**_BOTH, "parts": "*fp64", "rows": "*fp64", "sums": "*fp32"}
     return launch.CompileCase(
