@@ -1,5 +1,7 @@
 """sslkern: fast losses for self-supervised learning that compute the published formulas and their gradients exactly."""
 
+from importlib import import_module as _import_module
+
 from . import backend, installed
 from . import distributed as distributed
 from . import losses as losses
@@ -19,6 +21,19 @@ from .losses import (
 from .train import large_batch as large_batch
 
 installed.load()
+
+_ON_DEMAND = ("analysis", "decomposition")  # scikit-learn takes longer to import than all of sslkern
+
+
+def __getattr__(name: str):
+    if name in _ON_DEMAND:
+        return _import_module(f"{__name__}.{name}")
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *_ON_DEMAND})
+
 
 __version__ = "0.1.0"
 __all__ = [

@@ -12,7 +12,7 @@ FLOORS = (
     ("sslkern.reference", "sslkern.backend"),
     ("sslkern.ops", "sslkern.triton_kernels"),
     ("sslkern.losses", "sslkern.metrics", "sslkern.nn", "sslkern.optim"),
-    ("sslkern.train", "sslkern.distributed", "sslkern.installed"),
+    ("sslkern.train", "sslkern.decomposition", "sslkern.analysis", "sslkern.distributed", "sslkern.installed"),
     ("sslkern",),
     ("sslkern.__main__",),
     ("bench",),

@@ -1,0 +1,3 @@
+"""Analysis of representations and of trained networks."""
+
+__all__: list[str] = []
