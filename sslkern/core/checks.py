@@ -106,6 +106,14 @@ def non_negative(name: str, value: object) -> float:
     return float(value)
 
 
+def positive_number(name: str, value: object) -> float:
+    if isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a number > 0, not a torch.Tensor: it has no gradient.")
+    if isinstance(value, bool) or not isinstance(value, Real) or not 0 < float(value) < inf:
+        raise ValueError(f"{name} must be a finite number > 0, got {value!r}.")
+    return float(value)
+
+
 def numbers(*values: object) -> bool:
     """Whether all values are finite Python floats. Most settings are, so this one test replaces a test of each."""
     return {*map(type, values)} == {float} and -inf < sum(values) < inf  # type: ignore[arg-type]

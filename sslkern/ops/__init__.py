@@ -4,6 +4,7 @@ from .batch_norm import batch_moments, batch_norm
 from .covariance import covariance
 from .cross_correlation import cross_correlation
 from .kernel_matmul import kernel_matmul
+from .low_rank_residual import low_rank_residual
 from .pairwise_reduce import pairwise_reduce
 from .rank_k_update import rank_k_update_
 from .skinny_products import skinny_products
@@ -14,6 +15,7 @@ __all__ = [
     "covariance",
     "cross_correlation",
     "kernel_matmul",
+    "low_rank_residual",
     "pairwise_reduce",
     "rank_k_update_",
     "skinny_products",
