@@ -7,5 +7,6 @@ if __name__ == "triton_kernels":
 
 from . import covariance as covariance
 from . import cross_correlation as cross_correlation
+from . import low_rank_residual as low_rank_residual
 from . import pairwise_reduce as pairwise_reduce
 from . import vicreg as vicreg

@@ -53,8 +53,8 @@ def padded_rows(n: int) -> int:
     return triton.cdiv(n, PAD) * PAD
 
 
-def padded_columns(d: int) -> int:
-    return max(16, triton.next_power_of_2(d))
+def padded_columns(d: int, least: int = 16) -> int:
+    return max(least, triton.next_power_of_2(d))
 
 
 @triton.jit
@@ -101,10 +101,10 @@ def cut_kernel(
         tl.store(out + 2 * step, low)
 
 
-def operand(z: Tensor, planes: int) -> Operand:
-    """Planes and squared norms of a contiguous (S, N, D) fp32 tensor."""
+def operand(z: Tensor, planes: int, least: int = 16) -> Operand:
+    """Planes and squared norms of a contiguous (S, N, D) fp32 tensor. The planes have `least` columns or more."""
     s, n, d = z.shape
-    padded, width = padded_rows(n), padded_columns(d)
+    padded, width = padded_rows(n), padded_columns(d, least)
     out = launch.workspace(z, s, planes, padded, width, dtype=PLANE_DTYPE)
     squares = launch.workspace(z, s, padded)
     rows = max(8, min(32, 4096 // width))
