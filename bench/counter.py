@@ -35,6 +35,11 @@ def _pairwise(told: dict[str, Any], forward: bool) -> float:
     return 2 * pairs * (share * d + p + sides * d + told.get("need_rhs", False) * p)
 
 
+def _low_rank(told: dict[str, Any]) -> float:
+    """The model, and a product for each gradient."""
+    return 2.0 * told["m"].numel() * told["u"].shape[-1] * (1 + told["need_u"] + told["need_v"])
+
+
 def _columns(told: dict[str, Any], products: int) -> float:
     """Each 2 N D min(N, D), by whichever form was chosen."""
     z = told["z"] if "z" in told else told["a"]
@@ -50,6 +55,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "pairwise_argmax": lambda told: _pairwise(told, True),
     "pairwise_gram_fwd": lambda told: _pairwise(told, True),
     "pairwise_gram_bwd": lambda told: _pairwise(told, False),
+    "low_rank_residual": lambda told: _low_rank(told),
     "covariance_fwd": lambda told: _columns(told, 1),
     "covariance_bwd": lambda told: _columns(told, 1),
     "vicreg_fwd": lambda told: _columns(told, 2),

@@ -105,6 +105,7 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "spectral_contrastive_loss": (losses.spectral_contrastive_loss, 2),
         "covariance": (ops.covariance, 1),
         "cross_correlation": (ops.cross_correlation, 2),
+        "low_rank_residual": (lambda x, y: ops.low_rank_residual(torch.ones(8, 8), x, y), 2),
         "pairwise_reduce": (ops.pairwise_reduce, 2),
         "batch_moments": (ops.batch_moments, 1),
         "batch_norm": (lambda x: ops.batch_norm(x, training=True), 1),

@@ -125,6 +125,10 @@ for retraction in ("tangent", "direct", "cayley"):
 add("skinny_products (right)", lambda x, r: ops.skinny_products(x, r)[0], A, Leaf((D, 2)), grad=False)
 add("skinny_products (complex)", ops.skinny_products, *COMPLEX, grad=False)
 
+for loss in ("l1", "poisson"):
+    call = lambda m, u, v, mask, k=loss: ops.low_rank_residual(m, u, v, loss=k, mask=mask[:, None] > 0)  # noqa: E731
+    add(f"low_rank_residual ({loss}, mask)", call, Leaf((ROWS, D), "data"), Leaf((ROWS, 2)), Leaf((D, 2)), LABELS)
+
 # metrics
 
 for kernel, estimator in product(("rbf", "linear"), ("biased", "unbiased")):

@@ -34,6 +34,7 @@ def samples(kernel, dtype, device):
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
+    yield from low_rank_samples(device) if kernel == "low_rank_residual" and dtype == torch.float32 else ()
     yield from pairwise_samples(kernel, device) if kernel.startswith("pairwise_") and dtype == torch.float32 else ()
     turn = itertools.cycle(((True, True), (True, False), (False, True)))  # which gradients are asked for
     for shape in ((5, 9), (2, 9, 5), (2, 4, 6, 7)):
@@ -55,6 +56,14 @@ def samples(kernel, dtype, device):
                 loss, _, *saved = reference.vicreg_fwd(a, b, *settings)
                 backward = (loss, a, b, *saved, *settings)
                 yield (a, b, *settings) if kernel.endswith("_fwd") else (*backward, *next(turn))
+
+
+def low_rank_samples(device):
+    """Of a matrix and of a stack, masked and not, of whole gradients and of one."""
+    for lead, masked, needs in (((), True, (True, True)), ((2,), False, (True, False)), ((2,), True, (False, True))):
+        m, u, v = (torch.randn(*lead, *shape, device=device) for shape in ((6, 5), (6, 2), (5, 2)))
+        for loss in ("l2", "poisson"):
+            yield u, v, m.bfloat16(), m > 0 if masked else None, loss, 0.1, *needs
 
 
 def pairwise_samples(kernel, device):

@@ -25,14 +25,14 @@ class Leaf:
     """A tensor argument, or, with no ROWS in its shape, a parameter."""
 
     shape: tuple[int | str, ...]
-    # "orthonormal" columns, "near" it, or "factored"; "labels"; "small" steps; a "constant", a "variance"; "shared" by
-    # a stack
+    # "orthonormal" columns, "near" it, or "factored"; "labels"; "small" steps; "data" without a gradient; a "constant",
+    # a "variance"; "shared" by a stack
     kind: str = "normal"
     complex: bool = False
 
     @property
     def differentiable(self) -> bool:
-        return self.kind not in ("labels", "constant", "variance", "factored")
+        return self.kind not in ("labels", "data", "constant", "variance", "factored")
 
     @property
     def rows(self) -> int | None:

@@ -50,6 +50,7 @@ REASONS = [
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs at least two rows"),
     Reason(REFUSED, "empty", "batch_moments", "a mean needs at least one element"),
+    Reason(REFUSED, "empty", "low_rank_residual*", "there is nothing to model"),
     Reason(
         REFUSED,
         "stack",
@@ -84,6 +85,7 @@ REASONS = [
         REFUSED,
         "twice",
         f"{COLUMNS}; {KERNELS}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
+        "low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch",
         "the kernels can be differentiated only once",
@@ -118,6 +120,12 @@ REASONS = [
         "vmapped, func.grad",
         "large_batch; LargeBatch",
         "runs its backbone twice, which torch.func does not support",
+    ),
+    Reason(
+        BREAK,
+        "dynamic",
+        "low_rank_residual (3-way, huber)",
+        "takes parts of the tensor in a loop, which is compiled for one size; another size compiles again",
     ),
     Reason(
         BREAK,

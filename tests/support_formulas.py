@@ -37,6 +37,14 @@ def vicreg(a: Tensor, b: Tensor, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, 
     return loss
 
 
+def low_rank_residual(m: Tensor, u: Tensor, v: Tensor) -> Tensor:
+    return (u @ v.T - m).square().sum()
+
+
+def cp_residual(m: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    return F.huber_loss(torch.einsum("ir,jr,kr->ijk", u, v, w), m, reduction="sum")
+
+
 def cross_correlation(a: Tensor, b: Tensor, eps=1e-5) -> tuple[Tensor, Tensor]:
     a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (a, b))
     c = a.T @ b / len(a)

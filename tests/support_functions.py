@@ -168,6 +168,18 @@ add_op(
     call=partial(ops.pairwise_reduce, kernel="rbf", reduction="gram"),
     **PAIRS,
 )
+FACTORS = Leaf((ROWS, 3)), Leaf((D, 3))
+add_op(ops.low_rank_residual, plain.low_rank_residual, Leaf((ROWS, D), "data"), *FACTORS, more=STACK)
+add_op(
+    ops.low_rank_residual,
+    plain.cp_residual,
+    Leaf((ROWS, D, 4), "data"),
+    *FACTORS,
+    Leaf((4, 3)),
+    setting="3-way, huber",
+    call=partial(ops.low_rank_residual, loss="huber"),
+    more=STACK,
+)
 MOVED = (Leaf((D, D), "orthonormal"), Leaf((D, 2), "small"), Leaf((D, 2), "small"))
 TALL = (Leaf((7, 4), "orthonormal"), Leaf((7, 2), "small"), Leaf((4, 2), "small"))
 IN_PLACE: dict[str, Any] = {"more": STACK, "grad": False, "full": True}

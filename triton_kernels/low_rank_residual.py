@@ -56,7 +56,7 @@ def residual_kernel(
     mask_slice,
     mask_row,
     mask_col,
-    losses,  # (S, programs) fp64, or None
+    losses,  # (S, programs) fp64
     out,  # (splits, S, n_padded, BG), or None
     slices,
     n,
@@ -96,12 +96,10 @@ def residual_kernel(
         if mask is not None:
             keep &= tl.load(mask + col * mask_col, mask=keep, other=0) != 0
         loss, w = residual(data, t, setting, LOSS)
-        if losses is not None:
-            value += tl.sum(tl.where(keep, loss, 0.0), 1).to(tl.float64)
+        value += tl.sum(tl.where(keep, loss, 0.0), 1).to(tl.float64)
         if out is not None:
             acc = add_weighted(tl.where(keep, w, 0.0), v_part, s, start, p_padded, acc, BJ, BD, PLANES)
-    if losses is not None:
-        tl.store(losses + tl.program_id(0), tl.sum(value, 0))
+    tl.store(losses + tl.program_id(0), tl.sum(value, 0))
     if out is not None:
         here = ((split * slices + s) * n_padded + first + tl.arange(0, BI)[:, None]) * BG
         tl.store(out + here + tl.arange(0, BG)[None, :], acc)
@@ -129,30 +127,22 @@ def _operand(factor: Tensor, planes: int) -> Operand:
 
 
 def sweep(
-    x: Operand,
-    y: Operand,
-    m: Tensor,
-    mask: Tensor | None,
-    loss: str,
-    setting: float,
-    start: int,
-    need: bool,
-    value: bool,
-) -> tuple[Tensor | None, Tensor | None]:
-    """The losses of all programs (S, programs), and the gradient by some columns of x from `start` on (S, N, columns);
-    each None if it is not needed."""
+    x: Operand, y: Operand, r: int, m: Tensor, mask: Tensor | None, loss: str, setting: float, start: int, need: bool
+) -> tuple[Tensor, Tensor]:
+    """The losses of all programs (S, programs), and the gradient by some columns of x from `start` on (S, N, columns),
+    which is empty if it is not needed."""
     (s, n, p), planes, tile = m.shape, x.planes.shape[1], tile_of(x.width)
     blocks, tiles = x.padded // PAD, y.padded // tile["BJ"]
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
-    losses = launch.workspace(m, s, blocks * splits, dtype=torch.float64) if value else None
+    losses = launch.workspace(m, s, blocks * splits, dtype=torch.float64)
     parts = launch.workspace(m, splits, s, x.padded, tile["BG"]) if need else None
     residual_kernel[(s * blocks * splits,)](
         x.planes, y.planes, y.planes[..., start:], *launch.strided(m), *launch.strided(mask), losses, parts,
         s, n, p, x.padded, y.padded, splits, each, setting,
         LOSS=loss, PLANES=planes, BD=x.width, **tile,
     )  # fmt: skip
-    return losses, None if parts is None else gather(parts, None, None, n, tile["BG"])
+    return losses, m.new_empty(0) if parts is None else gather(parts, None, None, n, min(tile["BG"], r - start))
 
 
 def low_rank_residual(
@@ -166,19 +156,21 @@ def low_rank_residual(
         planes = max(2, plane_count("dot"))  # a residual is a difference of larger numbers
         x, y = (_operand(launch.slices(factor), planes) for factor in (u, v))
         starts = range(0, r, MOST)
-        of_u, of_v, losses = [], [], None
-        for start in starts if need_u else starts[:1]:
-            found, grad = sweep(x, y, matrix, kept, loss, setting, start, need_u, losses is None)
-            losses = found if losses is None else losses
-            of_u.append(grad)
-        for start in starts if need_v else ():
-            of_v.append(sweep(y, x, matrix.mT, turned, loss, setting, start, True, False)[1])
-        assert losses is not None
+        of_u = [
+            sweep(x, y, r, matrix, kept, loss, setting, start, need_u) for start in (starts if need_u else starts[:1])
+        ]
+        of_v = [sweep(y, x, r, matrix.mT, turned, loss, setting, start, True) for start in (starts if need_v else ())]
+        losses = of_u[0][0]
         value = launch.workspace(u, losses.shape[0])
         collect_losses_kernel[(losses.shape[0],)](losses, value, losses.shape[1], num_warps=4)
-    return value.view(lead), *(
-        torch.cat(parts, -1)[..., :r].reshape(factor.shape) if need else factor.new_empty(0)
-        for parts, factor, need in ((of_u, u, need_u), (of_v, v, need_v))
+
+    def joined(parts: list[tuple[Tensor, Tensor]], factor: Tensor) -> Tensor:
+        return torch.cat([grad for _, grad in parts], -1).view(factor.shape)
+
+    return (
+        value.view(lead),
+        joined(of_u, u) if need_u else u.new_empty(0),
+        joined(of_v, v) if need_v else v.new_empty(0),
     )
 
 

@@ -37,13 +37,13 @@ class _Residual(Op):
     @staticmethod
     def setup_context(ctx, inputs, output):
         ctx.needs = inputs[-1]
-        ctx.save_for_backward(*output[1:])
+        ctx.save_for_backward(*output[1:], *inputs[:3])  # the factors, for the error of a second derivative
         intermediate(ctx, *output[1:])
 
     @staticmethod
     @first_order
     def backward(ctx, grad, *_):
-        each = zip(ctx.saved_tensors, ctx.needs, strict=True)
+        each = zip(ctx.saved_tensors[:3], ctx.needs, strict=True)
         grads = (None if grad is None or not need else grad[..., None, None] * saved for saved, need in each)
         return *grads, None, None, None, None, None
 
@@ -55,14 +55,15 @@ def _three_way(factors, m, mask, loss, setting, needs):
     m, mask = (None if x is None else _permuted(x, order) for x in (m, mask))
     u, v, w = (factors[k] for k in order)
     need_u, need_v, need_w = (needs[k] for k in order)
-    (i, j), r, dims = m.shape[-3:-1], u.shape[-1], m.dim() - 3
-    step = max(1, min(max(m.shape[-3:].numel() // (32 * r), 256), 8192) // j)
+    (i, j), dims = m.shape[-3:-1], m.dim() - 3
+    rows = _rows_at_once(m, u.shape[-1])
+    step = 1 if rows < j else rows // j
     parts = []
     for start in range(0, i, step):
-        count = min(step, i - start)
-        rows, some = u.narrow(-2, start, count)[..., :, None, :], m.narrow(-3, start, count)
+        count = step if start + step <= i else i - start
+        own, some = u.narrow(-2, start, count)[..., :, None, :], m.narrow(-3, start, count)
         kept = None if mask is None else mask.narrow(-3, start, count).flatten(dims, dims + 1)
-        left = (rows * v[..., None, :, :]).flatten(dims, dims + 1)
+        left = (own * v[..., None, :, :]).flatten(dims, dims + 1)
         value, of_left, of_w = pick("low_rank_residual", u)(
             left, w, some.flatten(dims, dims + 1), kept, loss, setting, need_u or need_v, need_w
         )
@@ -70,7 +71,7 @@ def _three_way(factors, m, mask, loss, setting, needs):
         if need_u or need_v:
             of_left = of_left.unflatten(-2, (count, j))
             of_u = (of_left * v[..., None, :, :]).sum(-2) if need_u else of_u
-            of_v = (of_left * rows).sum(-3) if need_v else of_v
+            of_v = (of_left * own).sum(-3) if need_v else of_v
         parts.append((value, of_u, of_v, of_w))
     values, of_u, of_v, of_w = zip(*parts, strict=True)
     by_mode = dict(zip(order, (torch.cat(of_u, -2) if need_u else of_u[0], sum(of_v), sum(of_w)), strict=True))
@@ -78,11 +79,19 @@ def _three_way(factors, m, mask, loss, setting, needs):
 
 
 def _modes(m: Tensor) -> list[int]:
-    """The modes of a tensor, from the one that is cut to the one that gives the columns: the mode whose elements are
-    next to each other in memory, or the next one, if that is narrow."""
-    by_stride = sorted(range(3), key=lambda k: (m.stride(k - 3), -k))
-    last = next((k for k in by_stride if m.shape[k - 3] >= _NARROW), max(by_stride, key=lambda k: m.shape[k - 3]))
-    return [*(k for k in reversed(by_stride) if k != last), last]
+    """The modes of a tensor, the one that gives the columns last: the mode whose elements are next to each other in
+    memory, if it is not narrow, or else one that is not narrow."""
+    for adjacent in (True, False):
+        for k in (2, 1, 0):
+            if m.shape[k - 3] >= _NARROW and (m.stride(k - 3) == 1 or not adjacent):
+                return [*(mode for mode in range(3) if mode != k), k]
+    return [0, 1, 2]
+
+
+def _rows_at_once(m: Tensor, r: int) -> int:
+    """Rows of the left factor, which then takes about a thirtieth of the memory of m."""
+    rows = m.shape[-3:].numel() // (32 * r)
+    return 256 if rows < 256 else 8192 if rows > 8192 else rows
 
 
 def _permuted(x: Tensor, order: list[int]) -> Tensor:
