@@ -1,3 +1,5 @@
 """What self-supervised objectives optimise, in closed form or without a network: scikit-learn estimators."""
 
-__all__: list[str] = []
+from .graph import RelationGraph, as_graph
+
+__all__ = ["RelationGraph", "as_graph"]
