@@ -40,6 +40,7 @@ class RelationGraph:
 
     Attributes:
         n: the number of samples.
+        relation: the edges or the classes.
 
     Source: Balestriero and LeCun, Contrastive and non-contrastive self-supervised learning recover global and local
     spectral embedding methods (2205.11508).
@@ -50,7 +51,7 @@ class RelationGraph:
     def __init__(self, relation: Edges | Classes) -> None:
         if not isinstance(relation, Edges | Classes):
             raise TypeError("RelationGraph is made by its constructors from_edges, from_labels, from_matrix, ...")
-        self._relation = relation
+        self.relation = relation
         self.n = relation.n
 
     @classmethod
@@ -125,21 +126,21 @@ class RelationGraph:
         return cls(Edges.merged(*symmetric_entries("g", g)))
 
     def __repr__(self) -> str:
-        return f"RelationGraph(n={self.n}, {self._relation!r})"
+        return f"RelationGraph(n={self.n}, {self.relation!r})"
 
     def degrees(self, like: Tensor | None = None) -> Tensor:
         """The degrees d = G 1, (N,), in the dtype of the results for `like` and on its device; float64 on the CPU if
         `like` is None."""
-        degrees = self._relation.degrees()
+        degrees = self.relation.degrees()
         return degrees if like is None else degrees.to(like.device, accumulation_dtype(like))
 
     def matmul(self, x: Tensor) -> Tensor:
         """G x for x of shape (N, P), differentiable."""
-        return _Product.apply(self._checked("x", x), self._relation)
+        return _Product.apply(self._checked("x", x), self.relation)
 
     def laplacian(self, x: Tensor) -> Tensor:
         """L x for x of shape (N, P), differentiable. A column with NaN or inf becomes NaN if the graph has edges."""
-        return _Laplacian.apply(self._checked("x", x), self._relation)
+        return _Laplacian.apply(self._checked("x", x), self.relation)
 
     def dirichlet_energy(self, z: Tensor) -> Tensor:
         """Tr Z'LZ = (1/2) sum_ij G_ij |z_i - z_j|^2, a scalar >= 0 in units of z^2, for z of shape (N, P).
@@ -148,7 +149,7 @@ class RelationGraph:
         differences, so it does not cancel where related samples are close: in O(edges P) work, with 2^20 numbers at
         a time.
         """
-        return _Energy.apply(self._checked("z", z), self._relation)
+        return _Energy.apply(self._checked("z", z), self.relation)
 
     def to_scipy(self) -> Any:
         """G as a `scipy.sparse.csr_array` in float64. If it was made from labels or views, it has n_c (n_c - 1) entries
@@ -156,8 +157,10 @@ class RelationGraph:
         try:
             from scipy.sparse import csr_array
         except ImportError as error:
-            raise ImportError("RelationGraph.to_scipy needs SciPy: install scipy.") from error
-        starts, columns, weight = (part.numpy() for part in self._relation.csr())
+            raise ImportError(
+                "A relation as a sparse matrix, and its eigenvectors, need SciPy: install scipy."
+            ) from error
+        starts, columns, weight = (part.numpy() for part in self.relation.csr())
         if max(columns.size, self.n) < 2**31:  # what SciPy's own functions expect
             starts, columns = starts.astype(np.int32), columns.astype(np.int32)
         return csr_array((weight, columns, starts), shape=(self.n, self.n))
