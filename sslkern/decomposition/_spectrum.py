@@ -7,6 +7,7 @@ are small, in batches of one size, and by ARPACK otherwise. A relation of classe
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -117,7 +118,7 @@ def _of_components(
     for c in large.nonzero()[:, 0].tolist():
         samples = member[first[c] : first[c] + size[c]]
         value, vector = _krylov_pairs(graph.to_scipy(), samples, k, laplacian, random_state)
-        found.append((value, samples.expand(k, -1), vector.T))
+        found.append((value, samples.expand(value.numel(), -1), vector.T))
     return _merged(found, graph.n, k, laplacian)
 
 
@@ -163,33 +164,62 @@ def _dense_pairs(block: Tensor, k: int, laplacian: bool) -> Pairs:
 
 
 def _krylov_pairs(g: Any, samples: Tensor, k: int, laplacian: bool, random_state: Any) -> Pairs:
-    """The pairs of one large component by ARPACK: the largest of G, or of cI - L with c = 2 max d >= the largest of L,
-    which needs products only."""
-    from scipy.sparse import linalg
-
+    """The pairs of one large component by products alone: the largest of G, or of cI - L with c = 2 max d, which is not
+    below the largest of L."""
     if samples.numel() < g.shape[0]:
         g = g[samples.numpy()][:, samples.numpy()]
-    n, degree = g.shape[0], g.sum(1)
+    degree = g.sum(1)
     above = 2 * degree.max()
 
     def shifted(x: np.ndarray) -> np.ndarray:
-        x = x.reshape(-1) - x.mean()
-        return (above - degree) * x + g @ x
-
-    def centred(x: np.ndarray) -> np.ndarray:
-        y = shifted(x)
+        x = x - x.mean()
+        y = (above - degree) * x + g @ x
         return y - y.mean()
 
-    start = torch.randn(n, generator=generator(random_state), dtype=torch.float64).numpy()
-    operator = linalg.LinearOperator((n, n), centred, dtype=np.float64) if laplacian else g
+    value, vector = _largest(shifted if laplacian else g.__matmul__, g.shape[0], k, above, random_state)
+    return ((above - value).clamp_min(0) if laplacian else value), vector
+
+
+def _largest(product: Callable[[np.ndarray], np.ndarray], n: int, k: int, scale: float, random_state: Any) -> Pairs:
+    """The k largest eigenpairs of a symmetric operator of size `scale` that are positive, or fewer if it has fewer.
+
+    A Krylov space holds one vector of each eigenspace, so ARPACK may miss copies of a multiple eigenvalue: it is asked
+    again, in the complement of what was found, until that has nothing larger.
+    """
+    rng = generator(random_state)
+    value, vector = np.zeros(0), np.zeros((n, 0))
+    wanted = k
+    while True:
+        more, columns = _arpack(product, vector, wanted, torch.randn(n, generator=rng, dtype=torch.float64).numpy())
+        real = more > 1e-10 * scale + (value[-1] if value.size == k else 0)
+        if not real.any():
+            return torch.from_numpy(value), torch.from_numpy(vector)
+        wanted = 1 if value.size == 0 else k  # mostly, nothing was missed
+        value, vector = np.concatenate((value, more[real])), np.concatenate((vector, columns[:, real]), 1)
+        order = np.argsort(-value, kind="stable")[:k]
+        value, vector = value[order], vector[:, order]
+
+
+def _arpack(
+    product: Callable[[np.ndarray], np.ndarray], known: np.ndarray, k: int, start: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The k largest eigenpairs in the complement of the orthonormal vectors that are known."""
+    from scipy.sparse import linalg
+
+    def without(x: np.ndarray) -> np.ndarray:
+        return x - known @ (known.T @ x)
+
+    def deflated(x: np.ndarray) -> np.ndarray:
+        return without(product(without(x.reshape(-1))))
+
+    n = start.size
+    operator = linalg.LinearOperator((n, n), deflated, dtype=np.float64)
     width = min(n, max(3 * k, 40))
     try:
-        value, vector = linalg.eigsh(operator, k, which="LA", v0=start, ncv=width, maxiter=_RESTARTS, tol=1e-11)
+        found = linalg.eigsh(operator, k, which="LA", v0=without(start), ncv=width, maxiter=_RESTARTS, tol=1e-11)
     except linalg.ArpackNoConvergence as error:
         raise RuntimeError(
             f"The eigenvalues of a component of {n} samples did not converge in {_RESTARTS} restarts: the graph is too "
-            "close to a long chain, or has too many nearly equal eigenvalues."
+            "close to a long chain, or too many of its eigenvalues are nearly equal."
         ) from error
-    order = np.argsort(-value, kind="stable")
-    value, vector = torch.from_numpy(value[order].copy()), torch.from_numpy(vector[:, order].copy())
-    return ((above - value).clamp_min(0) if laplacian else value), vector
+    return found
