@@ -157,7 +157,7 @@ def _dense_pairs(block: Tensor, k: int, laplacian: bool) -> Pairs:
         value, vector = torch.linalg.eigh(block)
         return value[:, -k:].flip(1), vector[..., -k:].flip(2)
     degree = block.sum(-1)
-    above = 2 * degree.amax(-1)[:, None, None] / s  # moves the constant to the other end of the spectrum
+    above = 4 * degree.amax(-1)[:, None, None] / s  # moves the constant above the spectrum, which ends at 2 max d
     value, vector = torch.linalg.eigh(degree.diag_embed() - block + above)
     count = min(k, s - 1)
     return value[:, :count].clamp_min(0), vector[..., :count]
