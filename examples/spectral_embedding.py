@@ -7,7 +7,7 @@ Three questions, on scikit-learn's digits and on generated data:
 2. How do the embeddings and their times compare with scikit-learn's SpectralEmbedding on the same graph?
 3. With labels as the relation, how does the linear form compare with scikit-learn's LinearDiscriminantAnalysis?
 
-    python examples/spectral_embedding.py             some minutes on two cores
+    python examples/spectral_embedding.py             two minutes on two cores
     python examples/spectral_embedding.py --quick     under a minute
 
 Balestriero and LeCun, Contrastive and non-contrastive self-supervised learning recover global and local spectral
@@ -103,7 +103,7 @@ def compare_with_sklearn(args):
             agreement, graph_of_digits = cosine(z, other), graph
     for method in ("simclr", "barlow_twins"):
         kept[METHODS[method]] = optimal_embedding(graph_of_digits, 8, method)
-    print("\n   accuracy of 5 nearest neighbours in 8 dimensions; the graph has all digits, half of the labels are held out\n")
+    print("\n   accuracy of 5 nearest neighbours in 8 dimensions; the graph has all digits, half are tested\n")
     for name, z in {"64 pixels": digits, **kept}.items():
         scores = []
         for seed in range(args.seeds):

@@ -2,6 +2,8 @@
 
 import itertools
 import pickle
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -10,7 +12,7 @@ import scipy.sparse as sp
 import torch
 from memory import allocated
 
-from sslkern.decomposition import RelationGraph, as_graph
+from sslkern.decomposition import RelationGraph, as_graph, optimal_embedding
 from sslkern.decomposition import graph as graph_module
 
 LABELS = [2, 0, 2, -1, 5, 0, 2, 5, -1, 7]
@@ -303,3 +305,32 @@ def test_a_hundred_thousand_labels_have_no_edges():
     z = torch.randn(100_000, 8)
     peak, _ = allocated(lambda: RelationGraph.from_labels(labels).dirichlet_energy(z))
     assert peak < 40e6
+
+
+def test_without_scipy_a_method_that_needs_it_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "scipy.sparse", None)
+    graph = RelationGraph.from_edges([0, 1], [1, 2], 3)
+    with pytest.raises(ImportError, match="need SciPy: install scipy"):
+        graph.to_scipy()
+    with pytest.raises(ImportError, match="need SciPy: install scipy"):
+        optimal_embedding(graph, 1)
+    assert optimal_embedding([0, 0, 1, 1], 1).shape == (4, 1)  # classes need no solver
+
+
+def test_without_scikit_learn():
+    """Relations and the linear map work, and so does the message of an estimator that is not fitted."""
+    code = """
+import sys
+sys.modules["sklearn"] = sys.modules["scipy"] = None
+import numpy as np
+from sslkern.decomposition import LinearVICReg, RelationGraph
+x, y = np.random.default_rng(0).normal(size=(30, 4)), np.arange(30) % 3
+assert LinearVICReg(2).fit(x, RelationGraph.from_neighbors(x, 3)).transform(x).shape == (30, 2)
+assert LinearVICReg(2).fit_transform(x, y).shape == (30, 2)
+try:
+    LinearVICReg().transform(x)
+except ValueError as error:
+    assert "not fitted" in str(error)
+"""
+    ran = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert ran.returncode == 0, ran.stderr

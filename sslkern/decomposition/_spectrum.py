@@ -188,20 +188,24 @@ def _largest(product: Callable[[np.ndarray], np.ndarray], n: int, k: int, scale:
     """
     rng = generator(random_state)
     value, vector = np.zeros(0), np.zeros((n, 0))
-    wanted = k
+
+    def ask(count: int, tolerance: float) -> tuple[np.ndarray, np.ndarray]:
+        start = torch.randn(n, generator=rng, dtype=torch.float64).numpy()
+        more, columns = _arpack(product, vector, count, start, tolerance)
+        larger = more > 1e-10 * scale + (value[-1] if value.size == k else 0)
+        return more[larger], columns[:, larger]
+
     while True:
-        more, columns = _arpack(product, vector, wanted, torch.randn(n, generator=rng, dtype=torch.float64).numpy())
-        real = more > 1e-10 * scale + (value[-1] if value.size == k else 0)
-        if not real.any():
-            return torch.from_numpy(value), torch.from_numpy(vector)
-        wanted = 1 if value.size == 0 else k  # mostly, nothing was missed
-        value, vector = np.concatenate((value, more[real])), np.concatenate((vector, columns[:, real]), 1)
+        more, columns = ask(k, 1e-11)
+        value, vector = np.concatenate((value, more)), np.concatenate((vector, columns), 1)
         order = np.argsort(-value, kind="stable")[:k]
         value, vector = value[order], vector[:, order]
+        if more.size == 0 or ask(1, 1e-8)[0].size == 0:  # mostly, nothing was missed
+            return torch.from_numpy(value), torch.from_numpy(vector)
 
 
 def _arpack(
-    product: Callable[[np.ndarray], np.ndarray], known: np.ndarray, k: int, start: np.ndarray
+    product: Callable[[np.ndarray], np.ndarray], known: np.ndarray, k: int, start: np.ndarray, tolerance: float
 ) -> tuple[np.ndarray, np.ndarray]:
     """The k largest eigenpairs in the complement of the orthonormal vectors that are known."""
     from scipy.sparse import linalg
@@ -216,7 +220,7 @@ def _arpack(
     operator = linalg.LinearOperator((n, n), deflated, dtype=np.float64)
     width = min(n, max(3 * k, 40))
     try:
-        found = linalg.eigsh(operator, k, which="LA", v0=without(start), ncv=width, maxiter=_RESTARTS, tol=1e-11)
+        found = linalg.eigsh(operator, k, which="LA", v0=without(start), ncv=width, maxiter=_RESTARTS, tol=tolerance)
     except linalg.ArpackNoConvergence as error:
         raise RuntimeError(
             f"The eigenvalues of a component of {n} samples did not converge in {_RESTARTS} restarts: the graph is too "
