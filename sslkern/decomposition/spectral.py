@@ -52,8 +52,9 @@ def optimal_embedding(
     The work is a few hundred products with L or G for large connected components, by ARPACK, and more for graphs that
     are close to a long chain. Components of at most 512 samples are solved by LAPACK in batches, and relations from
     labels or views without an eigenvalue solver. It runs on the CPU in float64 and needs SciPy if the relation has
-    edges. scikit-learn's `SpectralEmbedding` is the tool for embeddings by the normalised Laplacian; it gives the same
-    subspace if all degrees are equal.
+    edges. scikit-learn's `SpectralEmbedding`, which uses the normalised Laplacian, gives the same subspace if all
+    degrees are equal. It factorises the Laplacian: that is faster for samples on a surface or a curve, and much slower
+    for neighbours in many dimensions.
 
     Args:
         graph: what `as_graph` accepts: a `RelationGraph`, an adjacency matrix (N, N) or labels (N,).
@@ -82,7 +83,10 @@ def optimal_embedding(
         invariance = checks.non_negative("invariance", invariance)
     generator(random_state)  # checked before any work
     given = graph if isinstance(graph, RelationGraph | Tensor) or hasattr(graph, "tocoo") else np.asarray(graph)
-    n = given.n if isinstance(given, RelationGraph) else given.shape[0] if given.ndim else 0
+    shape = (given.n,) if isinstance(given, RelationGraph) else tuple(given.shape)
+    if len(shape) not in (1, 2) or shape[0] == 0:
+        raise ValueError(f"graph must be a RelationGraph, labels (N,) or a matrix (N, N), got shape {shape}.")
+    n = shape[0]
     relation = as_graph(given, n)
     if k > n - (method == "vicreg"):
         raise ValueError(f"n_components must be at most {n - (method == 'vicreg')} for {n} samples, got {k}.")
