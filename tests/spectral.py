@@ -54,10 +54,13 @@ def descend(objective, start, steps=40):
         value.backward()
         return value
 
+    before = float("inf")
     for _ in range(steps):
         optimizer.step(closure)
-        if x.grad.norm() < 1e-9:
+        value = float(objective(x.detach()))
+        if before - value <= 1e-12 * (1 + abs(value)):
             break
+        before = value
     return x.detach(), float(objective(x.detach()))
 
 
