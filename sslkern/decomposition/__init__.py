@@ -1,3 +1,7 @@
 """What self-supervised objectives optimise, in closed form or without a network: scikit-learn estimators."""
 
-__all__: list[str] = []
+from .graph import RelationGraph, as_graph
+from .linear_vicreg import LinearVICReg
+from .spectral import optimal_embedding
+
+__all__ = ["LinearVICReg", "RelationGraph", "as_graph", "optimal_embedding"]
