@@ -1,5 +1,6 @@
 """What self-supervised objectives optimise, in closed form or without a network: scikit-learn estimators."""
 
 from .graph import RelationGraph, as_graph
+from .kernel import KernelSSL
 
-__all__ = ["RelationGraph", "as_graph"]
+__all__ = ["KernelSSL", "RelationGraph", "as_graph"]

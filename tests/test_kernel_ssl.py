@@ -1,0 +1,428 @@
+"""`KernelSSL`: its closed forms are the minima of their objectives, new samples follow the same function, and what is
+singular, degenerate or wrong gets a right answer or one sentence."""
+
+import itertools
+import pickle
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import scipy.sparse
+import torch
+from conftest import ROOT
+from sklearn.base import clone
+from sklearn.svm import SVC
+from sklearn.utils.estimator_checks import parametrize_with_checks
+
+from sslkern.decomposition import KernelSSL, RelationGraph
+from sslkern.metrics.bandwidth import median_bandwidth
+
+N, D = 40, 3
+
+
+def data(seed=0, n=N, d=D):
+    random = np.random.default_rng(seed)
+    return random.normal(size=(n, d)), np.arange(n) % 5
+
+
+def weighted(seed, n=N):
+    """A graph with random edges and weights, connected or not."""
+    random = np.random.default_rng(seed)
+    i, j = random.integers(n, size=(2, 2 * n))
+    return RelationGraph.from_edges(i, j, n, random.uniform(0.1, 2, 2 * n))
+
+
+def dense(graph):
+    return torch.from_numpy(graph.to_scipy().toarray())
+
+
+def eye(n):
+    return torch.eye(n, dtype=torch.float64)
+
+
+def kernel_of(name, x, s, gamma):
+    """k(x, s) in plain torch."""
+    x, s = torch.as_tensor(x).double(), torch.as_tensor(s).double()
+    if name == "rbf":
+        return (-gamma * (x[:, None] - s).square().sum(-1)).exp()
+    if name == "cosine":
+        x, s = x / x.norm(dim=1, keepdim=True), s / s.norm(dim=1, keepdim=True)
+    return x @ s.T
+
+
+def objective(model, g, kernel, coefficients, gram):
+    """The objective of Z = kernel B, written with N x N matrices: G, and `gram`, which is k(S, S)."""
+    z = kernel @ coefficients
+    n, k = z.shape
+    norm = model.ridge * (coefficients * (gram @ coefficients)).sum()
+    if model.contrastive:
+        return (z @ z.T - eye(n) - g).square().sum() + norm
+    h, laplacian = eye(n) - 1 / n, g.sum(1).diag() - g
+    return (z.T @ h @ z - eye(k)).square().sum() + model.invariance * (z * (laplacian @ z)).sum() + norm
+
+
+def minimum(loss, rows, columns, starts=2):
+    """The lowest value that LBFGS finds from random matrices (rows, columns)."""
+    found = []
+    for seed in range(starts):
+        w = torch.randn(rows, columns, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        w.requires_grad_()
+        optimizer = torch.optim.LBFGS([w], 1, 1500, 2000, 1e-11, 1e-15, 20, "strong_wolfe")
+
+        def closure(w=w, optimizer=optimizer):
+            optimizer.zero_grad()
+            value = loss(w)
+            value.backward()
+            return value
+
+        optimizer.step(closure)
+        found.append(float(loss(w.detach())))
+    return min(found)
+
+
+CASES = (
+    {"invariance": 0.05, "ridge": 0.1},
+    {"invariance": 0.3, "ridge": 1e-3, "n_components": 6},
+    {"invariance": 0.0, "ridge": 0.5},
+    {"invariance": 0.2, "ridge": 0.0, "kernel": "linear"},
+    {"invariance": 0.05, "ridge": 0.1, "kernel": "cosine"},
+    {"invariance": 0.05, "ridge": 0.1, "n_landmarks": 7},
+    {"ridge": 0.1, "contrastive": True},
+    {"ridge": 1.0, "contrastive": True, "n_components": 6},
+    {"ridge": 0.0, "contrastive": True, "kernel": "linear"},
+    {"ridge": 0.5, "contrastive": True, "n_landmarks": 7},
+)
+
+
+@pytest.mark.parametrize("case", CASES, ids=lambda case: ",".join(f"{k}={v}" for k, v in case.items()))
+@pytest.mark.parametrize("relation", ("labels", "weighted"))
+def test_closed_form_is_the_minimum(case, relation):
+    """LBFGS does not get below it, and reaches it to 1e-7 relative."""
+    x, y = data()
+    graph = RelationGraph.from_labels(y) if relation == "labels" else weighted(1)
+    model = KernelSSL(**{"n_components": 3, "random_state": 0, **case}).fit(x, graph)
+    s = model.support_
+    kernel, gram = kernel_of(model.kernel, x, s, model.gamma_), kernel_of(model.kernel, s, s, model.gamma_)
+    reached = float(objective(model, dense(graph), kernel, torch.from_numpy(model.dual_coef_), gram))
+    values, vectors = torch.linalg.eigh(gram)
+    kept = values > 1e-12 * values[-1]
+    basis = vectors[:, kept] * values[kept].rsqrt()
+    g = dense(graph)
+    lowest = minimum(lambda w: objective(model, g, kernel, basis @ w, gram), int(kept.sum()), model.n_components)
+    assert reached <= lowest * (1 + 1e-10)
+    assert reached == pytest.approx(lowest, rel=1e-7)
+
+
+@pytest.mark.parametrize("contrastive", (False, True))
+@pytest.mark.parametrize("n_components", (1, 3, 39))
+def test_without_a_ridge_it_is_the_papers_matrix(contrastive, n_components):
+    """ZZ' = (H - beta L/2)_{K,+} or (I + G)_{K,+}, for a kernel of full rank and a graph without equal eigenvalues."""
+    x, _ = data(2)
+    graph = weighted(2)
+    model = KernelSSL(n_components, gamma=3.0, invariance=0.1, ridge=0.0, contrastive=contrastive).fit(x, graph)
+    g = dense(graph)
+    target = eye(N) + g if contrastive else eye(N) - 1 / N - 0.05 * (g.sum(1).diag() - g)
+    values, vectors = torch.linalg.eigh(target)
+    values = torch.cat([values.new_zeros(N - n_components), values[-n_components:].clamp_min(0)])
+    z = torch.from_numpy(model.embedding_)
+    z = z if contrastive else z - z.mean(0)
+    assert torch.allclose(z @ z.T, vectors * values @ vectors.T, rtol=0, atol=1e-8)
+    assert np.allclose(model.eigenvalues_, values.flip(0)[:n_components], rtol=0, atol=1e-8)
+    assert not contrastive or n_components < 39 or (model.eigenvalues_ == 0).any()
+
+
+def test_induced_kernel_is_the_papers():
+    """k*(x, x') = k_{x,s} K^-1 ZZ' K^-1 k_{s,x'}, for new samples too."""
+    x, y = data()
+    new, other = data(1, 7)[0], data(2, 4)[0]
+    model = KernelSSL(3, gamma=2.0).fit(x, y)
+    inverse = torch.linalg.inv(kernel_of("rbf", x, x, 2.0))
+    z = torch.from_numpy(model.embedding_)
+    middle = inverse @ z @ z.T @ inverse
+    expected = kernel_of("rbf", new, x, 2.0) @ middle @ kernel_of("rbf", x, other, 2.0)
+    assert np.allclose(model.induced_kernel(new, other), expected, rtol=1e-6, atol=1e-9)
+    assert np.array_equal(model.induced_kernel(new), model.induced_kernel(new, new))
+
+
+@pytest.mark.parametrize("kernel", ("rbf", "linear", "cosine"))
+@pytest.mark.parametrize("contrastive", (False, True))
+@pytest.mark.parametrize("n_landmarks", (None, 9, N, 10 * N))
+@pytest.mark.parametrize("dtype", (np.float32, np.float64))
+def test_transform_of_the_training_samples_is_their_embedding(kernel, contrastive, n_landmarks, dtype):
+    x, y = data()
+    settings = {"invariance": 0.01, "contrastive": contrastive, "n_landmarks": n_landmarks, "random_state": 1}
+    model = KernelSSL(3, kernel=kernel, **settings)
+    z = model.fit_transform(x.astype(dtype), y)
+    assert z.dtype == dtype and z.shape == (N, 3) and z.any()
+    atol = 1e-10 if dtype == np.float64 else 1e-6
+    assert np.allclose(model.transform(x.astype(dtype)), z, rtol=0, atol=atol)
+    sizes = ((z if contrastive else z - z.mean(0)).astype(float) ** 2).sum(0)
+    assert np.allclose(sizes, model.eigenvalues_, rtol=1e-4, atol=1e-6) and (np.diff(model.eigenvalues_) <= 0).all()
+
+
+def test_landmarks_that_are_all_samples_or_span_all_functions_change_nothing():
+    x, y = data()
+    whole = KernelSSL(3, invariance=0.1).fit(x, y)
+    assert np.array_equal(KernelSSL(3, invariance=0.1, n_landmarks=N).fit(x, y).embedding_, whole.embedding_)
+    line = KernelSSL(2, kernel="linear", invariance=0.01).fit(x, y)
+    few = KernelSSL(2, kernel="linear", invariance=0.01, n_landmarks=5, random_state=3).fit(x, y)
+    assert few.support_.shape == (5, D)
+    assert np.allclose(few.embedding_, line.embedding_, atol=1e-10)
+    again = KernelSSL(2, kernel="linear", invariance=0.01, n_landmarks=5, random_state=3).fit(x, y)
+    assert np.array_equal(again.dual_coef_, few.dual_coef_)
+    other = KernelSSL(2, n_landmarks=5, random_state=4).fit(x, y)
+    assert not np.array_equal(other.support_, few.support_)
+
+
+def test_more_landmarks_lower_the_objective():
+    """Sets of landmarks that grow give spaces of functions that grow."""
+    x, y = data()
+    graph = RelationGraph.from_labels(y)
+    reached = []
+    for m in (3, 10, 25, None):
+        model = KernelSSL(3, invariance=0.02, ridge=0.05, n_landmarks=m, random_state=0).fit(x, graph)
+        s = model.support_
+        kernel, gram = (kernel_of("rbf", a, s, model.gamma_) for a in (x, s))
+        reached.append(float(objective(model, dense(graph), kernel, torch.from_numpy(model.dual_coef_), gram)))
+    assert all(a > b for a, b in itertools.pairwise(reached)), reached
+
+
+def test_kinds_of_arrays_agree():
+    x, y = data()
+    model = KernelSSL(3, invariance=0.02).fit(x, y)
+    assert isinstance(model.embedding_, np.ndarray) and isinstance(model.support_, np.ndarray)
+    tensor = KernelSSL(3, invariance=0.02).fit(torch.from_numpy(x), torch.from_numpy(y))
+    assert isinstance(tensor.embedding_, torch.Tensor) and isinstance(tensor.dual_coef_, torch.Tensor)
+    assert np.array_equal(tensor.embedding_.numpy(), model.embedding_)
+    assert isinstance(tensor.transform(torch.from_numpy(x)), torch.Tensor)
+    assert isinstance(tensor.transform(x), np.ndarray) and isinstance(
+        model.transform(torch.from_numpy(x)), torch.Tensor
+    )
+    assert isinstance(tensor.induced_kernel(torch.from_numpy(x), x[:2]), torch.Tensor)
+    assert np.array_equal(KernelSSL(3, invariance=0.02).fit(x.tolist(), y.tolist()).embedding_, model.embedding_)
+    single = KernelSSL(3, invariance=0.02).fit(x.astype(np.float32), y)
+    assert np.allclose(single.embedding_, model.embedding_, atol=1e-4)
+    half = KernelSSL(3, invariance=0.02).fit(torch.from_numpy(x).bfloat16(), y)
+    assert half.embedding_.dtype == torch.float32
+    assert np.allclose(half.transform(x), model.transform(x), atol=0.1)
+
+
+@pytest.mark.parametrize("contrastive", (False, True))
+def test_kinds_of_relations_agree(contrastive):
+    x, y = data()
+    graph = RelationGraph.from_labels(y)
+    matrix = graph.to_scipy()
+    kinds = (graph, y, y.astype(str), matrix, matrix.toarray(), scipy.sparse.coo_matrix(matrix), dense(graph))
+    found = [KernelSSL(3, invariance=0.02, contrastive=contrastive).fit(x, kind).embedding_ for kind in kinds]
+    for z in found[1:]:
+        assert np.allclose(z @ z.T, found[0] @ found[0].T, atol=1e-9)
+
+
+def test_gamma_is_that_of_svc():
+    x, y = data()
+    for gamma in ("scale", "auto", 0.7):
+        assert KernelSSL(gamma=gamma).fit(x, y).gamma_ == pytest.approx(SVC(gamma=gamma).fit(x, y)._gamma, rel=1e-12)
+
+
+def spirals(n, seed, turns=1.5, noise=0.02):
+    """Two intertwined spirals in the unit disc, (n, 2), and the spiral of each point."""
+    random = np.random.default_rng(seed)
+    radius, y = np.sqrt(random.uniform(0.02, 1, n)), np.arange(n) % 2
+    angle = 2 * np.pi * turns * radius + np.pi * y
+    x = radius[:, None] * np.stack([np.cos(angle), np.sin(angle)], 1)
+    return x + noise * random.normal(size=x.shape), y
+
+
+def nearest(kernel, own, labels):
+    """The label of the nearest labelled sample, by the kernel's distance. `kernel` is (N, labelled), `own` its diagonal
+    at the labelled samples."""
+    return labels[(2 * kernel - own).argmax(1)]
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_two_spirals_with_one_label_each(seed):
+    """The induced kernel separates them from one label per class, and the RBF kernel does not. Nor does the induced
+    kernel if its bandwidth is the median distance, which spans both spirals: the embedding is then zero."""
+    x, y = spirals(300, seed)
+    new, truth = spirals(1000, seed + 100)
+    random = np.random.default_rng(seed)
+    model = KernelSSL(2).fit(x, y)
+    with pytest.warns(UserWarning, match="The embedding is zero"):
+        blind = KernelSSL(2, gamma=float(0.5 / median_bandwidth(torch.from_numpy(x)) ** 2)).fit(x, y)
+    scores = {"induced": [], "rbf": [], "median": []}
+    for _ in range(20):
+        rows = np.array([random.choice(np.flatnonzero(y == label)) for label in (0, 1)])
+        labelled, labels = x[rows], y[rows]
+        for name, fitted in (("induced", model), ("median", blind)):
+            own = np.diag(fitted.induced_kernel(labelled))
+            scores[name].append((nearest(fitted.induced_kernel(new, labelled), own, labels) == truth).mean())
+        rbf = kernel_of("rbf", new, labelled, model.gamma_).numpy()
+        scores["rbf"].append((nearest(rbf, 1.0, labels) == truth).mean())
+    assert np.median(scores["induced"]) > 0.98 and np.min(scores["induced"]) > 0.95
+    assert np.median(scores["rbf"]) < 0.7
+    assert np.median(scores["median"]) == 0.5
+
+
+def test_far_samples_are_embedded_as_zero_and_leave_the_others_alone():
+    x, y = data()
+    model = KernelSSL(3, invariance=0.02).fit(x, y)
+    far = np.zeros((3, D))
+    far[:, 0] = 1e4, -1e8, 1e200
+    z = model.transform(np.concatenate([x, far]))
+    assert np.allclose(z[:N], model.embedding_, atol=1e-10) and not z[N:].any()
+
+
+@pytest.mark.parametrize("ridge", (0.0, 1e-8, 1e-3))
+@pytest.mark.parametrize("offset", (0.0, 1e6))
+def test_duplicates_make_the_kernel_singular(ridge, offset):
+    """Every sample twice gives each the same embedding, and that of single samples up to the scale of L and Z."""
+    x, y = data()
+    x = x + offset
+    twice, labels = np.repeat(x, 2, 0), np.repeat(y, 2)
+    model = KernelSSL(4, invariance=0.01, ridge=ridge, gamma=1.0).fit(twice, labels)
+    z = model.embedding_
+    assert np.isfinite(z).all() and np.allclose(z[::2], z[1::2], atol=1e-8)
+    assert np.allclose(model.transform(twice), z, atol=1e-8)
+    once = KernelSSL(4, invariance=0.02, ridge=ridge / 2, gamma=1.0).fit(x, y).embedding_
+    assert np.allclose(2 * z[::2] @ z[::2].T, once @ once.T, atol=1e-6)
+
+
+def test_columns_beyond_the_rank_are_zero():
+    x, y = data()
+    model = KernelSSL(60, kernel="linear", invariance=0.001).fit(x, y)
+    assert model.embedding_.shape == (N, 60) and model.dual_coef_.shape == (N, 60)
+    assert (model.eigenvalues_ > 0).sum() == D and not model.embedding_[:, D:].any()
+    assert model.transform(x[:2]).shape == (2, 60)
+    labels = KernelSSL(10, contrastive=True).fit(x, y)
+    assert (labels.eigenvalues_ > 0).sum() == 5  # I + G has 5 positive eigenvalues
+    assert KernelSSL(3, ridge=0.0).fit(x[:2], [0, 1]).embedding_.shape == (2, 3)
+
+
+@pytest.mark.parametrize("n_landmarks", (None, 4))
+@pytest.mark.parametrize("ridge", (0.0, 1e-3))
+@pytest.mark.parametrize(
+    "kernel, x", (("rbf", np.ones((N, D))), ("linear", np.zeros((N, D))), ("linear", np.ones((N, D))))
+)
+def test_constant_features_have_a_zero_embedding(kernel, x, ridge, n_landmarks):
+    _, y = data()
+    model = KernelSSL(2, kernel=kernel, ridge=ridge, n_landmarks=n_landmarks, random_state=0)
+    with pytest.warns(UserWarning, match="The embedding is zero"):
+        z = model.fit_transform(x, y)
+    assert not z.any() and not model.transform(x + 1).any()
+
+
+def test_a_large_invariance_or_ridge_leaves_nothing():
+    x, _ = data()
+    connected = RelationGraph.from_neighbors(x, 5)
+    for settings in ({"invariance": 1e6}, {"ridge": 1e6}):
+        with pytest.warns(UserWarning, match="no direction of the kernel 'rbf' is worth its cost"):
+            assert not KernelSSL(2, **settings).fit(x, connected).embedding_.any()
+
+
+def test_no_edges_is_kernel_pca():
+    """Without a relation the objective asks for variance and smoothness: the span of the leading kernel components."""
+    x, _ = data()
+    alone = RelationGraph.from_edges([], [], N)
+    z = torch.from_numpy(KernelSSL(3, ridge=0.1, gamma=0.5).fit(x, alone).embedding_)
+    h = eye(N) - 1 / N
+    leading = torch.linalg.eigh(h @ kernel_of("rbf", x, x, 0.5) @ h)[1][:, -3:]
+    ours = torch.linalg.qr(h @ z)[0]
+    assert torch.linalg.svdvals(ours.T @ leading).min() > 0.9
+
+
+def test_the_user_can_change_their_array_afterwards():
+    x, y = data()
+    model = KernelSSL(3, invariance=0.02).fit(x, y)
+    new = x[:5].copy()
+    before = model.transform(new)
+    x += 10
+    assert np.array_equal(model.transform(new), before)
+
+
+def test_clone_pickle_and_repr():
+    x, y = data()
+    model = KernelSSL(3, gamma=0.5, invariance=0.02, n_landmarks=11, random_state=5).fit(x, y)
+    copy = pickle.loads(pickle.dumps(model))
+    assert np.array_equal(copy.transform(x), model.transform(x))
+    assert np.array_equal(clone(model).fit(x, y).dual_coef_, model.dual_coef_)
+    assert "gamma=0.5" in repr(model)
+
+
+@pytest.mark.parametrize(
+    "settings, sentence",
+    (
+        ({"n_components": 0}, "n_components must be an integer >= 1, got 0."),
+        ({"n_components": 2.0}, "n_components must be an integer >= 1, got 2.0."),
+        ({"n_components": True}, "n_components must be an integer >= 1, got True."),
+        ({"n_components": None}, "n_components must be an integer >= 1, got None."),
+        ({"n_landmarks": 0}, "n_landmarks must be an integer >= 1 or None, got 0."),
+        ({"kernel": "poly"}, "kernel must be one of 'rbf', 'linear', 'cosine', got 'poly'."),
+        ({"gamma": "median"}, "gamma must be 'scale', 'auto' or a finite number > 0, got 'median'."),
+        ({"gamma": 0.0}, "gamma must be 'scale', 'auto' or a finite number > 0, got 0.0."),
+        ({"gamma": np.nan}, "gamma must be 'scale', 'auto' or a finite number > 0, got nan."),
+        ({"invariance": -1.0}, "invariance must be a number >= 0, got -1.0."),
+        ({"ridge": float("inf")}, "ridge must be a number >= 0, got inf."),
+        ({"contrastive": 1}, "contrastive must be"),
+        ({"n_landmarks": 3, "random_state": "a"}, "random_state must be None, an int"),
+    ),
+)
+def test_a_wrong_setting_gets_one_sentence(settings, sentence):
+    x, y = data()
+    with pytest.raises((TypeError, ValueError)) as error:
+        KernelSSL(**settings).fit(x, y)
+    assert str(error.value).startswith(sentence)
+
+
+@pytest.mark.parametrize(
+    "x, y, sentence",
+    (
+        (np.ones((1, 3)), [0], "minimum of 2 is required"),
+        (torch.ones(1, 3), [0], "at least 2 sample"),
+        (np.full((4, 3), np.nan), np.arange(4), "contains NaN"),
+        (torch.full((4, 3), np.inf), np.arange(4), "NaN or infinity"),
+        (np.ones(4), np.arange(4), "Expected 2D array"),
+        (data()[0], None, "the target y is None"),
+        (data()[0], np.arange(N - 1), "y must"),
+        (data()[0], np.ones((N, N - 1)), "y must"),
+        (data()[0], RelationGraph.from_edges([0], [1], N + 1), f"y must relate {N} samples"),
+        (data()[0], -np.ones((N, N)), "y must be finite and >= 0"),
+        (data()[0] * 1e200, np.arange(N), "X must be scaled"),
+    ),
+)
+def test_wrong_data_gets_one_sentence(x, y, sentence):
+    with pytest.raises((TypeError, ValueError), match=sentence):
+        KernelSSL().fit(x, y)
+
+
+def test_new_samples_are_checked():
+    x, y = data()
+    with pytest.raises(ValueError, match="not fitted"):
+        KernelSSL().transform(x)
+    model = KernelSSL().fit(x, y)
+    for call in (model.transform, model.induced_kernel, lambda wrong: model.induced_kernel(x, wrong)):
+        with pytest.raises(ValueError, match="2 features"):
+            call(x[:, :2])
+
+
+def test_no_matrix_is_n_by_n():
+    """With landmarks, 10,000 samples and 100,000 edges stay below a fifth of the memory of one N x N matrix."""
+    script = """
+import resource, sys, numpy as np
+from sslkern.decomposition import KernelSSL, RelationGraph
+n = 10_000
+random = np.random.default_rng(0)
+x = random.normal(size=(n, 4))
+graph = RelationGraph.from_edges(*random.integers(n, size=(2, 10 * n)), n)
+peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+before = peak()
+model = KernelSSL(4, invariance=0.01, n_landmarks=100, random_state=0).fit(x, graph)
+model.transform(x)
+assert peak() - before < 8 * n * n / 5, peak() - before
+"""
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True, timeout=300)
+
+
+@parametrize_with_checks([KernelSSL(), KernelSSL(contrastive=True), KernelSSL(n_landmarks=5)])
+def test_scikit_learns_checks(estimator, check):
+    check(estimator)
