@@ -35,16 +35,16 @@ class KernelSSL(Estimator):
         |ZZ' - (I + G)|^2 + ridge |z|^2                     for contrastive=True; like SimCLR
 
     Tr Z'LZ = sum_{i<j} G_ij |z_i - z_j|^2, and |z|^2 = Tr B' k(S, S) B is the squared norm in the Hilbert space. If
-    S is X, k(X, X) has full rank and the ridge is 0, then ZZ' = (H - invariance L/2)_{K,+} or (I + G)_{K,+}, where
-    (.)_{K,+} keeps the K largest eigenvalues, if they are positive. The solution is unique up to a rotation of equal
-    columns.
+    S is X, k(X, X) has full rank and the ridge is 0, then HZZ'H = (H - invariance L/2)_{K,+} or ZZ' = (I + G)_{K,+},
+    where (.)_{K,+} keeps the K largest eigenvalues, if they are positive.
 
     Columns are sorted by their size. The last columns are zero if more components would not lower the objective. All
     are zero, with a warning, if the invariance or the ridge is too large.
 
     The minimum is a generalised eigenvector problem of the size of S, which LAPACK solves in float64. With all samples
-    in S, that takes O(N^3) time and about 8 N^2 numbers. With M = `n_landmarks` samples it takes O(N M^2) time and
-    about 3 N M numbers, no matrix is N x N, and the embedding is the best among the functions k(x, S) B.
+    in S, that takes O(N^3) time and the memory of about 5 N^2 numbers. With M = `n_landmarks` samples, it takes
+    O(N M^2) time and the memory of about 3 N M numbers. No matrix is then N x N, and the embedding is the best among
+    the functions k(x, S) B.
 
     Args:
         n_components: K >= 1.
@@ -232,13 +232,14 @@ class KernelSSL(Estimator):
         # where the kernel underflows to 0; such a row would also move the mean that `kernel_matmul` subtracts
         far = self.gamma_ * beyond.square() > _UNDERFLOW
         out = kernel_matmul(torch.where(far, centre, x), s, b, "rbf", bandwidth=math.sqrt(0.5 / self.gamma_))
-        return out.masked_fill(far, 0)
+        return out.masked_fill_(far, 0)
 
     def _weights(self, features: Tensor, graph: RelationGraph) -> tuple[Tensor, Tensor]:
         """W (R, K) of the optimum Z = F W with features F (N, R), F F' = k(X, X), and the sizes of its columns (K,)."""
         if not features.numel():
             return features.new_zeros(0, self.n_components), features.new_zeros(self.n_components)
-        noise = len(features) * (torch.finfo(features.dtype).eps ** 2) * features.square().sum(0)
+        rounding = torch.finfo(features.dtype).eps * torch.linalg.vector_norm(features, dim=0)
+        noise = len(features) * rounding.square()
         if self.contrastive:
             # G <= degree I, so (1 + degree) I - (I + G), what the pencil needs as its second matrix, is >= 0
             degree = float(graph.degrees().max())
@@ -260,8 +261,8 @@ class KernelSSL(Estimator):
 
 
 def _quadratic(features: Tensor, operator: Callable[[Tensor], Tensor]) -> Tensor:
-    """F' operator(F), (R, R), with 256 columns of operator(F) at a time."""
-    return torch.cat([features.mT @ operator(some) for some in features.split(256, 1)], 1)
+    """F' operator(F), (R, R), with 64 columns of operator(F) at a time."""
+    return torch.cat([features.mT @ operator(some) for some in features.split(64, 1)], 1)
 
 
 def _pencil(a: Tensor, b: Tensor, k: int, noise: Tensor) -> tuple[Tensor, Tensor]:
