@@ -224,6 +224,8 @@ def test_gamma_is_that_of_svc():
     x, y = data()
     for gamma in ("scale", "auto", 0.7):
         assert KernelSSL(gamma=gamma).fit(x, y).gamma_ == pytest.approx(SVC(gamma=gamma).fit(x, y)._gamma, rel=1e-12)
+    same = np.ones((N, D))
+    assert KernelSSL(contrastive=True).fit(same, y).gamma_ == SVC().fit(same, y)._gamma
 
 
 def spirals(n, seed, turns=1.5, noise=0.02):
@@ -297,6 +299,8 @@ def test_columns_beyond_the_rank_are_zero():
     assert model.transform(x[:2]).shape == (2, 60)
     labels = KernelSSL(10, contrastive=True).fit(x, y)
     assert (labels.eigenvalues_ > 0).sum() == 5  # I + G has 5 positive eigenvalues
+    exact = KernelSSL(10, contrastive=True, ridge=0.0).fit(x, y)
+    assert (exact.eigenvalues_[5:] == 0).all() and not exact.embedding_[:, 5:].any()
     assert KernelSSL(3, ridge=0.0).fit(x[:2], [0, 1]).embedding_.shape == (2, 3)
 
 
@@ -305,9 +309,11 @@ def test_columns_beyond_the_rank_are_zero():
 @pytest.mark.parametrize(
     "kernel, x", (("rbf", np.ones((N, D))), ("linear", np.zeros((N, D))), ("linear", np.ones((N, D))))
 )
-def test_constant_features_have_a_zero_embedding(kernel, x, ridge, n_landmarks):
+@pytest.mark.parametrize("invariance", (0.0, 1.0))
+def test_constant_features_have_a_zero_embedding(invariance, kernel, x, ridge, n_landmarks):
     _, y = data()
-    model = KernelSSL(2, kernel=kernel, ridge=ridge, n_landmarks=n_landmarks, random_state=0)
+    settings = {"invariance": invariance, "ridge": ridge, "n_landmarks": n_landmarks, "random_state": 0}
+    model = KernelSSL(2, kernel=kernel, **settings)
     with pytest.warns(UserWarning, match="The embedding is zero"):
         z = model.fit_transform(x, y)
     assert not z.any() and not model.transform(x + 1).any()

@@ -43,7 +43,7 @@ class KernelSSL(Estimator):
 
     The minimum is a generalised eigenvector problem of the size of S, which LAPACK solves in float64. With all samples
     in S, that takes O(N^3) time and the memory of about 5 N^2 numbers. With M = `n_landmarks` samples, it takes
-    O(N M^2) time and the memory of about 3 N M numbers. No matrix is then N x N, and the embedding is the best among
+    O(N M^2) time and the memory of about 4 N M numbers. No matrix is then N x N, and the embedding is the best among
     the functions k(x, S) B.
 
     Args:
