@@ -1,3 +1,5 @@
 """What self-supervised objectives optimise, in closed form or without a network: scikit-learn estimators."""
 
-__all__: list[str] = []
+from .ica import VCRegICA
+
+__all__ = ["VCRegICA"]
