@@ -15,7 +15,7 @@ Draw = Callable[
     [int, int], Callable[[Tensor], Tensor]
 ]  # (sources, width) -> projector (..., N, D) -> (..., N, D, width)
 
-_BANDWIDTHS = (0.5, 1.0, 2.0)  # of the kernel of "cosine", in standard deviations of a source
+_BANDWIDTHS = (1.0, 2.0)  # of the kernel of "cosine", in standard deviations of a source
 _FIXED_WIDTH, _FIXED_ROWS = 32, 4096  # of the projector that compares matrices, and of the rows that it sees
 _ROWS = 2048  # of a step, and of a search
 _ANGLES, _PLANE_WIDTH, _MOST_SWEEPS = 8, 8, 20  # of the search over angles
@@ -23,8 +23,8 @@ _STEP, _LOOK = 0.1, 10  # first step length in radians; steps between two looks 
 
 
 def dependence(z: Tensor) -> Tensor:
-    """sum_{i != j} ||C_ij||_F^2 / ((D - 1) sum_i ||C_ii||_F^2) of features (..., N, D, K) of D >= 2 sources. C_ij is the
-    (K, K) covariance of the features of two sources. Only the numerator has a gradient."""
+    """sum_{i != j} ||C_ij||_F^2 / ((D - 1) sum_i ||C_ii||_F^2) of features (..., N, D, K) of D >= 2 sources. C_ij is
+    the (K, K) covariance of the features of two sources. Only the numerator has a gradient."""
     d, k = z.shape[-2:]
     z = (z - z.mean(-3, keepdim=True)).flatten(-2)
     # a product and a mask: ops.covariance, of all features less those of each source, takes up to 1.4 times as long
@@ -40,7 +40,9 @@ def drawing(kind: str, white: Tensor, generator: torch.Generator) -> Draw:
         return torch.randn(sources, width, generator=generator)
 
     def cosine(sources: int, width: int) -> Callable[[Tensor], Tensor]:
-        bandwidth = torch.tensor(_BANDWIDTHS)[torch.randint(3, (sources, width // 2), generator=generator)]
+        bandwidth = torch.tensor(_BANDWIDTHS)[
+            torch.randint(len(_BANDWIDTHS), (sources, width // 2), generator=generator)
+        ]
         frequency = (normal(sources, width // 2) / bandwidth).to(white)
 
         def project(y: Tensor) -> Tensor:

@@ -35,8 +35,8 @@ class VCRegICA(Estimator):
     of the sources i and j with the kernels g_i(u).g_i(v) and g_j(u).g_j(v). The projector is drawn again at every step,
     so the steps average over kernels:
 
-        cosine    g(y) = cos(w y + b), b = 0 and -pi/2 for each w ~ N(0, 1/s^2), s one of 0.5, 1, 2: on average over w,
-                  the mean of the RBF kernels of bandwidth s, in standard deviations of a source
+        cosine    g(y) = cos(w y + b), b = 0 and -pi/2 for each w ~ N(0, 1/s^2), s = 1 or 2: on average, the mean of the
+                  RBF kernels of bandwidth 1 and 2, in standard deviations of a source
         tanh      g(y) = tanh(w (y - c)), w ~ N(0, 4), c ~ N(0, 1)
 
     L has local minima, so training has two stages. From each of `n_restarts` random W, the first stage searches over
