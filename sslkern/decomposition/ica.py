@@ -44,8 +44,8 @@ class VCRegICA(Estimator):
     second stage is descent over all pairs at once by `sslkern.optim.ProjUNN`. It halves the step length whenever the
     loss on the fixed projector stops falling. Training takes float32, and at most 2048 random rows in a step.
 
-    `sklearn.decomposition.FastICA` is over 100 times faster. Its accuracy is similar for a few sources and much better for
-    16 or more; `docs/papers.md` compares them.
+    `sklearn.decomposition.FastICA` is over 100 times faster. Its accuracy is similar for 3 or 4 sources and much better
+    for 16. `docs/papers.md` compares them.
 
     Args:
         n_components: the number of sources. It is at most the rank of the centred data: a larger number is reduced to
