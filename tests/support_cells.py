@@ -46,7 +46,10 @@ ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonaliz
 
 REASONS = [
     Reason(
-        REFUSED, "empty", f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme", "a mean needs at least one row"
+        REFUSED,
+        "empty",
+        f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs at least two rows"),
     Reason(REFUSED, "empty", "batch_moments", "a mean needs at least one element"),

@@ -153,6 +153,15 @@ def participation_ratio(z: Tensor) -> Tensor:
     return c.trace().square() / c.square().sum()
 
 
+def amari_distance(a: Tensor, b: Tensor) -> Tensor:
+    p, total = (a @ b).abs(), 0
+    for lines in (p, p.T):
+        largest = lines.amax(1, keepdim=True)
+        none = (largest == 0).to(p)  # a line of zeros counts as one of equal entries
+        total = total + (lines / (largest + none) + none).sum() - len(p)
+    return total / max(1, 2 * len(p) * (len(p) - 1))
+
+
 def rankme(z: Tensor) -> Tensor:
     sigma = torch.linalg.svdvals(z)
     p = sigma / sigma.sum() + 1e-7

@@ -222,5 +222,6 @@ for estimator, formula in (
 ):
     call = partial(metrics.entropy, estimator=estimator)
     add_metric(metrics.entropy, formula, A, setting=estimator, call=call, settings={"noise": 1.0})
+add_metric(metrics.amari_distance, plain.amari_distance, A, Leaf((D, ROWS)))
 add_metric(metrics.participation_ratio, plain.participation_ratio, A)
 add_metric(metrics.rankme, plain.rankme, A, grad=False)
