@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+from contextlib import suppress
+
 import torch
 from torch import Tensor
+
+from .internals import while_tracing
 
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
@@ -30,6 +34,16 @@ def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which matrix products on the device of x run in the dtype of their operands."""
     device = x.device.type if x.device.type != "meta" else "cpu"
     return torch.autocast(device, enabled=False)
+
+
+@while_tracing
+def rounds_products() -> bool:
+    """Whether one of torch's switches allows matrix products of float32 in TF32 or bfloat16, on a GPU or on a CPU."""
+    switches = torch.backends.cuda.matmul, getattr(torch.backends.mkldnn, "matmul", None), torch.backends
+    settings = {getattr(switch, "fp32_precision", "none") for switch in switches}
+    with suppress(RuntimeError):  # torch raises if the newer switches differ; they have been read
+        settings.add(torch.get_float32_matmul_precision())
+    return not settings <= {"none", "ieee", "highest"}
 
 
 def short(dtype: torch.dtype) -> str:
