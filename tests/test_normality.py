@@ -1,4 +1,4 @@
-"""The test of normality: its level, its power, what it leaves out, and networks; and the example on information."""
+"""The test of normality: its level, its power, what it leaves out, and networks."""
 
 import re
 import subprocess

@@ -51,12 +51,11 @@ def _from_pairs(z: Tensor, scale: Tensor, batch: Batch) -> Tensor:
 def _coding_rate(z: Tensor, precision: Tensor, batch: Batch) -> Tensor:
     """(1/2) logdet(I + precision Zc'Zc/N), computed from the smaller of Zc'Zc and the Gram matrix of the contrasts."""
     n = batch.count(z.shape[-2])
-    with without_autocast(z):
-        if n <= z.shape[-1]:
-            gram = _Gram.apply(_multiplied(_contrasts(batch.every(z))), True)
-        else:
-            gram = batch.summed(_Gram.apply(_multiplied(_centred(z, batch)), False))
-        return _HalfLogDet.apply(gram, precision / n)[0]
+    if n <= z.shape[-1]:
+        gram = _Gram.apply(_multiplied(_contrasts(batch.every(z))), True)
+    else:
+        gram = batch.summed(_Gram.apply(_multiplied(_centred(z, batch)), False))
+    return _HalfLogDet.apply(gram, precision / n)[0]
 
 
 def _multiplied(y: Tensor) -> Tensor:
@@ -65,8 +64,8 @@ def _multiplied(y: Tensor) -> Tensor:
 
 
 def _centred(z: Tensor, batch: Batch) -> Tensor:
-    """`z` minus the mean of its columns, in float32 or float64. A pivot is subtracted first, so a large
-    mean costs no digits."""
+    """`z` minus the mean of its columns, in float32 or float64. A pivot is subtracted first, so a large mean
+    costs no digits."""
     z = z.to(accumulation_dtype(z))
     if isinstance(batch, JointBatch):  # a rank may have no row to take as a pivot
         pivot = batch.summed(z.detach().sum(-2, keepdim=True)) / batch.count(z.shape[-2])
@@ -93,7 +92,8 @@ class _Gram(Op):
 
     @staticmethod
     def forward(y, dual):
-        return y @ y.mT if dual else y.mT @ y
+        with without_autocast(y):
+            return y @ y.mT if dual else y.mT @ y
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
