@@ -73,6 +73,26 @@ def barlow_primal(a: Tensor, b: Tensor, lambd=0.0051, eps=1e-5) -> Tensor:
     return (diagonal - 1).square().sum() + lambd * (c.square().sum() - diagonal.square().sum())
 
 
+def info_vicreg_published(a: Tensor, b: Tensor) -> Tensor:
+    """VICReg by information, with the determinant of both D x D covariances."""
+    n, d = a.shape
+    loss = (a - b).square().sum(1).mean() / 2
+    for z in (a, b):
+        z = z - z.mean(0)
+        loss = loss - torch.logdet(torch.eye(d, dtype=z.dtype, device=z.device) + z.T @ z / n) / 4
+    return loss
+
+
+def info_vicreg_dual(a: Tensor, b: Tensor) -> Tensor:
+    """The same with the determinant of the N x N matrices, by Sylvester's identity."""
+    n = a.shape[0]
+    loss = (a - b).square().sum(1).mean() / 2
+    for z in (a, b):
+        z = z - z.mean(0)
+        loss = loss - torch.logdet(torch.eye(n, dtype=z.dtype, device=z.device) + z @ z.T / n) / 4
+    return loss
+
+
 def covariance_published(z: Tensor) -> tuple[Tensor, Tensor]:
     """(variance, offdiag) of one (N, D) matrix by its covariance matrix."""
     z = z - z.mean(0)

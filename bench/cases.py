@@ -85,6 +85,16 @@ def unbiased_case(n: int, d: int, device: str) -> Case:
     return Case("unbiased", (n, d), lambda: views(n, d, device), implementations, by_reference(unbiased))
 
 
+def info_vicreg_case(n: int, d: int, device: str) -> Case:
+    """VICReg with the coding rate in place of variance and covariance. For N >= D both formulas take the same side."""
+    published, ours = baselines.info_vicreg_published, sslkern.losses.info_vicreg_loss
+    implementations = {"published": published, "published, compiled": compiled(published)}
+    if n < d:
+        implementations["three-line"] = baselines.info_vicreg_dual
+    implementations["sslkern"] = ours
+    return Case("info_vicreg", (n, d), lambda: views(n, d, device), implementations, by_reference(ours))
+
+
 def _weighed(pair: tuple[Tensor, Tensor]) -> Tensor:
     return pair[0].sum() + pair[1].sum()
 
@@ -190,6 +200,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
             cases.append((f"{family} {n} {d}", lambda f=family, n=n, d=d: loss_case(f, n, d, device)))
     for n, d in ((256, 2048), (256, 8192), (1024, 4096), (4096, 1024)):
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
+    for n, d in ((64, 2048), (256, 1024), (4096, 512)):
+        cases.append((f"info_vicreg {n} {d}", lambda n=n, d=d: info_vicreg_case(n, d, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
     for what, shape in PAIRS:

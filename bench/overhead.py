@@ -98,6 +98,7 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "vicreg_loss unbiased": (lambda a, b: losses.vicreg_loss(a, b, estimator="unbiased"), 2),
         "vcreg_loss": (losses.vcreg_loss, 1),
         "barlow_twins_loss": (losses.barlow_twins_loss, 2),
+        "info_vicreg_loss": (losses.info_vicreg_loss, 2),
         "nt_xent_loss": (losses.nt_xent_loss, 2),
         "info_nce_loss": (losses.info_nce_loss, 2),
         "supervised_contrastive_loss": (lambda z: losses.supervised_contrastive_loss(z, labels), 1),

@@ -19,6 +19,7 @@ TITLES = {
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
+    "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
     "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
@@ -121,6 +122,7 @@ COLUMNS: dict[str, list[Column]] = {
         *BARLOW[-2:],
     ],
     "barlow": BARLOW,
+    "info_vicreg": BARLOW,
     "pairs": [
         _note("what"),
         *(SHAPE, PUBLISHED, COMPILED, _time("chunked loop", "three-line"), OURS, FASTER),

@@ -36,6 +36,7 @@ for name, (loss, *leaves) in {
     "vicreg_loss": (losses.vicreg_loss, A, B),
     "vcreg_loss": (losses.vcreg_loss, A),
     "barlow_twins_loss": (losses.barlow_twins_loss, A, B),
+    "info_vicreg_loss": (losses.info_vicreg_loss, A, B),
 }.items():
 
     def terms(*z, loss=loss):
@@ -52,6 +53,13 @@ add("vicreg_loss (unbiased)", lambda a, b: losses.vicreg_loss(a, b, estimator="u
 add("vcreg_loss (unbiased)", lambda a: losses.vcreg_loss(a, estimator="unbiased"), A)
 add("vicreg_loss (tensors)", lambda a, b, *c: losses.vicreg_loss(a, b, *c[:3], gamma=c[3]), A, B, C, C, C, C)
 add("vcreg_loss (tensors)", lambda a, *c: losses.vcreg_loss(a, *c[:2], eps=c[2]), A, C, C, C)
+add(
+    "info_vicreg_loss (tensors)",
+    lambda a, b, *c: losses.info_vicreg_loss(
+        a, b, "pairwise-bhattacharyya", sim_coeff=c[0], ent_coeff=c[1], noise=c[2]
+    ),
+    *(A, B, C, C, C),
+)
 add("barlow_twins_loss (tensors)", losses.barlow_twins_loss, A, B, C)
 add("nt_xent_loss (inside)", lambda a, b, c: losses.nt_xent_loss(a, b, others=[c], inside=True), A, B, A)
 add("nt_xent_loss (decoupled)", lambda a, b, c: losses.nt_xent_loss(a, b, c, decoupled=True), A, B, C)

@@ -34,6 +34,7 @@ CONTRASTIVE = (
     "sigmoid_loss; SigmoidLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
+INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
     "pairwise_reduce (gram, rbf)"
@@ -48,7 +49,7 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {INFO}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs at least two rows"),
@@ -75,7 +76,7 @@ REASONS = [
     Reason(
         REFUSED,
         "mixed",
-        f"{COLUMNS}; cross_correlation; linear_factors; skinny_products",
+        f"{COLUMNS}; {INFO}; cross_correlation; linear_factors; skinny_products",
         "the arguments must have the same dtype, as outputs of one network do",
     ),
     Reason(
@@ -90,7 +91,7 @@ REASONS = [
         f"{COLUMNS}; {KERNELS}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
         "low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
-        "large_batch; LargeBatch",
+        "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",
     ),
     Reason(

@@ -7,6 +7,8 @@ optimizers are in `support_layer_formulas.py`.
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -184,6 +186,16 @@ def entropy_diagonal(z: Tensor, noise=1.0) -> Tensor:
 def entropy_pairwise(z: Tensor, noise=1.0) -> Tensor:
     near = (-_squares(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
     return z.shape[1] / 2 * _log(2 * math.pi * noise**2) + z.shape[1] / 2 - near.mean()
+
+
+def _info_vicreg(entropy: Callable, a: Tensor, b: Tensor, sim_coeff=1.0, ent_coeff=1.0, noise=1.0) -> Tensor:
+    invariance = (a - b).square().sum(1).mean() / (2 * noise**2)
+    return sim_coeff * invariance - ent_coeff * (entropy(a, noise) + entropy(b, noise)) / 2
+
+
+info_vicreg = partial(_info_vicreg, entropy_logdet)
+info_vicreg_diagonal = partial(_info_vicreg, entropy_diagonal)
+info_vicreg_pairwise = partial(_info_vicreg, entropy_pairwise)
 
 
 def _log(value):

@@ -39,6 +39,21 @@ add_loss(
     settings={"lambd": 0.0051, "eps": 1e-5},
     more=POSITIONS,
 )
+INFO = {"sim_coeff": 1.0, "ent_coeff": 1.0, "noise": 1.0}
+add_loss(losses.info_vicreg_loss, losses.InfoVICRegLoss, plain.info_vicreg, A, B, settings=INFO, more=POSITIONS)
+for entropy, formula in (("diagonal", plain.info_vicreg_diagonal), ("pairwise-kl", plain.info_vicreg_pairwise)):
+    add_loss(
+        losses.info_vicreg_loss,
+        losses.InfoVICRegLoss,
+        formula,
+        A,
+        B,
+        name=f"info_vicreg_loss ({entropy})",
+        call=partial(losses.info_vicreg_loss, entropy=entropy),
+        as_module=lambda a, b, entropy=entropy, **rest: losses.InfoVICRegLoss(entropy, **rest)(a, b),
+        settings=INFO,
+        more=POSITIONS,
+    )
 add_loss(losses.nt_xent_loss, losses.NTXentLoss, plain.nt_xent, A, B, settings={"temperature": 0.5})
 add_loss(
     losses.nt_xent_loss,

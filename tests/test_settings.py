@@ -30,6 +30,18 @@ LOSSES = {
         ("std_coeff", "cov_coeff", "gamma", "eps"),
         VCRegLoss,
     ),
+    "info_vicreg": (
+        losses.info_vicreg_loss,
+        {"sim_coeff": 0.7, "ent_coeff": 1.7, "noise": 0.8},
+        ("sim_coeff", "ent_coeff", "noise"),
+        losses.InfoVICRegLoss,
+    ),
+    "info_vicreg, pairwise": (
+        partial(losses.info_vicreg_loss, entropy="pairwise-kl"),
+        {"sim_coeff": 0.7, "ent_coeff": 1.7, "noise": 1.5},
+        ("sim_coeff", "ent_coeff", "noise"),
+        partial(losses.InfoVICRegLoss, "pairwise-kl"),
+    ),
     "barlow": (losses.barlow_twins_loss, {"lambd": 0.3, "eps": 1e-2}, ("lambd",), BarlowTwinsLoss),
 }
 SHAPES = {"primal": (9, 4), "dual": (6, 11), "positions": (6, 2, 9)}

@@ -1,3 +1,5 @@
 """Analysis of representations and of trained networks."""
 
-__all__: list[str] = []
+from .normality import NormalityResult, normality_test, normality_test_of
+
+__all__ = ["NormalityResult", "normality_test", "normality_test_of"]

@@ -5,6 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .internals import while_tracing
+
 FLOATS = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 HALF = (torch.bfloat16, torch.float16)
 FULL = (torch.float32, torch.float64, torch.complex64, torch.complex128)  # the dtypes of matrices that stay orthogonal
@@ -30,6 +32,15 @@ def without_autocast(x: Tensor) -> torch.autocast:
     """A context in which matrix products on the device of x run in the dtype of their operands."""
     device = x.device.type if x.device.type != "meta" else "cpu"
     return torch.autocast(device, enabled=False)
+
+
+@while_tracing
+def rounds_products() -> bool:
+    """Whether one of torch's switches allows matrix products of float32 in TF32 or bfloat16, on a GPU or on a CPU."""
+    try:
+        return torch.get_float32_matmul_precision() != "highest"
+    except RuntimeError:  # torch raises where only some of its newer switches are at full precision
+        return True
 
 
 def short(dtype: torch.dtype) -> str:

@@ -2,6 +2,7 @@
 
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .info_nce import InfoNCELoss, info_nce_loss
+from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
 from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
@@ -12,6 +13,7 @@ from .vicreg import VICRegLoss, vicreg_loss
 __all__ = [
     "BarlowTwinsLoss",
     "InfoNCELoss",
+    "InfoVICRegLoss",
     "NTXentLoss",
     "SigmoidLoss",
     "SpectralContrastiveLoss",
@@ -20,6 +22,7 @@ __all__ = [
     "VICRegLoss",
     "barlow_twins_loss",
     "info_nce_loss",
+    "info_vicreg_loss",
     "nt_xent_loss",
     "sigmoid_loss",
     "spectral_contrastive_loss",

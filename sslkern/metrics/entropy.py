@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import math
-from typing import Literal, get_args
-
-import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.dtypes import accumulation_dtype
+from ..ops.entropy import ESTIMATORS, Estimator, entropy_of
 from ..ops.kernel_matmul import rbf_scale
-from ..ops.pairwise_reduce import pairwise_reduce
-
-Estimator = Literal["logdet", "moment", "diagonal", "pairwise-kl", "pairwise-bhattacharyya"]
-_ESTIMATORS = get_args(Estimator)
 
 
 def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 1.0) -> Tensor:
@@ -33,8 +27,10 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
 
     "pairwise-bhattacharyya" is a lower bound. "pairwise-kl" and "moment" are upper bounds: "pairwise-kl" is tighter if
     the noise is small compared with the distances of the rows, and "moment" is tighter if it is large. "diagonal" is
-    never below "moment". Determinants are computed from the smaller of the D x D and the N x N matrix, by a Cholesky
-    decomposition in float64. Sums over pairs are computed without a matrix of pairs, in O(N D) memory.
+    never below "moment". A determinant takes the smaller of the D x D and the N x N Gram matrix of the centred rows, in
+    float32 (float64 for float64), and its Cholesky decomposition in float64. Where torch's switches allow products of
+    float32 in TF32 or bfloat16, the Gram matrix is formed in float64 instead, since a determinant would not survive the
+    rounding. Sums over pairs are computed without a matrix of pairs, in O(N D) memory.
 
     Args:
         z: (..., N, D), float32, bfloat16, float16 or float64, any strides, N >= 1.
@@ -44,8 +40,8 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
 
     Returns:
         The entropy, (...), in nats, in float32, or in float64 if z is float64. It is differentiable, but only once for
-        the pairwise estimators. It is NaN where z has NaN or inf. If the noise is below 1e-7 of the range of z, it is
-        lost in the rounding of float64, and a determinant may be NaN.
+        the pairwise estimators. It is NaN where z has NaN or inf. An eigenvalue of C + noise^2 I below 1e-7 of the
+        largest one (1e-15 for float64) is lost in the rounding of the Gram matrix, and a determinant may then be NaN.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: z has no rows or columns, the estimator is
@@ -55,33 +51,7 @@ def entropy(z: Tensor, estimator: Estimator = "logdet", noise: float | Tensor = 
     Estimating mixture entropy with pairwise distances (1706.02419); Ma et al., Segmentation of multivariate mixed data
     via lossy data coding and compression (2007), for the coding rate.
     """
-    checks.one_of("estimator", estimator, _ESTIMATORS)
+    checks.one_of("estimator", estimator, ESTIMATORS)
     checks.matrix_stack("z", z, min_rows=1)
     precision = 2 * rbf_scale("noise", noise, z)  # 1/noise^2
-    n, d = z.shape[-2:]
-    of_noise = d / 2 * (math.log(2 * math.pi * math.e) - precision.log())
-    if estimator == "logdet":
-        out = _coding_rate(z, precision)
-    elif estimator == "moment":
-        out = of_noise + _coding_rate(z, precision)
-    elif estimator == "diagonal":
-        variance = z.double().var(-2, correction=0)
-        out = of_noise + (precision[..., None] * variance).log1p().sum(-1) / 2
-    else:
-        scale = -precision / (2 if estimator == "pairwise-kl" else 8)
-        near = pairwise_reduce(z, kernel="sqeuclidean", reduction="logsumexp", scale=scale)
-        # log of a tensor, because math.log would make a symbolic N a constant
-        out = of_noise + near.new_full((), n, dtype=torch.float64).log() - near.double().mean(-1)
-    return out.to(torch.float64 if z.dtype == torch.float64 else torch.float32)
-
-
-def _coding_rate(z: Tensor, precision: Tensor) -> Tensor:
-    """(1/2) logdet(I + precision Zc'Zc/N), computed from the smaller of Zc'Zc and Zc Zc'."""
-    n, d = z.shape[-2:]
-    z = z.double()
-    z = (z - z.mean(-2, keepdim=True)) * (precision / n).sqrt()[..., None, None]
-    gram = z @ z.mT if n < d else z.mT @ z
-    factor, failed = torch.linalg.cholesky_ex(gram + torch.eye(min(n, d), dtype=z.dtype, device=z.device))
-    out = factor.diagonal(dim1=-2, dim2=-1).log().sum(-1)
-    # a failure makes the gradient NaN too: z has NaN, or the noise was lost in rounding
-    return out * torch.where(failed == 0, 1.0, torch.nan)
+    return entropy_of(z, estimator, precision).to(accumulation_dtype(z))

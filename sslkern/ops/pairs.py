@@ -199,7 +199,8 @@ def reduce_pairs(
 
 def _of_no_rows(x: Tensor, y: Tensor, scale: float | Tensor, both_sides: bool) -> Any:
     """The result of `reduce_pairs` for an `x` without rows. It depends on all inputs in the graph."""
-    nothing = y[:0].sum() + (scale * x.sum(-1)).sum()
+    c = scale[..., None] if isinstance(scale, Tensor) else scale
+    nothing = y[:0].sum() + (c * x.sum(-1)).sum()
     rows = x.sum(-1) + nothing
     return (rows, nothing + y.new_full(y.shape[:-1], -torch.inf)) if both_sides else rows
 
