@@ -24,6 +24,7 @@ TITLES = {
     "moments": "`ops.batch_moments`, forward (ms)",
     "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
     "rank_k": "Orthogonal step: sketch of a dense gradient, then `ops.rank_k_update_` (ms)",
+    "low_rank": "`ops.low_rank_residual`, the loss of a low-rank model of a matrix, forward + backward (ms)",
     "covariance": "`ops.covariance` of tall matrices and of a stack, forward + backward (ms)",
 }
 
@@ -174,6 +175,12 @@ COLUMNS: dict[str, list[Column]] = {
         _time("Cayley solve", "Cayley solve"),
         MEMORY,
         ("value error", lambda c: " / ".join(_error(c.row(n), "loss_error") for n in ("published", "sslkern"))),
+    ],
+    "low_rank": [
+        ("N, P, rank", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(PUBLISHED, COMPILED, _time("loop over rows", "three-line"), OURS, FASTER, FASTER_THAN_BEST),
+        ("time / that of its GEMMs alone, by torch.mm", lambda c: _ratio(c.over_floor("bare GEMMs, torch.mm"))),
+        *(MEMORY, ERRORS),
     ],
     "covariance": [
         *(SHAPE, PUBLISHED, OURS, FASTER),

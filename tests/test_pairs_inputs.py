@@ -199,6 +199,16 @@ def test_zero_rows_are_finite_in_float16(name):
         assert all(map(torch.equal, default, given))
 
 
+def test_a_far_row_spoils_no_other():
+    """Distances of new points are computed about the mean of the support, in which a far point has no share."""
+    x, s, b = torch.randn(6, 3) + 5, torch.randn(8, 3) + 5, torch.randn(8, 2)
+    far = torch.cat([x, torch.full((1, 3), 1e8)])
+    assert torch.equal(kernel_matmul(far, s, b)[:-1], kernel_matmul(x, s, b))
+    assert torch.equal(kernel_matmul(far, s, b)[-1], torch.zeros(2))
+    sums = pairwise_reduce(far, s, kernel="sqeuclidean", scale=-0.5)
+    torch.testing.assert_close(sums[:-1], pairwise_reduce(x, s, kernel="sqeuclidean", scale=-0.5))
+
+
 def test_cosines_of_zero_rows_in_float16():
     a, b = (z.requires_grad_() for z in short_rows(torch.float16))
     for out in (pairwise_reduce(a, b, kernel="cosine"), kernel_matmul(a, b, b, "cosine")):

@@ -53,13 +53,25 @@ class Estimator(TransformerMixin, BaseEstimator):
     was fitted on."""
 
     n_features_in_: int
+    _n_features_out: int  # of `transform`, which `fit` sets
+
+    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
+        """The names of the columns of `transform`: the name of the class in lower case, and a number. `input_features`
+        is ignored."""
+        self._check_fitted()
+        name = type(self).__name__.lower()
+        return np.array([f"{name}{k}" for k in range(self._n_features_out)], dtype=object)
+
+    def _check_fitted(self) -> None:
+        if not hasattr(self, "n_features_in_"):
+            name = type(self).__name__
+            raise NotFittedError(f"This {name} instance is not fitted yet: call 'fit' before using this estimator.")
 
     def _read(self, X: Array, *, reset: bool, min_samples: int = 1) -> Tensor:
         """X as a finite (N, D) tensor in float32 or float64, without a gradient. `reset` is True in `fit`, which sets
         `n_features_in_`, and False where X must have this number of columns."""
-        if not reset and not hasattr(self, "n_features_in_"):
-            name = type(self).__name__
-            raise NotFittedError(f"This {name} instance is not fitted yet: call 'fit' before using this estimator.")
+        if not reset:
+            self._check_fitted()
         if isinstance(X, Tensor):
             return self._checked(X, reset, min_samples)
         if validate_data is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ._base import Array, Estimator, NotFittedError, beside, generator, like
+from ._base import Array, Estimator, beside, generator, like
 from ._separation import separate
 
 try:
@@ -110,6 +110,7 @@ class VCRegICA(Estimator):
                 stacklevel=2,
             )
         w = _in_order(w, axes.mT * scale)
+        self._n_features_out = len(w)
         self.mean_ = like(mean.to(x.dtype), X)
         self.whitening_ = like((axes / scale[:, None]).to(x.dtype), X)
         self.components_ = like((w @ (axes / scale[:, None])).to(x.dtype), X)
@@ -129,15 +130,6 @@ class VCRegICA(Estimator):
         if s.dim() != 2 or s.shape[1] != k:
             raise ValueError(f"X must be sources of shape (n_samples, {k}), got shape {tuple(s.shape)}.")
         return like(s @ beside(self.mixing_, s).mT + beside(self.mean_, s), X)
-
-    def get_feature_names_out(self, input_features: Any = None) -> np.ndarray:
-        """The names vcregica0, vcregica1, ... of the sources. `input_features` is ignored."""
-        self._check_fitted()
-        return np.array([f"vcregica{k}" for k in range(self.components_.shape[0])], dtype=object)
-
-    def _check_fitted(self) -> None:
-        if not hasattr(self, "components_"):
-            raise NotFittedError("This VCRegICA instance is not fitted yet: call 'fit' before using this estimator.")
 
     def _check_parameters(self) -> None:
         checks.one_of("projector", self.projector, get_args(Projector))

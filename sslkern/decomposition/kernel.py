@@ -134,6 +134,7 @@ class KernelSSL(Estimator):
                 f"invariance={self.invariance} and ridge={self.ridge}: reduce them, or increase gamma.",
                 stacklevel=2,
             )
+        self._n_features_out = embedding.shape[1]
         self.support_ = like(support.clone(), X)
         self.dual_coef_ = like(to_coefficients(signs * weights), X)
         self.eigenvalues_ = like(sizes.to(x.dtype), X)
@@ -229,7 +230,7 @@ class KernelSSL(Estimator):
         centre = s.mean(0)
         radius = (s - centre).norm(dim=1).max()
         beyond = ((x - centre).norm(dim=1, keepdim=True) - radius).clamp_min(0)
-        # where the kernel underflows to 0; such a row would also move the mean that `kernel_matmul` subtracts
+        # where the kernel underflows to 0, and the squared distance may overflow
         far = self.gamma_ * beyond.square() > _UNDERFLOW
         out = kernel_matmul(torch.where(far, centre, x), s, b, "rbf", bandwidth=math.sqrt(0.5 / self.gamma_))
         return out.masked_fill_(far, 0)

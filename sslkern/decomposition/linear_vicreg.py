@@ -85,6 +85,7 @@ class LinearVICReg(Estimator):
         w = with_signs(whitening @ vector * kept(value, self.invariance_).sqrt())
         w = torch.cat((w, w.new_zeros(d, missing)), 1)
         value = torch.cat((value, value.new_full((missing,), torch.inf)))
+        self._n_features_out = k
         self.components_ = like(w.T.to(x.dtype).contiguous(), X)
         self.eigenvalues_, self.mean_ = like(value.to(x.dtype), X), like(mean.to(x.dtype), X)
         return self

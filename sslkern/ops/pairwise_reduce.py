@@ -110,7 +110,8 @@ def pairwise_reduce(
         raise ValueError(f"reduction='gram' takes x (..., G, N, D) with no y and no mask, got shape {tuple(x.shape)}.")
     dtype = accumulation_dtype(x) if y is None else accumulation_dtype(x, y)
     c = _scale_of(x, scale, dtype)
-    x, y = prepared(x, x, kernel, dtype), None if y is None else prepared(y, x, kernel, dtype)
+    # about the mean of y: all rows of y are in every sum, but a far row of x is in its own alone
+    x, y = prepared(x, x if y is None else y, kernel, dtype), None if y is None else prepared(y, y, kernel, dtype)
     right = None if rhs is None else _rhs(rhs, x, x if y is None else y)
     kernel = "dot" if kernel == "cosine" else kernel
     return reduce_pairs(
