@@ -4,7 +4,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from cases import interpreted
-from conftest import ROOT, running_on
+from conftest import ROOT
 from memory import allocated
 
 from sslkern.ops import low_rank_residual
@@ -21,17 +21,6 @@ SHAPES = (
     (9, 20, 300),
     (17, 2000, 3),
 )
-
-
-@pytest.fixture(params=("reference", "native", "triton"))
-def backend(request):
-    with running_on(request.param):
-        yield request.param
-
-
-@pytest.fixture
-def device(backend):
-    return "cuda" if backend == "triton" and torch.cuda.is_available() else "cpu"
 
 
 def rho(m, t, loss):
