@@ -1,3 +1,6 @@
 """What self-supervised objectives optimise, in closed form or without a network: scikit-learn estimators."""
 
-__all__: list[str] = []
+from .deep_tensor import DeepTensor
+from .factor_generators import ConvGenerator
+
+__all__ = ["ConvGenerator", "DeepTensor"]
