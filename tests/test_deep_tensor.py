@@ -274,6 +274,8 @@ def test_kinds_of_arrays():
     with torch.inference_mode():
         inside = Fast(2, max_iter=10).fit(torch.from_numpy(x)).reconstruction_
     torch.testing.assert_close(inside, torch.from_numpy(model.reconstruction_), rtol=1e-9, atol=0)
+    with torch.autocast("cpu"):
+        assert np.array_equal(Fast(2, max_iter=10).fit(x).reconstruction_, model.reconstruction_)
 
 
 @pytest.mark.parametrize("shape", ((1, 1), (1, 9), (9, 1), (2, 3), (3, 40), (5, 5), (16, 17), (33, 129)))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
+from ..core.dtypes import without_autocast
 from ..ops.low_rank_residual import Loss, low_rank_residual
 from ._base import Array, BaseEstimator, NotFittedError, like
 from ._base import generator as random_generator
@@ -94,7 +95,7 @@ class DeepTensor(BaseEstimator):
         form: Form = "pca",
         generator: str | Factory | Sequence[str | Factory] = "conv",
         loss: Loss = "l2",
-        max_iter: int = 200,
+        max_iter: int = 150,
         learning_rate: float = 1e-3,
         averaging: float = 0.98,
         stopping: Stopping | None = None,
@@ -143,7 +144,7 @@ class DeepTensor(BaseEstimator):
         if self.loss == "poisson" and bool((x if observed is None else x[observed]).lt(0).any()):
             raise ValueError("X must not be negative for loss='poisson'.")
         source = random_generator(self.random_state)
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), without_autocast(x):
             data = standardize(x, observed, self.loss, self.form != "nmf")
             rule, data = self._rule(data, source)
             with _seeded(source, x.device):
@@ -191,8 +192,8 @@ class DeepTensor(BaseEstimator):
     def _rule(self, data: Observed, source: torch.Generator) -> tuple[Budget, Observed]:
         """The stopping rule, and the data without the elements that the rule keeps for itself."""
         if self.stopping == "discrepancy":
-            assert self.noise_std is not None
-            return Discrepancy((self.noise_std / data.scale) ** 2), data
+            noise = checks.positive_number("noise_std", self.noise_std) / data.scale
+            return Discrepancy(noise * noise), data
         if self.stopping is None:
             return Budget(), data
         values = data.values
