@@ -3,16 +3,19 @@
 import matplotlib
 import numpy as np
 from _deep_tensor_data import psnr
+from PIL import Image
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
+SHOWN = ("piecewise", "astronaut")
+
 
 def plot(out, models, lines, rows, rank, budget):
-    figure = plt.figure(figsize=(11, 7), layout="constrained")
-    left, right = figure.subfigures(1, 2, width_ratios=(1.35, 1))
-    axes = left.subplots(4, 4)
-    for row, (name, (truth, x, fixed)) in zip(axes, models.items(), strict=True):
+    figure = plt.figure(figsize=(12, 4.4), layout="constrained")
+    left, right = figure.subfigures(1, 2, width_ratios=(1.7, 1))
+    shown_images = [(name, models[name]) for name in SHOWN]
+    for row, (name, (truth, x, fixed)) in zip(left.subplots(len(SHOWN), 4), shown_images, strict=True):
         u, s, v = np.linalg.svd(x)
         shown = (x, u[:, :rank] * s[:rank] @ v[:rank], fixed.reconstruction_, truth)
         titles = (f"{name}, noisy", f"SVD {rank}", f"{budget} iterations", "truth")
@@ -30,7 +33,9 @@ def plot(out, models, lines, rows, rank, budget):
     axis.set(
         xscale="log", xlabel="iterations", ylabel="PSNR, dB", title=f"Dashed: best SVD, dotted: SVD of rank {rank}"
     )
-    axis.legend(frameon=False)
+    axis.legend(frameon=False, fontsize=8)
     out.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(out, dpi=90)
+    figure.savefig(out, dpi=80)
+    few_colours = Image.open(out).convert("RGB").quantize(256, dither=Image.Dither.NONE)
+    few_colours.save(out, optimize=True)
     print(f"\n{out}")
