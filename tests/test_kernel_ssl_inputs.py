@@ -112,7 +112,7 @@ def test_clone_pickle_and_repr():
         ({"n_components": 2.0}, "n_components must be an integer >= 1, got 2.0."),
         ({"n_components": True}, "n_components must be an integer >= 1, got True."),
         ({"n_components": None}, "n_components must be an integer >= 1, got None."),
-        ({"n_landmarks": 0}, "n_landmarks must be an integer >= 1 or None, got 0."),
+        ({"n_landmarks": 0}, "n_landmarks must be an integer >= 1, got 0."),
         ({"kernel": "poly"}, "kernel must be one of 'rbf', 'linear', 'cosine', got 'poly'."),
         ({"gamma": "median"}, "gamma must be 'scale', 'auto' or a finite number > 0, got 'median'."),
         ({"gamma": 0.0}, "gamma must be 'scale', 'auto' or a finite number > 0, got 0.0."),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from math import inf
-from numbers import Real
+from numbers import Integral, Real
 
 import torch
 from torch import Tensor
@@ -216,7 +216,7 @@ def lazy(x: Tensor) -> bool:
 
 
 def positive(name: str, value: object) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:  # NumPy's too
         raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
 
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import warnings
-from numbers import Integral, Real
 from typing import Any, Literal, get_args
 
 import numpy as np
@@ -137,12 +136,10 @@ class VCRegICA(Estimator):
             value = getattr(self, name)
             if name == "n_components" and value is None:
                 continue
-            if not isinstance(value, Integral) or isinstance(value, bool) or value < 1:
-                raise ValueError(f"{name} must be an integer >= 1, got {value!r}.")
+            checks.positive(name, value)
         if self.width % 2:
             raise ValueError(f"width must be even, got {self.width!r}.")
-        if not isinstance(self.tol, Real) or isinstance(self.tol, bool) or not 0 < self.tol < float("inf"):
-            raise ValueError(f"tol must be a number > 0, got {self.tol!r}.")
+        checks.positive_number("tol", self.tol)
 
     def _whiten(self, centred: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
         """White data (N, K) with a variance of 1 over N, the standard deviations (K,) and the axes (K, D)."""

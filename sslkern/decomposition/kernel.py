@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable
-from numbers import Integral, Real
+from numbers import Real
 from typing import Any, Literal, get_args
 
 import torch
@@ -170,9 +170,7 @@ class KernelSSL(Estimator):
             value = getattr(self, name)
             if value is None and name == "n_landmarks":
                 continue
-            if isinstance(value, bool) or not isinstance(value, Integral) or value < 1:
-                allowed = "an integer >= 1" if name == "n_components" else "an integer >= 1 or None"
-                raise ValueError(f"{name} must be {allowed}, got {value!r}.")
+            checks.positive(name, value)
         checks.one_of("kernel", self.kernel, _KERNELS)
         checks.non_negative("invariance", self.invariance)
         checks.non_negative("ridge", self.ridge)
