@@ -218,7 +218,7 @@ BAD = {
     "width": (ValueError, "width must be even, got 3", {"width": 3}, X),
     "steps": (ValueError, "max_iter must be an integer >= 1, got 2.5", {"max_iter": 2.5}, X),
     "restarts": (ValueError, "n_restarts must be an integer >= 1, got True", {"n_restarts": True}, X),
-    "tolerance": (ValueError, "tol must be a number > 0, got 0", {"tol": 0}, X),
+    "tolerance": (ValueError, "tol must be a finite number > 0, got 0", {"tol": 0}, X),
     "random state": (TypeError, "random_state must be None, an int", {"random_state": "0"}, X),
 }
 
