@@ -12,6 +12,7 @@ import json
 import os
 from collections import Counter
 from collections.abc import Callable
+from types import ModuleType
 
 import pytest
 import torch
@@ -102,7 +103,7 @@ driver.set_active(Driver())
 _run, jit.JITFunction.run = jit.JITFunction.run, run
 _rooms = importlib.import_module(f"{sslkern.__name__}.triton_kernels")
 registry.missing.pop("triton", None)
-for _room in (_rooms.covariance, _rooms.cross_correlation, _rooms.pairwise_reduce, _rooms.vicreg):
+for _room in (vars(_rooms)[name] for name in vars(_rooms) if isinstance(vars(_rooms)[name], ModuleType)):
     for _name in registry.declared:
         if hasattr(_room, _name):
             _kernel, _reference = registry.kernels["triton", _name, "cuda"], registry.kernels["reference", _name, "cpu"]

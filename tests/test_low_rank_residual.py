@@ -76,7 +76,9 @@ def check(m, *factors, **settings):
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("shape", SHAPES, ids=str)
 def test_agrees_with_the_formula(shape, loss, backend, device):
-    if interpreted(backend) and max(shape) > 100 and (loss != "poisson" or max(shape) == 2000):
+    if backend == "triton" and SHAPES.index(shape) > 2 and loss != "poisson":
+        pytest.skip("every loss at three shapes; more would take long to compile")
+    if interpreted(backend) and max(shape) == 2000:
         pytest.skip("slow in the interpreter")
     m, u, v = problem(*shape, device=device)
     check(m, u, v, loss=loss)

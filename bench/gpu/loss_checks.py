@@ -110,6 +110,24 @@ def pair_ops() -> Iterator[Check]:
         )
 
 
+def low_rank() -> Iterator[Check]:
+    """Data near a model; the terms of its loss do not cancel."""
+    for (n, p, r), loss, mask in itertools.product(
+        ((70, 45, 20), (20, 33, 300), (1000, 513, 64)), ("l2", "huber", "poisson"), (False, True)
+    ):
+        if mask and r == 300:
+            continue
+
+        def call(u, v, loss=loss, mask=mask):
+            m = (normal(u.shape[0], v.shape[0]).abs() + 1).to(u.device, u.dtype)
+            return ops.low_rank_residual(m, u, v, loss=loss, mask=m > 1.3 if mask else None)
+
+        def inputs(n=n, p=p, r=r):
+            return [normal(n, r).abs() / r**0.5, normal(p, r, seed=1).abs() / r**0.5]
+
+        yield Check(f"low_rank_residual {loss}{' masked' if mask else ''}", (n, p, r), call, inputs, FULL)
+
+
 def conditioned(call: Callable[..., Tensor], most: float) -> Callable[..., Tensor]:
     """An exponential is as many times as wrong as its exponent, which is at most so large."""
     return lambda *tensors: (1 + most) * call(*tensors)
