@@ -27,16 +27,22 @@ def of_noise(d, noise):
     return d / 2 * math.log(2 * math.pi * math.e * noise**2)
 
 
+def log_determinant(matrices):
+    """Of one matrix at a time: of stacks on several threads, torch 2.13 sometimes loses its pivots."""
+    flat = matrices.reshape(-1, *matrices.shape[-2:])
+    return torch.stack([torch.logdet(matrix) for matrix in flat]).view(matrices.shape[:-2])
+
+
 def brute(z, estimator, noise):
     """The definition, with D x D and N x N matrices."""
     n, d = z.shape[-2:]
     centred = z - z.mean(-2, keepdim=True)
     covariance, eye = centred.mT @ centred / n, torch.eye(d, dtype=z.dtype)
     if estimator == "logdet":
-        return torch.logdet(eye + covariance / noise**2) / 2
+        return log_determinant(eye + covariance / noise**2) / 2
     mixture = 2 * math.pi * math.e * (covariance + noise**2 * eye)
     if estimator == "moment":
-        return torch.logdet(mixture) / 2
+        return log_determinant(mixture) / 2
     if estimator == "diagonal":
         return mixture.diagonal(dim1=-2, dim2=-1).log().sum(-1) / 2
     factor = 2 if estimator == "pairwise-kl" else 8
