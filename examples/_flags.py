@@ -10,8 +10,13 @@ def add_flags(parser, sizes, out):
     """Add a flag for each of `sizes` (name: default), and the flags that all these examples have."""
     for name, default in sizes.items():
         parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="same seed, same run; default 0")
     parser.add_argument("--device", default="cpu", help="cpu or cuda; default cpu")
+    add_run_flags(parser, out)
+
+
+def add_run_flags(parser, out):
+    """Add the flags of every example that draws a figure."""
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed; same seed, same run")
     parser.add_argument("--out", type=Path, default=Path(out), metavar="PNG")
 
 
@@ -22,11 +27,15 @@ def check_flags(parser, args, least):
             parser.error(f"--{name.replace('_', '-')} must be at least {bound}, got {getattr(args, name)}.")
     if args.batch > TRAINING_IMAGES:
         parser.error(f"--batch must not exceed the {TRAINING_IMAGES} training images, got {args.batch}.")
-    if not 0 <= args.seed < 2**32:
-        parser.error(f"--seed must be between 0 and 2**32 - 1, got {args.seed}.")
     if args.device.split(":")[0] not in ("cpu", "cuda"):
         parser.error(f"--device must be cpu or cuda, got {args.device!r}.")
     if args.device.startswith("cuda") and not torch.cuda.is_available():
         parser.error("--device cuda needs a CUDA GPU and a torch built for CUDA; none was found.")
+    check_run_flags(parser, args)
+
+
+def check_run_flags(parser, args):
+    if not 0 <= args.seed < 2**31:
+        parser.error(f"--seed must be between 0 and 2**31 - 1, got {args.seed}.")
     if args.out.suffix != ".png":
         parser.error(f"--out must be the name of a .png file, got {args.out}.")

@@ -17,12 +17,12 @@ import sys
 import time
 import warnings
 from functools import partial
-from pathlib import Path
 
 import numpy as np
 import torch
 from _deep_tensor_data import PHOTONS, counted, faces, images, psnr, spectra_cube, spoilt, unstructured, volume
 from _deep_tensor_plot import plot
+from _flags import add_run_flags, check_run_flags
 from scipy.ndimage import median_filter
 from skimage.restoration import denoise_tv_chambolle
 from sklearn.decomposition import NMF, TruncatedSVD
@@ -260,16 +260,14 @@ def parse_arguments():
         action="store_true",
         help="one seed, a smaller volume, narrower networks, no variants, no factors without structure",
     )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed of noise and networks")
     parser.add_argument(
         "--iterations", type=int, default=0, metavar="N", help="of every fit, instead of its own budget"
     )
-    parser.add_argument("--out", type=Path, default=Path("out/deep_tensor.png"), metavar="PNG")
+    add_run_flags(parser, "out/deep_tensor.png")
     args = parser.parse_args()
-    if args.seed < 0 or args.iterations < 0:
-        parser.error(f"--seed and --iterations must be at least 0, got {args.seed} and {args.iterations}.")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must be the name of a .png file, got {args.out}.")
+    if args.iterations < 0:
+        parser.error(f"--iterations must be at least 0, got {args.iterations}.")
+    check_run_flags(parser, args)
     args.seeds, args.few = (1, 1) if args.quick else (5, 2)
     return args
 

@@ -19,13 +19,13 @@ import resource
 import sys
 import time
 import warnings
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
 import torch.nn.functional as F
 from _digits import augment
+from _flags import add_run_flags, check_run_flags
 from sklearn.datasets import load_digits
 from sklearn.decomposition import KernelPCA
 from sklearn.model_selection import train_test_split
@@ -269,16 +269,14 @@ def parse_arguments():
     parser.add_argument("--scale", action="store_true", help="time and memory only")
     parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds; default 5, or 2 with --quick")
     parser.add_argument("--images", type=int, metavar="N", help="number of images; default 200, or 100 with --quick")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed; default 0")
-    parser.add_argument("--out", type=Path, default=Path("out/kernel_ssl.png"), metavar="PNG")
+    add_run_flags(parser, "out/kernel_ssl.png")
     args = parser.parse_args()
     args.seeds = args.seeds if args.seeds is not None else 2 if args.quick else 5
     args.images = args.images if args.images is not None else 100 if args.quick else 200
-    for name, low, high in (("seeds", 1, 100), ("images", 20, 1000), ("seed", 0, 2**30)):
+    for name, low, high in (("seeds", 1, 100), ("images", 20, 1000)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} must be between {low} and {high}, got {getattr(args, name)}.")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must be the name of a .png file, got {args.out}.")
+    check_run_flags(parser, args)
     return args
 
 

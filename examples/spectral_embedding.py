@@ -17,11 +17,11 @@ embedding methods (2205.11508).
 import argparse
 import sys
 import warnings
-from pathlib import Path
 
 import matplotlib
 import numpy as np
 import torch
+from _flags import add_run_flags, check_run_flags
 from _spectral_data import (
     INVARIANCE,
     METHODS,
@@ -179,20 +179,16 @@ def verdict(found, agreement, lost):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="few samples and starts, under a minute")
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="the first seed; default 0")
-    parser.add_argument("--out", type=Path, default=Path("out/spectral_embedding.png"), metavar="PNG")
+    add_run_flags(parser, "out/spectral_embedding.png")
     for name, value in (("samples", 400), ("seeds", 5), ("steps", 60), ("roll", 20_000), ("gaussian", 5_000)):
         parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
     args = parser.parse_args()
     if args.quick:
         args.samples, args.seeds, args.roll, args.gaussian = 200, 3, 3000, 2000
-    if not 0 <= args.seed < 2**31:
-        parser.error(f"--seed must be between 0 and 2**31 - 1, got {args.seed}.")
     for name, least in (("samples", 60), ("seeds", 1), ("steps", 1), ("roll", 100), ("gaussian", 100)):
         if getattr(args, name) < least:
             parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    if args.out.suffix != ".png":
-        parser.error(f"--out must be the name of a .png file, got {args.out}.")
+    check_run_flags(parser, args)
     return args
 
 

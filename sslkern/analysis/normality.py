@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core.dtypes import short
+from ..core.generators import generator as generator_of
 
 _BLOCK = 1 << 22  # numbers of the null distribution that are drawn at once: 32 MB
 
@@ -86,7 +87,7 @@ def normality_test(
     *,
     directions: int | None = None,
     resamples: int = 9999,
-    random_state: int | torch.Generator | None = None,
+    random_state: Any = None,
 ) -> NormalityResult:
     r"""Test, for every input x, whether the samples of Z|x are Gaussian.
 
@@ -107,7 +108,8 @@ def normality_test(
             if some of them do.
         resamples: the number of Gaussian samples. No p-value is below its inverse times the number of directions, so it
             must be at least that number divided by alpha.
-        random_state: None, an int or a torch.Generator on the CPU, for the resamples and the directions.
+        random_state: None, an int, a NumPy RandomState or Generator, or a torch.Generator on the CPU, for the resamples
+            and the directions.
 
     Returns:
         A `NormalityResult`.
@@ -126,7 +128,7 @@ def normality_test(
     checks.positive("resamples", resamples)
     count = d if directions is None else directions
     _check_level(alpha, resamples, count)
-    stats, generator = _stats(), _generator(random_state)
+    stats, generator = _stats(), generator_of(random_state)
     size = eps * z.abs().amax(-2)
     if directions is not None:
         w = torch.randn(*z.shape[:-2], d, count, generator=generator, dtype=z.dtype)
@@ -152,7 +154,7 @@ def normality_test_of(
     *,
     directions: int | None = None,
     resamples: int = 9999,
-    random_state: int | torch.Generator | None = None,
+    random_state: Any = None,
 ) -> NormalityResult:
     """Test, for every row of x, whether the output of a network is Gaussian if Gaussian noise is added to the row.
 
@@ -177,7 +179,7 @@ def normality_test_of(
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
         raise ValueError(f"noise must be a finite number > 0, got {checks.got(noise)}.")
     checks.positive("n_samples", n_samples)
-    generator, outputs = _generator(random_state), []
+    generator, outputs = generator_of(random_state), []
     with _evaluating(net):
         for row in x:
             drawn = torch.randn(n_samples, *row.shape, generator=generator, dtype=torch.float64)
@@ -227,19 +229,6 @@ def _null(stats: Any, n: int, resamples: int, generator: torch.Generator) -> Ten
     parts = torch.arange(resamples).split(max(1, _BLOCK // n))
     drawn = (torch.randn(len(part), n, generator=generator, dtype=torch.float64) for part in parts)
     return torch.cat([torch.from_numpy(stats.normaltest(z.numpy(), axis=-1).statistic) for z in drawn]).sort().values
-
-
-def _generator(random_state: int | torch.Generator | None) -> torch.Generator:
-    if isinstance(random_state, torch.Generator):
-        return random_state
-    made = torch.Generator()
-    if random_state is None:
-        made.seed()
-    elif isinstance(random_state, int) and not isinstance(random_state, bool):
-        made.manual_seed(random_state)
-    else:
-        raise TypeError(f"random_state must be None, an int or a torch.Generator, got {_kind(random_state)}.")
-    return made
 
 
 @contextmanager

@@ -115,23 +115,9 @@ def beside(value: Array, x: Tensor) -> Tensor:
     return torch.as_tensor(value, dtype=x.dtype, device=x.device)
 
 
-def generator(random_state: Any) -> torch.Generator:
-    """A generator on the CPU for `random_state`: None for a new seed at each call, an int, a NumPy RandomState or
-    Generator, which is advanced, or a torch.Generator, which is used itself."""
-    if isinstance(random_state, torch.Generator):
-        return random_state
-    made = torch.Generator()
-    if random_state is None:
-        made.seed()
-    elif isinstance(random_state, np.random.RandomState):
-        made.manual_seed(int(random_state.randint(2**31 - 1)))
-    elif isinstance(random_state, np.random.Generator):
-        made.manual_seed(int(random_state.integers(2**31 - 1)))
-    elif isinstance(random_state, int | np.integer) and not isinstance(random_state, bool):
-        made.manual_seed(int(random_state))
-    else:
-        raise TypeError(
-            "random_state must be None, an int, a numpy RandomState or Generator, or a torch.Generator, got "
-            f"{type(random_state).__name__}."
-        )
-    return made
+def column_signs(z: Tensor) -> Tensor:
+    """Signs (K,) by which the columns of z (N, K) no longer depend on the solver: the first of the entries that are
+    largest up to rounding becomes positive."""
+    size = z.abs()
+    first = (size >= size.amax(0) * (1 - 1e-6)).to(torch.uint8).argmax(0)
+    return torch.where(z.gather(0, first[None])[0] < 0, -1.0, 1.0).to(z)

@@ -14,9 +14,8 @@ from ..core.dtypes import accumulation_dtype, short
 
 def as_size(name: str, value: Any) -> int:
     """A Python or NumPy integer >= 1."""
-    value = int(value) if isinstance(value, np.integer) else value
     checks.positive(name, value)
-    return value
+    return int(value)
 
 
 def _as_tensor(name: str, value: Any) -> Tensor:

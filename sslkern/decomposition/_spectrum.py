@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ._base import generator
+from ..core.generators import generator
 from ._classes import Classes
 from ._edges import Edges
 from .graph import RelationGraph

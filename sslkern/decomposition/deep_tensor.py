@@ -12,9 +12,9 @@ from torch import Tensor, nn
 
 from ..core import checks
 from ..core.dtypes import without_autocast
+from ..core.generators import generator as random_generator
 from ..ops.low_rank_residual import Loss, low_rank_residual
 from ._base import Array, BaseEstimator, NotFittedError, like
-from ._base import generator as random_generator
 from ._iterates import Budget, Discrepancy, HeldOut, RunningAverage, hold_out, truncate, unit_columns
 from ._observed import Observed, read, standardize
 from .factor_generators import Factory, build

@@ -136,11 +136,11 @@ class RelationGraph:
 
     def matmul(self, x: Tensor) -> Tensor:
         """G x for x of shape (N, P), differentiable."""
-        return _Product.apply(self._checked("x", x), self.relation)
+        return _Symmetric.apply(self._checked("x", x), self.relation.matmul)
 
     def laplacian(self, x: Tensor) -> Tensor:
         """L x for x of shape (N, P), differentiable. A column with NaN or inf becomes NaN if the graph has edges."""
-        return _Laplacian.apply(self._checked("x", x), self.relation)
+        return _Symmetric.apply(self._checked("x", x), self.relation.laplacian)
 
     def dirichlet_energy(self, z: Tensor) -> Tensor:
         """Tr Z'LZ = (1/2) sum_ij G_ij |z_i - z_j|^2, a scalar >= 0 in units of z^2, for z of shape (N, P).
@@ -172,26 +172,17 @@ class RelationGraph:
         return x.to(accumulation_dtype(x)).contiguous()
 
 
-class _Product(Function):
+class _Symmetric(Function):
+    """A product with a symmetric matrix, which `product` computes; also its own derivative."""
+
     @staticmethod
-    def forward(ctx, x, relation):
-        ctx.relation = relation
-        return relation.matmul(x)
+    def forward(ctx, x, product):
+        ctx.product = product
+        return product(x)
 
     @staticmethod
     def backward(ctx, grad):
-        return _Product.apply(grad.contiguous(), ctx.relation), None
-
-
-class _Laplacian(Function):
-    @staticmethod
-    def forward(ctx, x, relation):
-        ctx.relation = relation
-        return relation.laplacian(x)
-
-    @staticmethod
-    def backward(ctx, grad):
-        return _Laplacian.apply(grad.contiguous(), ctx.relation), None
+        return _Symmetric.apply(grad.contiguous(), ctx.product), None
 
 
 class _Energy(Function):
@@ -204,7 +195,7 @@ class _Energy(Function):
     @staticmethod
     def backward(ctx, grad):
         (z,) = ctx.saved_tensors
-        return 2 * grad * _Laplacian.apply(z, ctx.relation), None
+        return 2 * grad * _Symmetric.apply(z, ctx.relation.laplacian), None
 
 
 def _neighbors(x: Tensor, k: int) -> Tensor:

@@ -10,7 +10,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ._base import Array, Estimator, beside, generator, like
+from ..core.generators import generator
+from ._base import Array, Estimator, beside, column_signs, like
 from ._separation import separate
 
 try:
@@ -161,4 +162,4 @@ def _in_order(w: Tensor, colouring: Tensor) -> Tensor:
     mixing = colouring @ w.mT
     order = mixing.square().sum(0).argsort(descending=True)
     mixing, w = mixing[:, order], w[order]
-    return w * mixing.gather(0, mixing.abs().argmax(0, keepdim=True)).sign().mT
+    return w * column_signs(mixing)[:, None]

@@ -13,8 +13,9 @@ from torch import Tensor
 from torch.nn.functional import normalize, pad
 
 from ..core import checks
+from ..core.generators import generator
 from ..ops.kernel_matmul import kernel_matmul
-from ._base import Array, Estimator, beside, generator, like
+from ._base import Array, Estimator, beside, column_signs, like
 from .graph import RelationGraph, as_graph
 
 Kernel = Literal["rbf", "linear", "cosine"]
@@ -126,8 +127,7 @@ class KernelSSL(Estimator):
         features, to_coefficients = self._features(x, support)
         weights, sizes = self._weights(features, graph)
         embedding = features @ weights
-        largest = embedding.gather(0, embedding.abs().argmax(0, keepdim=True))
-        signs = torch.where(largest < 0, -1.0, 1.0)  # the sign of a column is arbitrary, and fixed by its largest entry
+        signs = column_signs(embedding)
         if not bool(sizes.any()):
             warnings.warn(
                 f"The embedding is zero, since no direction of the kernel {self.kernel!r} is worth its cost at "

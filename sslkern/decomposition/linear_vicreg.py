@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ._base import Array, Estimator, beside, like
+from ._base import Array, Estimator, beside, column_signs, like
 from ._read import as_size
 from .graph import RelationGraph, as_graph
-from .spectral import default_invariance, kept, with_signs
+from .spectral import default_invariance, kept
 
 
 class LinearVICReg(Estimator):
@@ -82,7 +82,8 @@ class LinearVICReg(Estimator):
                 f"The samples span only {value.numel()} dimensions, so the last {missing} of {k} components are 0.",
                 stacklevel=2,
             )
-        w = with_signs(whitening @ vector * kept(value, self.invariance_).sqrt())
+        w = whitening @ vector * kept(value, self.invariance_).sqrt()
+        w = w * column_signs(w)
         w = torch.cat((w, w.new_zeros(d, missing)), 1)
         value = torch.cat((value, value.new_full((missing,), torch.inf)))
         self._n_features_out = k

@@ -11,7 +11,8 @@ import torch
 from torch import Tensor
 
 from ..core import checks
-from ._base import Array, generator
+from ..core.generators import generator
+from ._base import Array, column_signs
 from ._read import as_size
 from ._spectrum import largest_of_relation, smallest_of_laplacian
 from .graph import RelationGraph, as_graph
@@ -99,7 +100,7 @@ def optimal_embedding(
 def _minimiser(graph: RelationGraph, k: int, method: str, invariance: float | None, random_state: Any) -> Tensor:
     if method == "vicreg":
         value, vector = smallest_of_laplacian(graph, k, random_state)
-        return with_signs(vector * (graph.n * kept(value, invariance)).sqrt())
+        return column_signs(vector) * vector * (graph.n * kept(value, invariance)).sqrt()
     value, vector = largest_of_relation(graph, k, random_state)
     missing = k - value.numel()
     if missing:
@@ -107,7 +108,7 @@ def _minimiser(graph: RelationGraph, k: int, method: str, invariance: float | No
             f"The relation has only {value.numel()} positive eigenvalues, so the last {missing} of {k} columns are 0.",
             stacklevel=3,
         )
-    z = with_signs(vector * (value.sqrt() if method == "simclr" else value.rsqrt()))
+    z = column_signs(vector) * vector * (value.sqrt() if method == "simclr" else value.rsqrt())
     return torch.cat((z, z.new_zeros(graph.n, missing)), 1)
 
 
@@ -123,10 +124,3 @@ def default_invariance(value: Tensor, invariance: float | None) -> float:
     last = float(value[-1]) if value.numel() else 0.0
     chosen = 1 / (2 * last) if last > 0 else 1.0
     return chosen if math.isfinite(chosen) else 1.0
-
-
-def with_signs(z: Tensor) -> Tensor:
-    """Columns with a sign that does not depend on the solver: the first entry that is largest up to rounding is > 0."""
-    size = z.abs()
-    first = (size >= size.amax(0) * (1 - 1e-6)).to(torch.uint8).argmax(0)
-    return z * torch.where(z.gather(0, first[None]) < 0, -1.0, 1.0)
