@@ -56,7 +56,7 @@ def residual_kernel(
     mask_slice,
     mask_row,
     mask_col,
-    losses,  # (S, programs) fp64
+    losses,  # (S, programs) fp64, or None
     out,  # (splits, S, n_padded, BG), or None
     slices,
     n,
@@ -96,10 +96,12 @@ def residual_kernel(
         if mask is not None:
             keep &= tl.load(mask + col * mask_col, mask=keep, other=0) != 0
         loss, w = residual(data, t, setting, LOSS)
-        value += tl.sum(tl.where(keep, loss, 0.0), 1).to(tl.float64)
+        if losses is not None:
+            value += tl.sum(tl.where(keep, loss, 0.0), 1).to(tl.float64)
         if out is not None:
             acc = add_weighted(tl.where(keep, w, 0.0), v_part, s, start, p_padded, acc, BJ, BD, PLANES)
-    tl.store(losses + tl.program_id(0), tl.sum(value, 0))
+    if losses is not None:
+        tl.store(losses + tl.program_id(0), tl.sum(value, 0))
     if out is not None:
         here = ((split * slices + s) * n_padded + first + tl.arange(0, BI)[:, None]) * BG
         tl.store(out + here + tl.arange(0, BG)[None, :], acc)
@@ -127,22 +129,26 @@ def _operand(factor: Tensor, planes: int) -> Operand:
 
 
 def sweep(
-    x: Operand, y: Operand, r: int, m: Tensor, mask: Tensor | None, loss: str, setting: float, start: int, need: bool
-) -> tuple[Tensor, Tensor]:
-    """The losses of all programs (S, programs), and the gradient by some columns of x from `start` on (S, N, columns),
-    which is empty if it is not needed."""
+    x: Operand, y: Operand, r: int, m: Tensor, mask: Tensor | None, loss: str, setting: float, start: int,
+    value: bool, need: bool,
+) -> tuple[Tensor, Tensor]:  # fmt: skip
+    """The losses of all programs (S, programs), and the gradient by some columns of x from `start` on (S, N, columns).
+    Either is empty if it is not needed."""
     (s, n, p), planes, tile = m.shape, x.planes.shape[1], tile_of(x.width)
     blocks, tiles = x.padded // PAD, y.padded // tile["BJ"]
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
-    losses = launch.workspace(m, s, blocks * splits, dtype=torch.float64)
+    losses = launch.workspace(m, s, blocks * splits, dtype=torch.float64) if value else None
     parts = launch.workspace(m, splits, s, x.padded, tile["BG"]) if need else None
     residual_kernel[(s * blocks * splits,)](
         x.planes, y.planes, y.planes[..., start:], *launch.strided(m), *launch.strided(mask), losses, parts,
         s, n, p, x.padded, y.padded, splits, each, setting,
         LOSS=loss, PLANES=planes, BD=x.width, **tile,
     )  # fmt: skip
-    return losses, m.new_empty(0) if parts is None else gather(parts, None, None, n, min(tile["BG"], r - start))
+    none = m.new_empty(0)
+    return none if losses is None else losses, none if parts is None else gather(
+        parts, None, None, n, min(tile["BG"], r - start)
+    )
 
 
 def low_rank_residual(
@@ -157,9 +163,12 @@ def low_rank_residual(
         x, y = (_operand(launch.slices(factor), planes) for factor in (u, v))
         starts = range(0, r, MOST)
         of_u = [
-            sweep(x, y, r, matrix, kept, loss, setting, start, need_u) for start in (starts if need_u else starts[:1])
+            sweep(x, y, r, matrix, kept, loss, setting, start, start == 0, need_u)
+            for start in (starts if need_u else starts[:1])
         ]
-        of_v = [sweep(y, x, r, matrix.mT, turned, loss, setting, start, True) for start in (starts if need_v else ())]
+        of_v = [
+            sweep(y, x, r, matrix.mT, turned, loss, setting, start, False, True) for start in (starts if need_v else ())
+        ]
         losses = of_u[0][0]
         value = launch.workspace(u, losses.shape[0])
         collect_losses_kernel[(losses.shape[0],)](losses, value, losses.shape[1], num_warps=4)
@@ -186,15 +195,18 @@ def _case(loss: str, width: int, planes: int, **more: object) -> launch.CompileC
         "mask": "*u8",
         "losses": "*fp64",
     }
-    absent = {} if more else {"mask": None, "mask_slice": 0, "mask_row": 0, "mask_col": 0}
+    masked = "mask_col" in more
+    absent = {} if masked else {"mask": None, "mask_slice": 0, "mask_row": 0, "mask_col": 0}
     constants = {"LOSS": loss, "PLANES": planes, "BD": width, "m_col": 1, **tile, **absent, **more}
-    name = f"low_rank_residual_{loss}{'_masked' if more else ''}_{width}_{planes}"
+    kind = "_masked" if masked else "_gradient" if "losses" in more else ""
+    name = f"low_rank_residual_{loss}{kind}_{width}_{planes}"
     return launch.CompileCase(name, residual_kernel, pointers, constants, warps, floats=("setting",))
 
 
 COMPILE_CASES = [
     *(_case("l2", width, planes) for width in (32, 64, 128, 256) for planes in (2, 3)),
     *(_case(loss, 64, 3, mask_col=1) for loss in LOSSES),
+    _case("l2", 64, 3, losses=None),
     launch.CompileCase(
         "low_rank_residual_losses", collect_losses_kernel, {"losses": "*fp64", "out": "*fp32"}, {}, warps=4
     ),
