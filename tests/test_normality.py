@@ -181,7 +181,7 @@ BAD = {
     "few": (ValueError, "samples must have shape", lambda: normality_test_of(NET, X, 0.1, 7)),
     "x list": (TypeError, "x must be a floating-point torch.Tensor", lambda: normality_test_of(NET, [1.0], 0.1)),
     "x integers": (TypeError, "x must be a floating-point", lambda: normality_test_of(NET, X.long(), 0.1)),
-    "no x": (ValueError, "x must have at least one row", lambda: normality_test_of(NET, X[:0], 0.1)),
+    "no x": (ValueError, "x must have at least 1 row", lambda: normality_test_of(NET, X[:0], 0.1)),
     "net": (TypeError, "net must return a floating-point", lambda: normality_test_of(lambda x: None, X, 0.1)),
     "rows": (ValueError, "net must return 200 rows", lambda: normality_test_of(lambda x: x[:9], X, 0.1)),
 }

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import checks
 from ..core.dtypes import short
 from ..core.generators import generator as generator_of
+from ._networks import evaluating, inputs, kind
+from ._results import axes, table
 
 _BLOCK = 1 << 22  # numbers of the null distribution that are drawn at once: 32 MB
 
@@ -62,16 +63,11 @@ class NormalityResult:
             (f"rejected at {self.alpha:g}", f"{self.rejection_rate:.3f}"),
             ("95 % interval", f"{low:.3f} to {high:.3f}"),
         )
-        return "\n".join(f"{name:<18}{value:>16}" for name, value in rows)
+        return table(rows)
 
     def plot(self, ax: Any = None) -> Any:
         """Draw the distribution function of the p-values, against the diagonal of exact Gaussians. Returns the axes."""
-        if ax is None:
-            try:
-                import matplotlib.pyplot as plt
-            except ImportError as error:
-                raise ImportError("plot needs matplotlib: pip install matplotlib.") from error
-            ax = plt.figure().add_subplot()
+        ax = axes(ax)
         p = torch.as_tensor(self.p_values).flatten().cpu().sort().values
         ax.step([0, *p.tolist(), 1], [0, *((torch.arange(len(p)) + 1) / len(p)).tolist(), 1], where="post")
         ax.plot([0, 1], [0, 1], ":", color="0.4", label="Gaussian")
@@ -172,20 +168,17 @@ def normality_test_of(
     Raises:
         TypeError, ValueError: as `normality_test`, or if the network returns no floating-point tensor with S rows.
     """
-    if not isinstance(x, Tensor) or not x.is_floating_point():
-        raise TypeError(f"x must be a floating-point torch.Tensor, got {_kind(x)}.")
-    if x.dim() < 1 or x.shape[0] < 1:
-        raise ValueError(f"x must have at least one row, got shape {tuple(x.shape)}.")
+    inputs("x", x)
     if isinstance(noise, bool) or not isinstance(noise, int | float) or not 0 < noise < math.inf:
         raise ValueError(f"noise must be a finite number > 0, got {checks.got(noise)}.")
     checks.positive("n_samples", n_samples)
     generator, outputs = generator_of(random_state), []
-    with _evaluating(net):
+    with evaluating(net):
         for row in x:
             drawn = torch.randn(n_samples, *row.shape, generator=generator, dtype=torch.float64)
             out = net(row + noise * drawn.to(row))
             if not isinstance(out, Tensor) or not out.is_floating_point():
-                raise TypeError(f"net must return a floating-point torch.Tensor, got {_kind(out)}.")
+                raise TypeError(f"net must return a floating-point torch.Tensor, got {kind(out)}.")
             if out.dim() < 1 or out.shape[0] != n_samples:
                 raise ValueError(f"net must return {n_samples} rows for {n_samples} rows, got {tuple(out.shape)}.")
             outputs.append(out.reshape(n_samples, -1))
@@ -231,26 +224,9 @@ def _null(stats: Any, n: int, resamples: int, generator: torch.Generator) -> Ten
     return torch.cat([torch.from_numpy(stats.normaltest(z.numpy(), axis=-1).statistic) for z in drawn]).sort().values
 
 
-@contextmanager
-def _evaluating(net: Any):
-    """Run a module in evaluation mode, and set every part of it back to its mode."""
-    modes = [(part, part.training) for part in net.modules()] if isinstance(net, nn.Module) else []
-    try:
-        for part, _ in modes:
-            part.training = False
-        yield
-    finally:
-        for part, training in modes:
-            part.training = training
-
-
 def _stats() -> Any:
     try:
         from scipy import stats
     except ImportError as error:
         raise ImportError("normality_test needs SciPy: pip install scipy.") from error
     return stats
-
-
-def _kind(value: object) -> str:
-    return f"a tensor of {short(value.dtype)}" if isinstance(value, Tensor) else type(value).__name__

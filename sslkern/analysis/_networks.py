@@ -1,0 +1,56 @@
+"""Networks as people hand them over: compiled, wrapped for several processes, in training mode."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.parallel import DataParallel, DistributedDataParallel
+
+from ..core.dtypes import short
+
+
+def bare(net: nn.Module) -> nn.Module:
+    """The module inside `torch.compile`, `DistributedDataParallel` and `DataParallel`."""
+    while True:
+        if isinstance(net, DataParallel | DistributedDataParallel):
+            net = net.module
+        elif isinstance(inner := net._modules.get("_orig_mod"), nn.Module):
+            net = inner
+        else:
+            return net
+
+
+def module(name: str, net: Any) -> nn.Module:
+    """Check that `net` is a module, and return the one inside its wrappers."""
+    if not isinstance(net, nn.Module):
+        raise TypeError(f"{name} must be a torch.nn.Module, got {kind(net)}.")
+    return bare(net)
+
+
+def inputs(name: str, x: Any, least: int = 1) -> Tensor:
+    """Check that x is a floating-point batch (N, ...) with at least `least` rows."""
+    if not isinstance(x, Tensor) or not x.is_floating_point():
+        raise TypeError(f"{name} must be a floating-point torch.Tensor, got {kind(x)}.")
+    if x.dim() < 1 or x.shape[0] < least:
+        raise ValueError(f"{name} must have at least {least} row{'s'[: least > 1]}, got shape {tuple(x.shape)}.")
+    return x
+
+
+@contextmanager
+def evaluating(net: Any) -> Iterator[None]:
+    """Run a module in evaluation mode, and set every part of it back to its mode. Does nothing to a function."""
+    modes = [(part, part.training) for part in net.modules()] if isinstance(net, nn.Module) else []
+    try:
+        for part, _ in modes:
+            part.training = False
+        yield
+    finally:
+        for part, training in modes:
+            part.training = training
+
+
+def kind(value: object) -> str:
+    return f"a tensor of {short(value.dtype)}" if isinstance(value, Tensor) else type(value).__name__
