@@ -80,3 +80,8 @@ def unstructured(rank, seed, size=128):
     rng = np.random.default_rng(seed)
     truth = rng.standard_normal((size, rank)) @ rng.standard_normal((rank, size))
     return truth, (truth + rank**0.5 * rng.standard_normal(truth.shape)).astype(np.float32)
+
+
+def noisy_volume(size, seed):
+    truth = volume(size)
+    return (truth + 0.2 * np.random.default_rng(seed).standard_normal(truth.shape)).astype(np.float32), truth

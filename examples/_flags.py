@@ -20,6 +20,16 @@ def add_run_flags(parser, out):
     parser.add_argument("--out", type=Path, default=Path(out), metavar="PNG")
 
 
+def parse(parser, quick, more=""):
+    """The arguments. --quick sets the smaller defaults `quick` (name: value), and `more` that the example says."""
+    sizes = ", ".join(f"--{name.replace('_', '-')} {value}" for name, value in quick.items())
+    help_ = "; ".join(text for text in (f"defaults: {sizes}" if sizes else "", more) if text)
+    parser.add_argument("--quick", action="store_true", help=f"a short run: {help_}")
+    if parser.parse_known_args()[0].quick:
+        parser.set_defaults(**quick)
+    return parser.parse_args()
+
+
 def check_flags(parser, args, least):
     """Exit with a one-line error if a size is below its bound in `least` (name: bound), or another flag is invalid."""
     for name, bound in least.items():

@@ -6,6 +6,7 @@ has a mean squared error of 1/6, the variance of that sum: the no-memory line. P
 an eighth of the learning rate; Adam trains the rest.
 
     python examples/adding_task.py                                                one to two minutes on two cores
+    python examples/adding_task.py --quick                                        a short form: T = 20, some seconds
     python examples/adding_task.py --length 200 --hidden 170 --lr 1e-3 --rank 1 --steps 20000    the paper's setting
     python examples/adding_task.py --checkpoint out/adding.pt                     resumes where it was stopped
 
@@ -16,10 +17,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from _flags import parse
 from _training import Recurrent, draw_losses, figure, flags, report_loss, train
 
 NO_MEMORY = 1 / 6
 SIZES = {"length": (50, "T, at least 2"), "hidden": (128, "N"), "batch": (50, None), "steps": (4000, None)}
+QUICK = {"length": 20, "steps": 1000}
 
 
 def batch_of(size, length, generator):
@@ -36,7 +39,7 @@ def squared_error(output, target):
 
 def main():
     parser = flags(__doc__, "out/adding_task.png", SIZES, lr=4e-3, rank=4)
-    args = parser.parse_args()
+    args = parse(parser, QUICK)
     if args.length < 2:
         parser.error("--length must be at least 2: a number in each half")
     network = partial(Recurrent, 2, args.hidden, 1, nonlinearity="relu", init="cayley")

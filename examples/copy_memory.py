@@ -6,6 +6,7 @@ same probability. Its cross-entropy is 10 ln 8 / (T + 20): the no-memory line. P
 steps of rank 1; RMSprop trains the rest.
 
     python examples/copy_memory.py                                                   under a minute on two cores
+    python examples/copy_memory.py --quick                                           a short form: 30 blanks
     python examples/copy_memory.py --blank 1000 --hidden 190 --batch 128 --lr 7e-4 --steps 2000    the paper's setting
     python examples/copy_memory.py --checkpoint out/copy.pt                          resumes where it was stopped
 
@@ -17,10 +18,12 @@ from functools import partial
 
 import torch
 import torch.nn.functional as F
+from _flags import parse
 from _training import Recurrent, draw_losses, figure, flags, report_loss, train
 
 SYMBOLS, COPIED = 8, 10
 SIZES = {"blank": (100, "T"), "hidden": (128, "N"), "batch": (64, None), "steps": (600, None)}
+QUICK = {"blank": 30, "steps": 200}
 
 
 def batch_of(size, blank, generator):
@@ -37,7 +40,7 @@ def cross_entropy(output, target):
 
 
 def main():
-    args = flags(__doc__, "out/copy_memory.png", SIZES, lr=1e-3).parse_args()
+    args = parse(flags(__doc__, "out/copy_memory.png", SIZES, lr=1e-3), QUICK)
     line = COPIED * math.log(SYMBOLS) / (args.blank + 2 * COPIED)
     network = partial(Recurrent, SYMBOLS + 2, args.hidden, SYMBOLS + 1)
     batches = partial(batch_of, args.batch, args.blank)

@@ -8,6 +8,7 @@ linear probe. Step s sees the same images for any number of processes. CPUs use 
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --fsdp        the projector sharded by FSDP2 (fully_shard)
     torchrun --nproc-per-node 2 examples/ddp_vicreg.py --chunk 32    the encoder in chunks, replayed in the backward
     python examples/ddp_vicreg.py                                    the same in one process
+    python examples/ddp_vicreg.py --quick                            a short form of 30 steps
 
 Stop and resume, which gives the digest of a run without a stop:
 
@@ -27,6 +28,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 from _digits import build_network, features, probe, split_digits, two_views
+from _flags import parse
 from torch import nn
 from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.distributed.device_mesh import init_device_mesh
@@ -38,6 +40,7 @@ import sslkern
 from sslkern.nn import SyncBatchNorm
 
 SIZES = {"hidden": 512, "width": 512, "batch": 256, "steps": 150}
+QUICK = {"steps": 30}
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True)
 EXACT = 1e-12  # largest error that passes, relative to the largest gradient, in fp64
 
@@ -161,7 +164,7 @@ def parse_arguments():
     parser.add_argument("--checkpoint", type=Path, default=Path("out/ddp_vicreg.pt"), metavar="PT")
     parser.add_argument("--stop-after", type=int, default=0, metavar="N", help="end early, at this step")
     parser.add_argument("--resume", action="store_true", help="resume from the checkpoint")
-    args = parser.parse_args()
+    args = parse(parser, QUICK)
     args.processes = int(os.environ.get("WORLD_SIZE", "1"))
     for name, least in (("hidden", 1), ("width", 2), ("batch", max(2, args.processes)), ("steps", 1), ("chunk", 0)):
         if getattr(args, name) < least:

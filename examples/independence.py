@@ -22,7 +22,7 @@ from itertools import pairwise
 import matplotlib
 import numpy as np
 import torch
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, check_run_flags, parse
 from sklearn.datasets import load_digits
 from sklearn.decomposition import FastICA
 from torch import nn
@@ -193,14 +193,11 @@ def verdict(args, runs, widths):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 sources, 3 seeds, 60 steps; no large mixture")
-    parser.add_argument("--seeds", type=int, metavar="N", help="default 5, or 3 with --quick")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="default 5")
     parser.add_argument("--samples", type=int, default=2000, metavar="N", help="of each mixture; default 2000")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the encoder; default 200, or 60 with --quick")
+    parser.add_argument("--steps", type=int, default=200, metavar="N", help="of the encoder; default 200")
     add_run_flags(parser, "out/independence.png")
-    args = parser.parse_args()
-    args.seeds = args.seeds if args.seeds is not None else 3 if args.quick else 5
-    args.steps = args.steps if args.steps is not None else 60 if args.quick else 200
+    args = parse(parser, {"seeds": 3, "steps": 60}, "3 sources, no large mixture")
     args.sources = (3,) if args.quick else (3, 4)
     for name, least in (("seeds", 1), ("samples", 10), ("steps", 1)):
         if getattr(args, name) < least:

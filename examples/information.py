@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from _digits import Normalize, features, split_digits, two_views
-from _flags import add_flags, check_flags
+from _flags import add_flags, check_flags, parse
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -232,11 +232,8 @@ def verdict(chains, rates, accuracies):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK}, unless given")
     add_flags(parser, SIZES, "out/information.png")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = parse(parser, QUICK)
     check_flags(parser, args, {"hidden": 1, "width": 1, "batch": 2, "steps": 1, "seeds": 1, "inputs": 1})
     return args
 

@@ -25,7 +25,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _digits import augment
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, check_run_flags, parse
 from sklearn.datasets import load_digits
 from sklearn.decomposition import KernelPCA
 from sklearn.model_selection import train_test_split
@@ -265,14 +265,11 @@ def verdict(spiral_runs, digit_runs, quick):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, 100 images")
     parser.add_argument("--scale", action="store_true", help="time and memory only")
-    parser.add_argument("--seeds", type=int, metavar="N", help="number of seeds; default 5, or 2 with --quick")
-    parser.add_argument("--images", type=int, metavar="N", help="number of images; default 200, or 100 with --quick")
+    parser.add_argument("--seeds", type=int, default=5, metavar="N", help="number of seeds; default 5")
+    parser.add_argument("--images", type=int, default=200, metavar="N", help="number of images; default 200")
     add_run_flags(parser, "out/kernel_ssl.png")
-    args = parser.parse_args()
-    args.seeds = args.seeds if args.seeds is not None else 2 if args.quick else 5
-    args.images = args.images if args.images is not None else 100 if args.quick else 200
+    args = parse(parser, {"seeds": 2, "images": 100})
     for name, low, high in (("seeds", 1, 100), ("images", 20, 1000)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} must be between {low} and {high}, got {getattr(args, name)}.")

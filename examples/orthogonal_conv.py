@@ -7,6 +7,7 @@ of a linear classifier on the pixels. The singular values of each orthogonal con
 matrix, must be 1.
 
     python examples/orthogonal_conv.py                                 under a minute on two cores
+    python examples/orthogonal_conv.py --quick                         a short form of 400 steps
     python examples/orthogonal_conv.py --channels 64 --steps 3000      wider
     python examples/orthogonal_conv.py --checkpoint out/conv.pt        resumes where it was stopped
 
@@ -18,6 +19,7 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from _digits import Normalize, accuracy, batch_of, linear_accuracy, split_digits
+from _flags import parse
 from _training import FAR, draw_losses, draw_scores, figure, flags, report, train
 from torch import nn
 
@@ -25,6 +27,7 @@ from sslkern.nn import OrthogonalConv2d
 
 SIDE = 8
 SIZES = {"channels": (16, "C"), "layers": (3, "orthogonal layers"), "batch": (64, None), "steps": (1500, None)}
+QUICK = {"steps": 400}
 
 
 def build(channels, layers):
@@ -42,7 +45,7 @@ def singular_values(layer):
 
 
 def main():
-    args = flags(__doc__, "out/orthogonal_conv.png", SIZES, lr=2e-3).parse_args()
+    args = parse(flags(__doc__, "out/orthogonal_conv.png", SIZES, lr=2e-3), QUICK)
     train_x, test_x, train_y, test_y = split_digits(0)
     line = linear_accuracy(train_x.flatten(1).numpy(), test_x.flatten(1).numpy(), train_y, test_y)
     network = partial(build, args.channels, args.layers)

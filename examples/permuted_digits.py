@@ -6,6 +6,7 @@ alone: the better of a linear classifier and a support vector machine, trained a
 trains the recurrent weight by steps of rank 1 with 1/32 of the learning rate; RMSprop trains the rest.
 
     python examples/permuted_digits.py                                       under a minute on two cores
+    python examples/permuted_digits.py --quick                               a short form of 400 steps
     python examples/permuted_digits.py --no-permute                          row by row
     python examples/permuted_digits.py --hidden 116 --batch 128 --lr 1e-3    the paper's setting, or --hidden 512
     python examples/permuted_digits.py --checkpoint out/permuted.pt          resumes where it was stopped
@@ -21,11 +22,13 @@ from functools import partial
 import torch
 import torch.nn.functional as F
 from _digits import accuracy, batch_of, linear_accuracy, split_digits
+from _flags import parse
 from _training import Recurrent, draw_losses, draw_scores, figure, flags, report, train
 from sklearn.svm import SVC
 
 PIXELS, LAST = 64, 8
 SIZES = {"hidden": (116, "N"), "batch": (64, None), "steps": (1500, None)}
+QUICK = {"steps": 400}
 
 
 class Reader(Recurrent):
@@ -49,7 +52,7 @@ def without_memory(order, train_x, test_x, train_y, test_y):
 def main():
     parser = flags(__doc__, "out/permuted_digits.png", SIZES, lr=1e-3)
     parser.add_argument("--permute", action=BooleanOptionalAction, default=True, help="a permutation drawn by the seed")
-    args = parser.parse_args()
+    args = parse(parser, QUICK)
     digits = train_x, test_x, train_y, test_y = split_digits(0)
     order = torch.arange(PIXELS)
     if args.permute:

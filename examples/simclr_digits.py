@@ -6,6 +6,7 @@ normalised HSIC of its features, averaged over all pairs. No loss here asks for 
 how their dependence changes.
 
     python examples/simclr_digits.py                      under a minute on two cores
+    python examples/simclr_digits.py --quick              a short form of 60 steps
     python examples/simclr_digits.py --loss dcl           without the positive among the negatives, or --loss sigmoid
     python examples/simclr_digits.py --temperature 0.05   a sharper softmax
 
@@ -21,7 +22,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from _digits import build_network, features, probe, split_digits, two_views
-from _flags import add_flags, check_flags
+from _flags import add_flags, check_flags, parse
 from torch import nn
 from tqdm import tqdm
 
@@ -33,6 +34,7 @@ import matplotlib.pyplot as plt
 
 LOOKS = 10  # measurements during training, besides the one before it
 SIZES = {"hidden": 512, "width": 128, "batch": 256, "steps": 300}
+QUICK = {"steps": 60}
 
 
 def build_loss(args):
@@ -160,7 +162,7 @@ def parse_arguments():
     hint = "of sigmoid 1 / scale, at the start; default 0.2"
     parser.add_argument("--temperature", type=float, default=0.2, metavar="T", help=hint)
     add_flags(parser, SIZES, "out/simclr_digits.png")
-    args = parser.parse_args()
+    args = parse(parser, QUICK)
     check_flags(parser, args, {"hidden": 1, "width": 2, "batch": 2, "steps": 1})
     if not 0 < args.temperature < float("inf"):
         parser.error(f"--temperature must be a number above 0, got {args.temperature}.")

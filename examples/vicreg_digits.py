@@ -6,6 +6,7 @@ BatchNorm of the papers, so that only the loss looks across the batch. Micro-bat
 their estimator alone, and 16 of them are one forward with the loss over a (16, 16, width) stack.
 
     python examples/vicreg_digits.py                     five minutes on two cores, mostly for the published formula
+    python examples/vicreg_digits.py --quick             a short form: a smaller projector, half a minute
     python examples/vicreg_digits.py --hidden 8192       the paper's projector
     python examples/vicreg_digits.py --loss barlow       Barlow Twins
 """
@@ -19,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from _digits import build_network, features, probe, split_digits, two_views
 from _digits_plot import plot
-from _flags import add_flags, check_flags
+from _flags import add_flags, check_flags, parse
 from _meter import Meter
 from tqdm import tqdm
 
@@ -224,7 +225,7 @@ def parse_arguments():
     parser.add_argument("--loss", choices=LOSSES, default="vicreg")
     sizes = {"hidden": 1024, "width": 8192, "batch": 256, "micro": 16, "steps": 300, "published-steps": 40}
     add_flags(parser, sizes, "out/vicreg_digits.png")
-    args = parser.parse_args()
+    args = parse(parser, {"hidden": 512, "width": 2048, "steps": 60, "published_steps": 10})
     least = {"hidden": 1, "width": 2, "batch": 4, "micro": 4, "steps": 1, "published_steps": 1}
     check_flags(parser, args, least)
     if args.loss == "vicreg" and args.batch % args.micro:

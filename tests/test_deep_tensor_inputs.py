@@ -1,13 +1,10 @@
 """Kinds, sizes and units of the data of `DeepTensor`, generators, conventions, and messages."""
 
 import pickle
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT
 from deep_tensors import SLIM, Fast, smooth, smooth_volume
 from interpreters import python
 from sklearn.base import clone
@@ -222,14 +219,3 @@ def test_on_a_gpu(form):
     assert model.reconstruction_.is_cuda and model.factors_[0].is_cuda
     by_device = Fast(3, form=form, max_iter=10, device="cuda").fit(x)
     np.testing.assert_allclose(by_device.reconstruction_, expected.reconstruction_, atol=1e-6)
-
-
-def test_the_example_at_its_smallest(tmp_path):
-    figure = tmp_path / "figure.png"
-    flags = ["--quick", "--iterations", "5", "--out", str(figure)]
-    done = subprocess.run(
-        [sys.executable, str(ROOT / "examples/deep_tensor.py"), *flags], capture_output=True, text=True
-    )
-    assert done.returncode in (0, 1), done.stderr
-    assert done.stdout.splitlines()[-1].startswith("PASS" if done.returncode == 0 else "FAIL")
-    assert figure.stat().st_size > 10_000

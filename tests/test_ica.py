@@ -1,7 +1,6 @@
 """VCRegICA and the Amari distance: sources are found, conventions of scikit-learn hold, wrong input gets a sentence."""
 
 import re
-import runpy
 import subprocess
 import sys
 import warnings
@@ -253,18 +252,3 @@ def test_without_scikit_learn():
     )
     ran = subprocess.run([sys.executable, "-W", "ignore", "-c", program], capture_output=True, text=True, cwd=ROOT)
     assert ran.stdout.strip() == "(100, 2) ['vcregica0', 'vcregica1'] 1.0", ran.stderr
-
-
-# the example
-
-
-def test_the_example_runs_to_its_verdict(monkeypatch, tmp_path, capsys):
-    monkeypatch.syspath_prepend(ROOT / "examples")
-    flags = ["--quick", "--seeds", "1", "--samples", "200", "--steps", "3", "--out", str(tmp_path / "figure.png")]
-    monkeypatch.setattr(sys, "argv", ["independence", *flags])
-    with torch.random.fork_rng(), pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(ROOT / "examples" / "independence.py"), run_name="__main__")
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("FAIL" if ended.value.code else "PASS")
-    assert sum(line.startswith(("uniform", "laplace", "bimodal", "exponential")) for line in lines) == 4
-    assert (tmp_path / "figure.png").stat().st_size > 10_000

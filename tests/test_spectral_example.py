@@ -1,4 +1,4 @@
-"""The example of spectral embeddings runs to its verdict, and says what is wrong with a flag."""
+"""The example of spectral embeddings fails where it should, and says what is wrong with a flag."""
 
 import runpy
 import sys
@@ -26,14 +26,6 @@ def run(monkeypatch, tmp_path):
         return ended.value.code
 
     return main
-
-
-def test_it_passes(run, tmp_path, capsys):
-    assert run() == 0
-    lines = capsys.readouterr().out.splitlines()
-    assert lines[-1].startswith("PASS: descent within")
-    assert sum(line.startswith(("VICReg", "SimCLR", "Barlow")) for line in lines) == 3
-    assert (tmp_path / "figure.png").stat().st_size > 10_000
 
 
 def test_it_fails_where_descent_was_stopped_early(run, capsys):

@@ -1,8 +1,9 @@
 """The loss of a low-rank model of a matrix, and its gradients by both factors.
 
 A tile of the model, of the residual and of the gradient exists only on chip. A program owns the rows that it sums, so
-the gradient of each factor is a sweep of its own. One sweep for both would keep two sums beside the tile, and does not
-fit the registers.
+the gradient of each factor is a sweep of its own. One sweep for both would keep a second sum in memory for every
+program: at 4096 x 4096 with 64 columns, 132 programs in a grid of 11 x 12 would have partial sums of 24 MB, 36 % of m.
+A sweep for each factor has 4 MB. Two sums beside the tile do not fit the registers of most cases either.
 """
 
 from __future__ import annotations
