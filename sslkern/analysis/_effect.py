@@ -79,6 +79,15 @@ class PerClassEffect:
         """The names of the classes that fall while the mean rises; the largest fall first."""
         return self.losers if self.mean_change > 0 else ()
 
+    @property
+    def better_elsewhere(self) -> tuple[str, ...]:
+        """The names of the classes whose regret has an interval above 0; the largest regret first.
+
+        The intervals are not corrected for the number of classes: choose `alpha` accordingly.
+        """
+        order = (-self.regrets).argsort(kind="stable")
+        return tuple(self.class_names[c] for c in order if self.regret_intervals[c, 0] > 0)
+
     def _order(self) -> np.ndarray:
         """Classes by their change, falls first; those without one come last."""
         return self.changes.argsort(kind="stable")
@@ -87,7 +96,7 @@ class PerClassEffect:
         """The figures as aligned text, with at most this many classes: the largest falls and the largest rises."""
         at = {float(s): i for i, s in enumerate(self.strengths)}
         base, chosen = at[self.baseline], at[self.strength]
-        head = ("strength", "mean accuracy", f"{1 - self.alpha:.0%} interval", "classes at their best")
+        head = ("strength", "mean accuracy", f"{100 * (1 - self.alpha):g}% interval", "classes at their best")
         counts = [int((self.best_per_class == s).sum()) for s in self.strengths]
         rows = [
             (f"{s:g}", f"{m:.4f}", _interval(i), f"{n}")
@@ -124,36 +133,54 @@ class PerClassEffect:
             verdict,
         )
 
-    def plot(self, ax: Any = None, xlabel: str = "strength") -> Any:
-        """Draw accuracy against strength: the mean in bold with its interval, the classes that fall in colour with
-        their names, and the others in grey. Returns the axes.
+    def plot(self, ax: Any = None, xlabel: str = "strength", highlight: Any = None) -> Any:
+        """Draw accuracy against strength: the mean in bold with its interval, some classes in colour with their names
+        and a dot where they are best, and the others in grey. Returns the axes.
 
-        The axis is logarithmic if the positive strengths span a factor of 100 or more.
+        `highlight` has the names of the classes in colour, by default the `losers`; the first eight are named. The axis
+        is logarithmic if the positive strengths span a factor of 100 or more.
         """
+        colored = self._numbers(highlight)
         ax = axes(ax)
         x = self.strengths
-        falls = [int(c) for c in self._order() if self.falls[c]]
-        rest = np.setdiff1d(np.arange(len(self.class_names)), falls)
+        rest = np.setdiff1d(np.arange(len(self.class_names)), colored)
+        named = colored[:_NAMED]
         faint = float(np.clip(12 / max(len(rest), 1), 0.15, 0.8))
         ax.plot(x, self.class_means[:, rest], color="0.6", linewidth=1, alpha=faint, zorder=1)
-        ax.plot(x, self.class_means[:, falls[_NAMED:]], color="C3", linewidth=0.8, zorder=2)
-        for k, c in enumerate(falls[:_NAMED]):
+        ax.plot(x, self.class_means[:, colored[_NAMED:]], color="C3", linewidth=0.8, zorder=2)
+        for k, c in enumerate(named):
             ax.plot(x, self.class_means[:, c], color=_COLORS[k], linewidth=1.8, zorder=3)
             ax.fill_between(x, *self.class_intervals[:, c].T, color=_COLORS[k], alpha=0.15, linewidth=0)
+            ax.plot(*self._peak(c), "o", color=_COLORS[k], zorder=3)
         ax.fill_between(x, *self.mean_intervals.T, color="black", alpha=0.15, linewidth=0, zorder=4)
         ax.plot(x, self.mean, color="black", linewidth=3, label="mean", zorder=5)
         best = "best on the mean" if self.strength == self.best_strength else "compared"
         ax.axvline(self.strength, color="black", linestyle=":", linewidth=1, label=f"{best}: {self.strength:g}")
-        if len(falls) > _NAMED:
-            ax.plot([], [], color="C3", linewidth=0.8, label=f"{len(falls) - _NAMED} more classes that fall")
+        if len(colored) > _NAMED:
+            ax.plot([], [], color="C3", linewidth=0.8, label=f"{len(colored) - _NAMED} more, not named")
         if len(rest):
-            ax.plot([], [], color="0.6", linewidth=1, label=f"{len(rest)} {'other ' if falls else ''}classes")
+            ax.plot([], [], color="0.6", linewidth=1, label=f"{len(rest)} {'other ' if colored else ''}classes")
         _set_scale(ax, x)
         ax.set(xlabel=xlabel, ylabel="accuracy")
-        ends = [(float(self.class_means[-1, c]), self.class_names[c], _COLORS[k]) for k, c in enumerate(falls[:_NAMED])]
+        ends = [(float(self.class_means[-1, c]), self.class_names[c], _COLORS[k]) for k, c in enumerate(named)]
         _name_ends(ax, x[-1], ends)
         ax.legend(frameon=False)
         return ax
+
+    def _numbers(self, names: Any) -> list[int]:
+        """The classes to highlight."""
+        if names is None:
+            return [int(c) for c in self._order() if self.falls[c]]
+        found = [names] if isinstance(names, str) else list(map(str, names))
+        for name in found:
+            if name not in self.class_names:
+                raise ValueError(f"highlight must have names of classes, got {name!r}.")
+        return [self.class_names.index(name) for name in found]
+
+    def _peak(self, c: int) -> tuple[float, float]:
+        """The strength at which a class is best, and its accuracy there."""
+        best = float(self.best_per_class[c])
+        return best, float(self.class_means[self.strengths == best, c].sum())
 
 
 def _number(value: float, form: str) -> str:

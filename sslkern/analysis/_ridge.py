@@ -13,6 +13,7 @@ from torch import Tensor
 from ..core.dtypes import short
 
 _BLOCK = 1 << 22  # numbers of x that are centred at once in float64: 32 MB
+_SMALL = 1e-6  # of the largest eigenvalue: smaller ones are decomposed once more
 
 
 class Values:
@@ -67,7 +68,7 @@ class Labels:
         found = _labels("y_test", y, n)
         known = np.isin(found, self._classes)
         if not known.all():
-            raise ValueError(f"y_test must have only labels of y, got {found[~known][0]!r}.")
+            raise ValueError(f"y_test must have only labels of y, got {str(found[~known][0])!r}.")
         return torch.from_numpy(np.searchsorted(self._classes, found)).to(self.number.device)
 
     def mean(self) -> Tensor:
@@ -113,17 +114,17 @@ def _labels(name: str, y: Any, n: int) -> np.ndarray:
 
 
 class Decomposition:
-    """The eigenvectors of Xc'Xc, or of XcXc' if it is smaller, and the targets in their coordinates."""
+    """The eigenvalues of Xc'Xc, or of XcXc' if it is not larger, and W = basis (coordinates/(eigenvalue + decay))."""
 
     def __init__(self, x: Tensor, y: Values | Labels, fit_intercept: bool) -> None:
         n, d = x.shape
         zeros = partial(torch.zeros, dtype=torch.float64, device=x.device)
-        self.x, self.dual = x, n <= d  # the dual is the more precise one if the matrix is singular
         self.mean = x.mean(0, dtype=torch.float64) if fit_intercept else zeros(d)
         self.offset = y.mean() if fit_intercept else zeros(y.columns)
+        eps = torch.finfo(torch.float64).eps
+        rounded = n * (8 * eps * x.abs().amax().double()).square()  # what constant features leave after centring
         gram = zeros(min(n, d), min(n, d))
-        if self.dual:
-            moments = y.rows(slice(None)) - self.offset
+        if n <= d:
             for _, part in self._blocks(x, 1):
                 gram.addmm_(part, part.mT)
         else:
@@ -131,16 +132,45 @@ class Decomposition:
             for rows, part in self._blocks(x, 0):
                 gram.addmm_(part.mT, part)
                 moments.addmm_(part.mT, y.rows(rows) - self.offset)
-        eigenvalues, self.vectors = torch.linalg.eigh(gram)
-        self.eigenvalues = eigenvalues.clamp_min(0)
-        self.coordinates = self.vectors.mT @ moments
-        eps = torch.finfo(torch.float64).eps
-        rounded = n * (8 * eps * x.abs().amax().double()).square()  # what constant features leave after centring
-        self.least = max(n, d) * eps * self.eigenvalues[-1] + rounded
+        self.eigenvalues, vectors = torch.linalg.eigh(gram)
+        self.least = (4 * max(n, d) * eps) ** 2 * self.eigenvalues[-1] + rounded
+        if n <= d:
+            self.basis = torch.cat([part.mT @ vectors for _, part in self._blocks(x, 1)])
+            self.coordinates = vectors.mT @ (y.rows(slice(None)) - self.offset)
+        else:
+            self.basis, self.coordinates = vectors, vectors.mT @ moments
+        self._sharpen(x, y)
+        self.eigenvalues = self.eigenvalues.clamp_min(0)
+
+    def _sharpen(self, x: Tensor, y: Values | Labels) -> None:
+        """Decompose the directions of small eigenvalues once more, on their own.
+
+        The rounding of the largest eigenvalue hides the small ones. In the space of their eigenvectors it does not.
+        """
+        count = len(self.eigenvalues)
+        while self.eigenvalues[count - 1] > self.least:
+            small = int((self.eigenvalues[:count] <= _SMALL * self.eigenvalues[count - 1]).sum())
+            if not small:
+                return
+            old = self.basis[:, :small]
+            if x.shape[0] <= x.shape[1]:
+                large = self.basis[:, small:]  # orthogonal to the others but for rounding
+                old = old - large @ ((large.mT @ old) / self.eigenvalues[small:, None])
+                gram, coordinates = old.mT @ old, self.coordinates[:small]
+            else:
+                gram, coordinates = old.new_zeros(small, small), torch.zeros_like(self.coordinates[:small])
+                for rows, part in self._blocks(x, 0):
+                    part = part @ old
+                    gram.addmm_(part.mT, part)
+                    coordinates.addmm_(part.mT, y.rows(rows) - self.offset)
+            self.eigenvalues[:small], vectors = torch.linalg.eigh(gram)
+            self.basis[:, :small] = old @ vectors
+            self.coordinates[:small] = vectors.mT @ coordinates
+            count = small
 
     def _blocks(self, x: Tensor, axis: int) -> Iterator[tuple[slice, Tensor]]:
         """Blocks of rows (axis 0) or columns (axis 1) of x, centred and in float64."""
-        step = max(1, _BLOCK // x.shape[1 - axis])
+        step = max(1, _BLOCK // max(x.shape[1 - axis], 1 if axis else len(self.offset)))  # of x, and of targets
         for start in range(0, x.shape[axis], step):
             part = slice(start, start + step)
             if axis:
@@ -150,26 +180,17 @@ class Decomposition:
 
     def filter(self, decay: Tensor) -> Tensor:
         """1/(eigenvalue + decay), and 0 for the directions that are lost in rounding."""
-        kept = (self.eigenvalues > self.least) | (decay > self.least)
+        kept = self.eigenvalues > self.least
         return kept / (self.eigenvalues + decay).where(kept, torch.ones_like(decay))
 
     def scores(self, new: Tensor, decays: Tensor) -> Iterator[Tensor]:
         """W x + b of new samples, (M, C), for each decay."""
-        if self.dual:
-            products = new.new_zeros(new.shape[0], self.x.shape[0], dtype=torch.float64)
-            for columns, part in self._blocks(self.x, 1):
-                products.addmm_(new[:, columns].double() - self.mean[columns], part.mT)
-            basis = products @ self.vectors
-        else:
-            basis = torch.cat([part @ self.vectors for _, part in self._blocks(new, 0)])
+        basis = torch.cat([part @ self.basis for _, part in self._blocks(new, 0)])
         for decay in decays:
             yield basis @ (self.filter(decay)[:, None] * self.coordinates) + self.offset
 
     def weights(self, decays: Tensor) -> tuple[Tensor, Tensor]:
         """W, (L, C, D), and b, (L, C)."""
         scaled = torch.stack([self.filter(decay)[:, None] * self.coordinates for decay in decays], 1)  # (r, L, C)
-        found = self.vectors @ scaled.flatten(1)
-        if self.dual:
-            found = torch.cat([part.mT @ found for _, part in self._blocks(self.x, 1)])
-        w = found.mT.reshape(*scaled.shape[1:], -1)
+        w = (self.basis @ scaled.flatten(1)).mT.reshape(*scaled.shape[1:], -1)
         return w, self.offset - w @ self.mean

@@ -81,13 +81,12 @@ def ridge_path(
 
     One eigendecomposition serves all decays. It is that of the D x D matrix Xc'Xc if N > D, and of the N x N matrix
     XcXc' otherwise, where Xc has the centred rows. Each further decay costs M min(N, D) C operations for M test rows.
-    Everything is computed in float64. Beyond the result, memory is that of a few matrices of min(N, D)^2 numbers and of
-    M min(N, D) numbers; x is not copied as a whole.
+    Everything is computed in float64. Beyond the result, memory is that of a few matrices of min(N, D)^2 numbers, of
+    M min(N, D) numbers, and, if N <= D, of a copy of x.
 
-    With decay 0 and a singular matrix, the weights are those of the smallest norm, as of `numpy.linalg.lstsq`.
-    Eigenvalues up to max(N, D) eps times the largest count as 0 there, and wherever the decay itself is as small.
-    Forming the matrix squares the singular values, so directions with less than about 1e-7 of the largest singular
-    value need a larger decay.
+    Eigenvalues below 1e-6 of the largest one are decomposed once more, on their own, since the rounding of the matrix
+    spoils them. Singular values of Xc up to 4 max(N, D) eps times the largest one count as 0. With decay 0 and a
+    singular matrix, the weights are thus those of the smallest norm, as of `numpy.linalg.lstsq`.
 
     Args:
         x: samples (N, D), N >= 1, finite, floating-point or integers: a tensor on any device, or what `numpy.asarray`
@@ -124,7 +123,7 @@ def ridge_path(
     freedom = torch.stack([(model.eigenvalues * model.filter(value)).sum() for value in decay])
     out = {"decays": decay, "degrees_of_freedom": freedom}
     if new is not None:
-        out |= _evaluate(model, truth, new, test, decay)
+        out |= _evaluate(model, truth, new, test, decay, accumulation_dtype(rows))
     if weights:
         out["weights"], out["intercepts"] = (part.to(accumulation_dtype(rows)) for part in model.weights(decay))
     if truth.flat:  # a one-dimensional y has no axis of columns
@@ -139,7 +138,7 @@ def ridge_path(
 
 
 def _evaluate(
-    model: Decomposition, truth: Values | Labels, new: Tensor, test: Tensor | None, decays: Tensor
+    model: Decomposition, truth: Values | Labels, new: Tensor, test: Tensor | None, decays: Tensor, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     """Predictions of new samples, with the numbers of classes for labels, and how good they are."""
     scores = model.scores(new, decays)
@@ -150,9 +149,7 @@ def _evaluate(
         accuracies = (number == test).double().mean(1)
         by_class = per_class_accuracy(number, test, truth.count)
         return {"predictions": number, "accuracies": accuracies, "class_accuracies": by_class}
-    predictions = torch.empty(
-        len(decays), len(new), truth.columns, dtype=accumulation_dtype(model.x), device=new.device
-    )
+    predictions = torch.empty(len(decays), len(new), truth.columns, dtype=dtype, device=new.device)
     errors = []
     for k, score in enumerate(scores):
         predictions[k] = score
