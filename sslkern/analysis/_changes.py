@@ -14,7 +14,7 @@ ROUNDING = 1e-12  # of the largest accuracy, or of 1: smaller differences are 0
 class Runs:
     """How runs are summarised: the level, the overlap of their training sets, and what counts as rounding."""
 
-    stats: Any  # scipy.stats
+    special: Any  # scipy.special
     alpha: float
     ratio: float
     slack: float
@@ -34,9 +34,9 @@ class Runs:
         same = np.nanmax(abs(values - center), 0, initial=0) <= self.slack
         error = np.where(same, 0, error)
         t = np.divide(abs(center), error, out=np.full(total.shape, np.inf), where=tested & ~same)
-        p = 2 * self.stats.t.sf(t, freedom)
+        p = 2 * self.special.stdtr(freedom, -t)
         p = np.where(same, np.where(abs(center) <= self.slack, 1, 2.0 ** (1 - count)), p)
-        half = self.stats.t.ppf(1 - self.alpha / 2, freedom) * error
+        half = -self.special.stdtrit(freedom, self.alpha / 2) * error
         around = np.stack([center - half, center + half], -1)
         return center, np.where(tested[..., None], around, np.nan), np.where(tested, p, np.nan)
 

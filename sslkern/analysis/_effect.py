@@ -11,6 +11,7 @@ from ._results import axes, table
 
 _COLORS = ("C0", "C1", "C2", "C4", "C5", "C6", "C8", "C9")  # of the classes that a plot names; C7 is grey
 _NAMED = len(_COLORS)
+_SEARCHED = 50  # lines among which matplotlib looks for a place for the legend, which takes seconds for many
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class PerClassEffect:
         ax.set(xlabel=xlabel, ylabel="accuracy")
         ends = [(float(self.class_means[-1, c]), self.class_names[c], _COLORS[k]) for k, c in enumerate(named)]
         _name_ends(ax, x[-1], ends)
-        ax.legend(frameon=False)
+        ax.legend(frameon=False, loc="best" if len(rest) <= _SEARCHED else "lower left")
         return ax
 
     def _numbers(self, names: Any) -> list[int]:

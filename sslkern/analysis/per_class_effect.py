@@ -133,9 +133,9 @@ def per_class_effect(
     checks.one_of("correction", correction, get_args(Correction))
     ratio = checks.non_negative("test_to_train", test_to_train)
     mean = _mean(values, weights)
-    stats = _stats()
+    stats, special = _scipy()
 
-    runs = Runs(stats, float(alpha), ratio, ROUNDING * max(1.0, float(np.nanmax(abs(values)))))
+    runs = Runs(special, float(alpha), ratio, ROUNDING * max(1.0, float(np.nanmax(abs(values)))))
     overall, overall_interval, _ = runs.summary(mean)
     best = int(runs.best(overall, 0))
     chosen = best if asked is None else asked
@@ -246,9 +246,9 @@ def _mean(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
     return np.divide((np.nan_to_num(values) * there).sum(2), total, out=np.full(total.shape, np.nan), where=total > 0)
 
 
-def _stats() -> Any:
+def _scipy() -> tuple[Any, Any]:
     try:
-        from scipy import stats
+        from scipy import special, stats
     except ImportError as error:
         raise ImportError("per_class_effect needs SciPy: pip install scipy.") from error
-    return stats
+    return stats, special
