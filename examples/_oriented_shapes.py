@@ -1,4 +1,4 @@
-"""Small generated images: eight shapes at any angle, and two classes that only the angle of a bar tells apart."""
+"""Small generated images: eight shapes at any angle, and two classes of bars that differ in their angle."""
 
 import math
 
@@ -6,15 +6,17 @@ import torch
 import torch.nn.functional as F
 
 SIDE = 16  # pixels
-NAMES = ("arc", "triangle", "cross", "T", "L", "two dots", "two bars", "three dots", "bar +15°", "bar -15°")
+NAMES = ("arc", "triangle", "cross", "T", "L", "two dots", "two bars", "three dots", "bar +10°", "bar -10°")
 ORIENTED = NAMES[-2:]
-SLANT, WOBBLE, NOISE = 15, 8, 0.1  # degrees; standard deviation of the noise of pixels in [0, 1]
+SLANT, WOBBLE = 10, 5  # degrees
+HALF_LENGTHS = (0.73, 0.65)  # of the two bars, before the random scale of 0.8 to 1.2: a weak cue beside the angle
+NOISE = 0.1  # standard deviation; pixels are in [0, 1]
 
 
 def draw(per_class, generator):
     """Images (N, 1, 16, 16) and labels, with a random angle, size, place and noise.
 
-    The first eight classes have any angle. A bar is within 8 degrees of +15 or of -15 degrees, its class.
+    The first eight classes have any angle. A bar is within 5 degrees of +10 or of -10 degrees, its class.
     """
     y = torch.arange(len(NAMES)).repeat_interleave(per_class)
 
@@ -37,8 +39,8 @@ def draw(per_class, generator):
 def _fields(u, v):
     """For each class, a function of the plane that is above 0 inside its shape; (classes, N, 16, 16)."""
 
-    def bar(along, across):
-        return torch.minimum(0.7 - along.abs(), 0.15 - across.abs())
+    def bar(along, across, half=0.7):
+        return torch.minimum(half - along.abs(), 0.15 - across.abs())
 
     def dots(*centers):
         return torch.stack([0.25 - torch.hypot(u - a, v - b) for a, b in centers]).amax(0)
@@ -54,8 +56,7 @@ def _fields(u, v):
             dots((-0.5, 0), (0.5, 0)),
             either(bar(u, v - 0.45), bar(u, v + 0.45)),
             dots((-0.5, -0.35), (0.5, -0.35), (0, 0.5)),
-            bar(u, v),
-            bar(u, v),
+            *(bar(u, v, half) for half in HALF_LENGTHS),
         ]
     )
 
