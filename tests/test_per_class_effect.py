@@ -137,6 +137,7 @@ def test_a_class_without_samples_in_a_run():
     np.testing.assert_allclose(result.class_intervals[1, 0], interval(rest[:, 1], 0.05), atol=1e-13)
     np.testing.assert_allclose(result.mean, np.nanmean(a, 2).mean(0), atol=1e-14)
     assert np.isnan(result.p_values[3:]).all() and np.isnan(result.corrected_p_values[3:]).all()
+    assert np.isnan(result.regrets).tolist() == [False] * 3 + [True] * 2
     assert result.changes[3] == a[0, 3, 3] - a[0, 0, 3] and np.isnan(result.changes[4])
     assert np.isnan(result.best_per_class).tolist() == [False] * 4 + [True]
     alone = per_class_effect(a[:, :, :3], STRENGTHS)

@@ -83,6 +83,8 @@ def with_nan(place):
         (with_nan((1, 2, 3)), STRENGTHS, {}, ValueError, "but they are NaN at some strengths only."),
         (with_nan(slice(1, None)), STRENGTHS, {}, ValueError, "accuracies must have samples of a class with a weight"),
         (A.astype(str), STRENGTHS, {}, TypeError, "accuracies must be an array of numbers, got <U"),
+        ([[[1.0], [1.0, 2]]], STRENGTHS, {}, ValueError, "accuracies must be an array, got lists of different"),
+        (torch.ones(3).to_sparse(), STRENGTHS, {}, TypeError, "accuracies must be dense, got layout torch.sparse_coo."),
         (A, (0,), {}, ValueError, "strengths must have shape (S,) with S >= 2, got (1,)."),
         (A, (0, 1, 1), {}, ValueError, "strengths must be finite and distinct, got [0.0, 1.0, 1.0]."),
         (A, (0, 1, NAN), {}, ValueError, "strengths must be finite and distinct"),

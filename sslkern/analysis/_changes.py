@@ -56,7 +56,8 @@ class Runs:
         shared = self.best(_of_others(mean), 1)  # (R,)
         own = self.best(_of_others(values), 1, shared[:, None])  # (R, C)
         at_own = np.take_along_axis(values, own[:, None], 1)[:, 0]
-        return at_own - np.take_along_axis(values, shared[:, None, None], 1)[:, 0]
+        lost = at_own - np.take_along_axis(values, shared[:, None, None], 1)[:, 0]
+        return np.where((~np.isnan(lost)).sum(0) > 1, lost, np.nan)  # with a single run, no other has chosen
 
 
 def _of_others(values: np.ndarray) -> np.ndarray:

@@ -156,7 +156,7 @@ class PerClassEffect:
         ax.fill_between(x, *self.mean_intervals.T, color="black", alpha=0.15, linewidth=0, zorder=4)
         ax.plot(x, self.mean, color="black", linewidth=3, label="mean", zorder=5)
         best = "best on the mean" if self.strength == self.best_strength else "compared"
-        ax.axvline(self.strength, color="black", linestyle=":", linewidth=1, label=f"{best}: {self.strength:g}")
+        ax.axvline(self.strength, color="black", linestyle=":", linewidth=1, label=f"{best}: {self.strength:.3g}")
         if len(colored) > _NAMED:
             ax.plot([], [], color="C3", linewidth=0.8, label=f"{len(colored) - _NAMED} more, not named")
         if len(rest):

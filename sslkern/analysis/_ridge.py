@@ -10,7 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..core.dtypes import short
+from ._arrays import as_array, numbers
 
 _BLOCK = 1 << 22  # numbers of x that are centred at once in float64: 32 MB
 _SMALL = 1e-6  # of the largest eigenvalue: smaller ones are decomposed once more
@@ -32,7 +32,7 @@ class Values:
 
     def of_test(self, y: Any, n: int) -> Tensor:
         """Targets of test samples, in float64."""
-        y = y.detach() if isinstance(y, Tensor) else _floats("y_test", y)
+        y = torch.from_numpy(numbers("y_test", y))
         test = Values("y_test", y, n, self.y.device)
         if test.columns != self.columns or test.flat != self.flat:
             raise ValueError(f"y_test must have as many columns as y, {self.columns}, got shape {tuple(y.shape)}.")
@@ -89,23 +89,14 @@ class Labels:
 
 def targets(y: Any, n: int, device: torch.device) -> Values | Labels:
     """Floating-point numbers are targets, and anything else are labels."""
-    if isinstance(y, Tensor):
-        if y.is_complex():
-            raise TypeError(f"y must be real numbers or labels, got {short(y.dtype)}.")
-        return Values("y", y.detach(), n, device) if y.is_floating_point() else Labels("y", y, n, device)
-    array = np.asarray(y)
-    return Values("y", _floats("y", array), n, device) if array.dtype.kind == "f" else Labels("y", array, n, device)
-
-
-def _floats(name: str, value: Any) -> Tensor:
-    array = np.asarray(value)
-    if array.dtype.kind not in "biuf":
-        raise TypeError(f"{name} must be an array of numbers, got {array.dtype}.")
-    return torch.from_numpy(array.astype(np.float64))
+    array = as_array("y", y)
+    if array.dtype.kind == "f":
+        return Values("y", torch.from_numpy(array.astype(np.float64)), n, device)
+    return Labels("y", y, n, device)
 
 
 def _labels(name: str, y: Any, n: int) -> np.ndarray:
-    found = y.detach().cpu().numpy() if isinstance(y, Tensor) else np.asarray(y)
+    found = as_array(name, y)
     if found.dtype.kind not in "biuUSO":
         raise TypeError(f"{name} must be labels, integers or strings, got {found.dtype}.")
     if found.shape != (n,):

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.dtypes import short
+from ._arrays import as_array, numbers
 from ._changes import ROUNDING, Runs, corrected
 from ._effect import PerClassEffect
 
@@ -171,28 +172,19 @@ def per_class_effect(
 
 
 def _integers(name: str, value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        if value.is_floating_point() or value.is_complex() or value.dtype == torch.bool:
-            raise TypeError(f"{name} must be integers, the numbers of classes, got {short(value.dtype)}.")
-        return value.long()
-    array = np.asarray(value)
-    if array.dtype.kind not in "iu":
-        raise TypeError(f"{name} must be integers, the numbers of classes, got {array.dtype}.")
-    return torch.from_numpy(array.astype(np.int64))
-
-
-def _floats(name: str, value: Any) -> np.ndarray:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = (value.double() if value.is_floating_point() else value).numpy()
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"{name} must be an array of numbers, got {array.dtype}.")
-    return array.astype(np.float64)
+    found = value if isinstance(value, Tensor) else as_array(name, value)
+    if isinstance(found, Tensor):
+        fits = not (found.is_floating_point() or found.is_complex() or found.dtype == torch.bool)
+        dtype = short(found.dtype)
+    else:
+        fits, dtype = found.dtype.kind in "iu", str(found.dtype)
+    if not fits:
+        raise TypeError(f"{name} must be integers, the numbers of classes, got {dtype}.")
+    return found.long() if isinstance(found, Tensor) else torch.from_numpy(found.astype(np.int64))
 
 
 def _strengths(value: Any) -> np.ndarray:
-    grid = _floats("strengths", value)
+    grid = numbers("strengths", value)
     if grid.ndim != 1 or len(grid) < 2:
         raise ValueError(f"strengths must have shape (S,) with S >= 2, got {grid.shape}.")
     if not np.isfinite(grid).all() or len(np.unique(grid)) < len(grid):
@@ -201,7 +193,7 @@ def _strengths(value: Any) -> np.ndarray:
 
 
 def _accuracies(value: Any, n_strengths: int) -> np.ndarray:
-    values = _floats("accuracies", value)
+    values = numbers("accuracies", value)
     if values.ndim != 3 or values.shape[1] != n_strengths or values.shape[2] < 1:
         raise ValueError(f"accuracies must have shape (R, {n_strengths}, C), as strengths has, got {values.shape}.")
     if len(values) < 2:
@@ -224,7 +216,7 @@ def _names(names: Any, count: int) -> tuple[str, ...]:
 
 
 def _class_weights(weights: Any, count: int) -> np.ndarray:
-    found = np.ones(count) if weights is None else _floats("class_weights", weights)
+    found = np.ones(count) if weights is None else numbers("class_weights", weights)
     if found.shape != (count,) or not (np.isfinite(found) & (found >= 0)).all():
         raise ValueError(f"class_weights must be {count} finite numbers >= 0, got {checks.got(weights)}.")
     return found

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.dtypes import accumulation_dtype, short
+from ._arrays import as_array, numbers
 from ._results import table
 from ._ridge import Decomposition, Labels, Values, targets
 from .per_class_effect import per_class_accuracy
@@ -165,11 +166,9 @@ def _samples(name: str, value: Any) -> Tensor:
             raise TypeError(f"{name} must be dense and real, got {value.layout} with {short(value.dtype)}.")
         x = value.detach()
     else:
-        array = np.asarray(value)
-        if array.dtype.kind not in "biuf":
-            raise TypeError(f"{name} must be an array of numbers, got {array.dtype}.")
-        kept = array.dtype.newbyteorder("=") if array.dtype in (np.float16, np.float32) else np.float64
-        x = torch.from_numpy(np.array(array, kept))
+        array = as_array(name, value)
+        narrow = array.dtype in (np.float16, np.float32)
+        x = torch.from_numpy(array.astype(np.float32) if narrow else numbers(name, array))
     x = x if x.is_floating_point() else x.double()
     if x.dim() != 2 or 0 in x.shape:
         raise ValueError(f"{name} must have shape (N, D) with at least one row and one column, got {tuple(x.shape)}.")
@@ -186,15 +185,10 @@ def _test_samples(value: Any, x: Tensor) -> Tensor:
 
 
 def _decays(value: Any) -> Tensor:
-    if isinstance(value, Tensor):
-        value = value.detach().cpu()
-        value = (value.double() if value.is_floating_point() else value).numpy()
-    array = np.asarray(value)
-    if array.dtype.kind not in "iuf":
-        raise TypeError(f"decays must be numbers, got {array.dtype}.")
+    array = numbers("decays", value)
     if array.ndim != 1 or not array.size:
         raise ValueError(f"decays must have shape (L,) with L >= 1, got {array.shape}.")
     wrong = ~(np.isfinite(array) & (array >= 0))
     if wrong.any():
         raise ValueError(f"decays must be finite and >= 0, got {array[wrong][0]:g}.")
-    return torch.from_numpy(array.astype(np.float64))
+    return torch.from_numpy(array)
