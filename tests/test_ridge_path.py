@@ -77,6 +77,15 @@ def test_it_is_the_ridge_classifier(classes, n, blocks):
     assert np.array_equal(path.classes, np.unique(y)) and path.errors is None
 
 
+@pytest.mark.parametrize("labels", ([0, 1, 1, 0], [2, 1, 0, 2, 1, 0], [5]))
+def test_ties_go_to_the_first_class(labels):
+    """Constant features tell nothing, and every score is equal; as in scikit-learn."""
+    x = np.full((len(labels), 3), 0.7)
+    path = ridge_path(x, labels, DECAYS, x, labels)
+    assert (path.predictions == RidgeClassifier().fit(x, labels).predict(x)).all()
+    assert (path.degrees_of_freedom == 0).all() and (path.predictions == min(labels)).all()
+
+
 def test_labels_of_any_kind():
     x, y = load_digits(n_class=3, return_X_y=True)
     truth = ridge_path(x[:100], y[:100], [1.0], x[100:], y[100:])
