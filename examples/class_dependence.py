@@ -13,8 +13,8 @@ Every seed of 1 and 2 draws new training and test images. The seeds of 3 are spl
 tests take into account.
 
     python examples/class_dependence.py            10 seeds, some minutes on two cores
-    python examples/class_dependence.py --quick    8 seeds, fewer steps and strengths, no networks for digits; the same
-                                                   bounds, under a minute
+    python examples/class_dependence.py --quick    8 seeds, two strengths, no networks for digits; the same bounds,
+                                                   under a minute
 
 Paper: Balestriero, Bottou and LeCun, The effects of regularization and data augmentation are class dependent
 (2204.03632).
@@ -43,8 +43,8 @@ matplotlib.use("Agg")
 import matplotlib.pyplot as plt
 
 SIZES = {"seeds": 10, "steps": 400, "splits": 20}
-QUICK = {"seeds": 8, "steps": 300}
-ANGLES, QUICK_ANGLES = (0, 10, 20, 30, 60, 90, 180), (0, 20, 180)  # degrees
+QUICK = {"seeds": 8}
+ANGLES, QUICK_ANGLES = (0, 10, 20, 30, 60, 90, 180), (0, 180)  # degrees
 DIGITS_ANGLE = 30  # compared with no rotation, chosen in advance
 TRAINING, TESTING = 20, 100  # images of each class
 DECAYS = np.logspace(-3, 5, 17)
