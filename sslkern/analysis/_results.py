@@ -23,4 +23,4 @@ def axes(ax: Any = None) -> Any:
         import matplotlib.pyplot as plt
     except ImportError as error:
         raise ImportError("plot needs matplotlib: pip install matplotlib.") from error
-    return plt.figure().add_subplot()
+    return plt.figure(layout="constrained").add_subplot()
