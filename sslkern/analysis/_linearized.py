@@ -119,6 +119,8 @@ def _products(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
     with torch.inference_mode(False), without_autocast(v):
         if v.dim() == output.dim():
             return _gradients(output, target, v)[0].detach()
+        if len(v) == 1:  # without vmap, which takes longer
+            return _gradients(output, target, v[0])[0].detach()[None]
         size = max(1, _NUMBERS // max(output.numel(), target.numel()))
         return torch.cat([_block(output, target, part) for part in v.split(size)]).detach()
 

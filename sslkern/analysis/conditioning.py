@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..core import checks
+from ..core.dtypes import without_autocast
 from ..core.generators import generator as generator_of
 from ._bidiagonal import Bidiagonal
 from ._operators import Operator, operator
@@ -117,11 +118,12 @@ def extreme_singular_values(
     if not 0 < checks.positive_number("tol", tol) < 1:
         raise ValueError(f"tol must be below 1, got {tol!r}.")
     checks.positive("max_products", max_products)
-    if method == "dense":
-        return _by_svd(products, int(k))
     generator = generator_of(random_state)
-    tall = products if products.shape[0] >= products.shape[1] else products.T
-    return _by_lanczos(tall, products.shape, int(k), float(tol), int(max_products), generator)
+    with without_autocast(torch.empty(0, device=products.device)):
+        if method == "dense":
+            return _by_svd(products, int(k))
+        tall = products if products.shape[0] >= products.shape[1] else products.T
+        return _by_lanczos(tall, products.shape, int(k), float(tol), int(max_products), generator)
 
 
 def condition_number(

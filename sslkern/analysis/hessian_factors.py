@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core import checks
+from ..core.dtypes import without_autocast
 from ._linearized import Linearized, check_point, differentiable, frozen, recording, shown, versions
 from ._networks import inputs, kind, module
 from ._operators import Operator
@@ -75,7 +76,8 @@ class HessianFactors:
     def matrix(self) -> Tensor:
         """H, (P, P), from R as a matrix of N q P numbers."""
         root = self.root.dense()
-        return root.mT @ root
+        with without_autocast(root):
+            return root.mT @ root
 
     def maps(self) -> Tensor:
         """M, (N, q, d_out): the derivative of a sample's outputs in its outputs of the layer, before any activation.

@@ -19,7 +19,7 @@ class BoundResult:
 
     Attributes:
         name: the inequality.
-        value, bound: (...), the two sides, value <= bound.
+        value, bound: (...), the two sides, value <= bound, in float64.
         rounding: (...), how far the computed value may exceed the bound by rounding alone.
     """
 
@@ -95,7 +95,7 @@ def activation_condition(w: Tensor, d: Tensor) -> BoundResult:
 
     Source: as `residual_shift`.
     """
-    slopes = _slopes(w, d)
+    w, slopes = _slopes(w, d)
     of_w = _kappa(_values(w))
     least, most = slopes.abs().amin(-1), slopes.abs().amax(-1)
     bound = torch.where(least > 0, of_w * most / least, math.inf)
@@ -111,7 +111,7 @@ def absolute_value_shift(w: Tensor, d: Tensor) -> BoundResult:
     The value is the largest difference over i, and the bound is 0. Arguments, errors and source as in
     `activation_condition`; ValueError also if a slope is neither 1 nor -1.
     """
-    slopes = _slopes(w, d)
+    w, slopes = _slopes(w, d)
     if not bool((slopes.abs() == 1).all()):
         raise ValueError("d must be 1 or -1, the slopes of the absolute value, but it has other numbers.")
     before = _values(w)
@@ -151,7 +151,8 @@ def _matrix(w: Any) -> Tensor:
     return w.detach()
 
 
-def _slopes(w: Any, d: Any) -> Tensor:
+def _slopes(w: Any, d: Any) -> tuple[Tensor, Tensor]:
+    """Both in float64, where the rounding of their singular values is far below that of the numbers themselves."""
     w = _matrix(w)
     if not isinstance(d, Tensor) or d.dim() < 1 or d.shape[-1] != w.shape[-2]:
         raise ValueError(f"d must be a tensor of shape (..., {w.shape[-2]}), the rows of w, got {checks.got(d)}.")
@@ -164,12 +165,12 @@ def _slopes(w: Any, d: Any) -> Tensor:
         raise ValueError(
             f"d and w must have leading dimensions that broadcast, got {tuple(d.shape)} and {tuple(w.shape)}."
         ) from error
-    return d.detach()
+    return w.double(), d.detach().double()
 
 
 def _residual(w: Any, rho: Any) -> tuple[float, Tensor, Tensor]:
     """rho, the singular values of rho I + W, and |W|."""
-    w = _matrix(w)
+    w = _matrix(w).double()
     if isinstance(rho, Tensor):
         raise TypeError("rho must be a finite number, not a torch.Tensor.")
     rho = float(checks.setting("rho", rho))
@@ -181,8 +182,8 @@ def _residual(w: Any, rho: Any) -> tuple[float, Tensor, Tensor]:
 
 def _stacked(w: Any, d: Any) -> tuple[Tensor, Tensor]:
     """The p singular values of [D W; I], and those of D W with zeros to p."""
-    slopes = _slopes(w, d)
-    layer = slopes[..., None] * w.detach()
+    w, slopes = _slopes(w, d)
+    layer = slopes[..., None] * w
     p = layer.shape[-1]
     eye = torch.eye(p, dtype=layer.dtype, device=layer.device).expand(*layer.shape[:-2], p, p)
     s = _values(layer)
@@ -199,7 +200,7 @@ def _kappa(s: Tensor) -> Tensor:
 
 
 def _rounding(w: Tensor) -> float:
-    return 8 * torch.finfo(w.dtype).eps * math.sqrt(max(w.shape[-2:]))
+    return 32 * torch.finfo(torch.float64).eps * math.sqrt(max(w.shape[-2:]))
 
 
 def _of_kappa(w: Tensor, kappa: Tensor) -> Tensor:
