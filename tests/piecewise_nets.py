@@ -1,5 +1,7 @@
 """Piecewise affine networks of many kinds, and the distances to the boundaries of their units by autograd."""
 
+from itertools import pairwise
+
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -92,13 +94,35 @@ def moved(net, shape):
 
 def mlp(*widths, act=nn.ReLU):
     layers = []
-    for before, after in zip(widths, widths[1:], strict=False):
+    for before, after in pairwise(widths):
         layers += [nn.Linear(before, after), act()]
     return nn.Sequential(*layers)
 
 
 def conv(*layers, inputs=2):
     return nn.Sequential(nn.Conv2d(inputs, 4, 3), nn.ReLU(), *layers)
+
+
+def decoder():
+    return nn.Sequential(
+        *(nn.ConvTranspose2d(3, 2, 2, 2), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear")),
+        *(nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5), nn.Conv2d(2, 1, 3, 2), nn.ReLU()),
+    )
+
+
+def grouped():
+    first = nn.Conv2d(4, 4, 3, 2, 1, groups=2, padding_mode="circular")
+    second = nn.Conv2d(4, 2, 2, padding="same", padding_mode="reflect")
+    return nn.Sequential(first, nn.ReLU(), nn.Dropout(), second, nn.ReLU())
+
+
+def volume():
+    head = (nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten())
+    return nn.Sequential(*head, mlp(2, 3))
+
+
+def orthogonal():
+    return nn.Sequential(snn.OrthogonalLinear(6, 6), nn.ReLU(), snn.OrthogonalLinear(6, 4), nn.ReLU())
 
 
 # name: (network, shape of one sample)
@@ -109,7 +133,7 @@ NETS = {
     "bottleneck": lambda: (mlp(20, 2, 16), (20,)),
     "relu first": lambda: (nn.Sequential(nn.ReLU(inplace=True), nn.Linear(4, 3), nn.ReLU()), (4,)),
     "fused norm": lambda: (nn.Sequential(nn.Linear(6, 9), snn.BatchNorm1d(9, activation="relu"), mlp(9, 5)), (6,)),
-    "orthogonal": lambda: (nn.Sequential(snn.OrthogonalLinear(6, 6), nn.ReLU(), snn.OrthogonalLinear(6, 4), nn.ReLU()), (6,)),
+    "orthogonal": lambda: (orthogonal(), (6,)),
     "leaky": lambda: (mlp(6, 8, 7, act=nn.LeakyReLU), (6,)),
     "prelu": lambda: (nn.Sequential(nn.Conv1d(2, 3, 2), nn.PReLU(3), nn.Conv1d(3, 2, 2), nn.PReLU()), (2, 6)),
     "relu6": lambda: (nn.Sequential(nn.Linear(5, 8), nn.ReLU6(), nn.Linear(8, 6), nn.Hardtanh(-0.1, 0.2)), (5,)),
@@ -122,12 +146,10 @@ NETS = {
     "max pool first": lambda: (nn.Sequential(nn.MaxPool1d(2, dilation=2), nn.Conv1d(2, 3, 2), nn.ReLU()), (2, 8)),
     "adaptive": lambda: (conv(nn.AdaptiveMaxPool2d((2, 3)), nn.Flatten(), nn.Linear(24, 3), nn.ReLU()), (2, 7, 7)),
     "average": lambda: (conv(nn.AvgPool2d(2), nn.Flatten(), nn.Linear(16, 3), nn.ReLU()), (2, 6, 6)),
-    "grouped": lambda: (
-        nn.Sequential(nn.Conv2d(4, 4, 3, 2, 1, groups=2, padding_mode="circular"), nn.ReLU(), nn.Dropout(), nn.Conv2d(4, 2, 2, padding="same", padding_mode="reflect"), nn.ReLU()), (4, 5, 5)),
-    "decoder": lambda: (
-        nn.Sequential(nn.ConvTranspose2d(3, 2, 2, 2), nn.ReLU(), nn.Upsample(scale_factor=2, mode="bilinear"), nn.ReflectionPad2d(1), nn.ConstantPad2d(1, 0.5), nn.Conv2d(2, 1, 3, 2), nn.ReLU()), (3, 2, 2)),
-    "volume": lambda: (nn.Sequential(nn.Conv3d(1, 2, 2), nn.BatchNorm3d(2), nn.ReLU(), nn.MaxPool3d(2), nn.Flatten(), mlp(2, 3)), (1, 3, 3, 3)),
-}  # fmt: skip
+    "grouped": lambda: (grouped(), (4, 5, 5)),
+    "decoder": lambda: (decoder(), (3, 2, 2)),
+    "volume": lambda: (volume(), (1, 3, 3, 3)),
+}
 
 
 def build(name, dtype=torch.float64, seed=0):

@@ -2,8 +2,7 @@
 
 import pytest
 import torch
-from piecewise_nets import NETS, build, oracle, preactivations
-from torch import nn
+from piecewise_nets import NETS, build, oracle
 
 from sslkern.analysis import partition_distance
 

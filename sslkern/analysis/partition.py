@@ -112,14 +112,11 @@ def partition_distance(
 
     Source: Balestriero and Baraniuk, Batch normalization explained (2209.14778).
     """
-    net = _networks.module("net", net)
-    _check(net, x)
     radii = _radii(within)
     if chunk_size is not None:
         checks.positive("chunk_size", chunk_size)
+    pieces = read("net", net, x)
     with without_autocast(x):
-        pieces = trace("net", net)
-        check_agreement(pieces, x)
         limit = _LIMIT["cpu" if x.device.type == "cpu" else "cuda"]
         distances = Distances(pieces, x[:1], limit)
         chunks = x.split(chunk_size or distances.chunk_size())
@@ -130,7 +127,7 @@ def partition_distance(
         distance,
         layer,
         unit,
-        _names(pieces),
+        kink_names(pieces),
         tuple(distances.sizes),
         None if within is None else radii if several else radii[0],
         None if within is None else counts if several else counts[:, 0],
@@ -152,19 +149,26 @@ def _closest(layers: Iterator[Tensor], x: Tensor, radii: tuple[float, ...]) -> t
     return distance, layer, unit, counts
 
 
-def _check(net: nn.Module, x: Any) -> None:
+def read(name: str, net: Any, x: Any) -> Piecewise:
+    """Check a network and its samples, and trace the network."""
+    net = _networks.module(name, net)
     _networks.inputs("x", x)
     if x.dtype not in (torch.float32, torch.float64):
         raise TypeError(f"x must be float32 or float64, got {short(x.dtype)}.")
     if x.numel() == 0:
         raise ValueError(f"x must have at least one element in each row, got shape {tuple(x.shape)}.")
-    for name, p in net.named_parameters():
+    for path, p in net.named_parameters():
         if p.is_floating_point() and p.dtype != x.dtype:
-            raise TypeError(f"x must have the dtype of net, but x is {short(x.dtype)} and {name} is {short(p.dtype)}.")
+            kinds = f"x is {short(x.dtype)} and {path} is {short(p.dtype)}"
+            raise TypeError(f"x must have the dtype of {name}, but {kinds}.")
         if p.device != x.device:
-            raise ValueError(f"x must be on the device of net, but x is on {x.device} and {name} on {p.device}.")
+            raise ValueError(f"x must be on the device of {name}, but x is on {x.device} and {path} on {p.device}.")
     if not bool(x.isfinite().all()):
         raise ValueError("x must be finite, but it contains NaN or infinity.")
+    pieces = trace(name, net)
+    with without_autocast(x):
+        check_agreement(pieces, x)
+    return pieces
 
 
 def _radii(within: Any) -> tuple[float, ...]:
@@ -175,7 +179,7 @@ def _radii(within: Any) -> tuple[float, ...]:
     return (checks.non_negative("within", within),)
 
 
-def _names(net: Piecewise) -> tuple[str, ...]:
+def kink_names(net: Piecewise) -> tuple[str, ...]:
     """The labels of the kinks, numbered where a layer is called several times."""
     seen: Counter[str] = Counter()
     names = []
