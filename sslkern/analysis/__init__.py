@@ -1,9 +1,13 @@
 """Analysis of representations and of trained networks."""
 
+from .batch_norm import fit_batch_norm_, tls_distance
+from .boundary_jitter import BoundaryJitter, boundary_jitter
 from .conditioning import ExtremeSingularValues, condition_number, extreme_singular_values
 from .hessian_factors import HessianFactors, hessian_factors
 from .local_affine import LocalAffine, local_affine
 from .normality import NormalityResult, normality_test, normality_test_of
+from .partition import PartitionDistance, partition_distance
+from .partition_plot import plot_partition
 from .perturbation import (
     BoundResult,
     absolute_value_shift,
@@ -16,20 +20,27 @@ from .perturbation import (
 
 __all__ = [
     "BoundResult",
+    "BoundaryJitter",
     "ExtremeSingularValues",
     "HessianFactors",
     "LocalAffine",
     "NormalityResult",
+    "PartitionDistance",
     "absolute_value_shift",
     "activation_condition",
+    "boundary_jitter",
     "condition_number",
     "dense_condition",
     "dense_shift",
     "extreme_singular_values",
+    "fit_batch_norm_",
     "hessian_factors",
     "local_affine",
     "normality_test",
     "normality_test_of",
+    "partition_distance",
+    "plot_partition",
     "residual_condition",
     "residual_shift",
+    "tls_distance",
 ]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -13,9 +12,10 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..core.internals import hooked
-from ._networks import bare, evaluating, module
+from ._networks import evaluating, module
 from ._rules import Affine, Kink, Maximum, Refused, Rule
-from ._table import LAYERS, OF_ONE, OF_TWO, PLAIN
+from ._table import OF_ONE, OF_TWO, PLAIN, layer_rule
+from ._tracing import Tracer, Whole, first_sentence, untouched
 
 _OF_SHAPES = ("size", "dim", "ndimension", "numel", "new_zeros", "new_ones", "new_full")
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device")
@@ -55,6 +55,10 @@ class Piecewise:
     def kinks(self) -> tuple[Step, ...]:
         return tuple(step for step in self.steps if step.bends)
 
+    @property
+    def outputs(self) -> list[fx.Node]:
+        return _nodes(self.output)
+
     def refusal(self, step: Step, why: object) -> ValueError:
         return _refusal(self.name, step.label, why)
 
@@ -74,63 +78,15 @@ def trace(name: str, net: Any) -> Piecewise:
     for path, part in net.named_modules():
         if hooked(part):
             raise ValueError(f"{name} must have no hooks, which may change its values, but {path or name} has some.")
-    whole = _Whole(net)
-    with evaluating(net), _untouched(name, net):
+    whole = Whole(net)
+    with evaluating(net), untouched(name, net):
         try:
-            graph = _Tracer().trace(whole)
+            graph = Tracer().trace(whole)
         except Exception as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(".")
-            raise ValueError(f"{name} must be traceable by torch.fx, which reports: {said}.") from error
+            raise ValueError(
+                f"{name} must be traceable by torch.fx, which reports: {first_sentence(error)}."
+            ) from error
         return _Reader(name, whole, graph).read()
-
-
-class _Whole(nn.Module):
-    """The network with a single argument, so that its other arguments keep their defaults."""
-
-    def __init__(self, net: nn.Module) -> None:
-        super().__init__()
-        self.net = net
-
-    def forward(self, x: Any) -> Any:
-        return self.net(x)
-
-
-class _Tracer(fx.Tracer):
-    proxy_buffer_attributes = True
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return _layer(m) is not None or super().is_leaf_module(m, module_qualified_name)
-
-    def call_module(self, m: nn.Module, forward: Any, args: Any, kwargs: Any) -> Any:
-        inner = bare(m)
-        return super().call_module(m, forward, args, kwargs) if inner is m else inner(*args, **kwargs)
-
-
-def _layer(m: nn.Module) -> Callable[[Any], Rule] | None:
-    """The rule of a layer whose `forward` is that of a known class."""
-    forward = type(m).forward
-    return next(
-        (LAYERS[c] for c in type(m).__mro__ if c in LAYERS and vars(c).get("forward", forward) is forward), None
-    )
-
-
-@contextmanager
-def _untouched(name: str, net: nn.Module) -> Iterator[None]:
-    """Set attributes that a trace leaves on modules back, and refuse networks that draw random numbers."""
-    before = [(vars(part), dict(vars(part))) for part in net.modules()]
-    state = torch.get_rng_state()
-    try:
-        yield
-    finally:
-        for now, then in before:
-            if now.keys() != then.keys() or any(now[key] is not then[key] for key in then):
-                now.clear()
-                now.update(then)
-        drawn = not torch.equal(torch.get_rng_state(), state)
-        if drawn:
-            torch.set_rng_state(state)
-    if drawn:
-        raise ValueError(f"{name} must be deterministic, but it draws random numbers in evaluation mode.")
 
 
 def _refusal(name: str, label: str, why: object) -> ValueError:
@@ -140,7 +96,7 @@ def _refusal(name: str, label: str, why: object) -> ValueError:
 class _Reader:
     """Turns a graph into steps with rules, and constants into their values."""
 
-    def __init__(self, name: str, whole: _Whole, graph: fx.Graph) -> None:
+    def __init__(self, name: str, whole: Whole, graph: fx.Graph) -> None:
         self.name, self.whole, self.graph = name, whole, graph
         self.constants: dict[fx.Node, Any] = {}
         self.active: set[fx.Node] = set()
@@ -192,7 +148,7 @@ class _Reader:
     def _rule(self, node: fx.Node, function: Any, args: Any, kwargs: Any) -> tuple[Rule, Any, Any]:
         """The rule of an active node, and the arguments that its functions take."""
         if node.op == "call_module":
-            layer = _layer(function)
+            layer = layer_rule(function)
             if layer is None:
                 raise Refused("is not piecewise affine, or not known to be")
             if len(args) != 1 or kwargs:

@@ -172,3 +172,11 @@ OF_TWO: dict[Any, Callable[[Any, list[bool]], r.Rule]] = {
     **dict.fromkeys((operator.matmul, torch.matmul, Tensor.matmul), r.multiplied),
     **dict.fromkeys((torch.maximum, Tensor.maximum), r.larger),
 }
+
+
+def layer_rule(m: nn.Module) -> Callable[[Any], r.Rule] | None:
+    """The rule of a layer whose `forward` is that of a known class."""
+    forward = type(m).forward
+    return next(
+        (LAYERS[c] for c in type(m).__mro__ if c in LAYERS and vars(c).get("forward", forward) is forward), None
+    )
