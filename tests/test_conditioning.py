@@ -6,7 +6,7 @@ import sys
 import numpy as np
 import pytest
 import torch
-from piecewise_networks import build, normal
+from local_maps import build, normal
 from torch import nn
 
 from sslkern.analysis import ExtremeSingularValues, condition_number, extreme_singular_values, local_affine

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from piecewise_networks import assert_untouched, build, everything, normal
+from local_maps import assert_untouched, build, everything, normal
 from torch import nn
 from torch.autograd.functional import hessian
 from torch.func import functional_call

@@ -7,7 +7,7 @@ import pytest
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
-from piecewise_networks import NETWORKS, assert_untouched, build, everything, normal
+from local_maps import NETWORKS, assert_untouched, build, everything, normal
 from torch import nn
 from torch.autograd.functional import jacobian
 from torch.nn.parallel import DistributedDataParallel

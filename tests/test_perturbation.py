@@ -5,7 +5,7 @@ import re
 
 import pytest
 import torch
-from piecewise_networks import normal
+from local_maps import normal
 
 from sslkern import analysis
 from sslkern.analysis import (
