@@ -10,7 +10,7 @@ deviation 0.3 fan_in^-0.5 and phi the ReLU, a leaky ReLU of slope 0.1 or the abs
    orthogonal layer follows.
 3. Lanczos' method on matrices of known condition: where it converges, and what it says where it does not.
 
-    python examples/conditioning.py            about two minutes on two cores, 10 seeds
+    python examples/conditioning.py            some minutes on two cores, 10 seeds
     python examples/conditioning.py --quick    half a minute, 3 seeds; the same bounds
 
 Paper: Riedi, Balestriero and Baraniuk, Singular value perturbation and deep network optimization (2203.03099).

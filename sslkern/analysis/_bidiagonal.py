@@ -16,6 +16,9 @@ class Bidiagonal:
     V starts with a random block, and every step adds what A'U has beyond V. A direction below the rounding of the
     products is left out, so blocks shrink, and the method is complete when nothing is left: V then spans the right
     singular spaces of all distinct values, each as often as it occurs or as the block has columns.
+
+    `mismatch` is the largest difference between U'AV and the transpose of V'A'U: the rounding of the products, which
+    may be that of TF32 or bfloat16, or a sign that one product is not the transpose of the other.
     """
 
     def __init__(self, a: Operator, block: int, generator: torch.Generator) -> None:
@@ -23,6 +26,7 @@ class Bidiagonal:
         self.a = a
         self.complete = False
         self.n_products = 0
+        self.mismatch = 0.0
         self._v, self._u = _Basis(p, a), _Basis(n, a)
         self._b = torch.zeros(0, 0, dtype=a.dtype, device=a.device)  # U'AV
         self._scale = 0.0
@@ -47,7 +51,10 @@ class Bidiagonal:
             self.complete = True
             return
         y = self._times(self.a.rmatmat, new)
-        self._next, _, self._coupling = self._v.extend(y, self._scale)
+        self._next, again, self._coupling = self._v.extend(y, self._scale)
+        self.mismatch = max(self.mismatch, float((again - b[len(inside) :].mT).norm(dim=0).max()))
+        if self.mismatch > 0.05 * self._scale:
+            raise ValueError("a must have a product with its transpose, but its rmatvec is not that of its matvec.")
         self.complete = self._next.shape[1] == 0
 
     def values(self) -> tuple[Tensor, Tensor]:

@@ -92,14 +92,13 @@ class HessianFactors:
             )
         self._check_weights()
         moved = self.inputs.new_zeros(len(self.inputs), self._layer.out_features)
-        with differentiable(self._net, self.device), torch.no_grad():
+        with differentiable(self._net, self.device):
             state = frozen(self._net)
 
-        def outputs(move: Tensor) -> Tensor:
-            with recording(self._layer, move):
-                return functional_call(self._net, state, (self._x.clone(),)).flatten(1)
+            def outputs(move: Tensor) -> Tensor:
+                with recording(self._layer, move):
+                    return functional_call(self._net, state, (self._x.clone(),)).flatten(1)
 
-        with differentiable(self._net, self.device):
             found = Linearized(outputs, moved)
         q = found.value.shape[1]
         rows = torch.eye(q, dtype=self.dtype, device=self.device)[:, None].expand(q, len(moved), q)
