@@ -7,6 +7,7 @@ from _conditioning_networks import ACTIVATIONS, KINDS
 
 matplotlib.use("Agg")
 import matplotlib.pyplot as plt
+from matplotlib.lines import Line2D
 
 COLORS = dict(zip(KINDS, ("C3", "C0", "C2"), strict=True))
 STYLES = dict(zip(ACTIVATIONS, ("-", ":", "--"), strict=True))
@@ -28,12 +29,14 @@ def plot_depth(ax, depths, found, limit):
     for (kind, activation), rows in found.items():
         columns = list(zip(*rows, strict=True))
         style = {"linestyle": STYLES[activation], "color": COLORS[kind], "marker": "."}
-        ax.plot(depths, list(map(statistics.median, columns)), label=f"{kind}, {activation}", **style)
+        ax.plot(depths, list(map(statistics.median, columns)), **style)
         ax.fill_between(depths, list(map(min, columns)), list(map(max, columns)), color=COLORS[kind], alpha=0.1)
-    ax.axhline(limit, color="black", lw=0.8, ls="-.", label="1/eps of float64")
+    limit_line = ax.axhline(limit, color="black", lw=0.8, ls="-.", label="1/eps of float64")
+    handles = [Line2D([], [], color=color, label=kind) for kind, color in COLORS.items()]
+    handles += [Line2D([], [], color="0.3", ls=style, label=name) for name, style in STYLES.items()]
     ax.set(title="Local map of layers of 64 units", xlabel="number of layers", ylabel="log10 of the condition")
     ax.set(ylim=(-0.5, 22))
-    ax.legend(frameon=False, fontsize=7, ncols=3, loc="upper left")
+    ax.legend(handles=[*handles, limit_line], frameon=False, fontsize=8, ncols=3, loc="upper left")
 
 
 def plot_hessians(ax, found):

@@ -13,6 +13,7 @@ from torch.autograd.functional import jacobian
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkern.analysis import LocalAffine, local_affine
+from sslkern.analysis._linearized import Linearized
 
 
 def jacobians(net, x):
@@ -54,6 +55,13 @@ def test_it_is_the_network(name, dtype):
         torch.testing.assert_close(one.matvec(v[i, :, 0]), (a @ v)[i, :, 0], **close)
         torch.testing.assert_close(one.rmatmat(u[i]), (a.mT @ u)[i], **close)
         torch.testing.assert_close(one(x[i]), net(x.clone())[i], **close)
+
+
+def test_hardsigmoid():
+    """torch's own gradient of it has a slope of 1/6 in float32, and none of second order."""
+    net, x = nn.Sequential(nn.Linear(4, 6), nn.Hardsigmoid()).double(), normal(5, 4)
+    near = x + 1e-4 * normal(5, 4, seed=1)
+    torch.testing.assert_close(local_affine(net, x)(near), net(near).detach(), rtol=0, atol=1e-15)
 
 
 def test_another_polytope_has_another_map():
@@ -186,6 +194,22 @@ class Mean(nn.Module):
         return x - x.mean(0)
 
 
+class Once(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return 2 * x
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx, grad):
+        return 2 * grad
+
+
+class Hard(nn.Module):
+    def forward(self, x):
+        return F.hardsigmoid(x)
+
+
 NET, SHAPE = build("mlp")
 X = normal(3, 7)
 MAPS = local_affine(NET, X)
@@ -206,6 +230,8 @@ BAD = {
     "NaN": (ValueError, "x must be finite", lambda: local_affine(NET, X * float("nan"))),
     "GELU": (ValueError, "net must be", lambda: local_affine(nn.Sequential(nn.Linear(7, 2), nn.GELU()).double(), X)),
     "softmax": (ValueError, "net must be", lambda: local_affine(nn.Softmax(-1), X)),
+    "once": (ValueError, "net must have gradients that can be differentiated", lambda: Linearized(Once.apply, X)),
+    "functional": (ValueError, "torch reports: derivative for aten::hardsigmoid", lambda: local_affine(Hard(), X)),
     "mean": (ValueError, "net must", lambda: local_affine(Mean(), X)),
     "overflow": (ValueError, "net must return finite numbers", lambda: local_affine(HUGE, 1e300 * X)),
     "v shape": (ValueError, "v must be a floating-point tensor (3, 7, k)", lambda: MAPS.matmat(normal(8, 2))),

@@ -8,13 +8,14 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import batch_norm
+from torch.nn.functional import batch_norm, relu6
 
 from ..core.dtypes import short, without_autocast
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm
 from ._networks import evaluating, kind
 
 _BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
+_TWICE = "net must have gradients that can be differentiated"
 _NUMBERS = 1 << 22  # of a block of vectors
 
 
@@ -33,7 +34,20 @@ class Linearized:
             value = value + 0 * self.point.flatten()[0]
         self.value = value
         self._u = random_like(value).requires_grad_()
-        (self._pulled,) = _gradients(value, self.point, self._u, create_graph=True)
+        try:
+            (self._pulled,) = _gradients(value, self.point, self._u, create_graph=True)
+            self._check_push()
+        except RuntimeError as error:
+            said = str(error).strip().splitlines()[0].rstrip(".")
+            raise ValueError(f"{_TWICE}, but torch reports: {said}.") from error
+
+    def _check_push(self) -> None:
+        """u'(J v) = (J'u)'v, unless an operation says falsely that its gradient does not depend on u."""
+        u, pulled, v = self._u.detach(), self._pulled.detach(), random_like(self.point)
+        pushed = self.push(v)
+        difference = abs(float((u * pushed).sum() - (pulled * v).sum()))
+        if difference > 1e-3 * float(u.norm() * pushed.norm() + pulled.norm() * v.norm()):
+            raise ValueError(f"{_TWICE}, but an operation in it gives none of second order.")
 
     def push(self, v: Tensor) -> Tensor:
         """J v for v in the shape of the point, or for a stack of them."""
@@ -55,7 +69,8 @@ class Linearized:
 def differentiable(net: nn.Module, device: torch.device) -> Iterator[None]:
     """Evaluation mode, gradients of any order and no autocast; modes and random states are set back afterwards.
 
-    Meanwhile, torch computes the batch norms of sslkern, whose kernels can be differentiated once.
+    Meanwhile, batch norms of sslkern and `torch.nn.Hardsigmoid`, whose kernels can be differentiated once, are computed
+    by other functions of torch.
     """
     with ExitStack() as stack:
         stack.enter_context(evaluating(net))
@@ -68,6 +83,8 @@ def differentiable(net: nn.Module, device: torch.device) -> Iterator[None]:
                 _replace_forward(stack, part, _by_torch)
             elif isinstance(part, BatchNormReLU):
                 _replace_forward(stack, part, nn.Sequential.forward)
+            elif type(part) is nn.Hardsigmoid:
+                _replace_forward(stack, part, _hardsigmoid)
         yield
 
 
@@ -113,6 +130,10 @@ def _replace_forward(stack: ExitStack, part: nn.Module, function: Callable[..., 
 
 def _by_torch(norm: Any, x: Tensor) -> Tensor:
     return batch_norm(x, norm.running_mean, norm.running_var, norm.weight, norm.bias, eps=norm.eps)
+
+
+def _hardsigmoid(_: nn.Module, x: Tensor) -> Tensor:
+    return relu6(x + 3) / 6
 
 
 def _products(output: Tensor, target: Tensor, v: Tensor) -> Tensor:
