@@ -1,19 +1,25 @@
 """The bounds of singular values: they hold on random draws, are attained where they can be, and can fail."""
 
+import itertools
 import math
 import re
+import statistics
 
 import pytest
 import torch
+import torch.nn.functional as F
 from local_maps import normal
+from torch import nn
 
 from sslkern import analysis
 from sslkern.analysis import (
     BoundResult,
     absolute_value_shift,
     activation_condition,
+    condition_number,
     dense_condition,
     dense_shift,
+    local_affine,
     residual_condition,
     residual_shift,
 )
@@ -130,6 +136,43 @@ def test_the_figures_of_the_paper():
     with_skip = residual_condition(w).value.median().item()
     assert with_skip < 5 and of_layer > 100, (with_skip, of_layer)
     assert with_skip == pytest.approx(2.3, abs=0.1) and of_layer == pytest.approx(222, abs=60)
+
+
+class Layer(nn.Module):
+    def __init__(self, kind, width, n):
+        super().__init__()
+        self.kind, self.linear = kind, nn.Linear(width, n, bias=False)
+        nn.init.normal_(self.linear.weight, std=0.3 / width**0.5)
+
+    def forward(self, h):
+        out = F.relu(self.linear(h))
+        if self.kind == "ResNet":
+            return out + h
+        return torch.cat([out, h], 1) if self.kind == "DenseNet" else out
+
+
+def test_depth():
+    """The local map of 8 layers of 64 units: a ConvNet's condition is beyond float64, a ResNet's is about 6, and a
+    DenseNet's is at most the product of the bounds of its layers."""
+    conditions = {kind: [] for kind in ("ConvNet", "ResNet", "DenseNet")}
+    for kind, seed in itertools.product(conditions, range(3)):
+        with torch.random.fork_rng():
+            torch.manual_seed(seed)
+            widths = [64 * (1 + k * (kind == "DenseNet")) for k in range(8)]
+            net = nn.Sequential(*(Layer(kind, width, 64) for width in widths)).double()
+        x = normal(1, 64, seed=seed)
+        kappa = condition_number(local_affine(net, x)[0], method="dense")
+        conditions[kind].append(math.log10(kappa) if kappa < math.inf else math.inf)
+        if kind == "DenseNet":
+            bound = 1.0
+            for layer in net:
+                w = layer.linear.weight.detach()
+                bound *= dense_condition(w, (w @ x[0] > 0).double()).bound.item()
+                x = layer(x).detach()
+            assert kappa <= bound < 4
+    assert min(conditions["ConvNet"]) > 12
+    assert statistics.median(conditions["ResNet"]) == pytest.approx(0.75, abs=0.15)
+    assert max(conditions["DenseNet"]) < 0.2
 
 
 def test_broadcast_and_table():

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import batch_norm, relu6
 
+from ..core import internals
 from ..core.dtypes import short, without_autocast
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm
 from ._networks import evaluating, kind
@@ -112,7 +113,7 @@ def frozen(net: nn.Module) -> dict[str, Tensor]:
 
 def versions(net: nn.Module) -> list[tuple[int, int]]:
     """What changes when a parameter is replaced or written into."""
-    return [(id(p), p._version) for p in net.parameters()]
+    return [(id(p), internals.version(p)) for p in net.parameters()]
 
 
 def _replace_forward(stack: ExitStack, part: nn.Module, function: Callable[..., Tensor]) -> None:

@@ -38,7 +38,8 @@ class Tracer(fx.Tracer):
 @contextmanager
 def untouched(name: str, net: nn.Module) -> Iterator[None]:
     """Set attributes that a trace leaves on modules back, and refuse networks that draw random numbers."""
-    held = [d for part in net.modules() for d in (vars(part), part._parameters, part._buffers, part._modules)]
+    held = [vars(part) for part in net.modules()]
+    held += [value for attributes in held for value in attributes.values() if isinstance(value, dict)]  # buffers, ...
     before = [(now, dict(now)) for now in held]
     state = torch.get_rng_state()
     try:

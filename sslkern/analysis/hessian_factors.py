@@ -212,7 +212,7 @@ def _layer(net: nn.Module, layer: Any) -> nn.Module:
         raise TypeError(f"layer must be a layer of net or its name, got {kind(layer)}.")
     if all(part is not layer for part in names.values()):
         raise ValueError(f"layer must be a layer of net, but net does not contain this {type(layer).__name__}.")
-    weight = layer._parameters.get("weight")
+    weight = dict(layer.named_parameters(recurse=False)).get("weight")
     if weight is None or not weight.is_floating_point():
         raise ValueError(f"layer must have a parameter named weight, but this {type(layer).__name__} has none.")
     return layer
