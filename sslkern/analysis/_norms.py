@@ -18,11 +18,11 @@ class Reached(Exception):
 
 
 def norms(net: Any) -> tuple[nn.Module, dict[str, Any]]:
+    """The module inside its wrappers, and its batch norms by name, which must have running statistics."""
     net = _networks.module("net", net)
     layers = {name or "net": part for name, part in net.named_modules() if isinstance(part, BatchNormBase)}
     if not layers:
         raise ValueError("net must have a batch norm, but it has none.")
-    return net, layers
     for name, layer in layers.items():
         if layer.running_mean is None or layer.running_var is None:
             raise ValueError(f"net must have batch norms with running statistics, but {name} has none.")
@@ -32,13 +32,13 @@ def norms(net: Any) -> tuple[nn.Module, dict[str, Any]]:
 @contextmanager
 def watched(net: nn.Module, layers: dict[str, Any], see: Callable[[str, Tensor], None]) -> Iterator[Callable]:
     """A call of the network in evaluation mode that shows `see` the input of every batch norm."""
-    called: set[str] = set()
+    called: list[str] = []
 
     def watch(name: str) -> Callable:
         def hook(layer: nn.Module, args: tuple[Any, ...]) -> None:
-            if name in called:
-                raise ValueError(f"net must call each batch norm once, but it calls {name} twice.")
-            called.add(name)
+            called.append(name)
+            if called.count(name) > 1:
+                raise Reached
             see(name, args[0])
 
         return hook
@@ -47,7 +47,9 @@ def watched(net: nn.Module, layers: dict[str, Any], see: Callable[[str, Tensor],
         called.clear()
         try:
             net(x)
-        except (Reached, ValueError):
+        except Reached:
+            if called.count(called[-1]) > 1:
+                raise ValueError(f"net must call each batch norm once, but it calls {called[-1]} twice.") from None
             raise
         except Exception as error:
             raise ValueError(f"net fails for x of shape {tuple(x.shape)}: {first_sentence(error)}.") from error

@@ -205,7 +205,7 @@ class _Reader:
         """Refuse a function that works in place on memory that another node shows later."""
         order = {node: k for k, node in enumerate(nodes)}
         for node in nodes:
-            if node not in self.active or not _in_place(self.whole, node) or node in self.memory:
+            if not _in_place(self.whole, node) or node in self.memory:
                 continue
             changed: Any = node.args[0]
             root = self.memory.get(changed, changed)
