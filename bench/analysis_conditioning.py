@@ -5,8 +5,8 @@ convolution of 3 x 3. "sslkern" is `extreme_singular_values` of the layer's loca
 and calls `torch.linalg.svdvals`. "scipy" is `scipy.sparse.linalg.svds` on the same products, once for each end.
 
 Times are CPU seconds of the process, summed over its threads, and include the local map. They are medians of
-alternating rounds, but the dense method runs once; "of it SVD" is the time of its SVD alone. Memory is the peak of the bytes that torch allocates beyond those allocated before; SciPy's own
-arrays are not counted.
+alternating rounds, but the dense method runs once; "of it SVD" is the time of its SVD alone. Memory is the peak of the
+bytes that torch allocates beyond those allocated before; SciPy's own arrays are not counted.
 """
 
 from __future__ import annotations
@@ -121,8 +121,7 @@ def print_table(rows: list[dict]) -> None:
         svd = f"{row['svd_cpu_seconds']:.3f}" if "svd_cpu_seconds" in row else ""
         dense = next(r for r in rows if r["kind"] == row["kind"] and r["implementation"] == "dense")
         print(
-            f"{row['kind']:<14}{row['units']:>6}  {row['implementation']:<10}{row['median']:>9.3f}"
-            f"{svd:>11}"
+            f"{row['kind']:<14}{row['units']:>6}  {row['implementation']:<10}{row['median']:>9.3f}{svd:>11}"
             f"{row['median'] / dense['median']:>8.4f}{row['peak_bytes'] / 1e6:>9.1f}{row['products']:>10}"
             f"{row['largest']:>10.5f}{row['smallest']:>10.5f}{row['difference']:>12.1e}"
         )
