@@ -12,7 +12,7 @@ from torch import nn
 from torch.autograd.functional import jacobian
 from torch.nn.parallel import DistributedDataParallel
 
-from sslkern.analysis import LocalAffine, local_affine
+from sslkern.analysis import LocalAffine, hessian_factors, local_affine
 from sslkern.analysis._linearized import Linearized
 
 
@@ -55,6 +55,29 @@ def test_it_is_the_network(name, dtype):
         torch.testing.assert_close(one.matvec(v[i, :, 0]), (a @ v)[i, :, 0], **close)
         torch.testing.assert_close(one.rmatmat(u[i]), (a.mT @ u)[i], **close)
         torch.testing.assert_close(one(x[i]), net(x.clone())[i], **close)
+
+
+class Scalars(nn.Module):
+    """From one number to one number, without dimensions for features."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(1, 4).double()
+
+    def forward(self, x):
+        return self.linear(x[:, None]).relu().sum(1)
+
+
+def test_samples_without_features():
+    net, x = Scalars(), normal(3)
+    maps = local_affine(net, x)
+    assert maps.shape == (3, 1, 1) and maps[1].shape == (1, 1) and maps.output_shape == maps.input_shape == ()
+    torch.testing.assert_close(maps(x), net(x).detach())
+    torch.testing.assert_close(maps[1](x[1]), net(x)[1].detach())
+    factors = hessian_factors(net, "linear", x)
+    assert factors.maps().shape == (3, 1, 4) and factors.root.shape == (3, 4)
+    m, h = factors.maps()[:, 0], factors.inputs
+    torch.testing.assert_close(factors.matrix(), 2 * (m.mT * h[:, 0] ** 2) @ m)
 
 
 def test_hardsigmoid():

@@ -97,7 +97,8 @@ class HessianFactors:
 
             def outputs(move: Tensor) -> Tensor:
                 with recording(self._layer, move):
-                    return functional_call(self._net, state, (self._x.clone(),)).flatten(1)
+                    out: Tensor = functional_call(self._net, state, (self._x.clone(),))
+                    return out.reshape(len(moved), -1)
 
             found = Linearized(outputs, moved)
         q = found.value.shape[1]
@@ -149,11 +150,11 @@ class HessianFactors:
 
     def _push(self, v: Tensor) -> Tensor:
         stack = self._columns(v, self.shape[0]).reshape(-1, *self.weight_shape)
-        return 2**0.5 * self._map.push(stack).flatten(1).mT
+        return 2**0.5 * self._map.push(stack).reshape(len(stack), -1).mT
 
     def _pull(self, u: Tensor) -> Tensor:
         stack = self._columns(u, self._map.value.numel()).reshape(-1, *self._map.value.shape)
-        return 2**0.5 * self._map.pull(stack).flatten(1).mT
+        return 2**0.5 * self._map.pull(stack).reshape(len(stack), -1).mT
 
     def _columns(self, v: Any, rows: int) -> Tensor:
         self._check_weights()

@@ -41,7 +41,7 @@ class LocalAffine:
         d, p = self._x[0].numel(), self._y[0].numel()
         self.shape: tuple[int, ...] = (p, d) if one else (len(x), p, d)
         self.dtype, self.device = x.dtype, x.device
-        self.offset = self._y.flatten(1) - self._map.push(self._x).flatten(1)
+        self.offset = (self._y - self._map.push(self._x)).reshape(len(x), p)
         if one:
             self.offset = self.offset[0]
 
@@ -67,8 +67,10 @@ class LocalAffine:
         shape = self.input_shape if self._one else (len(self), *self.input_shape)
         if not isinstance(x, Tensor) or tuple(x.shape) != shape:
             raise ValueError(f"x must have shape {shape}, got {shown(x)}.")
-        flat = x.reshape(-1) if self._one else x.flatten(1)
-        return (self.matvec(flat) + self.offset).reshape(*shape[: 1 - self._one], *self.output_shape)
+        flat = x.reshape(-1) if self._one else x.reshape(len(x), -1)
+        return (self.matvec(flat) + self.offset).reshape(
+            self.output_shape if self._one else (len(x), *self.output_shape)
+        )
 
     def matvec(self, v: Tensor) -> Tensor:
         """A v: (N, p) for v of shape (N, d), or of shape (d,) for all samples; (p,) for one sample."""
