@@ -88,8 +88,8 @@ def extreme_singular_values(
     proved, but holds almost surely, since V starts at random. Blocks of k find a value that occurs up to k times.
 
     With s_{p-1} and s_p the two smallest values, it takes about 10 (s_1^2/(s_{p-1}^2 - s_p^2))^(1/2) products: some
-    hundred for I + W with |W| < 1, and 10 times the condition where the smallest values are about as far from each other
-    as from 0, which is tens of thousands for a condition past 1000. After 2 min(n, p) products the method ends with all
+    hundred for I + W with |W| < 1, and 10 times the condition where the smallest values are as far from each other as
+    from 0, which is tens of thousands for a condition past 1000. After 2 min(n, p) products the method ends with all
     values. If `max_products` is reached before, `converged` is False, and the values are bounds from inside.
 
     Args:
