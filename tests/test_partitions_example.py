@@ -65,8 +65,8 @@ def found(counts, jitter, scores):
         (((10, 30), 1.0, (0.7, 0.8)), ""),
         (((10, 19), 1.0, (0.7, 0.8)), "1.90 to 1.90 times as many"),
         (((10, 30), 1.03, (0.7, 0.8)), "jitter within 3.0 %"),
-        (((10, 30), 1.0, (0.7, 0.72)), "2.0 points faster at rate 0.01"),
-        (((10, 30), 1.0, (0.7, 0.7)), "0.0 points faster at"),
+        (((10, 30), 1.0, (0.7, 0.72)), "score 2.0 points higher at rate 0.01"),
+        (((10, 30), 1.0, (0.7, 0.7)), "score 0.0 points higher at"),
     ),
 )
 def test_each_bound_can_fail(figures, failed, example, capsys):
