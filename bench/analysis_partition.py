@@ -6,8 +6,9 @@ several chunk sizes; of each point by `jacfwd`, in a loop; of each point by `tor
 gradient for each unit (not for the convolutions, where it takes a minute for a point). The loops run on fewer points,
 so all times are given for each point.
 
-Times are medians over rounds in which all but the loops alternate. Memory is the peak of the bytes allocated in one
-call, as in `bench.run`; that of a loop is of one point. Differences are the largest to the distances in float64.
+Times are medians over rounds in which all but the loops alternate. CPU seconds, over all threads, are given too, since
+they depend less on what else the machine does. Memory is the peak of the bytes allocated in one call of at most 256
+points, as in `bench.run`; that of a loop is of one point. Differences are the largest to the distances in float64.
 """
 
 from __future__ import annotations
@@ -90,24 +91,27 @@ def measure(name: str, net: nn.Sequential, x: Tensor, few: int, sizes: tuple[int
         del ways[GRADIENTS]
     points = {way: x[:few] if way in LOOPS else x for way in ways}
     seconds: dict[str, list[float]] = {way: [] for way in ways}
+    cpu: dict[str, list[float]] = {way: [] for way in ways}
     rows = {}
     for way in ways:
-        own = points[way][:1] if way in LOOPS else x
+        own = points[way][:1] if way in LOOPS else x[:256]
         peak, _, found = allocated(partial(_run, ways[way], own))
         difference = float((found - truth[: len(found)]).abs().max())
         rows[way] = {"case": name, "implementation": way, "peak_bytes": peak, "difference": difference}
-    busy = wait_for_quiet(patience=2 if rounds < 3 else 30)
+    busy = wait_for_quiet(patience=2 if rounds < 3 else 10)
     for k in range(rounds):
         for way in list(ways)[:: 1 - 2 * (k % 2)]:
             if k and way in LOOPS:
                 continue
-            start = time.perf_counter()
+            start, busy_start = time.perf_counter(), time.process_time()
             found = _run(ways[way], points[way])
             seconds[way].append(time.perf_counter() - start)
+            cpu[way].append(time.process_time() - busy_start)
             rows[way]["difference"] = max(rows[way]["difference"], float((found - truth[: len(found)]).abs().max()))
     for way, row in rows.items():
-        row |= {"points": len(points[way]), "seconds": seconds[way], "busy": round(busy, 3)}
+        row |= {"points": len(points[way]), "seconds": seconds[way], "cpu": cpu[way], "busy": round(busy, 3)}
         row["per_point"] = statistics.median(seconds[way]) / row["points"]
+        row["cpu_per_point"] = statistics.median(cpu[way]) / row["points"]
     return list(rows.values())
 
 
@@ -116,14 +120,17 @@ def _run(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
 
 
 def table(rows: list[dict]) -> None:
-    ours = {row["case"]: row["per_point"] for row in rows if row["implementation"] == OURS}
-    head = ("case", "way", "points", "us each", "/ sslkern", "peak MB", "difference")
-    print(f"{head[0]:<24}{head[1]:<30}{head[2]:>8}{head[3]:>12}{head[4]:>11}{head[5]:>10}{head[6]:>12}")
+    ours = {row["case"]: row for row in rows if row["implementation"] == OURS}
+    head = (
+        f"{'points':>8}{'us each':>11}{'/ sslkern':>11}{'CPU us':>11}{'/ sslkern':>11}{'peak MB':>9}{'difference':>12}"
+    )
+    print(f"{'case':<22}{'way':<28}{head}")
     for row in rows:
+        wall, cpu = (row[key] / ours[row["case"]][key] for key in ("per_point", "cpu_per_point"))
         print(
-            f"{row['case']:<24}{row['implementation']:<30}{row['points']:>8}{1e6 * row['per_point']:>12.1f}"
-            f"{row['per_point'] / ours[row['case']]:>11.1f}{row['peak_bytes'] / 1e6:>10.1f}{row['difference']:>12.1e}",
-            flush=True,
+            f"{row['case']:<22}{row['implementation']:<28}{row['points']:>8}"
+            f"{1e6 * row['per_point']:>11.1f}{wall:>11.1f}{1e6 * row['cpu_per_point']:>11.1f}{cpu:>11.1f}"
+            f"{row['peak_bytes'] / 1e6:>9.1f}{row['difference']:>12.1e}"
         )
 
 
@@ -141,15 +148,17 @@ def main() -> None:
             ("convnet 3 x 8 x 8", convnet(2), torch.randn(4, 3, 8, 8), 1, (4,)),
         ]
     else:
-        rounds = 5
+        rounds = 3
         cases = [
-            ("mlp 64 - 4 x 256", mlp(64, 256), torch.randn(4096, 64), 256, (16, 64, 256)),
-            ("mlp 3072 - 4 x 256", mlp(3072, 256), torch.randn(256, 3072), 8, (4, 16)),
-            ("convnet 3 x 16 x 16", convnet(16), torch.randn(64, 3, 16, 16), 4, (4, 16)),
+            ("mlp 64 - 4 x 256", mlp(64, 256), torch.randn(4096, 64), 256, (64, 256)),
+            ("mlp 3072 - 4 x 256", mlp(3072, 256), torch.randn(64, 3072), 4, (4, 16)),
+            ("convnet 3 x 16 x 16", convnet(16), torch.randn(16, 3, 16, 16), 2, (4, 16)),
         ]
-    rows = [row for case in cases for row in measure(*case, rounds)]
+    rows: list[dict] = []
+    for case in cases:
+        rows += measure(*case, rounds)
+        save(args.out, {**machine("cpu"), "quick": args.quick}, rows)
     table(rows)
-    save(args.out, {**machine("cpu"), "quick": args.quick}, rows)
 
 
 if __name__ == "__main__":

@@ -124,6 +124,23 @@ def test_dead_and_affine_units():
         assert "distance of 4 samples" in result.table()
 
 
+def test_layouts_and_parameters_that_are_no_numbers():
+    """Channels last and strided samples change nothing, and NaN in a network gives NaN."""
+    net, x = build("residual")
+    expected = partition_distance(net, x).distance
+    last = build("residual")[0].to(memory_format=torch.channels_last)
+    strided = torch.stack([x, x], -1)[..., 0]
+    for n, rows in (
+        (last, x.contiguous(memory_format=torch.channels_last)),
+        (net, strided),
+        (net, x.mT.contiguous().mT),
+    ):
+        torch.testing.assert_close(partition_distance(n, rows).distance, expected, rtol=1e-12, atol=1e-12)
+    with torch.no_grad():
+        net[0].bias[0] = torch.nan
+    assert partition_distance(net, x).distance.isnan().all()
+
+
 def test_table_and_plot():
     pytest.importorskip("matplotlib").use("Agg")
     import matplotlib.pyplot as plt

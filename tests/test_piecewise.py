@@ -64,6 +64,7 @@ REFUSED = {
     "indices": (lambda s, x: F.max_pool1d(x, 2, return_indices=True)[0], UNKNOWN),
     "tensor bound": (lambda s, x: x.clamp(min=s.weight), "but the call of clamp must have numbers as bounds."),
     "bounds": (lambda s, x: x.clamp(1, 1), "must have a lower bound below its upper bound."),
+    "keywords": (lambda s, x: torch.cat(tensors=[x, x], dim=1), "the call of cat must have its input as first"),
     "unary max": (lambda s, x: torch.maximum(x, s.weight), "but the call of maximum must compare two activations."),
 }
 MIXING = {  # seen when the network runs
@@ -137,6 +138,20 @@ def test_steps_of_a_network():
     assert [step.feeds for step in net.kinks] == [True, True, True, False]
     check_piecewise("net", Body(nn.Linear(4, 4), nn.ReLU()))
     assert partition_distance(Body(nn.Linear(4, 4), nn.ReLU()), X).units == (4,)
+
+
+def test_arguments_by_name():
+    """Functions with named arguments, casts that do nothing, and in-place forms are the same network."""
+    forms = (
+        lambda s, x: F.leaky_relu(input=torch.sub(s.linear(x.float()).mul_(2), other=x), negative_slope=0.1),
+        lambda s, x: F.leaky_relu(torch.sub(2 * s.linear(x), x, alpha=1), 0.1, inplace=True),
+        lambda s, x: F.leaky_relu(F.linear(x, s.linear.weight * 2, 2 * s.linear.bias).add(-x), 0.1),
+    )
+    reference = Net(lambda s, x: F.leaky_relu(s.linear(x) * 2 - x, 0.1))
+    expected = partition_distance(reference, X).distance
+    for net in map(Net, forms):
+        net.load_state_dict(reference.state_dict())
+        torch.testing.assert_close(partition_distance(net, X).distance, expected)
 
 
 def test_a_trace_that_differs_is_refused():

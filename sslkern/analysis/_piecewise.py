@@ -156,6 +156,8 @@ class _Reader:
             return layer(function), args, {}
         if not args:
             kwargs = dict(kwargs)
+            if "input" not in kwargs:
+                raise Refused("must have its input as first argument")
             args = (kwargs.pop("input"),)
         if function in PLAIN:
             return PLAIN[function], args, kwargs

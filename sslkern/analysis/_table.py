@@ -125,7 +125,16 @@ PLAIN: dict[Any, r.Rule] = {
     **{
         f: r.same(f)
         for f in (
-            *(operator.neg, torch.neg, Tensor.neg, F.interpolate, F.pixel_shuffle, F.pixel_unshuffle),
+            *(
+                operator.neg,
+                torch.neg,
+                Tensor.neg,
+                Tensor.float,
+                Tensor.double,
+                F.interpolate,
+                F.pixel_shuffle,
+                F.pixel_unshuffle,
+            ),
             *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
             *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
         )

@@ -141,7 +141,7 @@ def _closest(layers: Iterator[Tensor], x: Tensor, radii: tuple[float, ...]) -> t
     counts = torch.zeros(len(x), len(radii), dtype=torch.int64, device=x.device)
     for k, found in enumerate(layers):
         least, where = found.min(1)
-        closer = ~(least >= distance)  # and not a number
+        closer = (least < distance) | (least.isnan() & ~distance.isnan())
         distance = torch.where(closer, least, distance)
         layer, unit = torch.where(closer, k, layer), torch.where(closer, where, unit)
         for j, radius in enumerate(radii):
