@@ -110,7 +110,8 @@ def _shorter(model: nn.Module, call: Call) -> nn.Module | None:
 
 def _traced(model: nn.Module, call: Call) -> nn.Module | None:
     """The part of the graph of a model up to a call. None if it has no graph, or more than one."""
-    target, graphs = model.get_submodule(call.path), []
+    target, graphs, tracer = model.get_submodule(call.path), [], _Tracer()
+    tracer.target = target
     if internals.hooked(model):
         return None
     with evaluating(model), torch.random.fork_rng([]):
@@ -118,7 +119,7 @@ def _traced(model: nn.Module, call: Call) -> nn.Module | None:
             for part in model.modules():
                 part.training = training
             try:
-                graphs.append(_Tracer(target).trace(model))
+                graphs.append(tracer.trace(model))
             except Exception:  # whatever code that cannot be traced may raise
                 return None
     graph = graphs[0]
@@ -142,12 +143,12 @@ def _cut(graph: fx.Graph, node: fx.Node) -> None:
 
 
 class _Tracer(fx.Tracer):
-    def __init__(self, target: nn.Module) -> None:
-        super().__init__()
-        self._target = target
+    """Sees a call of `target` as one node. It has no arguments, since `GraphModule` makes another one to unpickle."""
+
+    target: nn.Module | None = None
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m is self._target or super().is_leaf_module(m, module_qualified_name)
+        return m is self.target or super().is_leaf_module(m, module_qualified_name)
 
 
 def _like(cut: nn.Module, model: nn.Module) -> nn.Module:
