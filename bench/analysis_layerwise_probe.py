@@ -34,7 +34,7 @@ from sslkern.analysis import LayerwiseProbe, layerwise_probe
 from .run import allocated, machine, save
 
 SIZES = {"width": 64, "side": 32, "batch": 64, "train": 768, "test": 192, "rounds": 3}
-QUICK = {"width": 4, "side": 8, "batch": 16, "train": 96, "test": 32, "rounds": 1}
+QUICK = {"width": 2, "side": 8, "batch": 16, "train": 64, "test": 16, "rounds": 1}
 CLASSES = 10
 BANK = 256  # images that are made; a loader repeats them with other brightness
 

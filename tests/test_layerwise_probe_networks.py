@@ -1,16 +1,14 @@
-"""Layerwise probes of networks as people write them: layers, pooling, the network that is cut, and the callback."""
+"""Layerwise probes of networks as people write them: layers, pooling, and the network that is cut."""
 
 import pickle
 import re
-import sys
-from types import ModuleType, SimpleNamespace
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import fx, nn
 
-from sslkern.analysis import LayerwiseProbe, LayerwiseProbeCallback, layerwise_probe
+from sslkern.analysis import LayerwiseProbe, layerwise_probe
 
 IMAGES = torch.randn(60, 3, 8, 8, generator=torch.Generator().manual_seed(0))
 LABELS = torch.arange(60) % 3
@@ -273,41 +271,3 @@ def test_table_plot_and_best():
     assert ax.lines[0].get_ydata().tolist() == pytest.approx([0.7, 0.9, 0.9])
     assert result.plot(ax) is ax and [t.get_text() for t in ax.get_xticklabels()] == ["a", "b", "c"]
     plt.close("all")
-
-
-class Logged(Net):
-    def log(self, name, value):
-        self.seen[name] = value
-
-
-def test_the_callback(monkeypatch):
-    """It probes every second epoch and logs each layer; it is a Callback of Lightning where that is imported."""
-    net = made(Logged)
-    callback = LayerwiseProbeCallback(LOADER, part="blocks", every_n_epochs=2, prefix="cut", validation=LOADER)
-    with pytest.raises(RuntimeError, match="channels"):
-        net.seen = {}
-        callback.on_train_epoch_end(SimpleNamespace(current_epoch=1), net)
-    callback = LayerwiseProbeCallback(LOADER, every_n_epochs=2, prefix="cut", validation=LOADER, layers=["stem", "fc"])
-    for epoch in range(4):
-        net.seen = {}
-        callback.on_train_epoch_end(SimpleNamespace(current_epoch=epoch), net)
-        assert list(net.seen) == (["cut/stem", "cut/fc"] if epoch % 2 else [])
-    assert net.seen["cut/fc"] == float(callback.result.best_accuracy[1]) and net.training
-    for settings, said in (({"every_n_epochs": 0}, "every_n_epochs must be"), ({"part": 3}, "part must be a string")):
-        with pytest.raises((TypeError, ValueError), match=said):
-            LayerwiseProbeCallback(LOADER, **settings)
-    assert "lightning" not in sys.modules
-
-    class Callback:
-        def on_fit_start(self):
-            return "theirs"
-
-    fake = ModuleType("lightning.pytorch")
-    fake.Callback = Callback
-    monkeypatch.setitem(sys.modules, "lightning.pytorch", fake)
-    for made_here in (
-        LayerwiseProbeCallback([1], part="x"),
-        pickle.loads(pickle.dumps(LayerwiseProbeCallback([1], part="x"))),
-    ):
-        assert isinstance(made_here, LayerwiseProbeCallback) and isinstance(made_here, Callback)
-        assert made_here.on_fit_start() == "theirs" and made_here.part == "x" and made_here.loader == [1]

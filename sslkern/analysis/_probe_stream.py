@@ -66,7 +66,7 @@ class Stream:
                 "classes": list(self._code),
             }
 
-        told = [each for each in _agree(self.peers, work) if each["rows"]]
+        told = [each for each in agree(self.peers, work) if each["rows"]]
         self.rows = sum(each["rows"] for each in told)
         self.classes = sorted({label for each in told for label in each["classes"]})
         if self.rows < 2 or len(self.classes) < 2:
@@ -125,7 +125,7 @@ class Stream:
             self._complete(rows, {layer: probe.tested for layer, probe in probes.items()}, final=True)
             return rows
 
-        self.tested = sum(_agree(self.peers, work))
+        self.tested = sum(agree(self.peers, work))
         if not self.tested:
             raise ValueError("validation must have at least one sample, got none.")
         if self.peers is not None:
@@ -150,7 +150,7 @@ class Stream:
                     self._label = label.to(self.device)
                     rows += len(x)
                     begin(len(x))
-                    self.model(x.to(self.device) if self._moves else x)
+                    self.model(x.to(self.device if self._moves else x.device, copy=True))  # it may overwrite its input
         return rows
 
     def _learn(self, x: Tensor, y: Tensor) -> Tensor:
@@ -212,7 +212,7 @@ class Stream:
         return "; ".join(f"{layer!r}: {why}" for layer, why in list(self.layers.left_out.items())[:1])
 
 
-def _agree(peers: Peers | None, work: Callable[[], Any]) -> list[Any]:
+def agree(peers: Peers | None, work: Callable[[], Any]) -> list[Any]:
     """What `work` returns on each rank. If it raises on one, all ranks raise, so that none waits for another."""
     if peers is None:
         return [work()]

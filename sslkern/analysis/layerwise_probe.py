@@ -15,7 +15,7 @@ from ..core import checks
 from ..core.ranks import Group, peers_of
 from ._networks import evaluating, module
 from ._probe_layers import Call, Layers, Pool
-from ._probe_stream import Stream
+from ._probe_stream import Stream, agree
 from ._results import axes, table
 from ._truncation import truncated
 
@@ -131,11 +131,17 @@ def layerwise_probe(
 
         argmax_c  [(x - mean)'(X'X + alpha I)^-1 X'Y + share]_c,      alpha = strength * trace(X'X) / min(D, N - 1)
 
-    It is `sklearn.linear_model.RidgeClassifier(alpha)`. X'X and X'Y of all layers are added up during one forward pass,
+    which is that of `sklearn.linear_model.RidgeClassifier(alpha)`:
+
+        probe = layerwise_probe(network, train_loader, validation=test_loader)
+        print(probe.table())
+        encoder = probe.truncated  # the network as far as its best layer
+
+    X'X and X'Y of all layers are added up during one forward pass,
     in float64 and centred; the features are not stored. One eigendecomposition of X'X gives the classifiers of a layer
     for all strengths. A layer with at least as many features as samples takes that of the N x N matrix XX' instead,
     from its features, which are kept until they are more than D. So the memory of a layer is that of a few D x D
-    matrices for any N.
+    matrices for any N, and the solution takes time in proportion to min(D, N)^3: "flatten" is for small maps.
 
     The accuracy needs predictions, so it takes a second forward pass. It is measured on `validation`. Without it, the
     samples of each class are dealt to `folds` folds in turn as they come, and `loader` is read again: each sample is
@@ -177,19 +183,17 @@ def layerwise_probe(
     Source: Bordes et al., Guillotine regularization: why removing layers is needed to improve generalization in
     self-supervised learning (2206.13378).
     """
-    net = module("model", model)
-    checks.positive("folds", folds)
-    if folds < 2:
-        raise ValueError(f"folds must be an integer >= 2, got {folds}.")
-    chosen = _strengths(strengths)
-    for name, value in (("loader", loader), ("validation", loader if validation is None else validation)):
-        if not isinstance(value, Iterable):
-            raise TypeError(f"{name} must be an iterable of pairs (x, y), got {type(value).__name__}.")
-    if validation is None:
-        _read_twice(loader)
-    peers = peers_of(group)
-    probed = Layers(net, layers, pool, channel_dim)
-    stream = Stream(net, probed, 1 if validation is not None else folds, peers)
+    peers, made = peers_of(group), []
+
+    def prepare() -> None:
+        net = module("model", model)
+        _check(loader, validation, folds)
+        watched = Layers(net, layers, pool, channel_dim)
+        made.append((Stream(net, watched, 1 if validation is not None else folds, peers), _strengths(strengths)))
+
+    agree(peers, prepare)
+    stream, chosen = made[0]
+    net, watched = stream.model, stream.layers
     with evaluating(net), _same_random_numbers(stream.device):
         stream.train(loader)
         probes = stream.solve(torch.tensor(chosen, dtype=torch.float64))
@@ -205,10 +209,10 @@ def layerwise_probe(
         stream.rows,
         stream.tested,
         tuple(stream.classes),
-        dict(probed.left_out),
+        watched.left_out,
         net,
-        dict(probed.calls),
-        probed.pool,
+        watched.calls,
+        watched.pool,
     )
 
 
@@ -221,11 +225,16 @@ def _strengths(strengths: Any) -> tuple[float, ...]:
     return found
 
 
-def _read_twice(loader: Any) -> None:
-    """Refuse what cannot give the same batches twice, as far as it can be seen before any work."""
-    if isinstance(loader, Iterator):
+def _check(loader: Any, validation: Any, folds: Any) -> None:
+    checks.positive("folds", folds)
+    if folds < 2:
+        raise ValueError(f"folds must be an integer >= 2, got {folds}.")
+    for name, value in (("loader", loader), ("validation", loader if validation is None else validation)):
+        if not isinstance(value, Iterable):
+            raise TypeError(f"{name} must be an iterable of pairs (x, y), got {type(value).__name__}.")
+    if validation is None and isinstance(loader, Iterator):
         raise ValueError("loader must be readable twice if there is no validation, but it is an iterator: pass a list.")
-    if isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
+    if validation is None and isinstance(loader, DataLoader) and isinstance(loader.sampler, RandomSampler):
         raise ValueError("loader must give the same batches twice if there is no validation, but it shuffles.")
 
 
