@@ -9,7 +9,8 @@ An MLP encoder (256-128) with a projector of three layers is trained by VICReg o
 on scikit-learn's digits (1,198 training images, 10 classes), and on faces and other patches of 25 x 25 pixels
 (scikit-image, 120 training images, 2 classes). The layer and the strength of the probe are chosen by cross-validation
 on the training images, and their accuracy is measured on the held-out images. The gap is the accuracy of the chosen
-layer, minus that of the last one. The bounds are for digits: faces are reported as they are.
+layer, minus that of the last one; an untrained network has one too. The bounds are for digits: faces are reported as
+they are.
 
     python examples/guillotine.py            5 seeds, two to five minutes
     python examples/guillotine.py --quick    2 seeds and fewer steps, under a minute; the same bounds
@@ -151,12 +152,13 @@ def print_tables(found):
             rows = np.mean([seen["layers"] for seen in found[name, relation]], 0)
             print(f"{RELATIONS.get(relation, 'untrained'):<24}" + "".join(f"{value:>13.3f}" for value in rows))
         print(f"{'':<24}{'gap, points':>20}{'chosen layers':>50}{'1-NN cut':>10}{'1-NN last':>10}")
-        for relation, label in RELATIONS.items():
+        for relation in (None, *RELATIONS):
             seen = found[name, relation]
             mean, half = interval([s["gap"] for s in seen])
             cuts = [names[s["cut"]] for s in seen]
             counts = ", ".join(f"{cuts.count(layer)} {layer}" for layer in names if layer in cuts)
             knn = "".join(f"{statistics.mean(s[key] for s in seen):>10.3f}" for key in ("cut 1-NN", "last 1-NN"))
+            label = RELATIONS.get(relation, "untrained")
             print(f"{label:<24}{f'{mean:.1f} +- {half:.1f}':>20}{counts:>50}{knn}")
 
 
