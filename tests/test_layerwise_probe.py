@@ -84,6 +84,8 @@ def test_large_means_and_other_labels(classes):
             for a in found.alphas[0].tolist()
         ]
         np.testing.assert_allclose(found.accuracy[0], scores, rtol=0, atol=1e-12)
+        spread = train[0].double().var(0).sum() * 79 / 6
+        torch.testing.assert_close(found.alphas[0], torch.tensor([1e-3, 1.0]).double() * spread, rtol=1e-6, atol=0)
     test[1][::2] = 1000
     unseen = layerwise_probe(nn.ReLU(), batches(*train, 9), validation=[test], strengths=(1,))
     assert 0 < float(unseen.accuracy) <= 0.5

@@ -226,12 +226,13 @@ class Untraceable(nn.Module):
 @pytest.mark.parametrize("how", ("values", "mode", "random"))
 def test_networks_without_one_graph(how):
     net = made(Untraceable, how).eval()
+    own = set(vars(net))
     result = layerwise_probe(net, LOADER, validation=LOADER)
     cut = pickle.loads(pickle.dumps(result.truncate("last")))
     torch.manual_seed(3)
     expected = net(IMAGES)
     torch.manual_seed(3)
-    assert torch.equal(cut(IMAGES), expected) and "path='last'" in repr(cut)
+    assert torch.equal(cut(IMAGES), expected) and "path='last'" in repr(cut) and set(vars(net)) == own
     first = result.truncate("first")
     assert torch.equal(first(IMAGES), net.first(IMAGES.flatten(1)))
     cut.number = 2
@@ -247,7 +248,7 @@ def test_compiled_and_wrapped():
     compiled = torch.compile(net, backend="eager")
     compiled(IMAGES)
     inner = made(Net).eval()
-    inner.blocks = torch.compile(inner.blocks, backend="eager")
+    inner.blocks = torch.compile(inner.blocks, backend="eager", fullgraph=True)
     inner(IMAGES)
     for model in (compiled, nn.DataParallel(net), inner):
         found = layerwise_probe(model, LOADER, validation=LOADER)

@@ -114,6 +114,7 @@ def _traced(model: nn.Module, call: Call) -> nn.Module | None:
     tracer.target = target
     if internals.hooked(model):
         return None
+    own = set(vars(model))
     with evaluating(model), torch.random.fork_rng([]):
         for training in (True, False):
             for part in model.modules():
@@ -122,6 +123,9 @@ def _traced(model: nn.Module, call: Call) -> nn.Module | None:
                 graphs.append(tracer.trace(model))
             except Exception:  # whatever code that cannot be traced may raise
                 return None
+            finally:
+                for name in set(vars(model)) - own:  # the tracer keeps constants in the model
+                    delattr(model, name)
     graph = graphs[0]
     constant = any(node.op == "get_attr" and "_tensor_constant" in str(node.target) for node in graph.nodes)
     if constant or graph.python_code("self").src != graphs[1].python_code("self").src:
