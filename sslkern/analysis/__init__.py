@@ -4,6 +4,8 @@ from .batch_norm import fit_batch_norm_, tls_distance
 from .boundary_jitter import BoundaryJitter, boundary_jitter
 from .conditioning import ExtremeSingularValues, condition_number, extreme_singular_values
 from .hessian_factors import HessianFactors, hessian_factors
+from .layerwise_callback import LayerwiseProbeCallback
+from .layerwise_probe import LayerwiseProbe, layerwise_probe
 from .local_affine import LocalAffine, local_affine
 from .normality import NormalityResult, normality_test, normality_test_of
 from .partition import PartitionDistance, partition_distance
@@ -25,6 +27,8 @@ __all__ = [
     "BoundaryJitter",
     "ExtremeSingularValues",
     "HessianFactors",
+    "LayerwiseProbe",
+    "LayerwiseProbeCallback",
     "LocalAffine",
     "NormalityResult",
     "PartitionDistance",
@@ -39,6 +43,7 @@ __all__ = [
     "extreme_singular_values",
     "fit_batch_norm_",
     "hessian_factors",
+    "layerwise_probe",
     "local_affine",
     "normality_test",
     "normality_test_of",

@@ -13,6 +13,7 @@ from __future__ import annotations
 from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 
 from . import internals
@@ -40,6 +41,13 @@ def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"]
     """The elementwise sum or maximum of `values` over the ranks. Not differentiable."""
     ops = internals.collectives
     return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
+
+
+def gather_objects(value: Any, peers: Peers) -> list[Any]:
+    """The objects of all ranks, in rank order. They are pickled: for settings and errors, not for data."""
+    told: list[Any] = [None] * peers.size
+    dist.all_gather_object(told, value, internals.group_of(peers.name))
+    return told
 
 
 def gather_rows(x: Tensor, counts: tuple[int, ...], peers: Peers, dim: int = -2) -> Tensor:
