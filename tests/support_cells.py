@@ -91,8 +91,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
-        "low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
+        "kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

@@ -67,9 +67,7 @@ def byol_loss(
 class BYOLLoss(nn.Module):
     """`byol_loss` as a module, which stores the settings."""
 
-    def __init__(
-        self, *, eps: float | None = None, dim: int = -1, batch_dim: int = 0, group: Group = None
-    ) -> None:
+    def __init__(self, *, eps: float | None = None, dim: int = -1, batch_dim: int = 0, group: Group = None) -> None:
         super().__init__()
         check_eps(eps)
         check_positions(dim, batch_dim, "separate")

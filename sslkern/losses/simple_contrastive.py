@@ -68,7 +68,7 @@ def simple_contrastive_loss(
     rows, dtype = x.shape[-2], accumulation_dtype(x, y)
     x, y = x.to(dtype), y.to(dtype)
     n = batch.count(rows)
-    # sum_i <a_i - c, b_i - mean(b)> is the same for every c, so c = mean(a), which keeps the products small, is detached
+    # sum_i <a_i - c, b_i - mean(b)> is the same for every c, so mean(a), which keeps the products small, is detached
     means = batch.summed(torch.stack([x.detach().sum(-2, keepdim=True), y.sum(-2, keepdim=True)])) / n
     shared = ((x - means[0]) * (y - means[1])).sum((-2, -1))
     loss = -over_slices(batch.average(shared, rows)) * (n / (n - 1))
