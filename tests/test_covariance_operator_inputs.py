@@ -252,5 +252,5 @@ def test_networks_that_cannot_be_right():
         net.output = output
         with pytest.raises((TypeError, ValueError), match=sentence):
             covariance_operator(net, VIEWS)
-    with pytest.raises(ValueError, match="no output depends on 'other.weight'"):
+    with pytest.raises(ValueError, match=r"no output depends on 'other\.weight'"):
         covariance_operator(unused, VIEWS, "other")
