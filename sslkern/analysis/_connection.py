@@ -10,10 +10,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from ..core import checks
+from ..core import checks, internals
 from ..core.dtypes import short, without_autocast
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm, convert_batchnorm
 from ._networks import evaluating, kind, module
@@ -123,7 +122,7 @@ def _check_state(net: nn.Module) -> None:
     if any(map(is_lazy, net.parameters())):
         raise ValueError("net must be initialised, but it has lazy parameters: call it once before.")
     for name, part in net.named_modules():
-        if isinstance(part, _BatchNorm) and part.running_mean is None:
+        if isinstance(part, internals.BatchNormBase) and part.running_mean is None:
             raise ValueError(
                 f"batch norms of net must have running statistics, but {name!r} has none: it mixes samples."
             )

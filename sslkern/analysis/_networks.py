@@ -17,7 +17,7 @@ def bare(net: nn.Module) -> nn.Module:
     while True:
         if isinstance(net, DataParallel | DistributedDataParallel):
             net = net.module
-        elif isinstance(inner := net._modules.get("_orig_mod"), nn.Module):
+        elif isinstance(inner := getattr(net, "_orig_mod", None), nn.Module):
             net = inner
         else:
             return net
