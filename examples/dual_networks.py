@@ -8,7 +8,8 @@ no label: roots only serve to measure, on 2000 new samples, the largest correlat
 2. With this loss, the correlation rises during training, and more so with more units.
 3. BYOL, with and without batch norm (centring) and a fixed scalar predictor p: the implicit contrastive term is there
    only with both, and so is learning. The share is the part of the leading direction of the term that differs between
-   samples. The theory also says that p must be small: p (1 - p) is the factor of this term, p^2 that of the other one.
+   samples. From the operator before training follows how small p must be, as p (1 - p) is the factor of this term,
+   and p^2 that of the other one; training with larger p tests that.
 4. The same four settings as people train them, beyond the theory: batch norm also scales, outputs have unit length, and
    the predictor is learned.
 
@@ -38,7 +39,7 @@ import matplotlib.pyplot as plt
 
 POLARITY, TESTS = 0.85, 2000
 PREDICTOR, LARGER = 0.2, (0.5, 0.8)
-UNITS = (10, 5, 2)
+UNITS, LAYER = (10, 5, 2), f"layers.{DEPTH // 2}"
 SETTINGS = {  # name: (batch norm, predictor)
     "neither": (False, False),
     "predictor only": (False, True),
@@ -74,9 +75,7 @@ def train(args, network, loss, seed):
 
 def exactness(seed):
     """The largest relative difference of the operator times the weight and autograd's update, over all layers."""
-    tree, network = LatentTree(POLARITY, seed), TreeNetwork(UNITS[1], seed).double()
-    roots = tree.roots(64)
-    views = torch.stack([tree.leaves(roots) for _ in range(2)]).double()
+    network, views = TreeNetwork(UNITS[1], seed).double(), views_of(seed, 64)
     loss = simple_contrastive_loss(*(network(x) for x in views))
     worst = 0.0
     for k in range(DEPTH):
@@ -86,35 +85,51 @@ def exactness(seed):
     return worst
 
 
+def views_of(seed, n=256):
+    tree = LatentTree(POLARITY, seed)
+    return tree.leaves(tree.roots(n).repeat(2)).unflatten(0, (2, n)).double()
+
+
 def contrastive_terms(network, seed):
     """For each setting of BYOL: the norm of the term of the view means, in the middle layer, and the share of its
     leading direction that differs between samples."""
-    tree, layer = LatentTree(POLARITY, seed), f"layers.{DEPTH // 2}"
-    roots = tree.roots(256)
-    views = torch.stack([tree.leaves(roots) for _ in range(2)]).double()
-    network, found = copy.deepcopy(network).double(), {}
+    network, views, found = copy.deepcopy(network).double(), views_of(seed), {}
     for name, (batch_norm, predictor) in SETTINGS.items():
         p = PREDICTOR if predictor else 1.0
-        term = byol_covariance_operator(network, p, views, layer, batch_norm=batch_norm).between
+        term = byol_covariance_operator(network, p, views, LAYER, batch_norm=batch_norm).between
         if not predictor:
             found[name] = term.norm(), None
             continue
         value, vector = term.eigenvectors(1)
-        centred = byol_covariance_operator(network, p, views, layer).between.apply(vector[0])
+        centred = byol_covariance_operator(network, p, views, LAYER).between.apply(vector[0])
         found[name] = float(value), float((vector[0] * centred).sum() / value)
     return found
+
+
+def largest_predictor(network, seed):
+    """The p below which BYOL with batch norm grows the direction that the contrastive loss grows most.
+
+    Its growth is p c - p^2 (c + v), where c is its covariance between samples, and v that between views of a sample.
+    """
+    network, views = copy.deepcopy(network).double(), views_of(seed)
+    n = views.shape[1]
+    value, vector = covariance_operator(network, views, LAYER, pairs="distinct").eigenvectors(1)
+    terms = byol_covariance_operator(network, 0.5, views, LAYER)
+    total = 4 * (vector[0] * (terms.between.apply(vector[0]) - terms.within.apply(vector[0]))).sum()
+    return float(value[0] * (n - 1) / (2 * n) / total)
 
 
 def measure(args):
     """Curves by units, by setting and by predictor, per seed; terms by setting, per seed; exactness; the correlation of
     the best function of the leaves with the root, and of a network with other roots."""
     simple, plain, larger, full = ({key: [] for key in keys} for keys in (UNITS, SETTINGS, LARGER, SETTINGS))
-    terms, best, chance, exact = [], [], [], []
+    terms, limits, best, chance, exact = [], [], [], [], []
     for seed in tqdm(range(args.seed, args.seed + args.seeds), desc="seeds", ncols=100):
         for units in UNITS:
             simple[units].append(train(args, TreeNetwork(units, seed), Contrastive(), seed))
         network = TreeNetwork(UNITS[0], seed)
         terms.append(contrastive_terms(network, seed))
+        limits.append(largest_predictor(network, seed))
         exact.append(exactness(seed))
         for name, (batch_norm, predictor) in SETTINGS.items():
             loss = PlainBYOL(batch_norm, PREDICTOR if predictor else 1.0)
@@ -129,14 +144,14 @@ def measure(args):
         leaves = tree.leaves(roots)
         best.append(correlation(tree.posterior_mean(leaves)[:, None], roots))
         chance.append(correlation(network(leaves), tree.roots(TESTS)))
-    return simple, plain, larger, full, terms, max(exact), statistics.median(best), statistics.median(chance)
+    return simple, plain, larger, full, terms, limits, max(exact), statistics.median(best), statistics.median(chance)
 
 
 def spread(values):
     return f"{statistics.median(values):.2f} ({min(values):.2f} to {max(values):.2f})"
 
 
-def print_tables(args, simple, plain, larger, full, terms, exact, best, chance):
+def print_tables(args, simple, plain, larger, full, terms, limits, exact, best, chance):
     print(
         f"\nSeeds {args.seed} to {args.seed + args.seeds - 1}; medians and ranges; {args.steps} steps of {args.batch}"
     )
@@ -153,6 +168,7 @@ def print_tables(args, simple, plain, larger, full, terms, exact, best, chance):
         norm = spread([t[name][0] for t in terms])
         share = "" if terms[0][name][1] is None else spread([t[name][1] for t in terms])
         print_row(name, curves, norm, share)
+    print(f"\nBy the operator of that layer, the leading direction grows for p below {spread(limits)}\n")
     if args.quick:
         return
     for p, curves in larger.items():
@@ -172,14 +188,15 @@ def plot(args, simple, plain, terms, best):
     figure, axes = plt.subplots(1, 3, figsize=(15, 4.4), layout="constrained", facecolor="white")
     panels = ((axes[0], {f"{u} units": c for u, c in simple.items()}), (axes[1], plain))
     for axis, rows in panels:
-        for color, (name, curves) in zip(("C3", "C1", "C0", "C2")[-len(rows) :], rows.items(), strict=True):
+        looks = list(zip(("C3", "C1", "C0", "C2"), ("-", "-", "--", "-"), strict=True))[-len(rows) :]
+        for (color, style), (name, curves) in zip(looks, rows.items(), strict=True):
             steps = [step for step, _ in curves[0]]
             values = torch.tensor([[value for _, value in curve] for curve in curves])
-            axis.plot(steps, values.median(0).values, color=color, label=name)
+            axis.plot(steps, values.quantile(0.5, 0), color=color, label=name, linestyle=style)
             axis.fill_between(steps, values.amin(0), values.amax(0), color=color, alpha=0.15, linewidth=0)
         axis.axhline(best, color="black", linestyle=":", linewidth=1, label="best possible")
         axis.set(xlabel="step", ylabel="correlation with the root", ylim=(0, 1))
-        axis.legend(fontsize=8)
+        axis.legend(fontsize=8, ncols=2, frameon=False, loc="upper center", bbox_to_anchor=(0.5, -0.12))
     axes[0].set_title("Simple contrastive loss, median and range")
     axes[1].set_title("BYOL, median and range")
     for row, (name, color) in enumerate(zip(SETTINGS, ("C3", "C1", "C0", "C2"), strict=True)):
@@ -255,8 +272,8 @@ def parse_arguments():
 def main():
     args = parse_arguments()
     torch.set_num_threads(1)
-    simple, plain, larger, full, terms, exact, best, chance = measure(args)
-    print_tables(args, simple, plain, larger, full, terms, exact, best, chance)
+    simple, plain, larger, full, terms, limits, exact, best, chance = measure(args)
+    print_tables(args, simple, plain, larger, full, terms, limits, exact, best, chance)
     plot(args, simple, plain, terms, best)
     return 0 if verdict(simple, plain, terms, exact) else 1
 
