@@ -104,6 +104,8 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "supervised_contrastive_loss": (lambda z: losses.supervised_contrastive_loss(z, labels), 1),
         "sigmoid_loss": (losses.sigmoid_loss, 2),
         "spectral_contrastive_loss": (losses.spectral_contrastive_loss, 2),
+        "byol_loss": (losses.byol_loss, 2),
+        "simple_contrastive_loss": (losses.simple_contrastive_loss, 2),
         "covariance": (ops.covariance, 1),
         "cross_correlation": (ops.cross_correlation, 2),
         "low_rank_residual": (lambda x, y: ops.low_rank_residual(torch.ones(8, 8), x, y), 2),

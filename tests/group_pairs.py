@@ -7,7 +7,14 @@ import torch.distributed as dist
 from ranks import normal
 
 from sslkern import metrics
-from sslkern.losses import info_nce_loss, nt_xent_loss, sigmoid_loss, spectral_contrastive_loss
+from sslkern.losses import (
+    byol_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    sigmoid_loss,
+    simple_contrastive_loss,
+    spectral_contrastive_loss,
+)
 from sslkern.losses import supervised_contrastive_loss as supervised
 
 ROWS, COLUMNS = 13, 5
@@ -28,6 +35,11 @@ def to_bank(a, b, group, **settings):
 
 def labelled(z, labels, group, **settings):
     return supervised(z, labels, temperature=0.3, group=group, **settings)
+
+
+def targeted(p, z, group):
+    """BYOL, whose targets have no gradient, with a gradient of zeros."""
+    return byol_loss(p, z, group=group) + 0 * z.sum()
 
 
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
@@ -53,6 +65,9 @@ LOSSES = {
     "sigmoid, warm": (partial(sigmoid_loss, scale=-3.0, bias=2.0), rows(2)),
     "spectral by rows": (partial(spectral_contrastive_loss, mu=2.0), rows(2, d=8)),
     "spectral by columns": (partial(spectral_contrastive_loss, mu=2.0), rows(2)),
+    "simple": (simple_contrastive_loss, rows(2)),
+    "simple, beta": (partial(simple_contrastive_loss, beta=0.7), rows(2)),
+    "byol": (targeted, rows(2)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),

@@ -34,6 +34,8 @@ CONTRASTIVE = (
     "sigmoid_loss; SigmoidLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
+BYOL = "byol_loss; BYOLLoss"
+SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
@@ -41,7 +43,8 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; participation_ratio"
+    f"{COLUMNS}; {SIMPLE}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
+    "participation_ratio"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
 
@@ -49,10 +52,10 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; {INFO}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {INFO}; {BYOL}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
         "a mean needs at least one row",
     ),
-    Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance needs at least two rows"),
+    Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
     Reason(REFUSED, "empty", "batch_moments", "a mean needs at least one element"),
     Reason(REFUSED, "empty", "low_rank_residual*", "there is nothing to model"),
     Reason(
@@ -88,8 +91,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); kernel_matmul; "
-        "low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
+        "kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

@@ -105,8 +105,17 @@ def spectral(a: Tensor, b: Tensor, mu=1.0) -> Tensor:
     return (off - 2 * s.diagonal().mean()) / mu
 
 
+def byol(p: Tensor, z: Tensor) -> Tensor:
+    return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
+
+
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
+
+
+def simple_contrastive(a: Tensor, b: Tensor, beta=0.0) -> Tensor:
+    squares, n = _squares(a, b) / 2, len(a)
+    return (1 + beta) * squares.diagonal().mean() - (squares * _others(n)).sum() / (n * (n - 1))
 
 
 def kernel(x: Tensor, y: Tensor, name: str, c) -> Tensor:

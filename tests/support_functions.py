@@ -17,7 +17,7 @@ from sslkern import losses, metrics, ops
 
 def add_loss(function: Callable, kind: type, formula: Callable, *leaves: Leaf, name: str = "", **rest: Any) -> None:
     """`name` tells a setting, in which the function is called by `call`, and the module by `as_module`."""
-    family = "Losses of columns" if "more" in rest else "Losses of pairs of rows"
+    family = rest.pop("family", "Losses of columns" if "more" in rest else "Losses of pairs of rows")
     public = name or getattr(function, "__name__", "")
     call = rest.pop("call", function)
     as_module = rest.pop("as_module", lambda *z, group=None, **settings: kind(**settings, group=group)(*z))
@@ -101,6 +101,17 @@ add_loss(
 )
 add_loss(losses.sigmoid_loss, losses.SigmoidLoss, plain.sigmoid, A, B, settings={"scale": 10.0, "bias": -10.0})
 add_loss(losses.spectral_contrastive_loss, losses.SpectralContrastiveLoss, plain.spectral, A, B, settings={"mu": 1.0})
+PAIRED: dict[str, Any] = {"family": "Losses of pairs of rows", "more": POSITIONS}
+add_loss(losses.byol_loss, losses.BYOLLoss, plain.byol, A, Leaf((ROWS, D), "data"), **PAIRED)
+add_loss(
+    losses.simple_contrastive_loss,
+    losses.SimpleContrastiveLoss,
+    plain.simple_contrastive,
+    A,
+    B,
+    settings={"beta": 0.5},
+    **PAIRED,
+)
 
 # primitives
 

@@ -14,7 +14,14 @@ from torch.nn import functional as F
 
 from sslkern import metrics
 from sslkern.distributed import over
-from sslkern.losses import info_nce_loss, nt_xent_loss, sigmoid_loss, spectral_contrastive_loss
+from sslkern.losses import (
+    byol_loss,
+    info_nce_loss,
+    nt_xent_loss,
+    sigmoid_loss,
+    simple_contrastive_loss,
+    spectral_contrastive_loss,
+)
 from sslkern.losses import supervised_contrastive_loss as supervised
 
 
@@ -29,7 +36,10 @@ def joint():
             assert_joint(loss, inputs, torch.float64, case)
 
 
-MAIN = ("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "hsic", "dhsic")
+MAIN = (
+    *("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "simple, beta", "byol"),
+    *("hsic", "dhsic"),
+)
 
 
 def half():
@@ -83,6 +93,7 @@ COEFFICIENTS = {
     "clip": (lambda a, b, t, group: info_nce_loss(a, b, scale=t.exp(), symmetric=True, group=group), 2, (1.5,)),
     "supervised": (lambda z, labels, t, group: supervised(z, labels, None, t, group=group), 1, (0.3,)),
     "sigmoid": (lambda a, b, t, c, group: sigmoid_loss(a, b, t, c, group=group), 2, (5.0, -2.0)),
+    "simple": (lambda a, b, t, group: simple_contrastive_loss(a, b, t, group=group), 2, (0.7,)),
     "hsic": (lambda a, b, t, group: metrics.hsic(a, b, bandwidth=t, group=group), 2, (0.9,)),
     "dhsic": (lambda a, b, t, group: metrics.dhsic(a, b, bandwidth=(t, None), group=group), 2, (0.9,)),
 }
@@ -154,6 +165,8 @@ TRAFFIC = {
     "sigmoid": ([GATHERED], [SCATTERED]),
     "spectral by rows": ([GATHERED], [SCATTERED]),
     "spectral by columns": ([REDUCED], [REDUCED]),
+    "simple": ([REDUCED], [REDUCED]),
+    "byol": ([], []),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),
     "dhsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
@@ -179,7 +192,7 @@ def collectives():
 def one_row():
     """A joint batch of one row, on the last rank: as alone, and no gradient is NaN."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    for case in ("nt_xent", "info_nce", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows"):
+    for case in ("nt_xent", "info_nce", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "byol"):
         loss, inputs = LOSSES[case]
         expected, *gradients = value_and_grad(loss, [x[:1] for x in inputs], None)
         value, *found = value_and_grad(loss, [x[: int(last)] for x in inputs], "world")
@@ -221,6 +234,8 @@ DIFFERENT = {
 NONE = {
     "nt_xent": (lambda g: nt_xent_loss(A[:0], A[:0], group=g), "at least 1 rows"),
     "info_nce": (lambda g: info_nce_loss(A[:0], A[:0], group=g), "at least 1 rows"),
+    "simple": (lambda g: simple_contrastive_loss(A[:0], A[:0], group=g), "at least 2 rows"),
+    "byol": (lambda g: byol_loss(A[:0], A[:0], group=g), "at least 1 rows"),
     "hsic": (lambda g: metrics.hsic(A[:0], A[:0], group=g), "at least 2 rows"),
     "unbiased": (lambda g: metrics.hsic(A[:0], A[:0], estimator="unbiased", group=g), "at least 4 rows"),
 }
@@ -251,7 +266,7 @@ def compiled():
     """Whole, without a graph break: eager's values and gradients, of even batches. What is exchanged as for nt_xent is
     traced alone, as a compiler gets it."""
     compilers = dict.fromkeys(("nt_xent", "info_nce, symmetric", "supervised", "spectral by columns"), "aot_eager")
-    compilers |= dict.fromkeys(("sigmoid", "spectral by rows"), "eager")
+    compilers |= dict.fromkeys(("sigmoid", "spectral by rows", "simple, beta"), "eager")
     for case, compiler in compilers.items():
         loss, inputs = LOSSES[case]
         n = ROWS // dist.get_world_size()

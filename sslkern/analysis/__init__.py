@@ -1,8 +1,10 @@
 """Analysis of representations and of trained networks."""
 
+from ._layer_operator import CovarianceOperator
 from .batch_norm import fit_batch_norm_, tls_distance
 from .boundary_jitter import BoundaryJitter, boundary_jitter
 from .conditioning import ExtremeSingularValues, condition_number, extreme_singular_values
+from .covariance_operator import byol_covariance_operator, covariance_operator
 from .hessian_factors import HessianFactors, hessian_factors
 from .layerwise_callback import LayerwiseProbeCallback
 from .layerwise_probe import LayerwiseProbe, layerwise_probe
@@ -25,6 +27,7 @@ from .ridge_path import RidgePath, ridge_path
 __all__ = [
     "BoundResult",
     "BoundaryJitter",
+    "CovarianceOperator",
     "ExtremeSingularValues",
     "HessianFactors",
     "LayerwiseProbe",
@@ -37,7 +40,9 @@ __all__ = [
     "absolute_value_shift",
     "activation_condition",
     "boundary_jitter",
+    "byol_covariance_operator",
     "condition_number",
+    "covariance_operator",
     "dense_condition",
     "dense_shift",
     "extreme_singular_values",
