@@ -69,13 +69,13 @@ def plain_ways(net: nn.Sequential, sizes: tuple[int, ...]) -> dict[str, Callable
 
     def chunked(size: int) -> Callable[[Tensor], Tensor]:
         batched = vmap(jacfwd(one))
-        return lambda x: torch.cat([least(preactivations(net, c), batched(c)) for c in x.split(size)])
+        return torch.no_grad()(lambda x: torch.cat([least(preactivations(net, c), batched(c)) for c in x.split(size)]))
 
     def loop(jacobian: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-        return lambda x: torch.cat([least(one(row)[None], jacobian(row)[None]) for row in x])
+        return lambda x: torch.cat([least(one(row)[None], jacobian(row)[None]).detach() for row in x])
 
     ways = {f"{CHUNKS}, chunks of {size}": chunked(size) for size in sizes}
-    ways[LOOP] = loop(jacfwd(one))
+    ways[LOOP] = torch.no_grad()(loop(jacfwd(one)))
     ways[GRADIENTS] = loop(lambda row: torch.autograd.functional.jacobian(one, row))
     return ways
 
@@ -95,7 +95,7 @@ def measure(name: str, net: nn.Sequential, x: Tensor, few: int, sizes: tuple[int
     rows = {}
     for way in ways:
         own = points[way][:1] if way in LOOPS else x[:256]
-        peak, _, found = allocated(partial(_run, ways[way], own))
+        peak, _, found = allocated(partial(ways[way], own))
         difference = float((found - truth[: len(found)]).abs().max())
         rows[way] = {"case": name, "implementation": way, "peak_bytes": peak, "difference": difference}
     busy = wait_for_quiet(patience=2 if rounds < 3 else 10)
@@ -104,7 +104,7 @@ def measure(name: str, net: nn.Sequential, x: Tensor, few: int, sizes: tuple[int
             if k and way in LOOPS:
                 continue
             start, busy_start = time.perf_counter(), time.process_time()
-            found = _run(ways[way], points[way])
+            found = ways[way](points[way])
             seconds[way].append(time.perf_counter() - start)
             cpu[way].append(time.process_time() - busy_start)
             rows[way]["difference"] = max(rows[way]["difference"], float((found - truth[: len(found)]).abs().max()))
@@ -113,10 +113,6 @@ def measure(name: str, net: nn.Sequential, x: Tensor, few: int, sizes: tuple[int
         row["per_point"] = statistics.median(seconds[way]) / row["points"]
         row["cpu_per_point"] = statistics.median(cpu[way]) / row["points"]
     return list(rows.values())
-
-
-def _run(call: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-    return call(x).detach()
 
 
 def table(rows: list[dict]) -> None:
@@ -150,9 +146,9 @@ def main() -> None:
     else:
         rounds = 3
         cases = [
-            ("mlp 64 - 4 x 256", mlp(64, 256), torch.randn(4096, 64), 256, (64, 256)),
-            ("mlp 3072 - 4 x 256", mlp(3072, 256), torch.randn(64, 3072), 4, (4, 16)),
-            ("convnet 3 x 16 x 16", convnet(16), torch.randn(16, 3, 16, 16), 2, (4, 16)),
+            ("mlp 64 - 4 x 256", mlp(64, 256), torch.randn(4096, 64), 256, (64, 128)),
+            ("mlp 3072 - 4 x 256", mlp(3072, 256), torch.randn(64, 3072), 2, (16,)),
+            ("convnet 3 x 16 x 16", convnet(16), torch.randn(16, 3, 16, 16), 2, (4,)),
         ]
     rows: list[dict] = []
     for case in cases:

@@ -27,4 +27,4 @@ def test_its_quick_form(monkeypatch, tmp_path, capsys):
     }  # fmt: skip
     for row in found["rows"]:
         assert row["difference"] < 1e-5 and row["per_point"] > 0 and row["peak_bytes"] > 0
-    assert capsys.readouterr().out.count("sslkern") == 4
+    assert capsys.readouterr().out.count("sslkern") == 5
