@@ -7,12 +7,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from ..core import checks
 from ..core.dtypes import short
 from ..core.generators import generator as generator_of
+from ._arrays import as_array
 from ._networks import evaluating, inputs, kind
 from ._results import axes, table
 
@@ -194,9 +196,7 @@ def _read(samples: Any) -> tuple[Tensor, float]:
         if not z.is_floating_point():
             raise TypeError(f"samples must be floating-point numbers, got {short(z.dtype)}.")
     else:
-        import numpy as np
-
-        array = np.asarray(samples)
+        array = as_array("samples", samples)
         if array.dtype.kind not in "biuf":
             raise TypeError(f"samples must be an array of numbers, got {array.dtype}.")
         z = torch.from_numpy(array.astype(array.dtype if array.dtype in (np.float32, np.float16) else np.float64))

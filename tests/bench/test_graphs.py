@@ -43,7 +43,8 @@ def leaves_of(subject, rows, columns, seed, device):
 
 
 def value_and_grads(subject, leaves):
-    leaves = [x.detach().requires_grad_(x.is_floating_point()) for x in leaves]
+    of_subject = zip(leaves, subject.leaves, strict=True)
+    leaves = [x.detach().requires_grad_(leaf.differentiable) for x, leaf in of_subject]
     loss = subject.ours(*leaves)
     return [loss.detach(), *torch.autograd.grad(loss, [x for x in leaves if x.requires_grad])]
 
