@@ -7,6 +7,7 @@ the rows, (T * N, ...), and are outermost. A tangent that is the same for all sa
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def walk(net: Piecewise, x: Tensor, chosen: Callable[[Step], bool]) -> Iterator[
             out = step.function(*args, **kwargs)
         except Refused as why:
             raise net.refusal(step, why) from None
-        if step.rule is not None and any(o.dim() == 0 or len(o) != len(x) for o in _tensors(out)):
+        if step.rule is not None and any(o.dim() == 0 or len(o) != len(x) for o in tensors(out)):
             raise net.refusal(step, "mixes the samples of the batch")
         values[step.node] = out
         yield step, args, out, values
@@ -49,10 +50,10 @@ def _before_kinks(step: Step) -> bool:
     return step.smooth and step.feeds and not step.bends
 
 
-def _arguments(step: Step, values: Values, tangents: Values, directions: int) -> tuple[list[Any], dict[str, Any]]:
+def arguments(step: Step, values: Values, tangents: Values, directions: int) -> tuple[list[Any], dict[str, Any]]:
     """The arguments of a step with tangents in the place of values, all of them with the same number of rows."""
     moving = [tangents[n] for n in step.node.all_input_nodes if n in tangents]
-    rows = max(len(t) for value in moving for t in _tensors(value))
+    rows = max(len(t) for value in moving for t in tensors(value))
 
     def taken(node: fx.Node) -> Any:
         t = tangents.get(node, values.get(node))
@@ -74,43 +75,47 @@ def _still(constant: Tensor, rows: int) -> Tensor:
     return constant.new_zeros(rows, *constant.shape[1:])
 
 
-def _tensors(value: Any) -> tuple[Tensor, ...]:
+def tensors(value: Any) -> tuple[Tensor, ...]:
     return (value,) if isinstance(value, Tensor) else tuple(value)
 
 
 class Distances:
-    """The distances of samples to the boundaries of all units, kink by kink."""
+    """The distances of samples to the boundaries of all units, kink by kink, by the tangents of all directions."""
 
     def __init__(self, net: Piecewise, example: Tensor, limit: int) -> None:
         """`example` is one sample, (1, ...), and `limit` the number of bytes that tangents may take at once."""
         self.net, self.limit = net, limit // example.element_size()
-        self.inputs = self.directions = example.numel()
+        self.inputs, self._example = example.numel(), example
         sources = {n for s in net.kinks for n in s.node.all_input_nodes}
         sources |= {n for s in net.steps if to_kinks(s) and not s.smooth for n in s.node.all_input_nodes}
         inner = {net.source, *(s.node for s in net.steps if _before_kinks(s) and s.rule is not None)}
         self.frontier = [n for n in (net.source, *(s.node for s in net.steps)) if n in sources & inner]
-        self.sizes, self.peak = self._measured(example)
-        self.blocks = self._shared(example)
+        self.sizes, self.peak, width = self._measured(example)
+        self.directions = min(self.inputs, width) if self.frontier else self.inputs
 
-    def _measured(self, example: Tensor) -> tuple[list[int], int]:
-        """The number of units of each kink, and the most numbers that the tangents of one direction take at once."""
+    def _measured(self, example: Tensor) -> tuple[list[int], int, int]:
+        """The number of units of each kink, the most numbers that the tangents of one direction take at once, and the
+        size of the frontier."""
         held, most, sizes = {n: 0 for n in self.frontier}, 1, []
+        width = example.numel() if self.net.source in self.frontier else 0
         held[self.net.source] = example.numel()
         for step, args, out, _ in walk(self.net, example, to_kinks):
             if step.rule is None:
                 continue
-            size, extra = sum(o.numel() for o in _tensors(out)), 0
+            size, extra = sum(o.numel() for o in tensors(out)), 0
             if step.bends:
                 sizes.append(size)
             if isinstance(step.rule, Maximum):
                 extra = 2 * step.rule.candidates(*args).numel()
             held[step.node] = size
+            width += size if step.node in self.frontier else 0
             most = max(most, sum(held.values()) + extra)
             for node in step.last_of:
                 held.pop(node, None)
-        return sizes, most
+        return sizes, most, width
 
-    def _shared(self, example: Tensor) -> list[tuple[Values, int]] | None:
+    @cached_property
+    def blocks(self) -> list[tuple[Values, int]] | None:
         """The tangents on the frontier of the smooth part, unless they are too large to keep.
 
         A smooth part with fewer outputs than inputs has a QR decomposition: its triangle has the same Gram matrix in
@@ -118,6 +123,7 @@ class Distances:
         """
         if not self.frontier:
             return []
+        example = self._example
         tangents, _ = next(self._smooth(example, 1))
         shapes = [t.shape[1:] for t in tangents.values()]
         widths = [t[0].numel() for t in tangents.values()]
@@ -128,9 +134,8 @@ class Distances:
         for tangents, _ in self._smooth(example, size):
             rows = torch.cat([triangle, torch.cat([t.flatten(1) for t in tangents.values()], 1)])
             triangle = torch.linalg.qr(rows, "r").R
-        self.directions = len(triangle)
         parts = (p.reshape(-1, *s) for p, s in zip(triangle.split(widths, 1), shapes, strict=True))
-        return [(dict(zip(self.frontier, parts, strict=True)), self.directions)]
+        return [(dict(zip(self.frontier, parts, strict=True)), len(triangle))]
 
     def _smooth(self, x: Tensor, size: int) -> Iterator[tuple[Values, int]]:
         """The tangents on the frontier, for blocks of the directions of the input."""
@@ -140,7 +145,7 @@ class Distances:
             tangents: Values = {self.net.source: block.view(-1, *x.shape[1:])}
             for step, _, out, values in walk(self.net, x[:1], _before_kinks):
                 if isinstance(step.rule, Affine):
-                    args, kwargs = _arguments(step, values, tangents, len(block))
+                    args, kwargs = arguments(step, values, tangents, len(block))
                     tangents[step.node] = step.rule.linear(out, *args, **kwargs)
             yield {n: tangents[n] for n in self.frontier}, len(block)
 
@@ -173,7 +178,7 @@ class Distances:
         for step, args, out, values in walk(self.net, x, to_kinks):
             if step.rule is None or _before_kinks(step):
                 continue
-            own, kwargs = _arguments(step, values, tangents, directions)
+            own, kwargs = arguments(step, values, tangents, directions)
             if isinstance(step.rule, Kink):
                 (h,), (t,) = args, own
                 t = t.view(directions, -1, *h.shape[1:])

@@ -7,7 +7,7 @@ a row for each sample and direction.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import inf
 from typing import Any
 
@@ -25,12 +25,20 @@ MIXES = "mixes the samples of the batch"
 
 @dataclass(frozen=True)
 class Affine:
-    """An affine function, and its linear part: `linear(out, *args)` has tangents in the place of values, and `out` is
-    the value of the function. `shares` tells whether its result may share the memory of its argument."""
+    """An affine function, and its linear part.
+
+    `linear(out, *args)` has tangents in the place of values, and `out` is the value of the function. `shares` tells
+    whether its result may share the memory of its argument. The others bound the linear part, where a bound is known:
+    `magnitude(out, *args)` is its map with absolute values as weights. Products with weights of their own have
+    instead `squares(x)`, the map with squared weights, and `norm()`, at least the largest singular value.
+    """
 
     value: Callable[..., Any]
     linear: Callable[..., Any]
     shares: bool = False
+    magnitude: Callable[..., Any] | None = None
+    squares: Callable[[Tensor], Tensor] | None = None
+    norm: Callable[[], float] | None = None
 
 
 @dataclass(frozen=True)
@@ -47,6 +55,10 @@ class Kink:
         for point, right in zip(self.points, self.slopes[1:], strict=True):
             slope = torch.where(h > point, by_channel(right, h), slope)
         return slope
+
+    @property
+    def steepest(self) -> float:
+        return max(float(torch.as_tensor(slope).abs().max()) for slope in self.slopes)
 
     def margins(self, h: Tensor) -> Tensor:
         """h - point in a new last dimension, one for each point; inf where the slope is the same on both sides."""
@@ -82,9 +94,13 @@ def not_of_samples(dims: Any, ndim: int) -> None:
         raise Refused(MIXES)
 
 
-def same(function: Callable[..., Any], shares: bool = False) -> Affine:
-    """A linear function of each row."""
-    return Affine(function, lambda out, *args, **kwargs: function(*args, **kwargs), shares)
+def same(function: Callable[..., Any], shares: bool = False, positive: bool = True) -> Affine:
+    """A linear function of each row; `positive` if no weight of it is negative."""
+
+    def part(out: Any, *args: Any, **kwargs: Any) -> Any:
+        return function(*args, **kwargs)
+
+    return Affine(function, part, shares, part if positive else None)
 
 
 def identity(x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -97,7 +113,11 @@ IDENTITY = same(identity, shares=True)
 
 def reshaped(function: Callable[..., Tensor]) -> Affine:
     """A function that gives each row another shape."""
-    return Affine(function, lambda out, t, *args, **kwargs: t.reshape(len(t), *out.shape[1:]), True)
+
+    def part(out: Tensor, t: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        return t.reshape(len(t), *out.shape[1:])
+
+    return Affine(function, part, True, part)
 
 
 def along(function: Callable[..., Any], position: int = 0, name: str = "dim", default: Any = None) -> Affine:
@@ -138,36 +158,23 @@ PERMUTED, TRANSPOSED, INDEXED = (same(f, shares=True) for f in (_permute, _trans
 
 def padded(pad: Any, mode: str = "constant", value: float | None = None) -> Affine:
     if mode == "constant":
-        return Affine(lambda x: F.pad(x, pad, mode, value), lambda out, t: F.pad(t, pad))
+        return filled(lambda x: F.pad(x, pad, mode, value), pad)
     return same(lambda x: F.pad(x, pad, mode))
+
+
+def filled(function: Callable[..., Tensor], pad: Any) -> Affine:
+    """A padding by a constant."""
+
+    def part(out: Tensor, t: Tensor) -> Tensor:
+        return F.pad(t, pad)
+
+    return Affine(function, part, magnitude=part)
 
 
 def dropout(p: float = 0.5, training: bool = True, inplace: bool = False) -> Affine:
     if training and p:
         raise Refused("drops units at random, in evaluation mode too")
     return IDENTITY
-
-
-def linear(weight: Tensor, bias: Tensor | None = None) -> Affine:
-    def value(x: Tensor, bias: Tensor | None = bias) -> Tensor:
-        if x.dim() < 2:
-            raise Refused(MIXES)
-        return F.linear(x, weight, bias)
-
-    return Affine(value, lambda out, t: value(t, None))
-
-
-def convolution(
-    function: Callable[..., Tensor], weight: Tensor, bias: Tensor | None = None, *settings: Any, **named: Any
-) -> Affine:
-    """A convolution or a transposed one, with the arguments of `F.conv2d` or `F.conv_transpose2d`."""
-
-    def value(x: Tensor, bias: Tensor | None = bias) -> Tensor:
-        if x.dim() != weight.dim():
-            raise Refused(MIXES)
-        return function(x, weight, bias, *settings, **named)
-
-    return Affine(value, lambda out, t: value(t, None))
 
 
 def batch_norm(
@@ -186,7 +193,11 @@ def batch_norm(
         scale = (running_var + eps).rsqrt()
         return t * by_channel(scale if weight is None else weight * scale, t)
 
-    return Affine(lambda x: F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps), part)
+    return Affine(
+        lambda x: F.batch_norm(x, running_mean, running_var, weight, bias, False, 0.0, eps),
+        part,
+        magnitude=lambda out, x: part(out, x).abs(),
+    )
 
 
 def hinge(value: Callable[..., Tensor], left: float | Tensor, right: float | Tensor = 1.0) -> Kink:
@@ -239,7 +250,8 @@ def _fits(out: Tensor, x: Tensor, constant: Any) -> None:
 def added(function: Callable[..., Tensor], active: list[bool], right: float = 1.0) -> Affine:
     """left + right, or left - right for `right=-1`."""
     if all(active):
-        return same(function)
+        both = same(function)
+        return replace(both, magnitude=lambda out, x, y, alpha=1.0: x + abs(alpha) * y)
     k = 0 if active[0] else 1
 
     def value(*args: Any, **kwargs: Any) -> Tensor:
@@ -251,7 +263,7 @@ def added(function: Callable[..., Tensor], active: list[bool], right: float = 1.
         t = args[k].expand(len(args[k]), *out.shape[1:])
         return t if k == 0 else right * alpha * t
 
-    return Affine(value, part)
+    return Affine(value, part, magnitude=lambda out, *args, **kwargs: part(out, *args, **kwargs).abs())
 
 
 def scaled(function: Callable[..., Tensor], active: list[bool]) -> Affine:
@@ -267,26 +279,17 @@ def scaled(function: Callable[..., Tensor], active: list[bool]) -> Affine:
             raise Refused("multiplies each sample by another constant")
         return out
 
-    return Affine(value, lambda out, *args, **kwargs: function(*args, **kwargs))
+    return Affine(
+        value,
+        lambda out, *args, **kwargs: function(*args, **kwargs),
+        magnitude=lambda out, *args, **kwargs: function(*args, **kwargs).abs(),
+    )
 
 
 def divided(function: Callable[..., Tensor], active: list[bool]) -> Affine:
     if active[1]:
         raise Refused("divides by an activation")
     return scaled(function, active)
-
-
-def multiplied(function: Callable[..., Tensor], active: list[bool]) -> Affine:
-    """x @ constant."""
-    if active[1]:
-        raise Refused(MIXES if not active[0] else "multiplies two activations")
-
-    def value(x: Tensor, constant: Tensor) -> Tensor:
-        if x.dim() < 2 or constant.dim() > 2:
-            raise Refused(MIXES)
-        return function(x, constant)
-
-    return same(value)
 
 
 def larger(function: Callable[..., Tensor], active: list[bool]) -> Maximum:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, OrthogonalLinear, SyncBatchNorm
 from . import _rules as r
+from . import _weights as w
 from ._windows import Windows, adaptive_windows, pooling_windows
 
 
@@ -33,14 +35,14 @@ def adaptive_max_pool(n: int, output_size: Any, return_indices: bool = False) ->
 
 
 def _linear(m: Any) -> r.Rule:
-    return r.linear(m.weight, m.bias)
+    return w.linear(m.weight, m.bias)
 
 
-def _convolution(m: Any) -> r.Rule:
+def _convolution(m: Any) -> r.Affine:
     """Of the layers Conv1d, 2d and 3d."""
     function, padding = getattr(F, f"conv{m.weight.dim() - 2}d"), m.padding
     if m.padding_mode == "zeros":
-        return r.convolution(function, m.weight, m.bias, m.stride, padding, m.dilation, m.groups)
+        return w.convolution(function, m.weight, m.bias, m.stride, padding, m.dilation, m.groups)
     if isinstance(padding, str):
         totals = [d * (k - 1) * (padding == "same") for d, k in zip(m.dilation, m.kernel_size, strict=True)]
         sides = [(t // 2, t - t // 2) for t in totals]
@@ -51,12 +53,13 @@ def _convolution(m: Any) -> r.Rule:
     def within(x: Tensor, *args: Any) -> Tensor:
         return function(F.pad(x, around, m.padding_mode), *args)
 
-    return r.convolution(within, m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
+    rule = w.convolution(within, m.weight, m.bias, m.stride, 0, m.dilation, m.groups)
+    return replace(rule, squares=None, norm=None)  # an input may stand at several places of a kernel
 
 
 def _transposed(m: Any) -> r.Rule:
     function = getattr(F, f"conv_transpose{m.weight.dim() - 2}d")
-    return r.convolution(function, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
+    return w.convolution(function, m.weight, m.bias, m.stride, m.padding, m.output_padding, m.groups, m.dilation)
 
 
 def _norm(m: Any) -> r.Rule:
@@ -74,7 +77,7 @@ def _adaptive_max_layer(m: Any) -> r.Rule:
 
 
 def _pad_layer(m: Any) -> r.Rule:
-    return r.Affine(m, lambda out, t: F.pad(t, m.padding)) if hasattr(m, "value") else r.same(m)
+    return r.filled(m, m.padding) if hasattr(m, "value") else r.same(m)
 
 
 def _each(names: str, rule: Callable[[Any], r.Rule]) -> dict[type, Callable[[Any], r.Rule]]:
@@ -92,7 +95,8 @@ LAYERS: dict[type, Callable[[Any], r.Rule]] = {
     **_each("Identity Dropout Dropout1d Dropout2d Dropout3d AlphaDropout FeatureAlphaDropout", lambda m: r.IDENTITY),
     **_each("Flatten Unflatten", r.reshaped),
     **_each("AvgPool1d AvgPool2d AvgPool3d AdaptiveAvgPool1d AdaptiveAvgPool2d AdaptiveAvgPool3d", r.same),
-    **_each("Upsample UpsamplingNearest2d UpsamplingBilinear2d PixelShuffle PixelUnshuffle", r.same),
+    **_each("PixelShuffle PixelUnshuffle", r.same),
+    **_each("Upsample UpsamplingNearest2d UpsamplingBilinear2d", partial(r.same, positive=False)),
     **_each("ConstantPad1d ConstantPad2d ConstantPad3d ZeroPad1d ZeroPad2d ZeroPad3d", _pad_layer),
     **_each("ReflectionPad1d ReflectionPad2d ReflectionPad3d CircularPad1d CircularPad2d CircularPad3d", r.same),
     **_each("ReplicationPad1d ReplicationPad2d ReplicationPad3d", r.same),
@@ -122,19 +126,11 @@ PLAIN: dict[Any, r.Rule] = {
             *(Tensor.reshape, Tensor.flatten, Tensor.squeeze, Tensor.unsqueeze, Tensor.unflatten),
         )
     },
+    **{f: r.same(f, positive=False) for f in (operator.neg, torch.neg, Tensor.neg, F.interpolate)},
     **{
         f: r.same(f)
         for f in (
-            *(
-                operator.neg,
-                torch.neg,
-                Tensor.neg,
-                Tensor.float,
-                Tensor.double,
-                F.interpolate,
-                F.pixel_shuffle,
-                F.pixel_unshuffle,
-            ),
+            *(Tensor.float, Tensor.double, F.pixel_shuffle, F.pixel_unshuffle),
             *(F.avg_pool1d, F.avg_pool2d, F.avg_pool3d),
             *(F.adaptive_avg_pool1d, F.adaptive_avg_pool2d, F.adaptive_avg_pool3d),
         )
@@ -160,11 +156,11 @@ OF_ONE: dict[Any, Callable[..., r.Rule]] = {
     F.hardtanh: lambda min_val=-1.0, max_val=1.0, inplace=False: r.clamp(min_val, max_val),
     F.hardsigmoid: lambda inplace=False: r.HARDSIGMOID,
     F.softshrink: r.softshrink,
-    F.linear: r.linear,
+    F.linear: w.linear,
     F.batch_norm: r.batch_norm,
     F.pad: r.padded,
-    **{f: partial(r.convolution, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
-    **{f: partial(r.convolution, f) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
+    **{f: partial(w.convolution, f) for f in (F.conv1d, F.conv2d, F.conv3d)},
+    **{f: partial(w.convolution, f) for f in (F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d)},
     **dict.fromkeys((F.dropout, F.dropout1d, F.dropout2d, F.dropout3d, F.alpha_dropout), r.dropout),
     **{f: partial(max_pool, n + 1) for n, f in enumerate((F.max_pool1d, F.max_pool2d, F.max_pool3d))},
     F.adaptive_max_pool1d: partial(adaptive_max_pool, 1),
@@ -178,7 +174,7 @@ OF_TWO: dict[Any, Callable[[Any, list[bool]], r.Rule]] = {
     **dict.fromkeys((operator.sub, operator.isub, torch.sub, Tensor.sub), partial(r.added, right=-1.0)),
     **dict.fromkeys((operator.mul, operator.imul, torch.mul, Tensor.mul), r.scaled),
     **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, Tensor.div), r.divided),
-    **dict.fromkeys((operator.matmul, torch.matmul, Tensor.matmul), r.multiplied),
+    **dict.fromkeys((operator.matmul, torch.matmul, Tensor.matmul), w.multiplied),
     **dict.fromkeys((torch.maximum, Tensor.maximum), r.larger),
 }
 

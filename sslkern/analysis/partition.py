@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from ..core import checks
 from ..core.dtypes import short, without_autocast
 from . import _networks
+from ._closest import Closest
 from ._piecewise import Piecewise, trace
-from ._regions import Distances, check_agreement
+from ._regions import check_agreement
 from ._results import axes, table
 
 _LIMIT = {"cpu": 1 << 24, "cuda": 1 << 28}  # bytes of tangents at once: 16 MB stay in the caches of a CPU
@@ -88,9 +89,11 @@ def partition_distance(
     exactly. Units with a_k = 0 have no boundary there. A pooling by the maximum has the boundaries h_i = h_j of its
     largest and every other element, and a function with several kinks has one at each.
 
-    No Jacobian is formed: the local maps of a chunk of samples pass through the layers together, one product for each
-    layer, with the directions of the input as further rows. Where the network begins with an affine map to fewer
-    dimensions, only as many directions remain. Time is that of D forward passes, for D inputs or so many dimensions.
+    No Jacobian is formed. Norms of the weights bound |a_k| from above. That leaves some units of each sample that may
+    be the closest, and one backward pass finds a_k for each of them. Where the bounds leave too many, or where there
+    are none, as for pooling by the maximum, the local maps of a chunk of samples pass through the layers together, one
+    product for each layer, with the directions of the input as further rows: D forward passes for D inputs, or for D
+    dimensions where the network begins with an affine map to fewer of them.
 
     Args:
         net: a module of affine layers (linear, convolution, batch norm, average pooling, sums, ...) and piecewise
@@ -118,9 +121,9 @@ def partition_distance(
     pieces = read("net", net, x)
     with without_autocast(x):
         limit = _LIMIT["cpu" if x.device.type == "cpu" else "cuda"]
-        distances = Distances(pieces, x[:1], limit)
-        chunks = x.split(chunk_size or distances.chunk_size())
-        found = zip(*(_closest(distances.of(c), c, radii) for c in chunks), strict=True)
+        closest = Closest(pieces, x[:1], limit, max(radii, default=0.0))
+        chunks = x.split(chunk_size or closest.chunk_size())
+        found = zip(*(_closest(closest.of(c), c, radii) for c in chunks), strict=True)
         distance, layer, unit, counts = map(torch.cat, found)
     several = isinstance(within, Sequence)
     return PartitionDistance(
@@ -128,7 +131,7 @@ def partition_distance(
         layer,
         unit,
         kink_names(pieces),
-        tuple(distances.sizes),
+        tuple(closest.by_tangents.sizes),
         None if within is None else radii if several else radii[0],
         None if within is None else counts if several else counts[:, 0],
     )
