@@ -47,6 +47,21 @@ def convnet(width: int) -> nn.Sequential:
     return nn.Sequential(*layers, nn.Flatten(), nn.LazyLinear(10)).eval()
 
 
+def trained(net: nn.Sequential) -> tuple[nn.Sequential, Tensor]:
+    """The network after 600 steps of Adam on scikit-learn's digits, and their images."""
+    from sklearn.datasets import load_digits
+
+    images, labels = (torch.from_numpy(a) for a in load_digits(return_X_y=True))
+    images = images.float() / 16
+    optimizer = torch.optim.Adam(net.parameters(), 1e-3)
+    for _ in range(600):
+        rows = torch.randint(len(images), (128,))
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(net(images[rows]), labels[rows]).backward()
+        optimizer.step()
+    return net, images
+
+
 def preactivations(net: nn.Sequential, x: Tensor) -> Tensor:
     """The inputs of all ReLUs, (N, units)."""
     found = []
@@ -147,6 +162,7 @@ def main() -> None:
         rounds = 3
         cases = [
             ("mlp 64 - 4 x 256", mlp(64, 256), torch.randn(4096, 64), 256, (64, 128)),
+            ("the same, trained", *trained(mlp(64, 256)), 8, (128,)),
             ("mlp 3072 - 4 x 256", mlp(3072, 256), torch.randn(64, 3072), 2, (16,)),
             ("convnet 3 x 16 x 16", convnet(16), torch.randn(16, 3, 16, 16), 2, (4,)),
         ]
