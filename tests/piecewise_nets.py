@@ -63,6 +63,19 @@ class Functional(nn.Module):
         return self.last(self.mix(h)) @ self.mix.weight[:, :2]
 
 
+class Split(nn.Module):
+    """Parts of a layer, a difference, constants and a mean, all with known signs of their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.last, self.act = nn.Linear(5, 8), nn.Linear(5, 3), nn.ReLU()
+
+    def forward(self, x):
+        left, right = self.first(x).chunk(2, 1)
+        h = self.act(1 - left * 0.5 - torch.sub(right, left, alpha=-2))
+        return self.act(self.last(torch.cat([h, h.mean(1, keepdim=True)], 1)))
+
+
 class Maxima(nn.Module):
     """Maxout of two maps of the input, and of what a ReLU leaves."""
 
@@ -141,6 +154,7 @@ NETS = {
     "residual": lambda: (nn.Sequential(nn.Conv2d(2, 3, 3), Residual(3), Residual(3)), (2, 5, 5)),
     "dense": lambda: (Dense(), (5,)),
     "functional": lambda: (Functional(), (6,)),
+    "split": lambda: (Split(), (5,)),
     "maxout": lambda: (Maxima(), (5,)),
     "max pool": lambda: (conv(nn.MaxPool2d(3, 2, 1, ceil_mode=True), nn.Conv2d(4, 2, 2), nn.ReLU()), (2, 5, 6)),
     "max pool first": lambda: (nn.Sequential(nn.MaxPool1d(2, dilation=2), nn.Conv1d(2, 3, 2), nn.ReLU()), (2, 8)),
