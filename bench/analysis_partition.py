@@ -31,7 +31,6 @@ from .run import allocated, machine, save, wait_for_quiet
 
 OURS, CHUNKS, LOOP, GRADIENTS = "sslkern", "vmap(jacfwd)", "jacfwd, each point", "jacobian, each point"
 LOOPS = (LOOP, GRADIENTS)
-OUT = Path("bench/results/analysis_partition-amd-epyc-2t.json")
 
 
 def mlp(inputs: int, width: int, depth: int = 4) -> nn.Sequential:
@@ -148,7 +147,7 @@ def table(rows: list[dict]) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.analysis_partition", description=__doc__)
     parser.add_argument("--quick", action="store_true", help="small networks, few points; not for publication")
-    parser.add_argument("--out", type=Path, default=OUT)
+    parser.add_argument("--out", type=Path, help="result file; nothing is written without it")
     args = parser.parse_args()
     torch.manual_seed(0)
     if args.quick:
@@ -169,7 +168,8 @@ def main() -> None:
     rows: list[dict] = []
     for case in cases:
         rows += measure(*case, rounds)
-        save(args.out, {**machine("cpu"), "quick": args.quick}, rows)
+        if args.out:
+            save(args.out, {**machine("cpu"), "quick": args.quick}, rows)
     table(rows)
 
 

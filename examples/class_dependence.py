@@ -30,7 +30,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from _digits import split_digits
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, add_sizes, check_run_flags, judge, parse
 from _oriented_shapes import NAMES, ORIENTED, draw, rotate
 from sklearn.linear_model import Ridge
 from threadpoolctl import threadpool_limits
@@ -184,25 +184,16 @@ def verdict(effects, times):
         ),
         (gap <= AGREEMENT, f"ridge path equals scikit-learn's Ridge to {gap:.1e} (at most {AGREEMENT})"),
     )
-    for holds, text in claims:
-        print(f"{'PASS' if holds else 'FAIL'}: {text}")
-    return all(holds for holds, _ in claims)
+    return judge(claims)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK}, unless given; angles {QUICK_ANGLES}")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    add_sizes(parser, SIZES)
     add_run_flags(parser, "out/class_dependence.png")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
+    args = parse(parser, QUICK, f"angles {QUICK_ANGLES}, no networks for digits")
     args.angles = QUICK_ANGLES if args.quick else ANGLES
-    for name, least in {"seeds": 2, "steps": 1, "splits": 2}.items():
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    check_run_flags(parser, args, {"seeds": 2, "steps": 1, "splits": 2})
     return args
 
 

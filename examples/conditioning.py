@@ -25,7 +25,7 @@ from collections import defaultdict
 import torch
 from _conditioning_networks import ACTIVATIONS, KINDS, convolutional_network, dense_network
 from _conditioning_plot import plot
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, add_sizes, check_run_flags, parse
 from sklearn.datasets import load_digits
 from torch import nn
 from tqdm import tqdm
@@ -225,15 +225,10 @@ def verdict(one, depth, bounds, hessians, lanczos):
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="3 seeds, 4 depths, smaller matrices for Lanczos")
-    parser.add_argument("--seeds", type=int, default=10, metavar="N", help="default 10")
+    add_sizes(parser, {"seeds": 10})
     add_run_flags(parser, "out/conditioning.png")
-    if parser.parse_args().quick:
-        parser.set_defaults(seeds=3)
-    args = parser.parse_args()
-    check_run_flags(parser, args)
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {args.seeds}.")
+    args = parse(parser, {"seeds": 3}, "4 depths, smaller matrices for Lanczos")
+    check_run_flags(parser, args, {"seeds": 1})
     args.depths = (1, 2, 4, 8) if args.quick else tuple(range(1, DEPTH + 1))
     args.size, args.products = (500, 700) if args.quick else (1200, 2000)
     return args

@@ -237,9 +237,7 @@ def parse_arguments():
     )
     add_run_flags(parser, "out/deep_tensor.png")
     args = parse(parser, {}, "one seed, a smaller volume, narrower networks, no variants, no factors without structure")
-    if args.iterations < 0:
-        parser.error(f"--iterations must be at least 0, got {args.iterations}.")
-    check_run_flags(parser, args)
+    check_run_flags(parser, args, {"iterations": 0})
     args.seeds, args.few = (1, 1) if args.quick else (5, 2)
     return args
 

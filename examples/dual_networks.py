@@ -27,7 +27,7 @@ import sys
 import matplotlib
 import torch
 from _dual_losses import Contrastive, FullBYOL, PlainBYOL
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, add_sizes, check_run_flags, judge, parse
 from _latent_tree import DEPTH, LatentTree, TreeNetwork, correlation
 from tqdm import tqdm
 
@@ -248,25 +248,16 @@ def verdict(simple, plain, terms, exact, best):
             f"{others:.2f} or less (at most 0)",
         ),
     )
-    for holds, text in claims:
-        print(f"{'PASS' if holds else 'FAIL'}: {text}")
-    return all(holds for holds, _ in claims)
+    return judge(claims)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds unless given, only one predictor, without part 4")
-    for name, value in (("seeds", 10), ("steps", 300), ("batch", 128), ("every", 10)):
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    add_sizes(parser, {"seeds": 10, "steps": 300, "batch": 128, "every": 10})
     add_run_flags(parser, "out/dual_networks.png")
     parser.set_defaults(seed=100)
-    if parser.parse_args().quick:
-        parser.set_defaults(seeds=2, every=50)
-    args = parser.parse_args()
-    for name, least in (("seeds", 1), ("steps", 1), ("batch", 2), ("every", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    args = parse(parser, {"seeds": 2, "every": 50}, "only one predictor, without part 4")
+    check_run_flags(parser, args, {"seeds": 1, "steps": 1, "batch": 2, "every": 1})
     return args
 
 

@@ -26,7 +26,7 @@ import matplotlib
 import numpy as np
 import torch
 from _digits import augment, split_digits
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, add_sizes, check_run_flags, judge, parse
 from scipy import stats
 from skimage.data import lfw_subset
 from sklearn.model_selection import train_test_split
@@ -189,24 +189,15 @@ def verdict(found):
         (gaps["rotation"] >= LEAST, f"digits, rotation: mean gap {gaps['rotation']:.1f} points (at least {LEAST:g})"),
         (gaps["labels"] <= MOST, f"digits, label pairs: mean gap {gaps['labels']:.1f} points (at most {MOST:g})"),
     )
-    for holds, text in claims:
-        print(f"{'PASS' if holds else 'FAIL'}: {text}")
-    return all(holds for holds, _ in claims)
+    return judge(claims)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help=f"{QUICK}, unless given")
-    for name, default in SIZES.items():
-        parser.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"default {default}")
+    add_sizes(parser, SIZES)
     add_run_flags(parser, "out/guillotine.png")
-    if parser.parse_args().quick:
-        parser.set_defaults(**QUICK)
-    args = parser.parse_args()
-    for name in SIZES:
-        if getattr(args, name) < 1:
-            parser.error(f"--{name} must be at least 1, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    args = parse(parser, QUICK)
+    check_run_flags(parser, args, dict.fromkeys(SIZES, 1))
     return args
 
 

@@ -199,10 +199,7 @@ def parse_arguments():
     add_run_flags(parser, "out/independence.png")
     args = parse(parser, {"seeds": 3, "steps": 60}, "3 sources, no large mixture")
     args.sources = (3,) if args.quick else (3, 4)
-    for name, least in (("seeds", 1), ("samples", 10), ("steps", 1)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    check_run_flags(parser, args, {"seeds": 1, "samples": 10, "steps": 1})
     return args
 
 

@@ -25,7 +25,7 @@ import matplotlib
 import numpy as np
 import torch
 from _digits import Normalize, features, split_digits, two_views
-from _flags import add_flags, check_flags, parse
+from _flags import add_flags, check_flags, judge, parse
 from sklearn.linear_model import RidgeClassifierCV
 from sklearn.pipeline import make_pipeline
 from sklearn.preprocessing import StandardScaler
@@ -225,9 +225,7 @@ def verdict(chains, rates, accuracies):
             f"probe {best:.3f} by the better estimator, {middle['VICReg']:.3f} by VICReg (at most {LOST} below)",
         ),
     )
-    for holds, text in claims:
-        print(f"{'PASS' if holds else 'FAIL'}: {text}")
-    return all(holds for holds, _ in claims)
+    return judge(claims)
 
 
 def parse_arguments():

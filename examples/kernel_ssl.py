@@ -273,7 +273,7 @@ def parse_arguments():
     for name, low, high in (("seeds", 1, 100), ("images", 20, 1000)):
         if not low <= getattr(args, name) <= high:
             parser.error(f"--{name} must be between {low} and {high}, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    check_run_flags(parser, args, {})
     return args
 
 

@@ -30,7 +30,7 @@ import matplotlib
 import torch
 import torch.nn.functional as F
 from _digits import split_digits
-from _flags import add_run_flags, check_run_flags
+from _flags import add_run_flags, add_sizes, check_run_flags, judge, parse
 from PIL import Image
 from torch import nn
 from tqdm import tqdm
@@ -267,21 +267,15 @@ def verdict(found):
             f"score {100 * own:.1f} points higher at the best rates, {100 * folded:.1f} folded (more than 0)",
         ),
     )
-    for holds, text in claims:
-        print(f"{'PASS' if holds else 'FAIL'}: {text}")
-    return all(holds for holds, _ in claims)
+    return judge(claims)
 
 
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="2 seeds, two learning rates, fewer mini-batches")
-    parser.add_argument("--seeds", type=int, default=None, metavar="N", help="default 5, or 2 with --quick")
+    add_sizes(parser, {"seeds": 5})
     add_run_flags(parser, "out/partitions.png")
-    args = parser.parse_args()
-    check_run_flags(parser, args)
-    args.seeds = args.seeds if args.seeds is not None else 2 if args.quick else 5
-    if args.seeds < 1:
-        parser.error(f"--seeds must be at least 1, got {args.seeds}.")
+    args = parse(parser, {"seeds": 2}, "two learning rates, fewer mini-batches")
+    check_run_flags(parser, args, {"seeds": 1})
     args.batches = 1000 if args.quick else 4000
     return args
 

@@ -21,7 +21,7 @@ import warnings
 import matplotlib
 import numpy as np
 import torch
-from _flags import add_run_flags, check_run_flags, parse
+from _flags import add_run_flags, add_sizes, check_run_flags, parse
 from _spectral_data import (
     INVARIANCE,
     METHODS,
@@ -179,13 +179,9 @@ def verdict(found, agreement, lost):
 def parse_arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_run_flags(parser, "out/spectral_embedding.png")
-    for name, value in (("samples", 400), ("seeds", 5), ("steps", 60), ("roll", 20_000), ("gaussian", 5_000)):
-        parser.add_argument(f"--{name}", type=int, default=value, metavar="N", help=f"default {value}")
+    add_sizes(parser, {"samples": 400, "seeds": 5, "steps": 60, "roll": 20_000, "gaussian": 5_000})
     args = parse(parser, {"samples": 200, "seeds": 3, "roll": 3000, "gaussian": 2000})
-    for name, least in (("samples", 60), ("seeds", 1), ("steps", 1), ("roll", 100), ("gaussian", 100)):
-        if getattr(args, name) < least:
-            parser.error(f"--{name} must be at least {least}, got {getattr(args, name)}.")
-    check_run_flags(parser, args)
+    check_run_flags(parser, args, {"samples": 60, "seeds": 1, "steps": 1, "roll": 100, "gaussian": 100})
     return args
 
 
