@@ -1,11 +1,11 @@
 """Entropies against explicit determinants and pairs, the order of their bounds, and the memory of pairwise metrics."""
 
 import math
-import re
 from itertools import pairwise
 
 import pytest
 import torch
+from sentences import complain
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.metrics import dhsic, entropy, hsic, pairwise_hsic
@@ -251,7 +251,4 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_message(name):
-    error, message, call = BAD[name]
-    with pytest.raises(error, match=re.escape(message)) as caught:
-        call()
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    complain(*BAD[name])

@@ -2,13 +2,13 @@
 
 import itertools
 import math
-import re
 import statistics
 
 import pytest
 import torch
 import torch.nn.functional as F
 from local_maps import normal
+from sentences import complain
 from torch import nn
 
 from sslkern import analysis
@@ -206,8 +206,5 @@ BAD = {
 
 @pytest.mark.parametrize("name", BAD)
 def test_every_message(name):
-    error, message, call = BAD[name]
-    with pytest.raises(error, match=re.escape(message)) as caught:
-        call()
-    assert "\n" not in str(caught.value) and str(caught.value).endswith(".")
+    complain(*BAD[name])
     assert BoundResult.__name__ in analysis.__all__

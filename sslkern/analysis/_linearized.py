@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from torch.nn.functional import batch_norm, relu6
 
 from ..core import internals
-from ..core.dtypes import short, without_autocast
+from ..core.dtypes import without_autocast
 from ..nn import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm
-from ._networks import evaluating, kind
+from ._networks import evaluating, first_sentence, kind
 
 _BATCH_NORMS = (BatchNorm1d, BatchNorm2d, BatchNorm3d, SyncBatchNorm)
 _TWICE = "net must have gradients that can be differentiated"
@@ -39,8 +39,7 @@ class Linearized:
             (self._pulled,) = _gradients(value, self.point, self._u, create_graph=True)
             self._check_push()
         except RuntimeError as error:
-            said = str(error).strip().splitlines()[0].rstrip(".")
-            raise ValueError(f"{_TWICE}, but torch reports: {said}.") from error
+            raise ValueError(f"{_TWICE}, but torch reports: {first_sentence(error)}.") from error
 
     def _check_push(self) -> None:
         """u'(J v) = (J'u)'v, unless an operation says falsely that its gradient does not depend on u."""
@@ -170,20 +169,6 @@ def _check_output(value: Any) -> None:
         raise ValueError(f"net must return at least one number, got shape {tuple(value.shape)}.")
     if not bool(value.isfinite().all()):
         raise ValueError("net must return finite numbers at x, but they contain NaN or infinity.")
-
-
-def check_point(net: nn.Module, x: Tensor) -> None:
-    """Check that x is finite, and float32 or float64 as the parameters of the network."""
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64, got {short(x.dtype)}.")
-    if x.numel() == 0:
-        raise ValueError(f"x must have at least one number, got shape {tuple(x.shape)}.")
-    for name, parameter in net.named_parameters():
-        if parameter.is_floating_point() and (parameter.dtype, parameter.device) != (x.dtype, x.device):
-            ours, theirs = (f"{short(t.dtype)} on {t.device}" for t in (x, parameter))
-            raise TypeError(f"x must have the dtype and the device of net, {theirs} ({name}), got {ours}.")
-    if not bool(x.isfinite().all()):
-        raise ValueError("x must be finite, but it contains NaN or infinity.")
 
 
 def shown(v: Any) -> str:

@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.parallel import DataParallel, DistributedDataParallel
 
@@ -39,6 +40,20 @@ def inputs(name: str, x: Any, least: int = 1) -> Tensor:
     return x
 
 
+def check_point(net: nn.Module, x: Tensor) -> None:
+    """Check that x is finite, and float32 or float64 as the parameters of the network."""
+    if x.dtype not in (torch.float32, torch.float64):
+        raise TypeError(f"x must be float32 or float64, got {short(x.dtype)}.")
+    if x.numel() == 0:
+        raise ValueError(f"x must have at least one number, got shape {tuple(x.shape)}.")
+    for name, parameter in net.named_parameters():
+        if parameter.is_floating_point() and (parameter.dtype, parameter.device) != (x.dtype, x.device):
+            ours, theirs = (f"{short(t.dtype)} on {t.device}" for t in (x, parameter))
+            raise TypeError(f"x must have the dtype and the device of net, {theirs} ({name}), got {ours}.")
+    if not bool(x.isfinite().all()):
+        raise ValueError("x must be finite, but it contains NaN or infinity.")
+
+
 @contextmanager
 def evaluating(net: Any) -> Iterator[None]:
     """Run a module in evaluation mode, and set every part of it back to its mode. Does nothing to a function."""
@@ -54,3 +69,9 @@ def evaluating(net: Any) -> Iterator[None]:
 
 def kind(value: object) -> str:
     return f"a tensor of {short(value.dtype)}" if isinstance(value, Tensor) else type(value).__name__
+
+
+def first_sentence(error: Exception) -> str:
+    """What an exception reports, without its last full stop."""
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    return lines[0].split(". ")[0].rstrip(".")

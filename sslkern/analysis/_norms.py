@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ..core.internals import BatchNormBase
 from . import _networks
-from ._tracing import first_sentence
 
 
 class Reached(Exception):
@@ -52,7 +51,9 @@ def watched(net: nn.Module, layers: dict[str, Any], see: Callable[[str, Tensor],
                 raise ValueError(f"net must call each batch norm once, but it calls {called[-1]} twice.") from None
             raise
         except Exception as error:
-            raise ValueError(f"net fails for x of shape {tuple(x.shape)}: {first_sentence(error)}.") from error
+            raise ValueError(
+                f"net fails for x of shape {tuple(x.shape)}: {_networks.first_sentence(error)}."
+            ) from error
         if not called:
             raise ValueError("net must call a batch norm, but it calls none.")
 

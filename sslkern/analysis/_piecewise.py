@@ -12,14 +12,19 @@ from torch import Tensor, fx, nn
 from torch.fx.node import map_arg
 
 from ..core.internals import hooked
-from ._networks import evaluating, module
+from ._networks import evaluating, first_sentence, module
 from ._rules import Affine, Kink, Maximum, Refused, Rule
 from ._table import OF_ONE, OF_TWO, PLAIN, layer_rule
-from ._tracing import Tracer, Whole, first_sentence, untouched
+from ._tracing import Tracer, Whole, untouched
 
 _OF_SHAPES = ("size", "dim", "ndimension", "numel", "new_zeros", "new_ones", "new_full")
 _ATTRIBUTES = ("shape", "ndim", "dtype", "device")
-_IN_PLACE = {operator.iadd, operator.isub, operator.imul, operator.itruediv}
+_OUT_OF_PLACE = {
+    operator.iadd: operator.add,
+    operator.isub: operator.sub,
+    operator.imul: operator.mul,
+    operator.itruediv: operator.truediv,
+}
 
 
 @dataclass
@@ -187,7 +192,7 @@ class _Reader:
         if node.op == "call_method":
             return getattr(Tensor, target.rstrip("_") if _in_place(self.whole, node) else target, None)
         name = getattr(target, "__name__", "")
-        return getattr(torch, name[:-1], target) if name[-1:] == "_" != name[:1] else target
+        return getattr(torch, name[:-1], target) if name[-1:] == "_" != name[:1] else _OUT_OF_PLACE.get(target, target)
 
     def _label(self, node: fx.Node) -> str:
         if node.op == "call_module":
@@ -254,4 +259,4 @@ def _in_place(whole: nn.Module, node: fx.Node) -> bool:
     if node.op == "call_module":
         return bool(getattr(whole.get_submodule(str(node.target)), "inplace", False))
     name = str(node.target) if node.op == "call_method" else getattr(node.target, "__name__", "")
-    return node.target in _IN_PLACE or bool(node.kwargs.get("inplace")) or (name[-1:] == "_" and name[-2:] != "__")
+    return node.target in _OUT_OF_PLACE or bool(node.kwargs.get("inplace")) or (name[-1:] == "_" and name[-2:] != "__")

@@ -15,10 +15,10 @@ from torch import Tensor, fx
 from torch.fx.node import map_arg
 
 from ..core.internals import pytree
-from ._networks import evaluating
+from ._networks import evaluating, first_sentence
 from ._piecewise import Piecewise, Step
 from ._rules import Affine, Kink, Maximum, Refused
-from ._tracing import first_sentence, untouched
+from ._tracing import untouched
 
 Values = dict[fx.Node, Any]
 

@@ -170,10 +170,10 @@ OF_ONE: dict[Any, Callable[..., r.Rule]] = {
 
 # Functions of two values, of which one may be a constant
 OF_TWO: dict[Any, Callable[[Any, list[bool]], r.Rule]] = {
-    **dict.fromkeys((operator.add, operator.iadd, torch.add, Tensor.add), r.added),
-    **dict.fromkeys((operator.sub, operator.isub, torch.sub, Tensor.sub), partial(r.added, right=-1.0)),
-    **dict.fromkeys((operator.mul, operator.imul, torch.mul, Tensor.mul), r.scaled),
-    **dict.fromkeys((operator.truediv, operator.itruediv, torch.div, Tensor.div), r.divided),
+    **dict.fromkeys((operator.add, torch.add, Tensor.add), r.added),
+    **dict.fromkeys((operator.sub, torch.sub, Tensor.sub), partial(r.added, right=-1.0)),
+    **dict.fromkeys((operator.mul, torch.mul, Tensor.mul), r.scaled),
+    **dict.fromkeys((operator.truediv, torch.div, Tensor.div), r.divided),
     **dict.fromkeys((operator.matmul, torch.matmul, Tensor.matmul), w.multiplied),
     **dict.fromkeys((torch.maximum, Tensor.maximum), r.larger),
 }

@@ -54,9 +54,3 @@ def untouched(name: str, net: nn.Module) -> Iterator[None]:
             torch.set_rng_state(state)
     if drawn:
         raise ValueError(f"{name} must be deterministic, but it draws random numbers in evaluation mode.")
-
-
-def first_sentence(error: Exception) -> str:
-    """What an exception reports, without its last full stop."""
-    lines = str(error).strip().splitlines() or [type(error).__name__]
-    return lines[0].split(". ")[0].rstrip(".")

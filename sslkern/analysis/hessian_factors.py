@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from ..core import checks
 from ..core.dtypes import without_autocast
-from ._linearized import Linearized, check_point, differentiable, frozen, recording, shown, versions
-from ._networks import inputs, kind, module
+from ._linearized import Linearized, differentiable, frozen, recording, shown, versions
+from ._networks import check_point, inputs, kind, module
 from ._operators import Operator
 from ._piecewise import check_piecewise
 from .conditioning import ExtremeSingularValues, extreme_singular_values, not_converged

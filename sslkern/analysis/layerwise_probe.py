@@ -137,11 +137,11 @@ def layerwise_probe(
         print(probe.table())
         encoder = probe.truncated  # the network as far as its best layer
 
-    X'X and X'Y of all layers are added up during one forward pass,
-    in float64 and centred; the features are not stored. One eigendecomposition of X'X gives the classifiers of a layer
-    for all strengths. A layer with at least as many features as samples takes that of the N x N matrix XX' instead,
-    from its features, which are kept until they are more than D. So the memory of a layer is that of a few D x D
-    matrices for any N, and the solution takes time in proportion to min(D, N)^3: "flatten" is for small maps.
+    X'X and X'Y of all layers are added up during one forward pass, in float64 and centred; the features are not stored.
+    One eigendecomposition of X'X gives the classifiers of a layer for all strengths. A layer with at least as many
+    features as samples takes that of the N x N matrix XX' instead, from its features, which are kept until they are
+    more than D. So the memory of a layer is that of a few D x D matrices for any N, and the solution takes time in
+    proportion to min(D, N)^3: "flatten" is for small maps.
 
     The accuracy needs predictions, so it takes a second forward pass. It is measured on `validation`. Without it, the
     samples of each class are dealt to `folds` folds in turn as they come, and `loader` is read again: each sample is

@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from ..core import checks
-from ._linearized import Linearized, check_point, differentiable, frozen, random_like, shown, versions
-from ._networks import inputs, module
+from ._linearized import Linearized, differentiable, frozen, random_like, shown, versions
+from ._networks import check_point, inputs, module
 from ._operators import Operator
 from ._piecewise import check_piecewise
 

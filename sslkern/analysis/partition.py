@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..core import checks
-from ..core.dtypes import short, without_autocast
+from ..core.dtypes import without_autocast
 from . import _networks
 from ._closest import Closest
 from ._piecewise import Piecewise, trace
@@ -123,7 +123,7 @@ def partition_distance(
         limit = _LIMIT["cpu" if x.device.type == "cpu" else "cuda"]
         closest = Closest(pieces, x[:1], limit, max(radii, default=0.0))
         chunks = x.split(chunk_size or closest.chunk_size())
-        found = zip(*(_closest(closest.of(c), c, radii) for c in chunks), strict=True)
+        found = zip(*(_least(closest.of(c), c, radii) for c in chunks), strict=True)
         distance, layer, unit, counts = map(torch.cat, found)
     several = isinstance(within, Sequence)
     return PartitionDistance(
@@ -137,7 +137,7 @@ def partition_distance(
     )
 
 
-def _closest(layers: Iterator[Tensor], x: Tensor, radii: tuple[float, ...]) -> tuple[Tensor, ...]:
+def _least(layers: Iterator[Tensor], x: Tensor, radii: tuple[float, ...]) -> tuple[Tensor, ...]:
     """The least distance, its layer and unit, and the number of units within each radius."""
     distance = x.new_full((len(x),), torch.inf)
     layer, unit = (torch.full((len(x),), -1, device=x.device) for _ in range(2))
@@ -156,18 +156,7 @@ def read(name: str, net: Any, x: Any) -> Piecewise:
     """Check a network and its samples, and trace the network."""
     net = _networks.module(name, net)
     _networks.inputs("x", x)
-    if x.dtype not in (torch.float32, torch.float64):
-        raise TypeError(f"x must be float32 or float64, got {short(x.dtype)}.")
-    if x.numel() == 0:
-        raise ValueError(f"x must have at least one element in each row, got shape {tuple(x.shape)}.")
-    for path, p in net.named_parameters():
-        if p.is_floating_point() and p.dtype != x.dtype:
-            kinds = f"x is {short(x.dtype)} and {path} is {short(p.dtype)}"
-            raise TypeError(f"x must have the dtype of {name}, but {kinds}.")
-        if p.device != x.device:
-            raise ValueError(f"x must be on the device of {name}, but x is on {x.device} and {path} on {p.device}.")
-    if not bool(x.isfinite().all()):
-        raise ValueError("x must be finite, but it contains NaN or infinity.")
+    _networks.check_point(net, x)
     pieces = trace(name, net)
     with without_autocast(x):
         check_agreement(pieces, x)
