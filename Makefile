@@ -28,7 +28,11 @@ READY := $(VENV)/ready-$(firstword $(shell echo "$(or $(PYTHON),$(TORCH))" | cks
 # Parallel tests, in .venv only: three processes on two cores, because one often waits for a compiler or for ranks
 PARALLEL := $(if $(PYTHON),,-n $(if $(filter 1 2,$(shell getconf _NPROCESSORS_ONLN)),3,4))
 
-.PHONY: demo test bench gpu gpu-bundle build lint clean
+# Packages whose losses sslkern stands in for, and the torch and torchvision that they run on
+PEERS_TORCH ?= torch==2.14.1 torchvision==0.29.1
+PEERS := lightly stable-pretraining pytorch-metric-learning lightning
+
+.PHONY: demo test bench peers gpu gpu-bundle build lint clean
 
 demo: build
 	$(PY) examples/vicreg_digits.py $(ARGS)
@@ -39,6 +43,13 @@ test: $(VENV)/complete $(addsuffix /ready,$(OLD_TRITON)) lint
 
 bench: build
 	$(PY) -m bench $(ARGS)
+
+# The losses of other packages against ours, in an environment of its own, which takes several GB.
+# SOLO_LEARN= and EB_JEPA= name clones of two packages that have no current release
+peers: .venv-peers/ready $(VENV)/built
+	rm -rf .venv-peers/lib/python3*/site-packages/*sslkern*
+	cp -r $(wildcard $(VENV)/lib/python3*/site-packages/*sslkern*) .venv-peers/lib/python3*/site-packages/
+	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
 
 # For a machine with an NVIDIA GPU; takes minutes: ceilings, every op, tests, times, a profile, a sanitizer, a table
 gpu: $(if $(BUNDLE),,$(VENV)/complete)
@@ -62,6 +73,12 @@ lint: $(VENV)/complete
 	test -x .venv/bin/python || python3 -m venv .venv
 	$(INSTALL) "$(TORCH)" "setuptools>=77.0.3"
 	rm -f .venv/ready*
+	touch $@
+
+.venv-peers/ready: Makefile
+	test -x .venv-peers/bin/python || python3 -m venv .venv-peers
+	.venv-peers/bin/python -m pip install -q --no-compile --disable-pip-version-check $(PEERS_TORCH) $(PEERS) \
+	  pytest pytest-benchmark scikit-learn scikit-image matplotlib
 	touch $@
 
 build/overlay/ready-%: Makefile

@@ -31,16 +31,19 @@ def contrast(t, positive, allowed, inside, drop_positives=False):
     return rows[positive.any(-1)].mean()
 
 
-def nt_xent_matrix(*views, temperature, inside=False, decoupled=False):
+def nt_xent_matrix(*views, temperature, inside=False, decoupled=False, normalize=True):
     z = torch.cat(views)
+    products = cosines(z, z) if normalize else z @ z.T
     sample = torch.arange(len(views[0])).repeat(len(views))
     others = ~torch.eye(len(z), dtype=torch.bool)
     positive = (sample[:, None] == sample) & others
-    return contrast(cosines(z, z) / temperature, positive, others, inside, decoupled)
+    return contrast(products / temperature, positive, others, inside, decoupled)
 
 
-def bank_matrix(a, b, bank, temperature, decoupled=False):
-    t = torch.cat([cosines(a, b).diagonal()[:, None], cosines(a, bank)], 1) / temperature
+def bank_matrix(a, b, bank, temperature, decoupled=False, normalize=True):
+    keys = torch.cat([b, bank])
+    t = (cosines(a, keys) if normalize else a @ keys.T) / temperature
+    t = torch.cat([t[:, : len(a)].diagonal()[:, None], t[:, len(a) :]], 1)
     positive = torch.zeros_like(t, dtype=torch.bool)
     positive[:, 0] = True
     return contrast(t, positive, torch.ones_like(positive), False, decoupled)
@@ -128,11 +131,11 @@ def supervised(inside, lists=False):
     return ours, matrix
 
 
-def bank(decoupled):
+def bank(**settings):
     def ours(a, b, negatives, temperature):
-        return losses.nt_xent_loss(a, b, temperature, negatives=negatives, decoupled=decoupled)
+        return losses.nt_xent_loss(a, b, temperature, negatives=negatives, **settings)
 
-    return ours, partial(bank_matrix, decoupled=decoupled)
+    return ours, partial(bank_matrix, **settings)
 
 
 def chosen(q, k, temperature):
@@ -149,8 +152,10 @@ FORMS = {
     "decoupled": Form(*nt_xent(decoupled=True), (ROWS, ROWS, t(0.1))),
     "decoupled, 3 views": Form(*nt_xent(decoupled=True), (ROWS, ROWS, ROWS, t(0.2))),
     "decoupled, 3 views inside": Form(*nt_xent(decoupled=True, inside=True), (ROWS, ROWS, ROWS, t(0.2))),
-    "bank": Form(*bank(False), (ROWS, ROWS, 21, t(0.2))),
-    "bank, decoupled": Form(*bank(True), (ROWS, ROWS, 21, t(0.2))),
+    "nt_xent, as they are": Form(*nt_xent(normalize=False), (ROWS, ROWS, t(0.4))),
+    "bank": Form(*bank(), (ROWS, ROWS, 21, t(0.2))),
+    "bank, decoupled": Form(*bank(decoupled=True), (ROWS, ROWS, 21, t(0.2))),
+    "bank, as they are": Form(*bank(normalize=False), (ROWS, ROWS, 21, t(0.4))),
     "info_nce": Form(NCE, lambda q, k, c: info_nce_matrix(q, k, 1 / c), (ROWS, ROWS, t(0.1))),
     "info_nce, more keys": Form(NCE, lambda q, k, c: info_nce_matrix(q, k, 1 / c), (ROWS, 90, t(0.1))),
     "info_nce, positives": Form(

@@ -20,7 +20,10 @@ from sslkern.losses import spectral_contrastive_loss as SPEC
 from sslkern.losses import supervised_contrastive_loss as SUP
 
 MODULES = {
-    losses.NTXentLoss: (losses.nt_xent_loss, {"temperature": 0.2, "inside": True, "decoupled": True}),
+    losses.NTXentLoss: (
+        losses.nt_xent_loss,
+        {"temperature": 0.2, "inside": True, "decoupled": True, "normalize": False},
+    ),
     losses.InfoNCELoss: (
         losses.info_nce_loss,
         {"temperature": 0.3, "scale": 7.0, "symmetric": True, "normalize": False},
@@ -168,6 +171,7 @@ REFUSED = {
     "eps bool": (lambda: SUP(A, INT, eps=True), ValueError, "eps must be None or a finite number .* got True"),
     "eps tensor": (lambda: SIG(A, A, eps=torch.ones(())), ValueError, "eps must be None or a finite number"),
     "eps of rows as they are": (lambda: NCE(A, A, normalize=False, eps=0.1), ValueError, "eps is for normalize=True"),
+    "eps of views as they are": (lambda: NT(A, A, normalize=False, eps=0.1), ValueError, "eps is for normalize=True"),
     "flag": (lambda: NT(A, A, inside=1.0), TypeError, "inside must be True or False, got 1.0"),
     "flag tensor": (lambda: NCE(A, A, normalize=torch.ones(())), TypeError, "normalize must be True or False"),
     "flag word": (lambda: NT(A, A, decoupled="no"), TypeError, "decoupled must be True or False, got 'no'"),

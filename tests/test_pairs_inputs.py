@@ -79,7 +79,7 @@ def test_coefficients_as_tensors(name):
 
 
 MODULES = {
-    losses.NTXentLoss: {"temperature": 0.0, "inside": 1, "decoupled": None, "eps": 0, "group": "all"},
+    losses.NTXentLoss: {"temperature": 0.0, "inside": 1, "decoupled": None, "normalize": 2, "eps": 0, "group": "all"},
     losses.InfoNCELoss: {"temperature": True, "scale": math.nan, "symmetric": 0, "normalize": "no", "eps": -1.0},
     losses.SupervisedContrastiveLoss: {"temperature": "0.1", "inside": "all", "eps": True, "group": 3},
     losses.SigmoidLoss: {"scale": math.inf, "bias": True, "eps": torch.ones(())},

@@ -6,8 +6,18 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from ..core import checks
 from ..core.ranks import Group
 from ..core.ranks import shown as shown_group
+from ..ops.unit_rows import check_eps
+
+
+def check_normalize(normalize: object, eps: object) -> None:
+    """Check whether to divide rows by their length, and the least length, which is for this division only."""
+    checks.flag("normalize", normalize)
+    check_eps(eps)
+    if eps is not None and not normalize:
+        raise ValueError(f"eps is for normalize=True, which divides rows by their length, got eps={eps!r}.")
 
 
 def row_products(x: Tensor, y: Tensor) -> Tensor:

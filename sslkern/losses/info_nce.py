@@ -10,8 +10,8 @@ from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.pairs import reduce_pairs
-from ..ops.unit_rows import check_eps, unit_rows
-from ._pairs import converted, cross_entropy, inverse, row_products, shown, shown_last
+from ..ops.unit_rows import unit_rows
+from ._pairs import check_normalize, converted, cross_entropy, inverse, row_products, shown, shown_last
 
 
 def info_nce_loss(
@@ -116,10 +116,7 @@ def _check_settings(
     if scale is not None:
         checks.setting("scale", scale, x)
     checks.flag("symmetric", symmetric)
-    checks.flag("normalize", normalize)
-    check_eps(eps)
-    if eps is not None and not normalize:
-        raise ValueError(f"eps is for normalize=True, which divides rows by their length, got eps={eps!r}.")
+    check_normalize(normalize, eps)
 
 
 class InfoNCELoss(nn.Module):

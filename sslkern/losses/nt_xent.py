@@ -11,8 +11,8 @@ from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.pairs import reduce_pairs
-from ..ops.unit_rows import check_eps, least_length, unit_rows
-from ._pairs import cross_entropy, inverse, row_products, shown, shown_last
+from ..ops.unit_rows import least_length, unit_rows
+from ._pairs import check_normalize, cross_entropy, inverse, row_products, shown, shown_last
 
 
 def nt_xent_loss(
@@ -24,13 +24,15 @@ def nt_xent_loss(
     inside: bool = False,
     negatives: Tensor | None = None,
     decoupled: bool = False,
+    normalize: bool = True,
     eps: float | None = None,
     group: Group = None,
 ) -> Tensor:
     r"""The cross-entropy of finding the other views of a sample among all rows of the batch.
 
     The matrix of the similarities of all rows is not formed. The V views have V N rows z_i in total. P(i) is the set of
-    the other views of the sample of row i, and t_ij = cos(z_i, z_j) / temperature:
+    the other views of the sample of row i, and t_ij = cos(z_i, z_j) / temperature, or <z_i, z_j> / temperature if
+    `normalize` is False:
 
         loss = mean_i mean_{p in P(i)} -log(exp(t_ip) / sum_{j != i} exp(t_ij))
         loss = mean_i -log(sum_{p in P(i)} exp(t_ip) / sum_{j != i} exp(t_ij))             inside=True
@@ -53,6 +55,8 @@ def nt_xent_loss(
             positive of a row is the same row of `b`, and its negatives are the rows of the bank. The bank gets a
             gradient if it requires one.
         decoupled: leave P(i) out of the denominator, as described above. It needs N >= 2 or a memory bank.
+        normalize: whether to L2-normalise all rows first, those of the bank included. False saves this work where the
+            rows have unit length already, as in the queue of MoCo.
         eps: a row shorter than `eps` is divided by `eps` instead of by its length, which bounds the gradient of the
             row. The default is 1e-12, but 1e-3 for float16 rows, because the gradient of a row of zeros would overflow
             with 1e-12.
@@ -72,17 +76,17 @@ def nt_xent_loss(
 
     def check(least: int) -> tuple[Tensor, ...]:
         _check(a, b, others, negatives, decoupled, least)
-        _check_settings(temperature, inside, decoupled, eps, a)
+        _check_settings(temperature, inside, decoupled, normalize, eps, a)
         return views
 
     batch, _ = ranks.batch(group, 2 if decoupled and negatives is None else 1, check)
     dtype = accumulation_dtype(*views) if negatives is None else accumulation_dtype(a, b, negatives)
     c = inverse(temperature, dtype)
     if negatives is not None:
-        x, y, bank = (unit_rows(z, dtype, eps) for z in (a, b, negatives))
+        x, y, bank = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)
         return batch.mean(rows)
-    z = _unit_views(views, dtype, eps)
+    z = _unit_views(views, dtype, eps) if normalize else torch.stack([view.to(dtype) for view in views])
     every = batch.every(z)
     x = z.flatten(0, 1)
     keys = x if every is z else every.flatten(0, 1)
@@ -115,11 +119,13 @@ def _check(
         raise ValueError(f"decoupled=True needs negatives: a bank or at least 2 rows (N), got shape {tuple(a.shape)}.")
 
 
-def _check_settings(temperature: object, inside: object, decoupled: object, eps: object, x: Tensor | None) -> None:
+def _check_settings(
+    temperature: object, inside: object, decoupled: object, normalize: object, eps: object, x: Tensor | None
+) -> None:
     checks.setting("temperature", temperature, x, zero=False)
     checks.flag("inside", inside)
     checks.flag("decoupled", decoupled)
-    check_eps(eps)
+    check_normalize(normalize, eps)
 
 
 def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
@@ -167,14 +173,15 @@ class NTXentLoss(nn.Module):
         *,
         inside: bool = False,
         decoupled: bool = False,
+        normalize: bool = True,
         eps: float | None = None,
         group: Group = None,
     ) -> None:
         super().__init__()
-        _check_settings(temperature, inside, decoupled, eps, None)
+        _check_settings(temperature, inside, decoupled, normalize, eps, None)
         ranks.peers_of(group)
-        self.temperature, self.inside, self.decoupled, self.eps = temperature, inside, decoupled, eps
-        self.group = group
+        self.temperature, self.inside, self.decoupled = temperature, inside, decoupled
+        self.normalize, self.eps, self.group = normalize, eps, group
 
     def forward(
         self, a: Tensor, b: Tensor, *, others: Sequence[Tensor] = (), negatives: Tensor | None = None
@@ -187,10 +194,13 @@ class NTXentLoss(nn.Module):
             inside=self.inside,
             negatives=negatives,
             decoupled=self.decoupled,
+            normalize=self.normalize,
             eps=self.eps,
             group=self.group,
         )
 
     def extra_repr(self) -> str:
-        settings = f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}"
-        return settings + shown_last(self.eps, self.group)
+        return (
+            f"temperature={shown(self.temperature)}, inside={self.inside}, decoupled={self.decoupled}, "
+            f"normalize={self.normalize}{shown_last(self.eps, self.group)}"
+        )
