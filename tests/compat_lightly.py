@@ -6,11 +6,6 @@ from typing import Any, NamedTuple
 import torch
 from torch.nn import functional as F
 
-from ranks import TOLERANCE
-
-EXACT = {torch.float64: 1e-12, torch.float32: 1e-6}
-assert EXACT == TOLERANCE
-
 
 def vicreg(lambda_param=25.0, mu_param=25.0, nu_param=1.0, eps=1e-4, counts=None):
     def loss(a, b):
@@ -130,16 +125,15 @@ class Case(NamedTuple):
     shapes: tuple
     steps: int = 1  # how often they are called, each time with other rows
 
-    def first(self):
-        return self.shapes[0]
-
 
 PLANES = ((9, 33), (33, 4), (40, 40), (3, 70), (5, 1))
+WEIGHTS = {"lambda_param": 3, "mu_param": 0.5, "nu_param": 7.0, "eps": 0.01}
+COLD = {"temperature": 0.02, "memory_bank_size": [70, 3]}
 BANKED = {"memory_bank_size": (11, 6)}
 CASES = {
     "VICReg": Case("VICRegLoss", vicreg, {}, (*PLANES, (2, 32), (2, 1), (2, 33))),
-    "VICReg, weights": Case("VICRegLoss", vicreg, {"lambda_param": 3, "mu_param": 0.5, "nu_param": 7.0, "eps": 0.01}, PLANES),
-    "VICReg, no weights": Case("VICRegLoss", vicreg, {"lambda_param": 0.0, "mu_param": 0.0, "nu_param": 0.0}, PLANES[:1]),
+    "VICReg, weights": Case("VICRegLoss", vicreg, WEIGHTS, PLANES),
+    "VICReg, no weights": Case("VICRegLoss", vicreg, dict.fromkeys(WEIGHTS, 0.0), PLANES[:1]),
     "VICReg, positions": Case("VICRegLoss", vicreg, {}, ((2, 10, 32), (7, 3, 5), (5, 2, 3, 4), (2, 2, 9), (3, 1, 1))),
     "Barlow Twins": Case("BarlowTwinsLoss", barlow_twins, {}, (*PLANES, (2, 32), (2, 1))),
     "Barlow Twins, lambda": Case("BarlowTwinsLoss", barlow_twins, {"lambda_param": 2}, PLANES),
@@ -148,7 +142,7 @@ CASES = {
     "NT-Xent, negative": Case("NTXentLoss", NTXent, {"temperature": -1}, PLANES),
     "NT-Xent, bank": Case("NTXentLoss", NTXent, BANKED, ((4, 6), (11, 6), (13, 6), (1, 6)), 5),
     "NT-Xent, bank of one": Case("NTXentLoss", NTXent, {"memory_bank_size": (1, 1)}, ((3, 1),), 2),
-    "NT-Xent, bank, cold": Case("NTXentLoss", NTXent, {"temperature": 0.02, "memory_bank_size": [70, 3]}, ((32, 3),), 4),
+    "NT-Xent, bank, cold": Case("NTXentLoss", NTXent, COLD, ((32, 3),), 4),
     "DirectCLR": Case("DirectCLRLoss", direct_clr, {"loss_dim": 3}, (*PLANES, (6, 2, 4), (1, 3))),
     "DirectCLR, bank": Case("DirectCLRLoss", direct_clr, {"loss_dim": 6, **BANKED}, ((4, 9),), 4),
     "DCL": Case("DCLLoss", dcl, {}, PLANES),
@@ -157,13 +151,11 @@ CASES = {
     "DCL, weights with a gradient": Case("DCLLoss", dcl, {"weight_fn": halves}, PLANES),
     "DCLW": Case("DCLWLoss", partial(dcl, sigma=0.5), {}, PLANES),
     "DCLW, settings": Case("DCLWLoss", dcl, {"temperature": 0.3, "sigma": 0.2}, PLANES),
-    "cosine": Case("NegativeCosineSimilarity", cosine, {}, (*PLANES, (1, 1), (4, 3, 5))),
+    "cosine": Case("NegativeCosineSimilarity", cosine, {}, (*PLANES, (1, 3), (4, 3, 5))),
     "cosine, dim": Case("NegativeCosineSimilarity", cosine, {"dim": -1}, ((7, 3, 5), (6,), (2, 4, 9))),
     "cosine, long eps": Case("NegativeCosineSimilarity", cosine, {"eps": 5.0}, ((9, 33), (33, 4))),
 }  # fmt: skip
-GATHERED = tuple(
-    name for name, case in CASES.items() if case.name not in ("NegativeCosineSimilarity",) and case.steps == 1
-)
+GATHERED = {key: case for key, case in CASES.items() if "cosine" not in key and "bank" not in key}
 
 
 def views(shape, seed=0, dtypes=(torch.float64, torch.float64)):
@@ -187,11 +179,11 @@ def run(make, case, shape, dtypes):
 
 
 def assert_equal(found, expected, tolerance, case, slack=None):
-    """Values relative to 1 or more, gradients to their largest number. `slack` are the results of a plain formula in the
-    same dtype: what it loses may be lost here too."""
+    """Values relative to 1 or more, gradients to their largest number, or to the value per number. `slack` are the
+    results of a plain formula in the same dtype: what it loses may be lost here too."""
     for step, (ours, theirs) in enumerate(zip(found, expected, strict=True)):
         for k, (f, e) in enumerate(zip(ours, theirs, strict=True)):
-            scale = max(float(e.abs().max()), float(theirs[0].abs()) / max(1, e.numel()) if k else 1.0)
+            scale = max(float(e.abs().max()), max(1e-3, float(theirs[0].abs())) / e.numel() if k else 1.0)
             limit = tolerance * scale
             if slack is not None:
                 limit += 4 * float((slack[step][k] - e).abs().max())

@@ -25,7 +25,8 @@ class BarlowTwinsLoss(nn.Module):
 
     Raises:
         ValueError: torch has no distributed package and `gather_distributed` is True, or the views have a single row.
-        AssertionError: the shapes of the views differ. With several processes, this is a ValueError, raised in all.
+        AssertionError: the shapes of the views differ. Of several processes that gather, the one with bad views raises
+        ValueError, and the others stop too.
 
     Source: Zbontar et al., Barlow Twins (2103.03230).
     """

@@ -30,6 +30,10 @@ class DirectCLRLoss(NTXentLoss):
         self.loss_dim = loss_dim
 
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        for name, out in (("out0", out0), ("out1", out1)):
+            if not isinstance(out, Tensor) or out.dim() < 2:
+                got = tuple(out.shape) if isinstance(out, Tensor) else type(out).__name__
+                raise TypeError(f"{name} must be a torch.Tensor of shape (N, D, ...), got {got}.")
         return super().forward(*(out.flatten(start_dim=1)[:, : self.loss_dim] for out in (out0, out1)))
 
     def extra_repr(self) -> str:

@@ -34,8 +34,8 @@ class VICRegLoss(nn.Module):
 
     Raises:
         ValueError: torch has no distributed package and `gather_distributed` is True. AssertionError: the views have
-        fewer than two rows, or different shapes. With several processes, these are ValueErrors, raised in all of them;
-        a process may then have a single row.
+        fewer than two rows, or different shapes. Of several processes that gather, each may have a single row; the one
+        with bad views raises ValueError, and the others stop too.
 
     Source: Bardes, Ponce, LeCun, VICReg (2105.04906).
     """
