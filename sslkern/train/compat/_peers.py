@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 
 from ...core.autograd import Op
 from ...core.ranks import Group
@@ -34,11 +34,24 @@ def check_gather(gather: bool) -> None:
 
 
 def promoted(*views: Tensor) -> list[Tensor]:
-    """The views in one dtype, to which torch would promote their sum. Peers accept views of different dtypes."""
+    """The views in one dtype, to which torch would promote their sum. Peers accept views of different dtypes.
+
+    What is no floating-point tensor is returned unchanged, for the checks of the loss.
+    """
+    if len({getattr(view, "dtype", None) for view in views}) == 1:
+        return list(views)
+    if not all(isinstance(view, Tensor) and view.is_floating_point() for view in views):
+        return list(views)
     dtype = views[0].dtype
     for view in views[1:]:
         dtype = torch.promote_types(dtype, view.dtype)
     return [view.to(dtype) for view in views]
+
+
+def shown(module: nn.Module, *names: str) -> str:
+    """The attributes of a module with these names, for its `extra_repr`."""
+    values = ((name, getattr(module, name)) for name in names)
+    return ", ".join(f"{name}={value.detach() if isinstance(value, Tensor) else value!r}" for name, value in values)
 
 
 class _Scaled(Op):

@@ -1,0 +1,127 @@
+"""lightly's NT-Xent loss, with or without a memory bank."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ....core import checks
+from ....core.autograd import Op, differentiated, first_order
+from ....core.dtypes import accumulation_dtype
+from ....losses import nt_xent_loss
+from ....ops.unit_rows import unit_rows
+from .._peers import check_gather, shown, world
+from .memory_bank import MemoryBankModule
+
+
+class NTXentLoss(nn.Module):
+    """lightly's `NTXentLoss`: `sslkern.losses.nt_xent_loss` for views of shape (N, D), N >= 1.
+
+    Without a memory bank, every row is compared with the other 2N - 1 rows of the batch. With one, the positive of a
+    row of `out0` is the same row of `out1`, and its negatives are the rows of the bank, as they are. The bank then gets
+    the normalised rows of `out1`, if `out0` requires a gradient. Its gradient is computed together with the loss, so
+    the bank is not copied.
+
+    Args:
+        temperature: a number of at least 1e-8 in magnitude; it may be negative, or a tensor of one element.
+        memory_bank_size: 0, (n, dim), or n; see `MemoryBankModule`.
+        gather_distributed: compare with the rows of all processes, if torch.distributed is initialised. With a memory
+            bank, put the rows of all processes into it.
+
+    Attributes:
+        memory_bank: the `MemoryBankModule`. cross_entropy: lightly's; another reduction, weight or label smoothing is
+        refused. eps: the least temperature, 1e-8.
+
+    Raises:
+        ValueError: the temperature is too small; torch has no distributed package and `gather_distributed` is True; or
+        the shapes of the views, or of their rows and the bank, do not fit.
+
+    Sources: Chen et al., SimCLR (2002.05709); He et al., MoCo (1911.05722) for the bank.
+    """
+
+    def __init__(
+        self,
+        temperature: float = 0.5,
+        memory_bank_size: int | Sequence[int] = 0,
+        gather_distributed: bool = False,
+    ) -> None:
+        super().__init__()
+        self.memory_bank = MemoryBankModule(memory_bank_size, gather_distributed)
+        self.temperature = temperature
+        self.gather_distributed = gather_distributed
+        self.cross_entropy = nn.CrossEntropyLoss(reduction="mean")
+        self.eps = 1e-8
+        if abs(temperature) < self.eps:
+            raise ValueError(f"Illegal temperature: abs({temperature}) < 1e-8")
+        check_gather(gather_distributed)
+
+    def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
+        _check_plain(self.cross_entropy)
+        bank = self.memory_bank
+        if bank.size[0] == 0:
+            return nt_xent_loss(out0, out1, self.temperature, group=world(self.gather_distributed))
+        checks.matrix("out0", out0)
+        checks.matrix("out1", out1)
+        checks.same_shape("out0", out0, "out1", out1)
+        dtype = accumulation_dtype(out0, out1)
+        x, y = unit_rows(out0, dtype), unit_rows(out1, dtype)
+        loss = _against(x, y, self.temperature, bank._rows_for(out1).to(x.device))
+        if x.requires_grad:
+            bank._dequeue_and_enqueue(y)
+        return loss
+
+    def extra_repr(self) -> str:
+        return shown(self, "temperature", "gather_distributed")
+
+
+def _check_plain(cross_entropy: nn.Module) -> None:
+    """The loss is computed without `cross_entropy`, which lightly calls with logits."""
+    plain = type(cross_entropy) is nn.CrossEntropyLoss and cross_entropy.reduction == "mean"
+    if (
+        not plain
+        or cross_entropy.weight is not None
+        or cross_entropy.label_smoothing
+        or cross_entropy.ignore_index >= 0
+    ):
+        raise ValueError(f"cross_entropy must be lightly's, CrossEntropyLoss(reduction='mean'), got {cross_entropy}.")
+
+
+def _against(x: Tensor, y: Tensor, temperature: float | Tensor, bank: Tensor) -> Tensor:
+    """`nt_xent_loss` against a bank that may be overwritten before the backward."""
+    inputs = (x, y, temperature) if isinstance(temperature, Tensor) else (x, y)
+    if differentiated(*inputs):
+        if not torch.compiler.is_compiling():
+            return _AgainstBank.apply(x, y, temperature, bank)[0]
+        bank = bank.clone()  # a compiler cannot trace a gradient in a forward
+    return nt_xent_loss(x, y, temperature, negatives=bank, normalize=False)
+
+
+class _AgainstBank(Op):
+    """The loss and, in its forward, its gradients, so that nothing of the bank is needed in the backward."""
+
+    @staticmethod
+    def forward(x: Tensor, y: Tensor, temperature: float | Tensor, bank: Tensor) -> tuple[Tensor | None, ...]:
+        given = (x, y, temperature)
+        leaves: list[Any] = [z.detach().requires_grad_(z.requires_grad) if isinstance(z, Tensor) else z for z in given]
+        wanted = [isinstance(z, Tensor) and z.requires_grad for z in leaves]
+        with torch.enable_grad():
+            loss = nt_xent_loss(*leaves, negatives=bank, normalize=False)
+        grads = iter(torch.autograd.grad(loss, [z for z, want in zip(leaves, wanted, strict=True) if want]))
+        return loss.detach(), *(next(grads) if want else None for want in wanted)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
+        _, *grads = output
+        ctx.save_for_backward(*grads)
+        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
+        if grad is None:
+            return (None,) * 4
+        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None
