@@ -1,0 +1,266 @@
+"""The losses of stable-pretraining (`stable_pretraining.losses`), with its names, arguments, values and gradients.
+
+    from sslkern.train.compat.stable_pretraining import VICRegLoss  # before: from stable_pretraining.losses import ...
+
+As there, a loss that concerns the whole batch gathers or sums over all processes whenever torch.distributed is
+initialised. What differs is this:
+
+- Losses are computed and returned in float32, or in float64 for float64 tensors, also under autocast and in half
+  precision, where those of stable-pretraining may overflow.
+- No D x D and no N x M matrix is formed, except by `InfoNCELoss` with a mask, which is such a matrix itself.
+- Tensors of different dtypes are accepted everywhere.
+- Invalid input raises TypeError or ValueError with one sentence. With several processes, all of them raise.
+- Processes may have different numbers of rows.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from ...core import checks
+from ...core.autograd import Op, first_order
+from ...core.dtypes import accumulation_dtype, without_autocast
+from ...losses import info_nce_loss, nt_xent_loss, vcreg_loss, vicreg_loss
+from ...ops.column_products import column_products
+from ...ops.unit_rows import unit_rows
+from ._cosines import COSINE_EPS, NORMALIZE_EPS, direction_products
+from ._official import off_diagonal
+from ._views import check_views, joined, matched, matched_batch
+
+__all__ = [
+    "BYOLLoss",
+    "BarlowTwinsLoss",
+    "CLIPLoss",
+    "InfoNCELoss",
+    "NTXEntLoss",
+    "NegativeCosineSimilarity",
+    "VCRegLoss",
+    "VICRegLoss",
+    "off_diagonal",
+]
+
+
+class VCRegLoss(nn.Module):
+    """The variance and covariance terms of one view in VICReg: `sslkern.vcreg_loss` with half of its hinge.
+
+    Args:
+        std_coeff: the weight of half the mean hinge of the standard deviations.
+        cov_coeff: the weight of the squared off-diagonal covariances, divided by D.
+        epsilon: is added to the variance.
+    """
+
+    def __init__(self, std_coeff: float = 25, cov_coeff: float = 1, epsilon: float = 1e-4) -> None:
+        super().__init__()
+        self.std_coeff, self.cov_coeff, self.epsilon = std_coeff, cov_coeff, epsilon
+
+    def forward(self, z_i: Tensor) -> Tensor:
+        """The loss of the rows z_i (N, D) of all processes, N >= 2."""
+        group, (z,) = matched(2, z_i=z_i)
+        return vcreg_loss(z, self.std_coeff / 2, self.cov_coeff, eps=self.epsilon, group=group)  # type: ignore[return-value]
+
+
+class VICRegLoss(nn.Module):
+    """VICReg, as `sslkern.vicreg_loss`. The invariance term uses the rows of this process.
+
+    Args:
+        sim_coeff: the weight of the mean squared difference of the views.
+        std_coeff, cov_coeff, epsilon: as in `VCRegLoss`, which is the attribute `vcreg_loss`.
+    """
+
+    def __init__(
+        self, sim_coeff: float = 25, std_coeff: float = 25, cov_coeff: float = 1, epsilon: float = 1e-4
+    ) -> None:
+        super().__init__()
+        self.sim_coeff = sim_coeff
+        self.vcreg_loss = VCRegLoss(std_coeff, cov_coeff, epsilon)
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """The loss of two views, both (N, D), N >= 2."""
+        group, (x, y) = matched(2, z_i=z_i, z_j=z_j)
+        each = self.vcreg_loss
+        return vicreg_loss(  # type: ignore[return-value]
+            x, y, self.sim_coeff, each.std_coeff, each.cov_coeff, eps=each.epsilon, group=group
+        )
+
+
+class BarlowTwinsLoss(nn.Module):
+    """Barlow Twins of columns that are divided by their standard deviation plus 1e-5.
+
+        Z_hat = (Z - mean) / (std + 1e-5), std unbiased, over the rows of this process
+        C     = sum over all processes of Z_i_hat'Z_j_hat / N, N the number of all rows
+        loss  = sum_j (C_jj - 1)^2 + lambd * sum_{j != k} C_jk^2
+
+    No D x D matrix is formed if N < 0.75 D.
+
+    Args:
+        lambd: the weight of the off-diagonal elements.
+    """
+
+    def __init__(self, lambd: float = 5e-3) -> None:
+        super().__init__()
+        self.lambd = lambd
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """The loss of two views, both (N, D), N >= 2."""
+        batch, (x, y) = matched_batch(2, z_i=z_i, z_j=z_j)
+        n, dtype = batch.count(len(x)), accumulation_dtype(x)
+        x, y = (_Standardised.apply(z.to(dtype), 1e-5)[0] for z in (x, y))
+        diagonal, offdiag = column_products(x, y, batch)
+        return (diagonal / n - 1).square().sum() + self.lambd * (offdiag / n**2)
+
+
+class _Standardised(Op):
+    """(z - mean) / (std + eps) for each column. The gradient takes two passes over its rows.
+
+    With x the result and g its gradient, the gradient of z is [g - mean(g) - x <x, g> (std + eps) / ((N - 1) std)] /
+    (std + eps). The last term is 0 for a constant column.
+    """
+
+    @staticmethod
+    def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        x = z - z.mean(0)
+        std = torch.linalg.vector_norm(x, dim=0) / max(len(z) - 1, 1) ** 0.5
+        inverse = 1 / (std + eps)
+        share = torch.where(std > 0, (std + eps) / (max(len(z) - 1, 1) * std), 0)
+        return x.mul_(inverse), inverse, share
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        x, inverse, share = ctx.saved_tensors
+        along = (x * grad).sum(0) * share
+        return torch.addcmul(grad - grad.mean(0), x, along, value=-1).mul_(inverse), None
+
+
+class BYOLLoss(nn.Module):
+    """2 - 2 mean cos(online_pred, target_proj). Both arguments get a gradient, as in stable-pretraining."""
+
+    def forward(self, online_pred: Tensor, target_proj: Tensor) -> Tensor:
+        """The loss of predictions and targets, both (..., D); each (D,) is one vector."""
+        products = direction_products(NORMALIZE_EPS, online_pred=online_pred, target_proj=target_proj)
+        return 2 - 2 * products.sum(-1).mean()
+
+
+class NegativeCosineSimilarity(nn.Module):
+    """-mean cos(z_i, z_j) along dimension 1. Both arguments get a gradient."""
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
+        """The loss of two tensors (N, D, ...)."""
+        views = {
+            name: z.movedim(1, -1) if isinstance(z, Tensor) and z.dim() > 1 else z
+            for name, z in (("z_i", z_i), ("z_j", z_j))
+        }
+        return -direction_products(COSINE_EPS, 2, **views).sum(-1).mean()
+
+
+class InfoNCELoss(nn.Module):
+    """The cross-entropy of finding the candidate of each anchor among all candidates of this process.
+
+    It is `sslkern.info_nce_loss` with logits cos(anchor, candidate) / temperature.
+
+    Args:
+        temperature: a number other than 0.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        logit_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        """The loss, a scalar.
+
+        Args:
+            anchors: (N, D). candidates: (M, D).
+            targets: int64 (N,), the row of the candidate of each anchor.
+            mask: None, or a bool tensor that broadcasts to (N, M) and is True for the pairs to leave out. With a mask,
+                the N x M logits are formed.
+            logit_scale: replaces the temperature, so logits are divided by it: a number, or a floating-point tensor
+                with one element, which gets a gradient.
+        """
+        return self._compute(anchors, candidates, targets, mask, logit_scale)
+
+    def _compute(
+        self,
+        anchors: Tensor,
+        candidates: Tensor,
+        targets: Tensor,
+        mask: Tensor | None = None,
+        logit_scale: Tensor | float | None = None,
+    ) -> Tensor:
+        checks.matrix("anchors", anchors)
+        checks.matrix("candidates", candidates)
+        checks.beside("anchors", anchors, "candidates", candidates)
+        if anchors.shape[1] != candidates.shape[1]:
+            shapes = f"{tuple(anchors.shape)} and {tuple(candidates.shape)}"
+            raise ValueError(f"anchors and candidates must have the same columns (D), got shapes {shapes}.")
+        checks.indices("targets", targets, anchors, (len(anchors),))
+        checks.below("targets", targets, len(candidates))
+        scale = checks.setting("logit_scale", self._scale(logit_scale), anchors, zero=False)
+        if mask is None:
+            return info_nce_loss(anchors, candidates, scale, positives=targets)
+        dtype = accumulation_dtype(anchors, candidates)
+        x, y = (unit_rows(z, dtype, NORMALIZE_EPS) for z in (anchors, candidates))
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            raise TypeError("mask must be None or a bool torch.Tensor that broadcasts to (N, M).")
+        with without_autocast(x):
+            logits = x @ y.mT / scale
+            return F.cross_entropy(logits.masked_fill(mask, -torch.inf), targets)
+
+    def _scale(self, logit_scale: Tensor | float | None) -> Tensor | float:
+        return self.temperature if logit_scale is None else logit_scale
+
+
+class NTXEntLoss(InfoNCELoss):
+    """NT-Xent, as `sslkern.nt_xent_loss`, among the rows of all processes.
+
+    Args:
+        temperature: a number other than 0.
+    """
+
+    def __init__(self, temperature: float = 0.5) -> None:
+        super().__init__(temperature=temperature)
+
+    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:  # type: ignore[override]
+        """The loss of two views, both (N, D)."""
+        group = joined(1, lambda least: check_views(least, z_i=z_i, z_j=z_j))
+        return nt_xent_loss(z_i, z_j, self.temperature, group=group)
+
+
+class CLIPLoss(InfoNCELoss):
+    """The mean of InfoNCE in both directions, as `sslkern.info_nce_loss` with symmetric=True, among the rows of all
+    processes.
+
+    Args:
+        temperature: a number other than 0, if the call has no `logit_scale`.
+    """
+
+    def __init__(self, temperature: float = 0.07) -> None:
+        super().__init__(temperature=temperature)
+
+    def forward(  # type: ignore[override]
+        self, feats_i: Tensor, feats_j: Tensor, logit_scale: Tensor | float | None = None
+    ) -> Tensor:
+        """The loss of pairs of rows of two modalities, both (N, D).
+
+        `logit_scale` replaces the temperature, so logits are divided by it: a number, or a floating-point tensor with
+        one element, which gets a gradient. With several processes, the mean of their gradients of it is that of
+        stable-pretraining.
+        """
+        group = joined(1, lambda least: check_views(least, feats_i=feats_i, feats_j=feats_j))
+        return info_nce_loss(feats_i, feats_j, self._scale(logit_scale), symmetric=True, group=group)
