@@ -77,14 +77,16 @@ def test_names_are_swapped_wherever_they_were_imported(run):
             late = __import__("types").ModuleType("late")
             exec("from lightly.loss import VICRegLoss", vars(late))
             __import__("sys").modules["late"] = late
-        assert set(places()) == {theirs} and late.VICRegLoss is theirs and lightly.loss.invariance_loss(1, 2) == "theirs"
+        assert set(places()) == {theirs} and late.VICRegLoss is theirs
+        assert lightly.loss.invariance_loss(1, 2) == "theirs"
         assert ours is __import__("sslkern").train.compat.lightly.VICRegLoss
         assert set(patched.swapped["lightly.loss.vicreg_loss.VICRegLoss"]) == {
             "__main__", "trainer", "lightly.loss", "lightly.loss.vicreg_loss"}
         print(patched)
         sslkern.train.unpatch("lightly")  # nothing is patched: no error
     """)
-    assert "swapped lightly.loss.vicreg_loss.VICRegLoss" in done.stdout and done.stdout.strip() in done.stderr
+    assert "swapped lightly.loss.vicreg_loss.VICRegLoss" in done.stdout
+    assert done.stderr.count(done.stdout.strip()) == 1  # once, as one of the two calls is quiet
     assert "trainer.Own: it was defined as a subclass of lightly.loss.vicreg_loss.VICRegLoss before" in done.stdout
     assert "BarlowTwinsLoss: its arguments here are" in done.stdout and "power" in done.stdout
     assert "the installed version does not have it" in done.stdout

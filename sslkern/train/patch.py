@@ -31,9 +31,8 @@ class Patch:
         self.swapped: dict[str, tuple[str, ...]] = {}
         self.left: dict[str, str] = {}
         self.depth = 0
-        self._originals: dict[int, Any] = {}  # by the id of our object
-        self._ours: dict[int, Any] = {}  # by the id of the original
-        self._before: set[tuple[str, str]] = set()  # places that held one of our objects already
+        self.pairs: dict[str, tuple[Any, Any]] = {}  # the original and ours, by the path of the original
+        self.explicit: set[tuple[str, str]] = set()  # names that were ours before the patch, by the user's own import
 
     def __enter__(self) -> Patch:
         return self
@@ -80,11 +79,15 @@ def patch(package: str, *, quiet: bool = False) -> Patch:
         ValueError: the package is none of these. ModuleNotFoundError: it is not installed.
     """
     _check(package)
-    if find_spec(package) is None:
+    if package not in sys.modules and find_spec(package) is None:
         raise ModuleNotFoundError(
             f"patch({package!r}) needs {PACKAGES[package]}, which is not installed.", name=package
         )
-    current = _active.setdefault(package, Patch(package))
+    if package not in _active:
+        current = Patch(package)
+        _find(current)
+        _active[package] = current
+    current = _active[package]
     current.depth += 1
     _swap(current)
     repeat_in_workers(tuple(_active))
@@ -105,11 +108,8 @@ def unpatch(package: str | None = None) -> None:
     if package is not None:
         _check(package)
     for name in tuple(_active) if package is None else (package,):
-        current = _active.pop(name, None)
-        if current is not None:
-            for module, attribute, value in _globals():
-                if id(value) in current._originals and (module.__name__, attribute) not in current._before:
-                    setattr(module, attribute, current._originals[id(value)])
+        if name in _active:
+            _restore(_active.pop(name))
     repeat_in_workers(tuple(_active))
 
 
@@ -127,32 +127,41 @@ def _version(package: str) -> str:
         return "(unknown version)"
 
 
-def _swap(current: Patch) -> None:
-    """Swap what is not swapped yet, and find out what is left."""
+def _find(current: Patch) -> None:
+    """Find out what can be swapped in this version of the package, and what is left."""
     compat = import_module(f".compat.{current.package}", __package__)
-    pairs = {}
     current.left = dict(compat.LEFT)
     for path, ours in compat.SWAPPED.items():
-        original, reason = original_of(path, ours)
+        original, reason = _original_of(path, ours)
         if original is None:
             current.left[path] = reason
-        elif original is not ours:
-            pairs[id(original)] = (path, original, ours)
-            current._ours[id(original)] = original  # keeps the original, and so its id, alive
-            current._originals[id(ours)] = original
+        else:
+            current.pairs[path] = original, ours
             current.left |= _of_before(path, original)
+    known = {id(ours) for _, ours in current.pairs.values()}
+    current.explicit = {(module.__name__, name) for module, name, value in _globals() if id(value) in known}
+
+
+def _swap(current: Patch) -> None:
+    """Swap all names that are not swapped yet."""
+    by_id = {id(original): (path, ours) for path, (original, ours) in current.pairs.items()}
     places: dict[str, list[str]] = {path: list(found) for path, found in current.swapped.items()}
-    for module, attribute, value in _globals():
-        if id(value) in pairs:
-            path, _, ours = pairs[id(value)]
-            setattr(module, attribute, ours)
+    for module, name, value in _globals():
+        if id(value) in by_id:
+            path, ours = by_id[id(value)]
+            setattr(module, name, ours)
             places.setdefault(path, []).append(module.__name__)
-        elif id(value) in current._originals and not current.swapped:
-            current._before.add((module.__name__, attribute))
     current.swapped = {path: tuple(dict.fromkeys(found)) for path, found in places.items()}
 
 
-def original_of(path: str, ours: Any) -> tuple[Any, str]:
+def _restore(current: Patch) -> None:
+    by_id = {id(ours): original for original, ours in current.pairs.values()}
+    for module, name, value in _globals():
+        if id(value) in by_id and (module.__name__, name) not in current.explicit:
+            setattr(module, name, by_id[id(value)])
+
+
+def _original_of(path: str, ours: Any) -> tuple[Any, str]:
     """The object of a package at `path`, and "". If it cannot be swapped for `ours`, None and the reason."""
     module, _, name = path.rpartition(".")
     try:
@@ -160,15 +169,14 @@ def original_of(path: str, ours: Any) -> tuple[Any, str]:
     except (ImportError, AttributeError):
         return None, "the installed version does not have it"
     for one, other in zip(_callables(original), _callables(ours), strict=False):
-        if one is not None and other is not None and original is not ours and _arguments(one) != _arguments(other):
+        if one is not None and other is not None and _arguments(one) != _arguments(other):
             return None, f"its arguments here are {inspect.signature(one)}, ours are {inspect.signature(other)}"
     return original, ""
 
 
 def _callables(thing: Any) -> tuple[Any, ...]:
-    return (
-        tuple(getattr(thing, name, None) for name in ("__init__", "forward")) if isinstance(thing, type) else (thing,)
-    )
+    methods = "__init__", "forward"
+    return tuple(getattr(thing, name, None) for name in methods) if isinstance(thing, type) else (thing,)
 
 
 def _arguments(function: Any) -> list[tuple[str, Any, Any]]:

@@ -264,3 +264,14 @@ class CLIPLoss(InfoNCELoss):
         """
         group = joined(1, lambda least: check_views(least, feats_i=feats_i, feats_j=feats_j))
         return info_nce_loss(feats_i, feats_j, self._scale(logit_scale), symmetric=True, group=group)
+
+
+_LOSSES = {
+    "joint_embedding": (BYOLLoss, VICRegLoss, BarlowTwinsLoss, InfoNCELoss, NTXEntLoss),
+    "multimodal": (CLIPLoss,),
+    "utils": (NegativeCosineSimilarity, VCRegLoss),
+}
+SWAPPED = {
+    f"stable_pretraining.losses.{module}.{loss.__name__}": loss for module, found in _LOSSES.items() for loss in found
+}
+LEFT: dict[str, str] = {}

@@ -27,3 +27,14 @@ from .vicreg_loss import VICRegLoss as VICRegLoss
 from .vicreg_loss import covariance_loss as covariance_loss
 from .vicreg_loss import invariance_loss as invariance_loss
 from .vicreg_loss import variance_loss as variance_loss
+
+_LOSSES = {
+    "vicreg_loss": (VICRegLoss, invariance_loss, variance_loss, covariance_loss),
+    "barlow_twins_loss": (BarlowTwinsLoss,),
+    "ntx_ent_loss": (NTXentLoss,),
+    "dcl_loss": (DCLLoss, DCLWLoss),
+    "directclr_loss": (DirectCLRLoss,),
+    "negative_cosine_similarity": (NegativeCosineSimilarity,),
+}
+SWAPPED = {f"lightly.loss.{module}.{loss.__name__}": loss for module, found in _LOSSES.items() for loss in found}
+LEFT = {"lightly.models.modules.memory_bank.MemoryBankModule": "our NTXentLoss brings its own bank"}

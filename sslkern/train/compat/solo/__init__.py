@@ -33,3 +33,19 @@ __all__ = [
     "vicreg_loss_func",
     "wmse_loss_func",
 ]
+
+_LOSSES = {
+    "barlow": barlow_loss_func,
+    "byol": byol_loss_func,
+    "mocov2plus": mocov2plus_loss_func,
+    "mocov3": mocov3_loss_func,
+    "nnclr": nnclr_loss_func,
+    "ressl": ressl_loss_func,
+    "simclr": simclr_loss_func,
+    "simsiam": simsiam_loss_func,
+    "vibcreg": vibcreg_loss_func,
+    "vicreg": vicreg_loss_func,
+    "wmse": wmse_loss_func,
+}
+SWAPPED = {f"solo.losses.{module}.{loss.__name__}": loss for module, loss in _LOSSES.items()}
+LEFT = dict.fromkeys(("solo.losses.dino.DINOLoss", "solo.losses.swav.swav_loss_func"), "its logits exist already")
