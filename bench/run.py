@@ -126,7 +126,7 @@ def allocated(call: Callable[[], T], device: str = "cpu") -> tuple[int, int, T]:
     return peak, now, result
 
 
-def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[dict]:
+def run_case(case: Case, device: str, rounds: int, huge: bool = False, patience: float = 30.0) -> list[dict]:
     """One row per implementation: median, p20, p80, errors against fp64, peak bytes, first call."""
     inputs = case.inputs()
     names = [n for n in case.implementations if not huge or n in case.huge]
@@ -156,7 +156,7 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False) -> list[d
     for x in inputs:
         x.grad = None
     gc.collect()
-    busy = wait_for_quiet()
+    busy = wait_for_quiet(patience=patience)
     for call in calls.values():  # a machine gives memory out slowly, the first few times
         deadline = time.monotonic() + (0.1 if device == "cuda" else 0.5)
         while time.monotonic() < deadline:

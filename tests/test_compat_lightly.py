@@ -12,6 +12,7 @@ from ranks import TOLERANCE, close
 from torch import nn
 
 from sslkern.train.compat import lightly
+from sslkern.train.compat.lightly import negative_cosine_similarity
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CLASSES = {
@@ -28,6 +29,12 @@ GATHERING = [name for name in CLASSES if name != "NegativeCosineSimilarity"]
 
 def made(name, **settings):
     return getattr(lightly, name)(**CLASSES[name], **settings)
+
+
+@pytest.fixture(autouse=True)
+def own_cosine(monkeypatch):
+    """Our gradient of a cosine, which is otherwise for more numbers than these tests have."""
+    monkeypatch.setattr(negative_cosine_similarity, "SMALL", 0)
 
 
 @pytest.mark.parametrize("key", CASES)
@@ -194,6 +201,16 @@ def test_not_a_number_and_zero_rows():
         assert value.isfinite() and leaf.grad.isfinite().all(), name
         a[4, 2] = torch.nan
         assert made(name)(a, b).isnan(), name
+
+
+def test_small_cosines_are_those_of_torch(monkeypatch):
+    leaves = views((20, 30))
+    own = made("NegativeCosineSimilarity")(*leaves)
+    monkeypatch.undo()
+    found = made("NegativeCosineSimilarity")(*leaves)
+    assert found == -nn.functional.cosine_similarity(*leaves).mean()
+    for f, o in zip(*(torch.autograd.grad(value, leaves) for value in (found, own)), strict=True):
+        close(f, o, 1e-12, "gradient")
 
 
 def test_symmetric_negative_cosine():

@@ -110,6 +110,27 @@ def test_rows_are_used_as_they_are():
         close(found, truth, 1e-12, "gradient")
 
 
+class Opposite(MemoryBankModule):
+    def forward(self, output, labels=None, update=False):
+        output, rows = super().forward(output, labels, update)
+        return output, None if rows is None else -rows
+
+
+def test_a_bank_of_the_users():
+    """Its `forward` is called, as lightly does."""
+    leaves = views((5, 3))
+    for size in ((7, 3), 0):
+        loss, plain = NTXentLoss(memory_bank_size=(9, 3)), NTXent(memory_bank_size=size)
+        loss.memory_bank = Opposite(size).double()
+        plain.bank = -loss.memory_bank.bank.clone() if size else None
+        for found, truth in ((loss(*leaves), plain(*leaves)),):
+            close(found, truth, 1e-12, "value")
+            pairs = (torch.autograd.grad(each, leaves) for each in (found, truth))
+            for f, t in zip(*pairs, strict=True):
+                close(f, t, 1e-12, "gradient")
+        assert int(loss.memory_bank.bank_ptr) == (5 if size else 0)
+
+
 def test_gradients_of_some():
     loss = NTXentLoss(memory_bank_size=(7, 3)).double()
     a, b = views((5, 3))

@@ -3,7 +3,8 @@
     from sslkern.train.compat.lightly import NTXentLoss  # before: from lightly.loss import NTXentLoss
     from sslkern.train.compat.lightly.memory_bank import MemoryBankModule  # before: from lightly.models.modules...
 
-The modules have the names of lightly's. What differs, wherever lightly computes a number:
+The losses that are imported below are here, in modules with lightly's names. What differs, wherever lightly computes a
+number:
 
 - The losses are computed in float32, or in float64 for float64 views, and are returned in this dtype, under autocast
   too. lightly returns the loss of half-precision views in half precision, where it may overflow.

@@ -12,6 +12,8 @@ from ....core.autograd import Op, first_order
 from ....core.dtypes import FLOATS, accumulation_dtype
 from .._peers import shown
 
+SMALL = 2**15  # up to this many numbers, the calls take longer than the passes over them, and torch's are fewer
+
 
 class NegativeCosineSimilarity(nn.Module):
     """lightly's `NegativeCosineSimilarity`: minus the mean cosine of vectors along `dim`, without a stop-gradient.
@@ -31,13 +33,13 @@ class NegativeCosineSimilarity(nn.Module):
 
 
 def mean_cosine(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
-    """The mean of `torch.nn.functional.cosine_similarity`, whose backward takes many more passes."""
+    """The mean of `torch.nn.functional.cosine_similarity`, whose backward takes many passes."""
     for name, z in (("x0", x), ("x1", y)):
         if not isinstance(z, Tensor) or z.dtype not in FLOATS:
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
             raise TypeError(f"{name} must be a floating-point torch.Tensor, got {kind}.")
     dtype = accumulation_dtype(x, y)
-    if torch.compiler.is_compiling():  # which fuses the passes
+    if x.numel() <= SMALL or torch.compiler.is_compiling():  # a compiler fuses the passes
         return F.cosine_similarity(x.to(dtype), y.to(dtype), dim, eps).mean()
     if x.shape != y.shape:
         x, y = torch.broadcast_tensors(x, y)

@@ -32,8 +32,9 @@ class NTXentLoss(nn.Module):
             bank, put the rows of all processes into it.
 
     Attributes:
-        memory_bank: the `MemoryBankModule`. cross_entropy: lightly's; another reduction, weight or label smoothing is
-        refused. eps: the least temperature, 1e-8.
+        memory_bank: the `MemoryBankModule`, or a module of the user's in its place.
+        cross_entropy: as in lightly. It may not be replaced by one with another reduction, weight or label smoothing.
+        eps: the least temperature, 1e-8.
 
     Raises:
         ValueError: the temperature is too small; torch has no distributed package and `gather_distributed` is True; or
@@ -61,17 +62,27 @@ class NTXentLoss(nn.Module):
     def forward(self, out0: Tensor, out1: Tensor) -> Tensor:
         _check_plain(self.cross_entropy)
         bank = self.memory_bank
-        if bank.size[0] == 0:
+        own = type(bank).forward is not MemoryBankModule.forward
+        if not own and bank.size[0] == 0:
             return nt_xent_loss(out0, out1, self.temperature, group=world(self.gather_distributed))
         checks.matrix("out0", out0)
         checks.matrix("out1", out1)
         checks.same_shape("out0", out0, "out1", out1)
         dtype = accumulation_dtype(out0, out1)
         x, y = unit_rows(out0, dtype), unit_rows(out1, dtype)
+        if own:
+            return self._with_own_bank(x, y)
         loss = _against(x, y, self.temperature, bank._rows_for(out1).to(x.device))
         if x.requires_grad:
             bank._dequeue_and_enqueue(y)
         return loss
+
+    def _with_own_bank(self, x: Tensor, y: Tensor) -> Tensor:
+        """The loss with a bank of the user's, which has another `forward` and returns what is its own to keep."""
+        y, columns = self.memory_bank(y, update=x.requires_grad)
+        if columns is None:
+            return nt_xent_loss(x, y, self.temperature, normalize=False, group=world(self.gather_distributed))
+        return nt_xent_loss(x, y, self.temperature, negatives=columns.to(x.device).T, normalize=False)
 
     def extra_repr(self) -> str:
         return shown(self, "temperature", "gather_distributed")

@@ -1,0 +1,160 @@
+"""`python -m bench.peers`: the losses of other packages against ours under their names, forward and backward.
+
+It needs the other packages: `make peers` makes an environment with them, whose Python runs this. A package that is not
+installed is left out, with a sentence on it. Each row has the medians of interleaved rounds, the peaks of memory, and
+the errors of value and gradient against fp64. Where other work runs beside, OMP_WAIT_POLICY=passive keeps threads that
+wait from taking its cores. With --filter, the result file keeps its rows of other cases.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from . import baselines
+from .case import Case, Loss
+from .run import machine, run_case, save
+
+OURS = "sslkern"
+
+
+class Pair(NamedTuple):
+    """A loss of a peer and the one that stands for it, as factories; and the shape of the views, of which it has two.
+
+    `truth` is the loss in fp64, where the peer's own would take too long.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    theirs: Callable[[], Loss]
+    ours: Callable[[], Loss]
+    note: str = ""
+    truth: Loss | None = None
+
+
+def lightly() -> Iterator[Pair]:
+    theirs, ours = (import_module(name) for name in ("lightly.loss", "sslkern.train.compat.lightly"))
+
+    def pair(name: str, shape: tuple[int, ...], note: str = "", truth: Loss | None = None, **settings: object) -> Pair:
+        factories = (partial(getattr(package, name), **settings) for package in (theirs, ours))
+        return Pair(name, shape, *factories, note, truth)
+
+    for shape in ((64, 64), (256, 2048), (256, 8192)):
+        yield pair("VICRegLoss", shape, truth=baselines.vicreg_dual)
+        yield pair("BarlowTwinsLoss", shape, truth=partial(baselines.barlow_dual, lambd=5e-3))
+    for shape in ((64, 64), (256, 128), (4096, 128)):
+        yield pair("NTXentLoss", shape)
+    for rows in (4096, 65536):
+        yield pair("NTXentLoss", (256, 128), f"bank of {rows}", memory_bank_size=(rows, 128))
+    yield pair("DCLLoss", (256, 128))
+    yield pair("DCLWLoss", (256, 128))
+    for shape in ((64, 64), (256, 2048)):
+        yield pair("NegativeCosineSimilarity", shape)
+
+
+PEERS: dict[str, Callable[[], Iterator[Pair]]] = {"lightly": lightly}
+QUICK = 64 * 64  # numbers in a view, at most
+
+
+def case_of(peer: str, pair: Pair) -> Case:
+    """Both losses on the same views. Modules with buffers begin every call in the same state."""
+
+    def make(factory: Callable[[], Loss]) -> Loss:
+        torch.manual_seed(0)
+        return factory()
+
+    losses = {peer: make(pair.theirs), OURS: make(pair.ours)}
+    truth = pair.truth or make(pair.theirs)
+    if pair.truth is None and isinstance(truth, nn.Module):
+        truth = truth.double()
+    modules = [loss for loss in (*losses.values(), truth) if isinstance(loss, nn.Module)]
+    states = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+
+    def reset() -> None:
+        for buffer, state in states:
+            buffer.copy_(state)
+
+    def inputs() -> list[Tensor]:
+        generator = torch.Generator().manual_seed(0)
+        return [torch.randn(pair.shape, generator=generator).requires_grad_() for _ in range(2)]
+
+    return Case(f"{peer} {pair.name}", pair.shape, inputs, losses, truth, before=reset, note=pair.note)
+
+
+def installed() -> dict[str, str]:
+    """The version of each peer that is installed."""
+    return {peer: version(peer.replace("_", "-")) for peer in PEERS if find_spec(peer) is not None}
+
+
+def measure(peers: list[str], pattern: str, quick: bool, rounds: int, patience: float) -> Iterator[list[dict]]:
+    """The two rows of each pair, as they are measured."""
+    for peer in peers:
+        for pair in PEERS[peer]():
+            small = pair.shape[0] * pair.shape[1] <= QUICK
+            case = case_of(peer, pair) if small or not quick else None
+            if case and re.search(pattern, case.name):
+                yield run_case(case, "cpu", rounds * 8 if small else rounds, patience=patience)
+
+
+def line(theirs: dict, ours: dict) -> str:
+    """A row of the table, with the peer's time and memory over ours."""
+    time, peak = (theirs[key] / ours[key] for key in ("median", "peak_bytes"))
+    shape = " x ".join(map(str, ours["shape"])) + (f", {ours['note']}" if ours["note"] else "")
+    errors = " | ".join(f"{row[key]:.0e}" for key in ("loss_error", "grad_error") for row in (theirs, ours))
+    return (
+        f"| {ours['op']} | {shape} | {1e3 * theirs['median']:.3g} | {1e3 * ours['median']:.3g} | {time:.2f} | "
+        f"{theirs['peak_bytes'] / 1e6:.3g} | {ours['peak_bytes'] / 1e6:.3g} | {peak:.2f} | {errors} |"
+    )
+
+
+HEAD = (
+    "| loss | shape | theirs, ms | ours, ms | theirs / ours | theirs, peak MB | ours, peak MB | theirs / ours | "
+    "error of their loss | of ours | of their gradient | of ours |\n|" + " --- |" * 12
+)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
+    parser.add_argument("--filter", default="", help="regular expression on peer, loss and shape")
+    parser.add_argument("--quick", action="store_true", help="small shapes, few rounds; not for publication")
+    parser.add_argument(
+        "--rounds", type=int, default=25, metavar="N", help="default 25; small shapes have 8 times as many"
+    )
+    parser.add_argument("--patience", type=float, default=10, metavar="S", help="seconds to wait for a quiet machine")
+    parser.add_argument("--out", type=Path, help="result file; nothing is written without it")
+    args = parser.parse_args()
+    if args.quick:
+        args.rounds, args.patience = 3, 0
+    versions = installed()
+    for peer in PEERS.keys() - versions.keys():
+        print(f"{peer} is not installed; `make peers` installs it.", file=sys.stderr)
+    if not versions:
+        sys.exit(1)
+    waiting = os.environ.get("OMP_WAIT_POLICY", "default")
+    header = {**machine("cpu"), "peers": versions, "quick": args.quick, "OMP_WAIT_POLICY": waiting}
+    rows: dict[tuple[str, str], dict] = {}
+    if args.out and args.out.exists() and args.filter:
+        rows = {(row["case"], row["implementation"]): row for row in json.loads(args.out.read_text())["rows"]}
+    print(HEAD)
+    for theirs, ours in measure(list(versions), args.filter, args.quick, args.rounds, args.patience):
+        rows |= {(row["case"], row["implementation"]): row for row in (theirs, ours)}
+        print(line(theirs, ours), flush=True)
+        if args.out:
+            save(args.out, header, list(rows.values()))
+
+
+if __name__ == "__main__":
+    main()
