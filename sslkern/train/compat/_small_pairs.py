@@ -58,14 +58,13 @@ def views_loss(a: Tensor, b: Tensor, temperature: float | Tensor, group: Group) 
 def labels_loss(z: Tensor, labels: Tensor, temperature: float | Tensor, group: Group) -> Tensor:
     """`supervised_contrastive_loss` with inside=True, of rows and labels that have been checked."""
     n, d = z.shape
-    if group is not None or not is_small(n, n, d):
+    if group is not None or n == 1 or not is_small(n, n, d):
         return supervised_contrastive_loss(z, labels, temperature=temperature, inside=True, group=group)
-    rows = unit_rows(z)
+    rows = unit_rows(z, accumulation_dtype(z))
     own = torch.eye(n, dtype=torch.bool, device=z.device)
-    logits = scaled_products(rows, rows, temperature).masked_fill(own, -torch.inf)
+    logs = scaled_products(rows, rows, temperature).masked_fill(own, -torch.inf).log_softmax(1)
     alike = (labels[:, None] == labels) & ~own
-    counts = alike.any(1)
-    # a row without positives keeps all its logits, so that its gradient, which is multiplied by 0, is finite
-    positives = logits.masked_fill(~alike & counts[:, None], -torch.inf).logsumexp(1)
-    terms = torch.where(counts, logits.logsumexp(1) - positives, 0)
-    return terms.sum() / counts.sum().clamp_min(1)
+    counts = alike.any(1, keepdim=True)
+    # the probabilities of a row without positives are all kept: their sum is 1, and its gradient is 0
+    terms = logs.masked_fill(~alike & counts, -torch.inf).logsumexp(1)
+    return -(terms.sum() / counts.sum().clamp_min(1))

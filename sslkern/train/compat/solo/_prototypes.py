@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,7 +40,8 @@ def swav_loss_func(
             "preds must be at least two views, and assignments those of the first of them, "
             f"got {len(views)} and {len(targets)}."
         )
-    return _cross_entropies([view.to(accumulation_dtype(view)) / temperature for view in views], targets)
+    # one view at a time, while it is in the cache
+    return _cross_entropies((view.to(accumulation_dtype(view)) / temperature for view in views), targets)
 
 
 def _check_crops(name: str, crops: Any, shape: tuple[int, ...] | None = None) -> None:
@@ -52,14 +53,14 @@ def _check_crops(name: str, crops: Any, shape: tuple[int, ...] | None = None) ->
             raise ValueError(f"{name} must all have the shape (N, K) of preds[0], got {tuple(x.shape)} and {shape}.")
 
 
-def _cross_entropies(logits: Sequence[Tensor], assignments: Any) -> Tensor:
+def _cross_entropies(logits: Iterable[Tensor], assignments: Any) -> Tensor:
     """The mean over v != w of the cross-entropies of assignments[v] and logits[w]."""
-    total, count = logits[0].new_zeros(()), 0
+    total, count = torch.zeros((), device=assignments[0].device), 0
     for w, view in enumerate(logits):
         others = [a.to(view.dtype) for v, a in enumerate(assignments) if v != w]
         if others:
             weights = sum(others[1:], others[0])
-            total = total - (weights * view.log_softmax(1)).sum() / len(view)
+            total = total - (weights * view.log_softmax(1)).sum(1).mean()
             count += len(others)
     return total / count
 
