@@ -138,8 +138,9 @@ CASES = [
         for simplified in (True, False)
     ),
     Case("byol_loss_func", (3, 1, 5), (4, 5)),
-    *(Case("ressl_loss_func", (n, d), (n, d), (k, d), make=_unit, fixed=(1,)) for n, d, k in BANKS),
-    Case("ressl_loss_func", (6, 4), (6, 4), (20, 4), fixed=(1, 2), temperature_q=0.9, temperature_k=0.5),
+    *(Case("ressl_loss_func", (n, d), (n, d), (k, d), make=_unit, fixed=(1, 2)) for n, d, k in BANKS),
+    Case("ressl_loss_func", (6, 4), (6, 4), (20, 4), fixed=(1,), temperature_q=0.9, temperature_k=0.5),
+    Case("swav_loss_func", (3, 5, 7), (2, 5, 7), fixed=(1,)),
     Case("swav_loss_func", *[(5, 7)] * 4, make=_crops(2), fixed=(2, 3)),
     Case("swav_loss_func", *[(5, 7)] * 7, make=_crops(5), fixed=(5, 6), temperature=0.6),
 ]

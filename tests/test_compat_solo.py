@@ -73,9 +73,10 @@ def the_center_is_that_of_all_ranks():
     ranks.close(loss.center, 0.1 * ranks.mean_over_ranks(teacher.mean(0, keepdim=True)), 1e-12, "center")
 
 
-def test_a_small_temperature_gives_the_loss():
+@pytest.mark.parametrize("columns", (3, 5))
+def test_a_small_temperature_gives_the_loss(columns):
     """solo-learn exponentiates without a maximum: inf / inf."""
-    z, labels = ranks.normal(8, 5, dtype=torch.float32).requires_grad_(), torch.arange(4).repeat(2)
+    z, labels = ranks.normal(8, columns, dtype=torch.float32).requires_grad_(), torch.arange(4).repeat(2)
     e = (F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / 1e-3).exp()
     assert (e / e.sum()).isnan().any()
     value = solo.simclr_loss_func(z, labels, 1e-3)
@@ -85,11 +86,16 @@ def test_a_small_temperature_gives_the_loss():
     ranks.close(torch.autograd.grad(value, z)[0], torch.autograd.grad(expected, exact)[0], 1e-4, "gradient")
 
 
-def test_a_row_without_a_positive_has_no_term():
-    z, labels = ranks.normal(5, 3), torch.tensor([0, 0, 1, 1, 2])
+@pytest.mark.parametrize("columns", (2, 3))
+def test_a_row_without_a_positive_has_no_term(columns):
+    """In the matrix of a small batch, and in kernels."""
+    z, labels = ranks.normal(5, columns).requires_grad_(), torch.tensor([0, 0, 1, 1, 2])
     u = F.normalize(z, dim=1) @ F.normalize(z, dim=1).T / 0.1
     rows = [u[i, [j for j in range(5) if j != i]].logsumexp(0) - u[i, i ^ 1] for i in range(4)]
-    torch.testing.assert_close(solo.simclr_loss_func(z, labels), sum(rows) / 4)
+    value, expected = solo.simclr_loss_func(z, labels), sum(rows) / 4
+    torch.testing.assert_close(value, expected)
+    torch.testing.assert_close(*(torch.autograd.grad(loss, z)[0] for loss in (value, expected)))
+    assert solo.simclr_loss_func(z[:1], labels[:1]) == 0
 
 
 def test_vectors_and_columns_of_zeros():

@@ -1,4 +1,5 @@
-"""The products of all columns of two matrices, without the D x D matrix where N is smaller."""
+"""Products of the columns of two views after a standardisation with eps outside of the root, without the D x D matrix
+where N is smaller."""
 
 from __future__ import annotations
 
@@ -14,60 +15,102 @@ from ._joint import products
 from .covariance import takes_dual
 
 
-def column_products(x: Tensor, y: Tensor, batch: Batch, form: str = "auto") -> tuple[Tensor, Tensor]:
-    """The diagonal of X'Y (..., D), and the sum of its squared off-diagonal elements (...), for the rows of a batch.
+def column_products(a: Tensor, b: Tensor, eps: float, batch: Batch, form: str = "auto") -> tuple[Tensor, Tensor]:
+    """The diagonal of A_hat'B_hat (..., D), and the sum of its squared off-diagonal elements (...), of a batch.
 
-    Unlike `cross_correlation`, it takes columns that are standardised already, in any way. Forward and backward
-    together take four products of N x N x D where N < 0.75 D, and three of N x D x D otherwise. Autograd of the same
-    formula takes six products of N x N x D. It is written in plain torch. A kernel would save no memory, because no
-    product is larger than its operands.
+        A_hat = (A - mean) / (std + eps)
+
+    The mean and the unbiased standard deviation of a column are those of this rank's rows. `cross_correlation` has eps
+    inside the root instead, and the biased variance. Forward and backward together take four products of N x N x D
+    where N < 0.75 D, and three of N x D x D otherwise. Autograd of the same formula takes six products of N x N x D.
+    It is written in plain torch. A kernel would save no memory, because no product is larger than its operands.
 
     Args:
-        x, y: this rank's rows, both (..., n, D), float32 or float64.
+        a, b: this rank's rows, both (..., n, D), float32 or float64.
+        eps: a number >= 0, in units of a.
         batch: the batch that holds the rows.
         form: "auto", "primal" or "dual", as in `cross_correlation`.
     """
-    dual = takes_dual(batch.count(x.shape[-2]), x.shape[-1], form, 0.75)
+    dual = takes_dual(batch.count(a.shape[-2]), a.shape[-1], form, 0.75)
     if isinstance(batch, JointBatch):
+        x, y = _Standardised.apply(torch.stack([a, b]), eps)[0].unbind()
         return products(x, y, batch, dual)
-    return _ColumnProducts.apply(x, y, dual)[:2]
+    return _ColumnProducts.apply(a, b, eps, dual)[:2]
+
+
+def _standardised(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """The standardised z, computed in place, 1 / (std + eps), and what `_input_gradient` multiplies <x, g> with."""
+    z -= z.mean(-2, keepdim=True)
+    free = max(z.shape[-2] - 1, 1)
+    std = torch.linalg.vector_norm(z, dim=-2, keepdim=True) * free**-0.5
+    wide = std + eps
+    share = (wide / (free * std)).masked_fill_(std == 0, 0)  # torch's std of a constant column has no gradient
+    z /= wide
+    return z, wide.reciprocal_(), share
+
+
+def _input_gradient(grad: Tensor, x: Tensor, inverse: Tensor, share: Tensor) -> Tensor:
+    """The gradient of z, [g - mean(g) - x <x, g> (std + eps) / ((N - 1) std)] / (std + eps), from that of x. `grad` is
+    overwritten."""
+    along = (x * grad).sum(-2, keepdim=True) * share
+    grad -= grad.mean(-2, keepdim=True)
+    return grad.addcmul_(x, along, value=-1).mul_(inverse)
+
+
+class _Standardised(Op):
+    @staticmethod
+    def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+        return _standardised(z.clone(), eps)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.mark_non_differentiable(*output[1:])
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
+        return _input_gradient(grad.clone(), *ctx.saved_tensors), None
 
 
 class _ColumnProducts(Op):
     @staticmethod
-    def forward(x: Tensor, y: Tensor, dual: bool) -> tuple[Tensor, ...]:
+    def forward(a: Tensor, b: Tensor, eps: float, dual: bool) -> tuple[Tensor, ...]:
+        views, inverse, share = _standardised(torch.stack([a, b]), eps)
+        x, y = views
         with without_autocast(x):
             if dual:
                 diagonal = (x * y).sum(-2)
-                grams = x @ x.mT, y @ y.mT
+                grams = views @ views.mT
                 squares = (grams[0] * grams[1]).sum((-2, -1), dtype=torch.float64)
                 offdiag = squares - diagonal.square().sum(-1, dtype=torch.float64)
-                return diagonal, offdiag.to(x.dtype), *grams
+                return diagonal, offdiag.to(x.dtype), views, inverse, share, grams
             matrix = x.mT @ y
             diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
             matrix.diagonal(dim1=-2, dim2=-1).zero_()
             # `vector_norm` makes no D x D temporary
-            return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
+            return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), views, inverse, share, matrix
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        x, y, ctx.dual = inputs
+        ctx.dual = inputs[-1]
         diagonal, _, *saved = output
-        ctx.save_for_backward(x, y, diagonal, *saved)
+        ctx.save_for_backward(diagonal, *saved)
         intermediate(ctx, *saved)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad_diagonal: Tensor | None, grad_offdiag: Tensor | None, *_: None):
-        x, y, diagonal, *saved = ctx.saved_tensors
+        diagonal, views, inverse, share, saved = ctx.saved_tensors
+        x, y = views
         column = or_zeros(grad_diagonal, diagonal)
         scale = 2 * or_zeros(grad_offdiag, diagonal, last=-1)[..., None]
         with without_autocast(x):
             if ctx.dual:
-                column = (column - scale * diagonal)[..., None, :]
-                left, right = saved[1] @ x, saved[0] @ y
+                column = column - scale * diagonal
+                grads = saved.flip(0) @ views
             else:
-                column = column[..., None, :]
-                left, right = y @ saved[0].mT, x @ saved[0]
-            scale = scale[..., None]
-            return left.mul_(scale).addcmul_(column, y), right.mul_(scale).addcmul_(column, x), None
+                grads = torch.stack([y @ saved.mT, x @ saved])
+        grads.mul_(scale[..., None]).addcmul_(column[..., None, :], views.flip(0))
+        grad_a, grad_b = _input_gradient(grads, views, inverse, share)
+        return grad_a, grad_b, None, None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ...core import checks
 from ...core.dtypes import FLOATS, accumulation_dtype, short
@@ -13,7 +14,24 @@ COSINE_EPS = 1e-8  # of torch.nn.functional.cosine_similarity
 NORMALIZE_EPS = 1e-12  # of torch.nn.functional.normalize
 
 
-def direction_products(eps: float, dims: int = 1, **views: Tensor) -> Tensor:
+SMALL = 2**14  # numbers, up to which torch's one call takes less time than several
+
+
+def cosines(**views: Tensor) -> Tensor:
+    """The cosines of two tensors along their last dimension, with the eps of torch's `cosine_similarity`. `views` are
+    as in `direction_products`."""
+    x, y = views.values()
+    if _plain(x) and _plain(y) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device:
+        return F.cosine_similarity(x, y, dim=-1)
+    return direction_products(COSINE_EPS, **views).sum(-1)
+
+
+def _plain(x: Tensor) -> bool:
+    full = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)
+    return full and x.dim() > 0 and 0 < x.numel() <= SMALL
+
+
+def direction_products(eps: float, dims: int = 1, /, **views: Tensor) -> Tensor:
     """The elementwise products of the directions of two tensors along their last dimension, in float32 or float64.
 
     Their sum over the last dimension is the cosine. A vector shorter than `eps` is divided by `eps`; in float16 by

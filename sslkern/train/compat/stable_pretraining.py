@@ -7,7 +7,8 @@ initialised. What differs is this:
 
 - Losses are computed and returned in float32, or in float64 for float64 tensors, also under autocast and in half
   precision, where those of stable-pretraining may overflow.
-- No D x D and no N x M matrix is formed, except by `InfoNCELoss` with a mask, which is such a matrix itself.
+- A D x D matrix is formed only if it is the smaller one, and an N x M matrix of logits only if it is no larger than the
+  rows, or for a mask, which is such a matrix itself.
 - Tensors of different dtypes are accepted everywhere.
 - Invalid input raises TypeError or ValueError with one sentence. With several processes, all of them raise.
 - Processes may have different numbers of rows.
@@ -15,20 +16,18 @@ initialised. What differs is this:
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
 from ...core import checks
-from ...core.autograd import Op, first_order
 from ...core.dtypes import accumulation_dtype, without_autocast
-from ...losses import info_nce_loss, nt_xent_loss, vcreg_loss, vicreg_loss
+from ...losses import info_nce_loss, vcreg_loss, vicreg_loss
 from ...ops.column_products import column_products
 from ...ops.unit_rows import unit_rows
 from ._cosines import COSINE_EPS, NORMALIZE_EPS, direction_products
 from ._official import off_diagonal
+from ._small_pairs import keys_loss, views_loss
 from ._views import check_views, joined, matched, matched_batch
 
 __all__ = [
@@ -108,37 +107,8 @@ class BarlowTwinsLoss(nn.Module):
         """The loss of two views, both (N, D), N >= 2."""
         batch, (x, y) = matched_batch(2, z_i=z_i, z_j=z_j)
         n, dtype = batch.count(len(x)), accumulation_dtype(x)
-        x, y = (_Standardised.apply(z.to(dtype), 1e-5)[0] for z in (x, y))
-        diagonal, offdiag = column_products(x, y, batch)
+        diagonal, offdiag = column_products(x.to(dtype), y.to(dtype), 1e-5, batch)
         return (diagonal / n - 1).square().sum() + self.lambd * (offdiag / n**2)
-
-
-class _Standardised(Op):
-    """(z - mean) / (std + eps) for each column. The gradient takes two passes over its rows.
-
-    With x the result and g its gradient, the gradient of z is [g - mean(g) - x <x, g> (std + eps) / ((N - 1) std)] /
-    (std + eps). The last term is 0 for a constant column.
-    """
-
-    @staticmethod
-    def forward(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
-        x = z - z.mean(0)
-        std = torch.linalg.vector_norm(x, dim=0) / max(len(z) - 1, 1) ** 0.5
-        inverse = 1 / (std + eps)
-        share = torch.where(std > 0, (std + eps) / (max(len(z) - 1, 1) * std), 0)
-        return x.mul_(inverse), inverse, share
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(*output)
-        ctx.mark_non_differentiable(*output[1:])
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor, *_: Tensor) -> tuple[Tensor, None]:
-        x, inverse, share = ctx.saved_tensors
-        along = (x * grad).sum(0) * share
-        return torch.addcmul(grad - grad.mean(0), x, along, value=-1).mul_(inverse), None
 
 
 class BYOLLoss(nn.Module):
@@ -239,7 +209,7 @@ class NTXEntLoss(InfoNCELoss):
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:  # type: ignore[override]
         """The loss of two views, both (N, D)."""
         group = joined(1, lambda least: check_views(least, z_i=z_i, z_j=z_j))
-        return nt_xent_loss(z_i, z_j, self.temperature, group=group)
+        return views_loss(z_i, z_j, self.temperature, group)
 
 
 class CLIPLoss(InfoNCELoss):
@@ -263,7 +233,7 @@ class CLIPLoss(InfoNCELoss):
         stable-pretraining.
         """
         group = joined(1, lambda least: check_views(least, feats_i=feats_i, feats_j=feats_j))
-        return info_nce_loss(feats_i, feats_j, self._scale(logit_scale), symmetric=True, group=group)
+        return keys_loss(feats_i, feats_j, self._scale(logit_scale), group, symmetric=True)
 
 
 _LOSSES = {

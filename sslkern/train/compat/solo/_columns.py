@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ....core.dtypes import accumulation_dtype
-from ....core.ranks import Batch
 from ....losses import barlow_twins_loss, vicreg_loss
 from ....ops.covariance import covariance_of
 from .._peers import with_gradient_of, world_size
@@ -58,22 +58,16 @@ def vibcreg_loss_func(
     Source: Lee and Aune, VIbCReg (2109.00783).
     """
     batch, views = matched_batch(2, z1=z1, z2=z2)
-    dtype, shape = accumulation_dtype(*views), z1.shape
-    x, y = (z.to(dtype) for z in views)
-    invariance = batch.average((x - y).square().sum(), *shape)
-    terms = [_hinge_and_correlations(z, batch) for z in (x, y)]
-    variance, covariance = (left + right for left, right in zip(*terms, strict=True))
+    z = torch.stack([view.to(accumulation_dtype(view)) for view in views])
+    n, d = batch.count(z.shape[1]), z.shape[2]
+    invariance = batch.average((z[0] - z[1]).square().sum(), *z.shape[1:])
+    z = z - batch.summed(z.detach().sum(1, keepdim=True)) / n  # a constant, as neither term depends on a shift
+    variances = batch.summed(torch.linalg.vector_norm(z, dim=1, keepdim=True).square()) / (n - 1)
+    variance = (1 - (variances + 1e-4).sqrt()).relu().sum() / d
+    # columns of zeros stay zeros, as torch.nn.functional.normalize leaves them
+    unit = z * variances.clamp_min(1e-24 / (n - 1)).rsqrt()
+    covariance = covariance_of(unit, "plugin", "auto", batch)[1].sum() / d**2
     return sim_loss_weight * invariance + var_loss_weight * variance + cov_loss_weight * covariance
-
-
-def _hinge_and_correlations(z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The terms of one view. Its columns of zeros stay zeros, as `torch.nn.functional.normalize` leaves them."""
-    n, d = batch.count(z.shape[0]), z.shape[1]
-    z = z - batch.summed(z.detach().sum(0)) / n  # a constant, as neither term depends on a shift
-    variance = batch.summed(z.square().sum(0)) / (n - 1)
-    hinge = (1 - (variance + 1e-4).sqrt()).relu().mean()
-    unit = z * variance.clamp_min(1e-24 / (n - 1)).rsqrt()
-    return hinge, covariance_of(unit, "plugin", "auto", batch)[1] / d**2
 
 
 def barlow_loss_func(z1: Tensor, z2: Tensor, lamb: float = 5e-3, scale_loss: float = 0.025) -> Tensor:

@@ -8,9 +8,10 @@ from torch.nn import functional as F
 
 from ....core import checks
 from ....core.dtypes import accumulation_dtype, without_autocast
-from ....losses import info_nce_loss, nt_xent_loss, supervised_contrastive_loss
+from ....losses import nt_xent_loss
 from ....ops.pairs import reduce_pairs
 from .._peers import world
+from .._small_pairs import keys_loss, labels_loss
 from .._views import check_views, joined
 
 
@@ -34,7 +35,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         return (z,)
 
     group = joined(1, check)
-    return supervised_contrastive_loss(z, labels, temperature=temperature, inside=True, group=group)
+    return labels_loss(z, labels, temperature, group)
 
 
 def _as_labels(indexes: Tensor) -> Tensor:
@@ -57,7 +58,7 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
         temperature: a number other than 0.
     """
     group = joined(1, lambda least: _check_keys(least, nn=nn, p=p))
-    return info_nce_loss(nn, p, temperature, group=group)
+    return keys_loss(nn, p, temperature, group)
 
 
 def _check_keys(least: int, **rows: Tensor) -> tuple[Tensor, ...]:
@@ -108,7 +109,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
     if world() is not None and isinstance(key, Tensor):
         key = key.detach()
     group = joined(1, lambda least: _check_keys(least, query=query, key=key))
-    return info_nce_loss(query, key, temperature, group=group) * (2 * temperature)
+    return keys_loss(query, key, temperature, group) * (2 * temperature)
 
 
 def ressl_loss_func(

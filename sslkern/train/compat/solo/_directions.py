@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._cosines import COSINE_EPS, NORMALIZE_EPS, direction_products
+from .._cosines import NORMALIZE_EPS, cosines, direction_products
 
 
 def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
@@ -42,5 +42,5 @@ def _detached(z: Tensor) -> Tensor:
 
 def _mean(simplified: bool, **views: Tensor) -> Tensor:
     if simplified:
-        return direction_products(COSINE_EPS, 1, **views).sum(-1).mean()
+        return cosines(**views).mean()
     return direction_products(NORMALIZE_EPS, 2, **views).sum(1).mean()

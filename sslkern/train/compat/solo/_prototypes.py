@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -13,7 +14,9 @@ from ....core.dtypes import accumulation_dtype
 from .._peers import world
 
 
-def swav_loss_func(preds: Sequence[Tensor], assignments: Sequence[Tensor], temperature: float = 0.1) -> Tensor:
+def swav_loss_func(
+    preds: Sequence[Tensor] | Tensor, assignments: Sequence[Tensor] | Tensor, temperature: float = 0.1
+) -> Tensor:
     """The mean cross-entropy of the assignments of each view under the predictions of every other view.
 
         loss = mean over v != w of -mean_i sum_j assignments[v]_ij log softmax_j(preds[w]_ij / temperature)
@@ -25,19 +28,23 @@ def swav_loss_func(preds: Sequence[Tensor], assignments: Sequence[Tensor], tempe
         assignments: the assignments of the first of these views, each (N, K).
         temperature: a number, or a tensor.
 
+    Both may also be one tensor (V, N, K) of V views.
+
     Source: Caron et al., SwAV (2006.09882).
     """
-    _check_crops("preds", preds)
-    _check_crops("assignments", assignments, preds[0].shape)
-    if len(assignments) > len(preds) or len(preds) < 2:
+    views, targets = (x.unbind() if isinstance(x, Tensor) and x.dim() == 3 else x for x in (preds, assignments))
+    _check_crops("preds", views)
+    _check_crops("assignments", targets, views[0].shape)
+    if len(targets) > len(views) or len(views) < 2:
         raise ValueError(
             "preds must be at least two views, and assignments those of the first of them, "
-            f"got {len(preds)} and {len(assignments)}."
+            f"got {len(views)} and {len(targets)}."
         )
-    return _cross_entropies([pred.to(accumulation_dtype(pred)) / temperature for pred in preds], assignments)
+    # one view at a time, while it is in the cache
+    return _cross_entropies((view.to(accumulation_dtype(view)) / temperature for view in views), targets)
 
 
-def _check_crops(name: str, crops: Sequence[Tensor], shape: tuple[int, ...] | None = None) -> None:
+def _check_crops(name: str, crops: Any, shape: tuple[int, ...] | None = None) -> None:
     if not isinstance(crops, list | tuple) or not crops or not all(isinstance(x, Tensor) for x in crops):
         raise TypeError(f"{name} must be a list or tuple of one or more tensors (N, K), got {type(crops).__name__}.")
     shape = tuple(crops[0].shape if shape is None else shape)
@@ -46,14 +53,14 @@ def _check_crops(name: str, crops: Sequence[Tensor], shape: tuple[int, ...] | No
             raise ValueError(f"{name} must all have the shape (N, K) of preds[0], got {tuple(x.shape)} and {shape}.")
 
 
-def _cross_entropies(logits: Sequence[Tensor], assignments: Sequence[Tensor]) -> Tensor:
+def _cross_entropies(logits: Iterable[Tensor], assignments: Any) -> Tensor:
     """The mean over v != w of the cross-entropies of assignments[v] and logits[w]."""
-    total, count = logits[0].new_zeros(()), 0
+    total, count = torch.zeros((), device=assignments[0].device), 0
     for w, view in enumerate(logits):
         others = [a.to(view.dtype) for v, a in enumerate(assignments) if v != w]
         if others:
             weights = sum(others[1:], others[0])
-            total = total - (weights * view.log_softmax(1)).sum() / len(view)
+            total = total - (weights * view.log_softmax(1)).sum(1).mean()
             count += len(others)
     return total / count
 
