@@ -11,6 +11,7 @@ from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_
 from .supervised_contrastive import SupervisedContrastiveLoss, supervised_contrastive_loss
 from .vcreg import VCRegLoss, vcreg_loss
 from .vicreg import VICRegLoss, vicreg_loss
+from .whitening_mse import WhiteningMSELoss, whitening_mse_loss
 
 __all__ = [
     "BYOLLoss",
@@ -24,6 +25,7 @@ __all__ = [
     "SupervisedContrastiveLoss",
     "VCRegLoss",
     "VICRegLoss",
+    "WhiteningMSELoss",
     "barlow_twins_loss",
     "byol_loss",
     "info_nce_loss",
@@ -35,4 +37,5 @@ __all__ = [
     "supervised_contrastive_loss",
     "vcreg_loss",
     "vicreg_loss",
+    "whitening_mse_loss",
 ]
