@@ -109,10 +109,12 @@ def byol(p: Tensor, z: Tensor) -> Tensor:
     return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
 
 
-def whitened(z: Tensor) -> Tensor:
+def whitened(z: Tensor, eps=0.1) -> Tensor:
     x = z - z.mean(0)
-    factor, failed = torch.linalg.cholesky_ex(x.T @ x / (len(z) - 1))
-    return torch.linalg.solve_triangular(factor.T + failed.where(failed == 0, math.nan), x, upper=True, left=False)
+    s = (1 - eps) * x.T @ x / (len(z) - 1) + eps * torch.eye(z.shape[1], dtype=z.dtype)
+    if not s.isfinite().all():  # torch's decomposition raises an error
+        return x * math.nan
+    return torch.linalg.solve_triangular(torch.linalg.cholesky(s).T, x, upper=True, left=False)
 
 
 def whitening_mse(a: Tensor, b: Tensor) -> Tensor:
@@ -149,7 +151,11 @@ def coding_rate(*views: Tensor, rate_coeff=1.0, inv_coeff=200.0, eps=0.2) -> Ten
 
 
 def _nuclear(x: Tensor) -> Tensor:
-    return torch.linalg.svdvals(x).sum(-1) if x.isfinite().all() else x.sum((-2, -1))
+    """With a gradient of 0 along singular values of 0."""
+    if not x.isfinite().all():
+        return (x * math.nan).sum((-2, -1))
+    u, s, v = torch.linalg.svd(x.detach(), full_matrices=False)
+    return (x * ((u * (s > 1e-6 * s[..., :1])[..., None, :]) @ v)).sum((-2, -1))
 
 
 def mmcr(*views: Tensor, lambd=0.005) -> Tensor:

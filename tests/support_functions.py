@@ -116,7 +116,16 @@ add_loss(
     **PAIRED,
 )
 
-add_loss(losses.whitening_mse_loss, losses.WhiteningMSELoss, plain.whitening_mse, A, B, more=POSITIONS)
+add_loss(
+    losses.whitening_mse_loss,
+    losses.WhiteningMSELoss,
+    plain.whitening_mse,
+    A,
+    B,
+    call=partial(losses.whitening_mse_loss, eps=0.1),
+    as_module=lambda *z, group=None: losses.WhiteningMSELoss(eps=0.1, group=group)(*z),
+    more=POSITIONS,
+)
 SPECTRA: dict[str, Any] = {"family": "Losses of spectra"}
 add_loss(
     losses.tico_loss,

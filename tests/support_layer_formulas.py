@@ -9,6 +9,7 @@ from support_formulas import batch_norm as batch_norm  # `support_layers.py` tak
 from support_formulas import direct as direct
 from support_formulas import exponential, skew
 from support_formulas import tangent as tangent
+from support_formulas import whitened as columns_whitened
 from torch import Tensor
 
 
@@ -95,13 +96,6 @@ def init_cayley_(u: Tensor) -> Tensor:
     return exponential(_plane_rotations(u, 0, math.pi / 2)).to(u.dtype)
 
 
-def whitened(x: Tensor, method: str, eps: float = 0.1) -> Tensor:
-    rows = x.transpose(0, 1).flatten(1)
-    rows = rows - rows.mean(1, keepdim=True)
-    s, eye = rows @ rows.T / (rows.shape[1] - 1), torch.eye(len(rows), dtype=x.dtype)
-    if method == "cholesky":
-        y = torch.linalg.solve_triangular(torch.linalg.cholesky((1 - eps) * s + eps * eye), rows, upper=False)
-    else:
-        values, vectors = torch.linalg.eigh(s)
-        y = vectors @ (values.clamp_min(eps).rsqrt()[:, None] * (vectors.T @ rows))
-    return y.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)
+def whitened(x: Tensor) -> Tensor:
+    rows = x.transpose(0, 1).flatten(1).T
+    return columns_whitened(rows).T.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)

@@ -82,15 +82,14 @@ add_layer(
     torch=partial(nn.BatchNorm1d, 4),
 )
 
-for method in ("cholesky", "zca"):
-    add_layer(
-        partial(layers.Whitening, 4, method=method, eps=0.1),
-        partial(plain.whitened, method=method),
-        Leaf((ROWS, 4, 3)),
-        name="Whitening" if method == "cholesky" else f"Whitening ({method})",
-        family="Whitening",
-        more=OWN,
-    )
+add_layer(
+    partial(layers.Whitening, 4, eps=0.1, track_running_stats=False),
+    plain.whitened,
+    Leaf((ROWS, 4, 3)),
+    name="Whitening",
+    family="Whitening",
+    more=OWN,
+)
 
 ORTHOGONAL = "Orthogonal layers"
 add_layer(

@@ -12,9 +12,8 @@ from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.entropy import HalfLogDet
 from ..ops.gram import multiplied, smaller_gram
-from ..ops.unit_rows import unit_rows
+from ..ops.unit_rows import least_length, unit_rows
 from ._pairs import shown
-from ._positions import over_slices
 from ._views import as_views
 
 
@@ -42,8 +41,8 @@ def coding_rate_loss(
     more error than the products.
 
     Args:
-        a, b: two views, (N, D), or stacks of them (..., N, D), N >= 1, whose losses are averaged. EMP-SSL divides the
-            rows by their length before. float32, bfloat16, float16 or float64; any strides.
+        a, b: two views, (N, D), N >= 1. EMP-SSL divides the rows by their length before. float32, bfloat16, float16 or
+            float64; any strides.
         rate_coeff, inv_coeff: finite numbers, or floating-point tensors with one element, which get a gradient.
         others: more views, of the same shape, dtype and device.
         eps: the distortion, a number > 0, in squared units of the views.
@@ -75,8 +74,9 @@ def coding_rate_loss(
     n, d = batch.count(z.shape[-2]), z.shape[-1]
     gram = smaller_gram(multiplied(z), batch)
     scale = torch.full(gram.shape[:-2], d / eps, dtype=gram.dtype, device=gram.device) / n
-    rate = over_slices(HalfLogDet.apply(gram, scale)[0]).to(dtype)
-    similarity = batch.mean((unit_rows(z) * unit_rows(z.mean(0))).sum(-1))
+    rate = HalfLogDet.apply(gram, scale)[0].mean().to(dtype)
+    least = least_length(a, None)
+    similarity = batch.mean((unit_rows(z, eps=least) * unit_rows(z.mean(0), eps=least)).sum(-1))
     loss = -rate_coeff * rate - inv_coeff * similarity
     if not return_terms:
         return loss

@@ -13,7 +13,6 @@ from ..core.ranks import Batch, Group
 from ..ops.covariance import covariance_of
 from ..ops.unit_rows import EPS, unit_columns
 from ._pairs import shown
-from ._positions import over_slices
 from ._views import as_views
 
 
@@ -39,8 +38,7 @@ def frossl_loss(
     ||Z'Z||^2 = ||Zc'Zc||^2 + 2 N |Zc m|^2 + N^2 |m|^4.
 
     Args:
-        a, b: two views, (N, D), or stacks of them (..., N, D), N >= 2, whose losses are averaged. float32, bfloat16,
-            float16 or float64; any strides.
+        a, b: two views, (N, D), N >= 2. float32, bfloat16, float16 or float64; any strides.
         invariance_weight: a finite number, or a floating-point tensor with one element, which gets a gradient.
         others: more views, of the same shape, dtype and device.
         return_terms: also return the two unweighted terms, detached, for logging.
@@ -64,15 +62,11 @@ def frossl_loss(
         return views
 
     batch, views = ranks.batch(group, 2, check)
-    pairs = [unit_columns(view.to(accumulation_dtype(view)), batch) for view in views]
-    z = [columns for columns, _ in pairs]
-    regularization = torch.stack([over_slices(_log_squared_norm(*pair, batch)) for pair in pairs]).sum()
-    if len(z) == 2:
-        squares = (z[0] - z[1]).square().sum((-2, -1)) / 2
-    else:
-        middle = torch.stack(z).mean(0)
-        squares = torch.stack([(x - middle).square().sum((-2, -1)) for x in z]).sum(0)
-    invariance = len(z) * over_slices(batch.average(squares, z[0].shape[-2]))
+    dtype = accumulation_dtype(a)
+    z, squares = unit_columns(torch.stack([view.to(dtype) for view in views]), batch)
+    regularization = _log_squared_norm(z, squares, batch).sum()
+    distances = (z[0] - z[1]).square().sum() / 2 if len(z) == 2 else (z - z.mean(0)).square().sum()
+    invariance = len(z) * batch.average(distances, z.shape[1])
     loss = regularization + invariance_weight * invariance
     if not return_terms:
         return loss

@@ -53,7 +53,6 @@ def mmcr_loss(
 
     def check(least: int) -> tuple[Tensor, ...]:
         nonlocal lambd
-        checks.matrix("a", a, least)
         views = as_views(a, b, others, least)
         lambd = checks.setting("lambd", lambd, a)
         return views

@@ -126,13 +126,13 @@ class _Quadratic(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[0], output[1])  # `first_order` sees by the input that it needs a gradient
         intermediate(ctx, output[1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
-        (product,) = ctx.saved_tensors
+        _, product = ctx.saved_tensors
         return None if grad is None else product * (2 * grad[..., None]), None
 
 
@@ -147,13 +147,13 @@ class _GramSquares(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(inputs[1], output[1])
+        ctx.save_for_backward(*inputs, output[1])
         intermediate(ctx, output[1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
-        y, gram = ctx.saved_tensors
+        _, y, gram = ctx.saved_tensors
         if grad is None:
             return None, None
         with without_autocast(y):

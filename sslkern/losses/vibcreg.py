@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from math import inf
 
+import torch
 from torch import Tensor, nn
 
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
-from ..core.ranks import Batch, Group
+from ..core.ranks import Group
 from ..ops.covariance import check_view, covariance_of
 from ..ops.gram import centred_rows
 from ..ops.unit_rows import unit_columns
@@ -81,24 +82,18 @@ def vibcreg_loss(
     batch, (x, y) = ranks.batch(group, 2, check)
     sim_coeff, std_coeff, cov_coeff, gamma, eps = settings
     dtype = accumulation_dtype(x)
-    x, y = x.to(dtype), y.to(dtype)
-    invariance = over_slices(batch.average((x - y).square().sum((-2, -1)), x.shape[-2], x.shape[-1]))
-    parts = [_moments(z, gamma, eps, batch) for z in (x, y)]
-    variance, covariance = parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    z = torch.stack([x.to(dtype), y.to(dtype)])
+    n, d = batch.count(z.shape[-2]), z.shape[-1]
+    invariance = over_slices(batch.average((z[0] - z[1]).square().sum((-2, -1)), *z.shape[-2:]))
+    columns, squares = unit_columns(centred_rows(z, batch), batch)
+    variance = 2 * (gamma - (squares / (n - 1) + eps).sqrt()).relu().mean()
+    offdiag = covariance_of(columns, "plugin", "auto", batch)[1]
+    covariance = 2 * offdiag.mean() * ((n - 1) / d) ** 2
     loss = sim_coeff * invariance + std_coeff * variance + cov_coeff * covariance
     if not return_terms:
         return loss
     terms = {"invariance": invariance, "variance": variance, "covariance": covariance}
     return loss, {name: term.detach() for name, term in terms.items()}
-
-
-def _moments(z: Tensor, gamma: float | Tensor, eps: float | Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
-    """The variance and the covariance term of one view."""
-    n, d = batch.count(z.shape[-2]), z.shape[-1]
-    columns, squares = unit_columns(centred_rows(z, batch), batch)
-    hinge = (gamma - (squares / (n - 1) + eps).sqrt()).relu().mean()
-    offdiag = covariance_of(columns, "plugin", "auto", batch)[1]
-    return hinge, over_slices(offdiag) * ((n - 1) / d) ** 2
 
 
 def _checked(settings: Settings, x: Tensor | None) -> Settings:

@@ -41,13 +41,13 @@ class _SumOfRoots(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[0], output[1])  # `first_order` sees by the input that it needs a gradient
         intermediate(ctx, output[1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
-        (inverse,) = ctx.saved_tensors
+        _, inverse = ctx.saved_tensors
         return None if grad is None else inverse * (grad[..., None, None] / 2)
 
 
@@ -62,11 +62,11 @@ class _BySVD(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
-        ctx.save_for_backward(output[1])
+        ctx.save_for_backward(inputs[0], output[1])  # `first_order` sees by the input that it needs a gradient
         intermediate(ctx, output[1])
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
-        (direction,) = ctx.saved_tensors
+        _, direction = ctx.saved_tensors
         return None if grad is None else direction * grad[..., None, None]

@@ -135,7 +135,7 @@ class _Cholesky(Op):
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         _, eps, ctx.n, ctx.group_name = inputs
         y, factor, covariance = output
-        ctx.scale = (1 - eps) / (ctx.n - 1)
+        ctx.scale, ctx.inverted = (1 - eps) / (ctx.n - 1), _inverts(y)
         ctx.save_for_backward(y, factor)
         intermediate(ctx, factor, covariance)
 
@@ -150,14 +150,15 @@ class _Cholesky(Op):
             both = lower + lower.tril(-1).mT
             grad = grad - ctx.scale * (y @ both)
             grad = (
-                grad @ factor if _inverts(y) else torch.linalg.solve_triangular(factor, grad, upper=False, left=False)
+                grad @ factor if ctx.inverted else torch.linalg.solve_triangular(factor, grad, upper=False, left=False)
             )
             return grad - _summed(grad.sum(-2, keepdim=True), ctx.group_name) / ctx.n, None, None, None
 
 
 def _inverts(x: Tensor) -> bool:
-    """Whether to invert the factor once, which for many rows takes less time than two solves with it."""
-    return x.shape[-2] >= INVERTS * x.shape[-1]
+    """Whether to invert the factor once, which for many rows takes less time than two solves with it. A compiled graph
+    solves, so that it serves all numbers of rows."""
+    return not torch.compiler.is_compiling() and x.shape[-2] >= INVERTS * x.shape[-1]
 
 
 def _summed(x: Tensor, group_name: str | None) -> Tensor:
