@@ -104,7 +104,14 @@ def refused():
 
 
 def compiled():
-    for case in ("whitening", "vibcreg by rows", "tico by rows", "frossl by columns", "coding rate by rows", "mmcr by rows"):
+    for case in (
+        "whitening",
+        "vibcreg by rows",
+        "tico by rows",
+        "frossl by columns",
+        "coding rate by rows",
+        "mmcr by rows",
+    ):
         loss, inputs = SPECTRA[case]
         counts = [ROWS // 2] * 2
         own = [mine(x[: sum(counts)], counts) for x in inputs]

@@ -31,13 +31,11 @@ class _SumOfRoots(Op):
 
     @staticmethod
     def forward(gram: Tensor) -> tuple[Tensor, Tensor]:
-        finite = gram.isfinite().all(-1).all(-1)
-        values, vectors = torch.linalg.eigh(gram.where(finite[..., None, None], 0))  # it raises for NaN
-        values = values.clamp_min(0)
-        roots = values.sqrt().where(finite[..., None], torch.nan)
-        kept = values > 2**-46 * values[..., -1:]
-        inverse = torch.where(kept, values.where(kept, 1).rsqrt(), 0).where(finite[..., None], torch.nan)
-        return roots.sum(-1), (vectors * inverse[..., None, :]) @ vectors.mT
+        values, vectors = torch.linalg.eigh(gram.nan_to_num(0, 0, 0))  # it raises for NaN
+        bad = gram.sum((-2, -1))[..., None] * 0  # NaN if a number is not finite, else 0
+        values = values.clamp_min(0) + bad
+        inverse = torch.where(values <= 2**-46 * values[..., -1:], 0, values.rsqrt())
+        return values.sqrt().sum(-1), (vectors * inverse[..., None, :]) @ vectors.mT
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -54,11 +52,11 @@ class _SumOfRoots(Op):
 class _BySVD(Op):
     @staticmethod
     def forward(x: Tensor) -> tuple[Tensor, Tensor]:
-        finite = x.isfinite().all(-1).all(-1)
-        u, s, vh = torch.linalg.svd(x.where(finite[..., None, None], 0), full_matrices=False)  # it raises for NaN
-        kept = (s > 1e-15 * s[..., :1]).to(s.dtype).where(finite[..., None], torch.nan)
+        u, s, vh = torch.linalg.svd(x.nan_to_num(0, 0, 0), full_matrices=False)  # it raises for NaN
+        s = s + x.sum((-2, -1))[..., None] * 0  # NaN if a number is not finite
+        kept = torch.where(s <= 1e-15 * s[..., :1], 0, s / s)
         with without_autocast(x):
-            return s.where(finite[..., None], torch.nan).sum(-1), (u * kept[..., None, :]) @ vh
+            return s.sum(-1), (u * kept[..., None, :]) @ vh
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:

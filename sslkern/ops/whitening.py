@@ -188,11 +188,10 @@ class _InverseRoot(Op):
 
     @staticmethod
     def forward(matrix: Tensor, floor: float) -> tuple[Tensor, Tensor, Tensor]:
-        finite = matrix.isfinite().all(-1, keepdim=True).all(-2, keepdim=True)
         with without_autocast(matrix):
-            values, vectors = torch.linalg.eigh(matrix.where(finite, 0))  # it raises for NaN
+            values, vectors = torch.linalg.eigh(matrix.nan_to_num(0, 0, 0))  # it raises for NaN
             root = (vectors * values.clamp_min(floor).rsqrt()[..., None, :]) @ vectors.mT
-        return root.where(finite, torch.nan), values, vectors
+        return root + matrix.sum((-2, -1), keepdim=True) * 0, values, vectors  # NaN if a number is not finite
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -206,12 +205,11 @@ class _InverseRoot(Op):
         if grad is None:
             return None, None
         root, values, vectors = ctx.saved_tensors
-        kept = values.clamp_min(ctx.floor)
-        s, above = kept.sqrt(), values >= ctx.floor
+        kept, above = values.clamp_min(ctx.floor), values >= ctx.floor
+        s = kept.sqrt()
         row, column = s[..., :, None], s[..., None, :]
-        both, mixed = above[..., :, None] & above[..., None, :], above[..., :, None] ^ above[..., None, :]
-        difference = (values[..., :, None] - values[..., None, :]).where(mixed, 1)
-        ratio = ((kept[..., :, None] - kept[..., None, :]) / difference).where(mixed, both.to(s.dtype))
+        ratio = (kept[..., :, None] - kept[..., None, :]) / (values[..., :, None] - values[..., None, :])
+        ratio = torch.where(above[..., :, None] == above[..., None, :], above.to(s.dtype)[..., None], ratio)
         with without_autocast(root):
             inner = vectors.mT @ grad @ vectors * (-ratio / (row * column * (row + column)))
             return vectors @ inner @ vectors.mT, None
