@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import support_formulas as plain
+import support_spectra as spectra
 import torch
 from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
 from torch import Tensor, nn
@@ -32,7 +33,7 @@ VCREG = {key: VICREG[key] for key in ("std_coeff", "cov_coeff", "gamma", "eps")}
 add_loss(losses.vicreg_loss, losses.VICRegLoss, plain.vicreg, A, B, settings=VICREG, more=POSITIONS)
 add_loss(losses.vcreg_loss, losses.VCRegLoss, plain.vcreg, A, settings=VCREG, more=POSITIONS)
 VIBCREG = {**VICREG, "cov_coeff": 200.0}
-add_loss(losses.vibcreg_loss, losses.VIbCRegLoss, plain.vibcreg, A, B, settings=VIBCREG, more=POSITIONS)
+add_loss(losses.vibcreg_loss, losses.VIbCRegLoss, spectra.vibcreg, A, B, settings=VIBCREG, more=POSITIONS)
 add_loss(
     losses.barlow_twins_loss,
     losses.BarlowTwinsLoss,
@@ -119,7 +120,7 @@ add_loss(
 add_loss(
     losses.whitening_mse_loss,
     losses.WhiteningMSELoss,
-    plain.whitening_mse,
+    spectra.whitening_mse,
     A,
     B,
     call=partial(losses.whitening_mse_loss, eps=0.1),
@@ -130,7 +131,7 @@ SPECTRA: dict[str, Any] = {"family": "Losses of spectra"}
 add_loss(
     losses.tico_loss,
     losses.TiCoLoss,
-    plain.tico,
+    spectra.tico,
     A,
     B,
     as_module=lambda *z, group=None, **settings: losses.TiCoLoss(z[0].shape[1], **settings, group=group)(*z),
@@ -138,9 +139,9 @@ add_loss(
     **SPECTRA,
 )
 for function, kind, formula, settings in (
-    (losses.frossl_loss, losses.FroSSLLoss, plain.frossl, {"invariance_weight": 1.0}),
-    (losses.coding_rate_loss, losses.CodingRateLoss, plain.coding_rate, {"rate_coeff": 1.0, "inv_coeff": 200.0}),
-    (losses.mmcr_loss, losses.MMCRLoss, plain.mmcr, {"lambd": 0.005}),
+    (losses.frossl_loss, losses.FroSSLLoss, spectra.frossl, {"invariance_weight": 1.0}),
+    (losses.coding_rate_loss, losses.CodingRateLoss, spectra.coding_rate, {"rate_coeff": 1.0, "inv_coeff": 200.0}),
+    (losses.mmcr_loss, losses.MMCRLoss, spectra.mmcr, {"lambd": 0.005}),
 ):
     add_loss(function, kind, formula, A, B, settings=settings, **SPECTRA)
 
@@ -159,7 +160,7 @@ MAP = Leaf((ROWS, 2, 2, 3))
 add_loss(
     losses.vicregl_loss,
     losses.VICRegLLoss,
-    dense(lambda features, grids, **rest: plain.vicregl(features, [g.double() for g in grids], 2, **rest)),
+    dense(lambda features, grids, **rest: spectra.vicregl(features, [g.double() for g in grids], 2, **rest)),
     A,
     B,
     MAP,

@@ -9,7 +9,7 @@ from support_formulas import batch_norm as batch_norm  # `support_layers.py` tak
 from support_formulas import direct as direct
 from support_formulas import exponential, skew
 from support_formulas import tangent as tangent
-from support_formulas import whitened as columns_whitened
+from support_spectra import whitened as columns_whitened
 from torch import Tensor
 
 

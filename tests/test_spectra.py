@@ -4,7 +4,7 @@ states, degenerate spectra, precision and messages."""
 import pickle
 
 import pytest
-import support_formulas as plain
+import support_spectra as plain
 import torch
 
 from sslkern import losses

@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-import support_formulas as plain
+import support_spectra as plain
 import torch
 
 from sslkern.losses import VICRegLLoss, vicregl_loss
