@@ -15,6 +15,7 @@ from . import baselines
 from .batch_norm import NORMED, RECTIFIED, batch_norm_case, moments_case
 from .case import Case, Loss
 from .low_rank import MODELS, low_rank_case
+from .more_losses import CASES, more_case
 from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
 from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
 from .variants import by_reference, compiled
@@ -203,6 +204,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for n, d in ((64, 2048), (256, 1024), (4096, 512)):
         cases.append((f"info_vicreg {n} {d}", lambda n=n, d=d: info_vicreg_case(n, d, device)))
+    for family, shape in CASES:
+        label = f"{family} {' '.join(map(str, shape))}"
+        cases.append((label, lambda f=family, s=shape: more_case(f, s, device)))
     for shape in TALL:
         cases.append((f"covariance {' '.join(map(str, shape))}", lambda s=shape: covariance_case(s, device)))
     for what, shape in PAIRS:

@@ -17,6 +17,7 @@ from .losses import (
     spectral_contrastive_loss,
     vcreg_loss,
     vicreg_loss,
+    whitening_mse_loss,
 )
 from .train import large_batch as large_batch
 
@@ -52,4 +53,5 @@ __all__ = [
     "train",
     "vcreg_loss",
     "vicreg_loss",
+    "whitening_mse_loss",
 ]

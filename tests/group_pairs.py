@@ -9,11 +9,17 @@ from ranks import normal
 from sslkern import metrics
 from sslkern.losses import (
     byol_loss,
+    coding_rate_loss,
+    frossl_loss,
     info_nce_loss,
+    mmcr_loss,
     nt_xent_loss,
     sigmoid_loss,
     simple_contrastive_loss,
     spectral_contrastive_loss,
+    tico_loss,
+    vibcreg_loss,
+    whitening_mse_loss,
 )
 from sslkern.losses import supervised_contrastive_loss as supervised
 
@@ -42,6 +48,29 @@ def targeted(p, z, group):
     return byol_loss(p, z, group=group) + 0 * z.sum()
 
 
+def stateful(a, b, group):
+    """TiCo with a covariance so far."""
+    state = normal(7, a.shape[1], dtype=a.dtype)
+    return tico_loss(a, b, state.T @ state / 7, group=group)
+
+
+SPECTRA = {
+    "whitening": (partial(whitening_mse_loss, eps=0.1), rows(2)),
+    "whitening, groups together": (partial(whitening_mse_loss, eps=0.1, groups=5, together=True), rows(2)),
+    "whitening, zca": (partial(whitening_mse_loss, method="zca", eps=0.3), rows(2)),
+    "whitening, zca by rows": (partial(whitening_mse_loss, method="zca", eps=0.3), rows(2, d=20)),
+    "whitening, iterative by rows": (partial(whitening_mse_loss, method="iterative", together=True), rows(2, d=30)),
+    "vibcreg by rows": (vibcreg_loss, rows(2, d=20)),
+    "vibcreg by columns": (vibcreg_loss, rows(2)),
+    "tico": (stateful, rows(2)),
+    "tico by rows": (tico_loss, rows(2, d=20)),
+    "frossl by rows": (frossl_loss, rows(2, d=20)),
+    "frossl by columns": (frossl_loss, rows(2)),
+    "coding rate by rows": (coding_rate_loss, rows(2, d=20)),
+    "coding rate by columns": (coding_rate_loss, rows(2)),
+    "mmcr by rows": (mmcr_loss, rows(2, d=20)),
+    "mmcr by columns": (mmcr_loss, rows(2)),
+}
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
 LOSSES = {
     "nt_xent": (partial(nt_xent_loss, temperature=0.3), rows(2)),

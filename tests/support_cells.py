@@ -27,7 +27,12 @@ class Reason:
         return state in self.states.split(", ") and any(fnmatch(function, p) for p in self.functions.split("; "))
 
 
-COLUMNS = "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; barlow_twins_loss; BarlowTwinsLoss"
+COLUMNS = (
+    "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; vibcreg_loss; VIbCRegLoss; barlow_twins_loss; BarlowTwinsLoss; "
+    "whitening_mse_loss; WhiteningMSELoss"
+)
+MANY = "frossl_loss; FroSSLLoss; coding_rate_loss; CodingRateLoss; mmcr_loss; MMCRLoss; vicregl_loss; VICRegLLoss"
+TICO = "tico_loss; TiCoLoss"
 SPECTRAL = "spectral_contrastive_loss; SpectralContrastiveLoss"
 CONTRASTIVE = (
     "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
@@ -43,7 +48,8 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; {SIMPLE}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
+    f"{COLUMNS}; {SIMPLE}; frossl_loss; FroSSLLoss; vicregl_loss; VICRegLLoss; "
+    "covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
     "participation_ratio"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
@@ -52,16 +58,17 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; {INFO}; {BYOL}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {INFO}; {BYOL}; {TICO}; coding_*; Coding*; mmcr_loss; MMCRLoss; "
+        "pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
-    Reason(REFUSED, "empty", "batch_moments", "a mean needs at least one element"),
+    Reason(REFUSED, "empty", "batch_moments; Whitening", "a mean needs at least one element"),
     Reason(REFUSED, "empty", "low_rank_residual*", "there is nothing to model"),
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -79,7 +86,7 @@ REASONS = [
     Reason(
         REFUSED,
         "mixed",
-        f"{COLUMNS}; {INFO}; cross_correlation; linear_factors; skinny_products",
+        f"{COLUMNS}; {INFO}; {MANY}; cross_correlation; linear_factors; skinny_products",
         "the arguments must have the same dtype, as outputs of one network do",
     ),
     Reason(
@@ -91,7 +98,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; "
+        f"cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
         "kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
@@ -116,6 +124,7 @@ REASONS = [
         TRAINED,
         "all slices would update the same `running_mean`; torch's own layers raise an error too",
     ),
+    Reason(REFUSED, "vmapped", "TiCoLoss", "all slices would update the same `covariance`"),
     Reason(
         REFUSED,
         "expanded",
@@ -154,6 +163,7 @@ REASONS = [
         "that all ranks have the same number of rows; "
         "otherwise the value is correct",
     ),
+    Reason(TORCH, "zero", "frossl_loss; FroSSLLoss", "the logarithm of 0 if all elements of a view are 0"),
     Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 if all elements of z are 0"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch

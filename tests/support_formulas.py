@@ -16,13 +16,13 @@ from contrastive import contrast, cosines
 from torch import Tensor
 
 
-def _square_offdiag(c: Tensor) -> Tensor:
+def square_offdiag(c: Tensor) -> Tensor:
     return (c - torch.diag(c.diagonal())).square().sum()
 
 
 def covariance(z: Tensor) -> tuple[Tensor, Tensor]:
     c = torch.cov(z.T) if z.shape[1] > 1 else z.var(0)[None]
-    return c.diagonal(), _square_offdiag(c)
+    return c.diagonal(), square_offdiag(c)
 
 
 def vcreg(z: Tensor, std_coeff=25.0, cov_coeff=1.0, gamma=1.0, eps=1e-4) -> Tensor:
@@ -50,7 +50,7 @@ def cp_residual(m: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
 def cross_correlation(a: Tensor, b: Tensor, eps=1e-5) -> tuple[Tensor, Tensor]:
     a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (a, b))
     c = a.T @ b / len(a)
-    return c.diagonal(), _square_offdiag(c)
+    return c.diagonal(), square_offdiag(c)
 
 
 def barlow_twins(a: Tensor, b: Tensor, lambd=0.0051, eps=1e-5) -> Tensor:

@@ -7,8 +7,10 @@ from functools import partial
 from typing import Any
 
 import support_formulas as plain
+import support_spectra as spectra
+import torch
 from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
-from torch import nn
+from torch import Tensor, nn
 
 from sslkern import losses, metrics, ops
 
@@ -30,6 +32,8 @@ VICREG = {"sim_coeff": 25.0, "std_coeff": 25.0, "cov_coeff": 1.0, "gamma": 1.0, 
 VCREG = {key: VICREG[key] for key in ("std_coeff", "cov_coeff", "gamma", "eps")}
 add_loss(losses.vicreg_loss, losses.VICRegLoss, plain.vicreg, A, B, settings=VICREG, more=POSITIONS)
 add_loss(losses.vcreg_loss, losses.VCRegLoss, plain.vcreg, A, settings=VCREG, more=POSITIONS)
+VIBCREG = {**VICREG, "cov_coeff": 200.0}
+add_loss(losses.vibcreg_loss, losses.VIbCRegLoss, spectra.vibcreg, A, B, settings=VIBCREG, more=POSITIONS)
 add_loss(
     losses.barlow_twins_loss,
     losses.BarlowTwinsLoss,
@@ -111,6 +115,60 @@ add_loss(
     B,
     settings={"beta": 0.5},
     **PAIRED,
+)
+
+add_loss(
+    losses.whitening_mse_loss,
+    losses.WhiteningMSELoss,
+    spectra.whitening_mse,
+    A,
+    B,
+    call=partial(losses.whitening_mse_loss, eps=0.1),
+    as_module=lambda *z, group=None: losses.WhiteningMSELoss(eps=0.1, group=group)(*z),
+    more=POSITIONS,
+)
+SPECTRA: dict[str, Any] = {"family": "Losses of spectra"}
+add_loss(
+    losses.tico_loss,
+    losses.TiCoLoss,
+    spectra.tico,
+    A,
+    B,
+    as_module=lambda *z, group=None, **settings: losses.TiCoLoss(z[0].shape[1], **settings, group=group)(*z),
+    settings={"rho": 8.0},
+    **SPECTRA,
+)
+for function, kind, formula, settings in (
+    (losses.frossl_loss, losses.FroSSLLoss, spectra.frossl, {"invariance_weight": 1.0}),
+    (losses.coding_rate_loss, losses.CodingRateLoss, spectra.coding_rate, {"rate_coeff": 1.0, "inv_coeff": 200.0}),
+    (losses.mmcr_loss, losses.MMCRLoss, spectra.mmcr, {"lambd": 0.005}),
+):
+    add_loss(function, kind, formula, A, B, settings=settings, **SPECTRA)
+
+
+def dense(loss: Callable) -> Callable:
+    """VICRegL of two large views, with places of their own."""
+
+    def call(a: Tensor, b: Tensor, c: Tensor, d: Tensor, **rest: Any) -> Tensor:
+        grids = [torch.arange(z.shape[0] * 8.0, device=z.device).view(-1, 2, 2, 2).sin() for z in (a, a)]
+        return loss([(a, c), (b, d)], [grids[0], grids[1].flip(1)], **rest)
+
+    return call
+
+
+MAP = Leaf((ROWS, 2, 2, 3))
+add_loss(
+    losses.vicregl_loss,
+    losses.VICRegLLoss,
+    dense(lambda features, grids, **rest: spectra.vicregl(features, [g.double() for g in grids], 2, **rest)),
+    A,
+    B,
+    MAP,
+    MAP,
+    call=dense(losses.vicregl_loss),
+    as_module=lambda *z, group=None, **settings: dense(losses.VICRegLLoss(**settings, group=group))(*z),
+    settings={"alpha": 0.75},
+    **SPECTRA,
 )
 
 # primitives

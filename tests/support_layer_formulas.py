@@ -9,6 +9,7 @@ from support_formulas import batch_norm as batch_norm  # `support_layers.py` tak
 from support_formulas import direct as direct
 from support_formulas import exponential, skew
 from support_formulas import tangent as tangent
+from support_spectra import whitened as columns_whitened
 from torch import Tensor
 
 
@@ -93,3 +94,8 @@ def init_henaff_(u: Tensor) -> Tensor:
 
 def init_cayley_(u: Tensor) -> Tensor:
     return exponential(_plane_rotations(u, 0, math.pi / 2)).to(u.dtype)
+
+
+def whitened(x: Tensor) -> Tensor:
+    rows = x.transpose(0, 1).flatten(1).T
+    return columns_whitened(rows).T.view(x.shape[1], x.shape[0], *x.shape[2:]).transpose(0, 1)

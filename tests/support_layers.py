@@ -82,6 +82,15 @@ add_layer(
     torch=partial(nn.BatchNorm1d, 4),
 )
 
+add_layer(
+    partial(layers.Whitening, 4, eps=0.1, track_running_stats=False),
+    plain.whitened,
+    Leaf((ROWS, 4, 3)),
+    name="Whitening",
+    family="Whitening",
+    more=OWN,
+)
+
 ORTHOGONAL = "Orthogonal layers"
 add_layer(
     partial(layers.OrthogonalLinear, D, 4),

@@ -107,6 +107,10 @@ class Batch:
         """The number N of rows in the whole batch. This rank has `rows` of them."""
         return rows
 
+    def times(self, k: int) -> Batch:
+        """The batch with `k` rows in place of each row."""
+        return self
+
     def every(self, x: Tensor, dim: int = -2) -> Tensor:
         """The rows of all ranks along `dim`, with this rank's rows first; differentiable. Without a group, `x`
         itself."""
@@ -147,6 +151,9 @@ class JointBatch(Batch):
 
     def count(self, rows: int) -> int:
         return sum(self.counts)
+
+    def times(self, k: int) -> Batch:
+        return JointBatch(tuple(k * n for n in self.counts), self.peers)
 
     def every(self, x: Tensor, dim: int = -2) -> Tensor:
         return collectives.own_first(x, self.counts, self.peers, dim)

@@ -2,37 +2,58 @@
 
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .byol import BYOLLoss, byol_loss
+from .coding_rate import CodingRateLoss, coding_rate_loss
+from .frossl import FroSSLLoss, frossl_loss
 from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
+from .mmcr import MMCRLoss, mmcr_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
 from .simple_contrastive import SimpleContrastiveLoss, simple_contrastive_loss
 from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
 from .supervised_contrastive import SupervisedContrastiveLoss, supervised_contrastive_loss
+from .tico import TiCoLoss, tico_loss
 from .vcreg import VCRegLoss, vcreg_loss
+from .vibcreg import VIbCRegLoss, vibcreg_loss
 from .vicreg import VICRegLoss, vicreg_loss
+from .vicregl import VICRegLLoss, vicregl_loss
+from .whitening_mse import WhiteningMSELoss, whitening_mse_loss
 
 __all__ = [
     "BYOLLoss",
     "BarlowTwinsLoss",
+    "CodingRateLoss",
+    "FroSSLLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
+    "MMCRLoss",
     "NTXentLoss",
     "SigmoidLoss",
     "SimpleContrastiveLoss",
     "SpectralContrastiveLoss",
     "SupervisedContrastiveLoss",
+    "TiCoLoss",
     "VCRegLoss",
+    "VICRegLLoss",
     "VICRegLoss",
+    "VIbCRegLoss",
+    "WhiteningMSELoss",
     "barlow_twins_loss",
     "byol_loss",
+    "coding_rate_loss",
+    "frossl_loss",
     "info_nce_loss",
     "info_vicreg_loss",
+    "mmcr_loss",
     "nt_xent_loss",
     "sigmoid_loss",
     "simple_contrastive_loss",
     "spectral_contrastive_loss",
     "supervised_contrastive_loss",
+    "tico_loss",
     "vcreg_loss",
+    "vibcreg_loss",
     "vicreg_loss",
+    "vicregl_loss",
+    "whitening_mse_loss",
 ]

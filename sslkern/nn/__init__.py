@@ -6,6 +6,7 @@ from .convolution import OrthogonalConv2d
 from .modrelu import modReLU, modrelu
 from .orthogonal import OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
 from .recurrent import OrthogonalRNN, UnitaryRNN
+from .whitening import Whitening
 
 __all__ = [
     "BatchNorm1d",
@@ -18,6 +19,7 @@ __all__ = [
     "OrthogonalRNN",
     "SyncBatchNorm",
     "UnitaryRNN",
+    "Whitening",
     "convert_batchnorm",
     "init",
     "modReLU",

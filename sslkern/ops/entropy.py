@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from ..core.autograd import Op, intermediate, or_zeros
-from ..core.dtypes import accumulation_dtype, rounds_products, without_autocast
+from ..core.dtypes import accumulation_dtype
 from ..core.ranks import ALONE, Batch, JointBatch
+from .gram import Gram, centred_rows, multiplied
 from .pairs import prepared, reduce_pairs
 
 Estimator = Literal["logdet", "moment", "diagonal", "pairwise-kl", "pairwise-bhattacharyya"]
@@ -30,7 +31,7 @@ def entropy_of(z: Tensor, estimator: str, precision: Tensor, batch: Batch = ALON
     if estimator == "moment":
         return of_noise + _coding_rate(z, precision, batch)
     if estimator == "diagonal":
-        squares = batch.summed(_centred(z, batch).square().sum(-2))
+        squares = batch.summed(centred_rows(z, batch).square().sum(-2))
         scaled = (precision / batch.count(z.shape[-2]))[..., None] * squares
         return of_noise + scaled.log1p().sum(-1) / 2
     return of_noise + _from_pairs(z, precision / (-2 if estimator == "pairwise-kl" else -8), batch)
@@ -52,27 +53,10 @@ def _coding_rate(z: Tensor, precision: Tensor, batch: Batch) -> Tensor:
     """(1/2) logdet(I + precision Zc'Zc/N), computed from the smaller of Zc'Zc and the Gram matrix of the contrasts."""
     n = batch.count(z.shape[-2])
     if n <= z.shape[-1]:
-        gram = _Gram.apply(_multiplied(_contrasts(batch.every(z))), True)
+        gram = Gram.apply(multiplied(_contrasts(batch.every(z))), True)
     else:
-        gram = batch.summed(_Gram.apply(_multiplied(_centred(z, batch)), False))
-    return _HalfLogDet.apply(gram, precision / n)[0]
-
-
-def _multiplied(y: Tensor) -> Tensor:
-    """`y` in a dtype in which torch's switches do not round matrix products."""
-    return y.double() if rounds_products() else y
-
-
-def _centred(z: Tensor, batch: Batch) -> Tensor:
-    """`z` minus the mean of its columns, in float32 or float64. A pivot is subtracted first, so a large mean
-    costs no digits."""
-    z = z.to(accumulation_dtype(z))
-    if isinstance(batch, JointBatch):  # a rank may have no row to take as a pivot
-        pivot = batch.summed(z.detach().sum(-2, keepdim=True)) / batch.count(z.shape[-2])
-    else:
-        pivot = z[..., :1, :].detach()
-    z = z - pivot
-    return z - batch.summed(z.sum(-2, keepdim=True)) / batch.count(z.shape[-2])
+        gram = batch.summed(Gram.apply(multiplied(centred_rows(z, batch)), False))
+    return HalfLogDet.apply(gram, precision / n)[0]
 
 
 def _contrasts(z: Tensor) -> Tensor:
@@ -87,28 +71,7 @@ def _contrasts(z: Tensor) -> Tensor:
     return differences - differences.sum(-2, keepdim=True) / (n - n**0.5)
 
 
-class _Gram(Op):
-    """yy' if `dual`, else y'y. The gradients of both factors are added before the product in the backward."""
-
-    @staticmethod
-    def forward(y, dual):
-        with without_autocast(y):
-            return y @ y.mT if dual else y.mT @ y
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        y, ctx.dual = inputs
-        ctx.save_for_backward(y)
-
-    @staticmethod
-    def backward(ctx, grad):
-        (y,) = ctx.saved_tensors
-        with without_autocast(y):
-            both = grad + grad.mT
-            return both @ y if ctx.dual else y @ both, None
-
-
-class _HalfLogDet(Op):
+class HalfLogDet(Op):
     """(1/2) logdet(I + scale gram) in float64 by a Cholesky decomposition; NaN where it fails. Its backward is an
     inverse from the same factor, which takes a fifth of the time of torch's backward of the decomposition."""
 

@@ -1,4 +1,4 @@
-"""Division of rows by their length."""
+"""Division of rows, or of columns, by their length."""
 
 from __future__ import annotations
 
@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core import checks
-from ..core.autograd import Op, first_order
+from ..core import checks, collectives
+from ..core.autograd import Op, first_order, or_zeros
 from ..core.dtypes import accumulation_dtype
+from ..core.ranks import Batch, JointBatch
 
 EPS = 1e-12  # rows shorter than this are divided by it, as in torch.nn.functional.normalize
 HALF_EPS = 1e-3  # for float16, in which numbers beyond 65504 are inf: the gradient of a row of zeros is divided by eps
@@ -65,3 +66,40 @@ class _UnitRows(Op):
         along = (x * grad).sum(-1, keepdim=True)
         along.masked_fill_(lengths <= ctx.eps, 0.0)  # these rows were divided by eps, not by their length
         return torch.addcmul(grad, x, along, value=-1).div_(lengths), None
+
+
+def unit_columns(z: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Divide the columns of `z` (..., N, D), in float32 or float64, by their length in the whole batch:
+    x = z / max(|z|, 1e-12). Return x and the squared lengths |z|^2 (..., 1, D), both differentiable.
+
+    The backward takes two passes. For a column of zeros, x gives no gradient.
+    """
+    return _UnitColumns.apply(z, batch.peers.name if isinstance(batch, JointBatch) else None)
+
+
+class _UnitColumns(Op):
+    @staticmethod
+    def forward(z: Tensor, group_name: str | None) -> tuple[Tensor, Tensor]:
+        squares = z.square().sum(-2, keepdim=True)
+        if group_name is not None:
+            squares = collectives.all_reduce(squares, group_name)
+        return z / squares.sqrt().clamp_min(EPS), squares
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+        ctx.save_for_backward(*output)
+        ctx.group_name = inputs[1]
+        ctx.set_materialize_grads(False)
+
+    @staticmethod
+    @first_order
+    def backward(ctx: Any, grad: Tensor | None, grad_squares: Tensor | None) -> tuple[Tensor, None]:
+        x, squares = ctx.saved_tensors
+        lengths = squares.sqrt()
+        along = torch.zeros_like(lengths) if grad is None else (x * grad).sum(-2, keepdim=True)
+        of_squares = or_zeros(grad_squares, squares)
+        if ctx.group_name is not None:
+            along, of_squares = collectives.all_reduce(torch.stack([along, of_squares]), ctx.group_name).unbind()
+        inverse = torch.where(squares > EPS**2, 1 / lengths, 0)
+        factor = 2 * of_squares * lengths - along * inverse
+        return (x * factor if grad is None else torch.addcmul(grad * inverse, x, factor)), None
