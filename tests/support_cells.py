@@ -34,7 +34,7 @@ CONTRASTIVE = (
     "sigmoid_loss; SigmoidLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
-BYOL = "byol_loss; BYOLLoss"
+BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (

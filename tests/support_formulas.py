@@ -109,6 +109,10 @@ def byol(p: Tensor, z: Tensor) -> Tensor:
     return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
 
 
+def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
+    return -(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
+
+
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
 

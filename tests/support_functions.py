@@ -104,6 +104,25 @@ add_loss(losses.spectral_contrastive_loss, losses.SpectralContrastiveLoss, plain
 PAIRED: dict[str, Any] = {"family": "Losses of pairs of rows", "more": POSITIONS}
 add_loss(losses.byol_loss, losses.BYOLLoss, plain.byol, A, Leaf((ROWS, D), "data"), **PAIRED)
 add_loss(
+    losses.negative_cosine_loss,
+    losses.NegativeCosineLoss,
+    plain.negative_cosine,
+    A,
+    Leaf((ROWS, D), "data"),
+    **PAIRED,
+)
+add_loss(
+    losses.negative_cosine_loss,
+    losses.NegativeCosineLoss,
+    plain.negative_cosine,
+    A,
+    B,
+    name="negative_cosine_loss (both)",
+    call=partial(losses.negative_cosine_loss, detach=False),
+    as_module=lambda p, z, **rest: losses.NegativeCosineLoss(detach=False, **rest)(p, z),
+    **PAIRED,
+)
+add_loss(
     losses.simple_contrastive_loss,
     losses.SimpleContrastiveLoss,
     plain.simple_contrastive,

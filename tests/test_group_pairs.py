@@ -167,6 +167,7 @@ TRAFFIC = {
     "spectral by columns": ([REDUCED], [REDUCED]),
     "simple": ([REDUCED], [REDUCED]),
     "byol": ([], []),
+    "negative cosine": ([], []),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),
     "dhsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
