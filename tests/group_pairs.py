@@ -10,6 +10,7 @@ from sslkern import metrics
 from sslkern.losses import (
     byol_loss,
     info_nce_loss,
+    koleo_loss,
     negative_cosine_loss,
     nt_xent_loss,
     sigmoid_loss,
@@ -70,6 +71,7 @@ LOSSES = {
     "simple, beta": (partial(simple_contrastive_loss, beta=0.7), rows(2)),
     "byol": (targeted, rows(2)),
     "negative cosine": (partial(negative_cosine_loss, detach=False), rows(2)),
+    "koleo": (koleo_loss, rows(1)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),

@@ -36,6 +36,7 @@ CONTRASTIVE = (
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
 BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
+KOLEO = "koleo_loss; KoLeoLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
@@ -43,7 +44,7 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; {SIMPLE}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
+    f"{COLUMNS}; {SIMPLE}; {KOLEO}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
     "participation_ratio"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
@@ -61,7 +62,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {KOLEO}; OrthogonalRNN; UnitaryRNN",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -91,8 +92,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
-        "kernel_matmul; low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; {KOLEO}; covariance; cross_correlation; batch_*; {TRAINED}; "
+        "BatchNorm1d (eval); kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

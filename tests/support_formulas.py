@@ -113,6 +113,12 @@ def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
     return -(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
 
 
+def koleo(z: Tensor) -> Tensor:
+    x = F.normalize(z, dim=-1, eps=1e-8)
+    nearest = (x @ x.T).masked_fill(~_others(len(z)), -2).argmax(1)
+    return -((x - x[nearest] + 1e-8).norm(dim=1) + 1e-8).log().mean()
+
+
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
 

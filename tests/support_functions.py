@@ -122,6 +122,7 @@ add_loss(
     as_module=lambda p, z, **rest: losses.NegativeCosineLoss(detach=False, **rest)(p, z),
     **PAIRED,
 )
+add_loss(losses.koleo_loss, losses.KoLeoLoss, plain.koleo, A)
 add_loss(
     losses.simple_contrastive_loss,
     losses.SimpleContrastiveLoss,

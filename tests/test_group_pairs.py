@@ -168,6 +168,7 @@ TRAFFIC = {
     "simple": ([REDUCED], [REDUCED]),
     "byol": ([], []),
     "negative cosine": ([], []),
+    "koleo": ([GATHERED], [SCATTERED]),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),
     "dhsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),

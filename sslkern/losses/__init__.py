@@ -4,6 +4,7 @@ from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .byol import BYOLLoss, byol_loss
 from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
+from .koleo import KoLeoLoss, koleo_loss
 from .negative_cosine import NegativeCosineLoss, negative_cosine_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
@@ -18,6 +19,7 @@ __all__ = [
     "BarlowTwinsLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
+    "KoLeoLoss",
     "NTXentLoss",
     "NegativeCosineLoss",
     "SigmoidLoss",
@@ -30,6 +32,7 @@ __all__ = [
     "byol_loss",
     "info_nce_loss",
     "info_vicreg_loss",
+    "koleo_loss",
     "negative_cosine_loss",
     "nt_xent_loss",
     "sigmoid_loss",
