@@ -105,6 +105,8 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "sigmoid_loss": (losses.sigmoid_loss, 2),
         "spectral_contrastive_loss": (losses.spectral_contrastive_loss, 2),
         "byol_loss": (losses.byol_loss, 2),
+        "alignment_uniformity_loss": (losses.alignment_uniformity_loss, 2),
+        "macl_loss": (losses.macl_loss, 2),
         "koleo_loss": (losses.koleo_loss, 1),
         "negative_cosine_loss": (losses.negative_cosine_loss, 2),
         "simple_contrastive_loss": (losses.simple_contrastive_loss, 2),

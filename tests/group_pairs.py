@@ -8,9 +8,11 @@ from ranks import normal
 
 from sslkern import metrics
 from sslkern.losses import (
+    alignment_uniformity_loss,
     byol_loss,
     info_nce_loss,
     koleo_loss,
+    macl_loss,
     negative_cosine_loss,
     nt_xent_loss,
     sigmoid_loss,
@@ -71,6 +73,9 @@ LOSSES = {
     "simple, beta": (partial(simple_contrastive_loss, beta=0.7), rows(2)),
     "byol": (targeted, rows(2)),
     "negative cosine": (partial(negative_cosine_loss, detach=False), rows(2)),
+    "alignment and uniformity": (partial(alignment_uniformity_loss, t=3.0, lam=0.7), rows(2)),
+    "alignment and uniformity, powers": (partial(alignment_uniformity_loss, alpha=1.5), rows(2)),
+    "macl": (partial(macl_loss, temperature=0.3), rows(2)),
     "koleo": (koleo_loss, rows(1)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),

@@ -31,12 +31,12 @@ COLUMNS = "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; barlow_twins_loss; Ba
 SPECTRAL = "spectral_contrastive_loss; SpectralContrastiveLoss"
 CONTRASTIVE = (
     "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
-    "sigmoid_loss; SigmoidLoss"
+    "sigmoid_loss; SigmoidLoss; macl_loss; MACLLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
 BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
-KOLEO = "koleo_loss; KoLeoLoss"
+SPREAD = "koleo_loss; KoLeoLoss; alignment_uniformity_loss; AlignmentUniformityLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
@@ -44,7 +44,7 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; {SIMPLE}; {KOLEO}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
+    f"{COLUMNS}; {SIMPLE}; {SPREAD}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
     "participation_ratio"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
@@ -62,7 +62,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; {KOLEO}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {SPREAD}; OrthogonalRNN; UnitaryRNN",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -92,7 +92,7 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; {KOLEO}; covariance; cross_correlation; batch_*; {TRAINED}; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; {SPREAD}; covariance; cross_correlation; batch_*; {TRAINED}; "
         "BatchNorm1d (eval); kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",

@@ -69,6 +69,15 @@ def nt_xent(*views: Tensor, temperature=0.5) -> Tensor:
     return contrast(cosines(z, z) / temperature, (sample[:, None] == sample) & others, others, False)
 
 
+def macl(a: Tensor, b: Tensor, temperature=0.1, alpha=0.5, a0=0.0) -> Tensor:
+    z, n = torch.cat([a, b]), len(a)
+    t, own = cosines(z, z), torch.arange(2 * n)
+    alignment = t[own, own.roll(n)].mean().detach()
+    t = (t / (temperature * (1 + alpha * (alignment - a0)))).masked_fill(~_others(2 * n), -torch.inf)
+    losses = -t.log_softmax(1)[own, own.roll(n)]
+    return (losses / (1e-8 - torch.expm1(-losses.detach()))).mean()
+
+
 def nt_xent_bank(a: Tensor, b: Tensor, bank: Tensor, temperature=0.5) -> Tensor:
     positive = (F.normalize(a, dim=-1) * F.normalize(b, dim=-1)).sum(1, keepdim=True)
     t = torch.cat([positive, cosines(a, bank)], 1) / temperature
@@ -121,6 +130,12 @@ def koleo(z: Tensor) -> Tensor:
 
 def _squares(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
+
+
+def alignment_uniformity(a: Tensor, b: Tensor, t=2.0, lam=1.0) -> Tensor:
+    x, y = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
+    potentials = [(-t * _squares(z, z))[_others(len(z))].exp().mean().log() for z in (x, y)]
+    return (x - y).square().sum(-1).mean() + lam * sum(potentials) / 2
 
 
 def simple_contrastive(a: Tensor, b: Tensor, beta=0.0) -> Tensor:

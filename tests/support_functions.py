@@ -79,6 +79,7 @@ add_loss(
     as_module=lambda a, b, bank, **rest: losses.NTXentLoss(**rest)(a, b, negatives=bank),
     settings={"temperature": 0.5},
 )
+add_loss(losses.macl_loss, losses.MACLLoss, plain.macl, A, B, settings={"temperature": 0.5})
 add_loss(losses.info_nce_loss, losses.InfoNCELoss, plain.info_nce, A, B, settings={"temperature": 0.1})
 add_loss(
     losses.info_nce_loss,
@@ -121,6 +122,14 @@ add_loss(
     call=partial(losses.negative_cosine_loss, detach=False),
     as_module=lambda p, z, **rest: losses.NegativeCosineLoss(detach=False, **rest)(p, z),
     **PAIRED,
+)
+add_loss(
+    losses.alignment_uniformity_loss,
+    losses.AlignmentUniformityLoss,
+    plain.alignment_uniformity,
+    A,
+    B,
+    settings={"t": 2.0, "lam": 1.0},
 )
 add_loss(losses.koleo_loss, losses.KoLeoLoss, plain.koleo, A)
 add_loss(

@@ -168,6 +168,8 @@ TRAFFIC = {
     "simple": ([REDUCED], [REDUCED]),
     "byol": ([], []),
     "negative cosine": ([], []),
+    "alignment and uniformity": ([GATHERED, REDUCED, REDUCED], [REDUCED, SCATTERED]),
+    "macl": ([REDUCED, GATHERED], [SCATTERED]),
     "koleo": ([GATHERED], [SCATTERED]),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),

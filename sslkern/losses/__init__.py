@@ -1,10 +1,12 @@
 """The losses, each as a function and as a module."""
 
+from .alignment_uniformity import AlignmentUniformityLoss, alignment_uniformity_loss
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .byol import BYOLLoss, byol_loss
 from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
 from .koleo import KoLeoLoss, koleo_loss
+from .macl import MACLLoss, macl_loss
 from .negative_cosine import NegativeCosineLoss, negative_cosine_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
@@ -15,11 +17,13 @@ from .vcreg import VCRegLoss, vcreg_loss
 from .vicreg import VICRegLoss, vicreg_loss
 
 __all__ = [
+    "AlignmentUniformityLoss",
     "BYOLLoss",
     "BarlowTwinsLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
     "KoLeoLoss",
+    "MACLLoss",
     "NTXentLoss",
     "NegativeCosineLoss",
     "SigmoidLoss",
@@ -28,11 +32,13 @@ __all__ = [
     "SupervisedContrastiveLoss",
     "VCRegLoss",
     "VICRegLoss",
+    "alignment_uniformity_loss",
     "barlow_twins_loss",
     "byol_loss",
     "info_nce_loss",
     "info_vicreg_loss",
     "koleo_loss",
+    "macl_loss",
     "negative_cosine_loss",
     "nt_xent_loss",
     "sigmoid_loss",

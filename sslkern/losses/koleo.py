@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor, nn
 
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.nearest import nearest_rows, negative_log_distances
-from ..ops.unit_rows import least_length, unit_rows
+from ..ops.unit_rows import HALF_EPS, unit_rows
 
 LEAST_EPS = 1e-18  # the square of a smaller one might be 0 in float32
 
@@ -26,8 +27,8 @@ def koleo_loss(z: Tensor, *, eps: float = 1e-8, group: Group = None) -> Tensor:
 
     Args:
         z: (N, D), N >= 2; float32, bfloat16, float16 or float64; any strides.
-        eps: a dimensionless number >= 1e-18. The default is that of DINOv2. A float16 row is divided by at least 1e-3, so
-            that the gradient of a row of zeros does not overflow. The gradient of rows that coincide is about
+        eps: a dimensionless number >= 1e-18. The default is that of DINOv2. A float16 row is divided by at least 1e-3,
+            so that the gradient of a row of zeros does not overflow. The gradient of rows that coincide is about
             1/(sqrt(D) eps N |z_i|), which may overflow in float16 with the default.
         group: the ranks that hold the batch; see `sslkern.distributed`. Neighbours are found on all ranks.
 
@@ -48,7 +49,7 @@ def koleo_loss(z: Tensor, *, eps: float = 1e-8, group: Group = None) -> Tensor:
         return (z,)
 
     batch, _ = ranks.batch(group, 2, check)
-    x = unit_rows(z, accumulation_dtype(z), max(eps, least_length(z, None)))
+    x = unit_rows(z, accumulation_dtype(z), max(eps, HALF_EPS) if z.dtype == torch.float16 else eps)
     every = batch.every(x)
     total = negative_log_distances(x, every, nearest_rows(x, every), eps)
     return batch.average(total, z.shape[0])
