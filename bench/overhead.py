@@ -107,6 +107,9 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "byol_loss": (losses.byol_loss, 2),
         "alignment_uniformity_loss": (losses.alignment_uniformity_loss, 2),
         "macl_loss": (losses.macl_loss, 2),
+        "kernel_alignment_loss": (lambda s, t: losses.kernel_alignment_loss(s[None], t[None]), 2),
+        "gram_anchoring_loss": (lambda s, t: losses.gram_anchoring_loss(s[None], t[None]), 2),
+        "detcon_loss": (lambda a, b: losses.detcon_loss(a[None], b[None], labels[None], labels[None]), 2),
         "koleo_loss": (losses.koleo_loss, 1),
         "negative_cosine_loss": (losses.negative_cosine_loss, 2),
         "simple_contrastive_loss": (losses.simple_contrastive_loss, 2),
@@ -117,6 +120,7 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "batch_moments": (ops.batch_moments, 1),
         "batch_norm": (lambda x: ops.batch_norm(x, training=True), 1),
         "hsic": (metrics.hsic, 2),
+        "cka": (metrics.cka, 2),
         "entropy": (metrics.entropy, 1),
         "participation_ratio": (metrics.participation_ratio, 1),
     }

@@ -31,10 +31,11 @@ COLUMNS = "vicreg_loss; VICRegLoss; vcreg_loss; VCRegLoss; barlow_twins_loss; Ba
 SPECTRAL = "spectral_contrastive_loss; SpectralContrastiveLoss"
 CONTRASTIVE = (
     "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
-    "sigmoid_loss; SigmoidLoss; macl_loss; MACLLoss"
+    "sigmoid_loss; SigmoidLoss; detcon_loss*; DetConLoss*; macl_loss; MACLLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
 BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
+TOKENS = "kernel_alignment_loss; KernelAlignmentLoss; gram_anchoring_loss; GramAnchoringLoss"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
 SPREAD = "koleo_loss; KoLeoLoss; alignment_uniformity_loss; AlignmentUniformityLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
@@ -44,8 +45,8 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; {SIMPLE}; {SPREAD}; covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
-    "participation_ratio"
+    f"{COLUMNS}; {SIMPLE}; {SPREAD}; covariance; cross_correlation; hsic*; cka*; dhsic; pairwise_hsic; "
+    "median_bandwidth; participation_ratio"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
 
@@ -53,7 +54,7 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; {INFO}; {BYOL}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {INFO}; {BYOL}; {TOKENS}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
@@ -62,7 +63,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; {SPREAD}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {SPREAD}; {TOKENS}; OrthogonalRNN; UnitaryRNN",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -92,8 +93,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; {SPREAD}; covariance; cross_correlation; batch_*; {TRAINED}; "
-        "BatchNorm1d (eval); kernel_matmul; low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; {SPREAD}; {TOKENS}; covariance; cross_correlation; batch_*; {TRAINED}; "
+        "BatchNorm1d (eval); cka (biased); kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",
@@ -155,7 +156,7 @@ REASONS = [
         "that all ranks have the same number of rows; "
         "otherwise the value is correct",
     ),
-    Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 if all elements of z are 0"),
+    Reason(TORCH, "zero", "participation_ratio; rankme; cka*", "0 / 0 if all elements are 0"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch
 

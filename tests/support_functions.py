@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import support_formulas as plain
+import torch
 from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
 from torch import nn
 
@@ -131,6 +132,29 @@ add_loss(
     B,
     settings={"t": 2.0, "lam": 1.0},
 )
+REGIONS = Leaf((ROWS, 3, D))
+
+
+def _masks(a: Any) -> tuple[Any, Any]:
+    """The mask ids of the formula."""
+    first = (torch.arange(a.shape[-2], device=a.device) > 0).long().repeat(a.shape[-3], 1)
+    return first, 1 - first
+
+
+for name, count in (("detcon_loss", 2), ("detcon_loss (targets)", 4)):
+    add_loss(
+        losses.detcon_loss,
+        losses.DetConLoss,
+        plain.detcon,
+        *[REGIONS] * count,
+        name=name,
+        call=lambda a, b, *y, **rest: losses.detcon_loss(a, b, *_masks(a), targets=y or None, **rest),
+        as_module=lambda a, b, *y, **rest: losses.DetConLoss(**rest)(a, b, *_masks(a), targets=y or None),
+        settings={"temperature": 0.5},
+    )
+TOKENS, TEACHER = Leaf((ROWS, 4, D)), Leaf((ROWS, 4, D), "data")
+add_loss(losses.kernel_alignment_loss, losses.KernelAlignmentLoss, plain.kernel_alignment, TOKENS, TEACHER)
+add_loss(losses.gram_anchoring_loss, losses.GramAnchoringLoss, plain.gram_anchoring, TOKENS, TEACHER, size=1.0)
 add_loss(losses.koleo_loss, losses.KoLeoLoss, plain.koleo, A)
 add_loss(
     losses.simple_contrastive_loss,
@@ -266,6 +290,9 @@ OTHER = Leaf((ROWS, 3))
 add_metric(metrics.hsic, plain.hsic, A, OTHER, setting="rbf", settings=WIDTH, group=MEAN)
 linear = partial(metrics.hsic, kernel="linear")
 add_metric(metrics.hsic, plain.hsic_linear, A, OTHER, setting="linear", call=linear, group=MEAN)
+add_metric(metrics.cka, plain.cka, A, Leaf((ROWS, 2)), setting="biased", group=MEAN)
+unbiased = partial(metrics.cka, estimator="unbiased")
+add_metric(metrics.cka, plain.cka_unbiased, A, OTHER, setting="unbiased", call=unbiased, group=MEAN)
 add_metric(metrics.dhsic, plain.dhsic, A, OTHER, Leaf((ROWS, 2)), settings=WIDTH, group=MEAN, size=0.1)
 add_metric(metrics.pairwise_hsic, plain.pairwise_hsic, OTHER, settings=WIDTH)
 add_metric(metrics.median_bandwidth, plain.median_bandwidth, A, grad=False)

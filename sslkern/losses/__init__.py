@@ -3,8 +3,11 @@
 from .alignment_uniformity import AlignmentUniformityLoss, alignment_uniformity_loss
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .byol import BYOLLoss, byol_loss
+from .detcon import DetConLoss, detcon_loss
+from .gram_anchoring import GramAnchoringLoss, gram_anchoring_loss
 from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
+from .kernel_alignment import KernelAlignmentLoss, kernel_alignment_loss
 from .koleo import KoLeoLoss, koleo_loss
 from .macl import MACLLoss, macl_loss
 from .negative_cosine import NegativeCosineLoss, negative_cosine_loss
@@ -20,8 +23,11 @@ __all__ = [
     "AlignmentUniformityLoss",
     "BYOLLoss",
     "BarlowTwinsLoss",
+    "DetConLoss",
+    "GramAnchoringLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
+    "KernelAlignmentLoss",
     "KoLeoLoss",
     "MACLLoss",
     "NTXentLoss",
@@ -35,8 +41,11 @@ __all__ = [
     "alignment_uniformity_loss",
     "barlow_twins_loss",
     "byol_loss",
+    "detcon_loss",
+    "gram_anchoring_loss",
     "info_nce_loss",
     "info_vicreg_loss",
+    "kernel_alignment_loss",
     "koleo_loss",
     "macl_loss",
     "negative_cosine_loss",

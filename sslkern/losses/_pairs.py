@@ -65,6 +65,13 @@ def cross_entropy(positive: Tensor, negatives: Tensor) -> Tensor:
     return -F.logsigmoid(positive - negatives)
 
 
+def places(labels: Tensor) -> Tensor:
+    """The index of each label among the sorted distinct labels, without the host sync of torch.unique."""
+    ordered, order = labels.sort()
+    places = F.pad((ordered.diff() != 0).cumsum(0), (1, 0))
+    return torch.empty_like(labels).scatter(0, order, places)
+
+
 def shown(value: float | Tensor | None) -> str:
     """The text of a setting for a module's `extra_repr`."""
     return repr(value.detach() if isinstance(value, Tensor) else value)
