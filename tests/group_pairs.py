@@ -111,6 +111,7 @@ LOSSES = {
         [normal(ROWS, 30), normal(ROWS, 40)],
     ),
     "cka": (metrics.cka, [normal(ROWS, 3), normal(ROWS, 4)]),
+    "cka, unbiased": (partial(metrics.cka, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "cka by rows": (metrics.cka, [normal(ROWS, 30), normal(ROWS, 40)]),
     "dhsic": (metrics.dhsic, [normal(ROWS, 3), normal(ROWS, 4), normal(ROWS, 1)]),
     "dhsic, bandwidths": (partial(metrics.dhsic, bandwidth=(0.7, 1.3)), [normal(ROWS, 3), normal(ROWS, 4)]),

@@ -151,7 +151,7 @@ REASONS = [
     Reason(
         REFUSED,
         "compiled group",
-        "*_loss*; covariance; cross_correlation; hsic*; dhsic",
+        "*_loss*; covariance; cross_correlation; hsic*; cka*; dhsic",
         "if the ranks have different numbers of rows, every rank raises an error, because the compiled graph assumes "
         "that all ranks have the same number of rows; "
         "otherwise the value is correct",

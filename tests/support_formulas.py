@@ -58,24 +58,15 @@ def barlow_twins(a: Tensor, b: Tensor, lambd=0.0051, eps=1e-5) -> Tensor:
     return (1 - diagonal).square().sum() + lambd * offdiag
 
 
-def _others(n: int) -> Tensor:
+def other_rows(n: int) -> Tensor:
     return ~torch.eye(n, dtype=torch.bool)
 
 
 def nt_xent(*views: Tensor, temperature=0.5) -> Tensor:
     z, n = torch.cat(views), len(views[0])
     sample = torch.arange(n).repeat(len(views))
-    others = _others(len(z))
+    others = other_rows(len(z))
     return contrast(cosines(z, z) / temperature, (sample[:, None] == sample) & others, others, False)
-
-
-def macl(a: Tensor, b: Tensor, temperature=0.1, alpha=0.5, a0=0.0) -> Tensor:
-    z, n = torch.cat([a, b]), len(a)
-    t, own = cosines(z, z), torch.arange(2 * n)
-    alignment = t[own, own.roll(n)].mean().detach()
-    t = (t / (temperature * (1 + alpha * (alignment - a0)))).masked_fill(~_others(2 * n), -torch.inf)
-    losses = -t.log_softmax(1)[own, own.roll(n)]
-    return (losses / (1e-8 - torch.expm1(-losses.detach()))).mean()
 
 
 def nt_xent_bank(a: Tensor, b: Tensor, bank: Tensor, temperature=0.5) -> Tensor:
@@ -94,7 +85,7 @@ def clip(q: Tensor, k: Tensor, scale=5.0) -> Tensor:
 
 
 def supervised(z: Tensor, labels: Tensor, temperature=0.1) -> Tensor:
-    others = _others(len(z))
+    others = other_rows(len(z))
     positive = (labels[:, None] == labels) & others
     if not positive.any():
         return 0 * z.sum()
@@ -110,7 +101,7 @@ def spectral(a: Tensor, b: Tensor, mu=1.0) -> Tensor:
     root = mu**0.5
     x, y = (torch.where(z.norm(dim=1, keepdim=True) > root, root * F.normalize(z, dim=1), z) for z in (a, b))
     s, n = x @ y.T, len(a)
-    off = (s.square() * _others(n)).sum() / max(1, n * (n - 1))
+    off = (s.square() * other_rows(n)).sum() / max(1, n * (n - 1))
     return (off - 2 * s.diagonal().mean()) / mu
 
 
@@ -118,51 +109,17 @@ def byol(p: Tensor, z: Tensor) -> Tensor:
     return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
 
 
-def negative_cosine(p: Tensor, z: Tensor) -> Tensor:
-    return -(F.normalize(p, dim=-1) * F.normalize(z, dim=-1)).sum(-1).mean()
-
-
-def detcon(a: Tensor, b: Tensor, *targets: Tensor, temperature=0.1) -> Tensor:
-    """Every image has the mask ids 0, 1, 1, ... in the first view, and 1, 0, 0, ... in the second."""
-    images, regions = a.shape[:2]
-    ids = [(torch.arange(regions) > 0).long().repeat(images)]
-    ids.append(1 - ids[0])
-    image = torch.arange(images).repeat_interleave(regions)
-    z, y = ([v.flatten(0, 1) for v in pair] for pair in ((a, b), targets or (a, b)))
-    loss = a.new_zeros(())
-    for k in (0, 1):
-        alike = [(image[:, None] == image) & (ids[k][:, None] == ids[j]) for j in (1 - k, k)]
-        t = [cosines(z[k], y[j]) / temperature for j in (1 - k, k)]
-        logs = t[0] - torch.cat([t[0], t[1].masked_fill(alike[1], -torch.inf)], 1).logsumexp(1, keepdim=True)
-        number = alike[0].sum(1)
-        rows = -(logs * alike[0]).sum(1) / number.clamp_min(1)
-        loss = loss + (rows * (number > 0) / alike[1].sum(1)).mean()
-    return loss
-
-
-def koleo(z: Tensor) -> Tensor:
-    x = F.normalize(z, dim=-1, eps=1e-8)
-    nearest = (x @ x.T).masked_fill(~_others(len(z)), -2).argmax(1)
-    return -((x - x[nearest] + 1e-8).norm(dim=1) + 1e-8).log().mean()
-
-
-def _squares(x: Tensor, y: Tensor) -> Tensor:
+def square_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
 
 
-def alignment_uniformity(a: Tensor, b: Tensor, t=2.0, lam=1.0) -> Tensor:
-    x, y = F.normalize(a, dim=-1), F.normalize(b, dim=-1)
-    potentials = [(-t * _squares(z, z))[_others(len(z))].exp().mean().log() for z in (x, y)]
-    return (x - y).square().sum(-1).mean() + lam * sum(potentials) / 2
-
-
 def simple_contrastive(a: Tensor, b: Tensor, beta=0.0) -> Tensor:
-    squares, n = _squares(a, b) / 2, len(a)
-    return (1 + beta) * squares.diagonal().mean() - (squares * _others(n)).sum() / (n * (n - 1))
+    squares, n = square_distances(a, b) / 2, len(a)
+    return (1 + beta) * squares.diagonal().mean() - (squares * other_rows(n)).sum() / (n * (n - 1))
 
 
 def kernel(x: Tensor, y: Tensor, name: str, c) -> Tensor:
-    t = c * {"dot": lambda: x @ y.T, "cosine": lambda: cosines(x, y)}.get(name, lambda: _squares(x, y))()
+    t = c * {"dot": lambda: x @ y.T, "cosine": lambda: cosines(x, y)}.get(name, lambda: square_distances(x, y))()
     return (-t).exp() if name == "rbf" else t
 
 
@@ -170,12 +127,12 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, bandwidth=1.0) -> Tensor:
     return kernel(x, s, "rbf", 0.5 / bandwidth**2) @ b
 
 
-def _centred(k: Tensor) -> Tensor:
+def centred_kernel(k: Tensor) -> Tensor:
     return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
 
 
 def _hsic_of(k: Tensor, m: Tensor) -> Tensor:
-    return (_centred(k) * _centred(m)).sum() / (len(k) - 1) ** 2
+    return (centred_kernel(k) * centred_kernel(m)).sum() / (len(k) - 1) ** 2
 
 
 def hsic(x: Tensor, y: Tensor, bandwidth=1.5) -> Tensor:
@@ -186,36 +143,8 @@ def hsic_linear(x: Tensor, y: Tensor) -> Tensor:
     return _hsic_of(x @ x.T, y @ y.T)
 
 
-def cka(x: Tensor, y: Tensor) -> Tensor:
-    return hsic_linear(x, y) / (hsic_linear(x, x) * hsic_linear(y, y)).sqrt()
-
-
-def cka_unbiased(x: Tensor, y: Tensor) -> Tensor:
-    n, others = len(x), _others(len(x))
-
-    def of(u: Tensor, v: Tensor) -> Tensor:
-        k, m = (u @ u.T * others, v @ v.T * others)
-        rows = (k.sum(0) * m.sum(0)).sum()
-        return (k * m).sum() + k.sum() * m.sum() / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows
-
-    return of(x, y) / (of(x, x) * of(y, y)).sqrt()
-
-
-def kernel_alignment(s: Tensor, t: Tensor) -> Tensor:
-    losses = []
-    for a, b in zip(s, t, strict=True):
-        k, m = _centred(a @ a.T), _centred(b @ b.T)
-        squares = [p.square().sum().clamp_min(1e-6) for p in (k, m)]
-        losses.append(1 - (k * m).sum() / (squares[0] * squares[1]).sqrt())
-    return torch.stack(losses).mean()
-
-
-def gram_anchoring(s: Tensor, t: Tensor) -> Tensor:
-    return torch.stack([(cosines(a, a) - cosines(b, b)).square().mean() for a, b in zip(s, t, strict=True)]).mean()
-
-
 def pairwise_hsic(z: Tensor, bandwidth=1.5) -> Tensor:
-    grams = [_centred(kernel(f, f, "rbf", 0.5 / bandwidth**2)) for f in z.T[..., None]]
+    grams = [centred_kernel(kernel(f, f, "rbf", 0.5 / bandwidth**2)) for f in z.T[..., None]]
     return torch.stack([torch.stack([(k * m).sum() for m in grams]) for k in grams]) / (len(z) - 1) ** 2
 
 
@@ -226,7 +155,7 @@ def dhsic(x: Tensor, y: Tensor, z: Tensor, bandwidth=1.5) -> Tensor:
 
 
 def median_bandwidth(x: Tensor) -> Tensor:
-    median = _squares(x, x).sqrt()[_others(len(x)).triu()].median()
+    median = square_distances(x, x).sqrt()[other_rows(len(x)).triu()].median()
     return torch.where(median == 0, 1, median)
 
 
@@ -264,7 +193,7 @@ def entropy_diagonal(z: Tensor, noise=1.0) -> Tensor:
 
 
 def entropy_pairwise(z: Tensor, noise=1.0) -> Tensor:
-    near = (-_squares(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
+    near = (-square_distances(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
     return z.shape[1] / 2 * _log(2 * math.pi * noise**2) + z.shape[1] / 2 - near.mean()
 
 

@@ -7,7 +7,6 @@ from functools import partial
 from typing import Any
 
 import support_formulas as plain
-import torch
 from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
 from torch import nn
 
@@ -80,7 +79,6 @@ add_loss(
     as_module=lambda a, b, bank, **rest: losses.NTXentLoss(**rest)(a, b, negatives=bank),
     settings={"temperature": 0.5},
 )
-add_loss(losses.macl_loss, losses.MACLLoss, plain.macl, A, B, settings={"temperature": 0.5})
 add_loss(losses.info_nce_loss, losses.InfoNCELoss, plain.info_nce, A, B, settings={"temperature": 0.1})
 add_loss(
     losses.info_nce_loss,
@@ -105,57 +103,6 @@ add_loss(losses.sigmoid_loss, losses.SigmoidLoss, plain.sigmoid, A, B, settings=
 add_loss(losses.spectral_contrastive_loss, losses.SpectralContrastiveLoss, plain.spectral, A, B, settings={"mu": 1.0})
 PAIRED: dict[str, Any] = {"family": "Losses of pairs of rows", "more": POSITIONS}
 add_loss(losses.byol_loss, losses.BYOLLoss, plain.byol, A, Leaf((ROWS, D), "data"), **PAIRED)
-add_loss(
-    losses.negative_cosine_loss,
-    losses.NegativeCosineLoss,
-    plain.negative_cosine,
-    A,
-    Leaf((ROWS, D), "data"),
-    **PAIRED,
-)
-add_loss(
-    losses.negative_cosine_loss,
-    losses.NegativeCosineLoss,
-    plain.negative_cosine,
-    A,
-    B,
-    name="negative_cosine_loss (both)",
-    call=partial(losses.negative_cosine_loss, detach=False),
-    as_module=lambda p, z, **rest: losses.NegativeCosineLoss(detach=False, **rest)(p, z),
-    **PAIRED,
-)
-add_loss(
-    losses.alignment_uniformity_loss,
-    losses.AlignmentUniformityLoss,
-    plain.alignment_uniformity,
-    A,
-    B,
-    settings={"t": 2.0, "lam": 1.0},
-)
-REGIONS = Leaf((ROWS, 3, D))
-
-
-def _masks(a: Any) -> tuple[Any, Any]:
-    """The mask ids of the formula."""
-    first = (torch.arange(a.shape[-2], device=a.device) > 0).long().repeat(a.shape[-3], 1)
-    return first, 1 - first
-
-
-for name, count in (("detcon_loss", 2), ("detcon_loss (targets)", 4)):
-    add_loss(
-        losses.detcon_loss,
-        losses.DetConLoss,
-        plain.detcon,
-        *[REGIONS] * count,
-        name=name,
-        call=lambda a, b, *y, **rest: losses.detcon_loss(a, b, *_masks(a), targets=y or None, **rest),
-        as_module=lambda a, b, *y, **rest: losses.DetConLoss(**rest)(a, b, *_masks(a), targets=y or None),
-        settings={"temperature": 0.5},
-    )
-TOKENS, TEACHER = Leaf((ROWS, 4, D)), Leaf((ROWS, 4, D), "data")
-add_loss(losses.kernel_alignment_loss, losses.KernelAlignmentLoss, plain.kernel_alignment, TOKENS, TEACHER)
-add_loss(losses.gram_anchoring_loss, losses.GramAnchoringLoss, plain.gram_anchoring, TOKENS, TEACHER, size=1.0)
-add_loss(losses.koleo_loss, losses.KoLeoLoss, plain.koleo, A)
 add_loss(
     losses.simple_contrastive_loss,
     losses.SimpleContrastiveLoss,
@@ -290,9 +237,6 @@ OTHER = Leaf((ROWS, 3))
 add_metric(metrics.hsic, plain.hsic, A, OTHER, setting="rbf", settings=WIDTH, group=MEAN)
 linear = partial(metrics.hsic, kernel="linear")
 add_metric(metrics.hsic, plain.hsic_linear, A, OTHER, setting="linear", call=linear, group=MEAN)
-add_metric(metrics.cka, plain.cka, A, Leaf((ROWS, 2)), setting="biased", group=MEAN)
-unbiased = partial(metrics.cka, estimator="unbiased")
-add_metric(metrics.cka, plain.cka_unbiased, A, OTHER, setting="unbiased", call=unbiased, group=MEAN)
 add_metric(metrics.dhsic, plain.dhsic, A, OTHER, Leaf((ROWS, 2)), settings=WIDTH, group=MEAN, size=0.1)
 add_metric(metrics.pairwise_hsic, plain.pairwise_hsic, OTHER, settings=WIDTH)
 add_metric(metrics.median_bandwidth, plain.median_bandwidth, A, grad=False)

@@ -3,7 +3,7 @@
 import pickle
 
 import pytest
-import support_formulas as plain
+import support_pair_formulas as plain
 import torch
 from ranks import normal
 from torch.nn import functional as F
