@@ -18,6 +18,7 @@ TITLES = {
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
+    "pair_losses": "Further losses of pairs of rows, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
@@ -136,6 +137,7 @@ COLUMNS: dict[str, list[Column]] = {
         ),
         ERRORS,
     ],
+    "pair_losses": [_note("what"), *BARLOW],
     "unbiased": [
         SHAPE,
         _time("plug-in", "plug-in"),

@@ -8,11 +8,18 @@ from ranks import normal
 
 from sslkern import metrics
 from sslkern.losses import (
+    alignment_uniformity_loss,
     byol_loss,
     coding_rate_loss,
+    detcon_loss,
     frossl_loss,
+    gram_anchoring_loss,
     info_nce_loss,
+    kernel_alignment_loss,
+    koleo_loss,
+    macl_loss,
     mmcr_loss,
+    negative_cosine_loss,
     nt_xent_loss,
     sigmoid_loss,
     simple_contrastive_loss,
@@ -71,7 +78,22 @@ SPECTRA = {
     "mmcr by rows": (mmcr_loss, rows(2, d=20)),
     "mmcr by columns": (mmcr_loss, rows(2)),
 }
+
+
+def regions(a, b, *rest, group, **settings):
+    """DetCon: two ids of masks, of which the first view of some images lacks one."""
+    *targets, first, second = rest
+    return detcon_loss(a, b, first, second, 0.3, targets=targets or None, group=group, **settings)
+
+
+def fixed(loss, s, t, group, **settings):
+    """A loss whose teacher has no gradient, with a gradient of zeros."""
+    return loss(s, t, group=group, **settings) + 0 * t.sum()
+
+
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
+IMAGES = [normal(ROWS, 3, 4, seed=k) for k in range(4)]
+MASKS = [(torch.arange(3 * ROWS) ** 2 // 3 % (2 + k)).view(ROWS, 3) * 10**12 for k in (0, 1)]
 LOSSES = {
     "nt_xent": (partial(nt_xent_loss, temperature=0.3), rows(2)),
     "nt_xent, 3 views": (three, rows(3)),
@@ -97,6 +119,15 @@ LOSSES = {
     "simple": (simple_contrastive_loss, rows(2)),
     "simple, beta": (partial(simple_contrastive_loss, beta=0.7), rows(2)),
     "byol": (targeted, rows(2)),
+    "negative cosine": (partial(negative_cosine_loss, detach=False), rows(2)),
+    "alignment and uniformity": (partial(alignment_uniformity_loss, t=3.0, lam=0.7), rows(2)),
+    "alignment and uniformity, powers": (partial(alignment_uniformity_loss, alpha=1.5), rows(2)),
+    "macl": (partial(macl_loss, temperature=0.3), rows(2)),
+    "detcon": (regions, [*IMAGES[:2], *MASKS]),
+    "detcon, targets": (regions, [*IMAGES, *MASKS]),
+    "kernel alignment": (partial(fixed, kernel_alignment_loss), [normal(ROWS, 4, 3), normal(ROWS, 4, 3, seed=1)]),
+    "gram anchoring": (partial(fixed, gram_anchoring_loss), [normal(ROWS, 4, 3), normal(ROWS, 4, 3, seed=1)]),
+    "koleo": (koleo_loss, rows(1)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),
@@ -110,6 +141,9 @@ LOSSES = {
         partial(metrics.hsic, kernel="linear", estimator="unbiased"),
         [normal(ROWS, 30), normal(ROWS, 40)],
     ),
+    "cka": (metrics.cka, [normal(ROWS, 3), normal(ROWS, 4)]),
+    "cka, unbiased": (partial(metrics.cka, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
+    "cka by rows": (metrics.cka, [normal(ROWS, 30), normal(ROWS, 40)]),
     "dhsic": (metrics.dhsic, [normal(ROWS, 3), normal(ROWS, 4), normal(ROWS, 1)]),
     "dhsic, bandwidths": (partial(metrics.dhsic, bandwidth=(0.7, 1.3)), [normal(ROWS, 3), normal(ROWS, 4)]),
 }

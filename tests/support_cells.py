@@ -36,11 +36,13 @@ TICO = "tico_loss; TiCoLoss"
 SPECTRAL = "spectral_contrastive_loss; SpectralContrastiveLoss"
 CONTRASTIVE = (
     "nt_xent_loss*; NTXentLoss*; info_nce_loss*; InfoNCELoss*; supervised_contrastive_loss; SupervisedContrastiveLoss; "
-    "sigmoid_loss; SigmoidLoss"
+    "sigmoid_loss; SigmoidLoss; detcon_loss*; DetConLoss*; macl_loss; MACLLoss"
 )
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
-BYOL = "byol_loss; BYOLLoss"
+BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
+TOKENS = "kernel_alignment_loss; KernelAlignmentLoss; gram_anchoring_loss; GramAnchoringLoss"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
+SPREAD = "koleo_loss; KoLeoLoss; alignment_uniformity_loss; AlignmentUniformityLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
@@ -48,9 +50,8 @@ KERNELS = (
 )
 TRAINED = "BatchNorm1d; BatchNorm2d; BatchNorm3d; BatchNorm1d (relu); BatchNormReLU; SyncBatchNorm; convert_batchnorm"
 TWO_ROWS = (
-    f"{COLUMNS}; {SIMPLE}; frossl_loss; FroSSLLoss; vicregl_loss; VICRegLLoss; "
-    "covariance; cross_correlation; hsic*; dhsic; pairwise_hsic; median_bandwidth; "
-    "participation_ratio"
+    f"{COLUMNS}; {SIMPLE}; frossl_loss; FroSSLLoss; vicregl_loss; VICRegLLoss; covariance; cross_correlation; "
+    f"hsic*; dhsic; pairwise_hsic; median_bandwidth; participation_ratio; {SPREAD}; cka*"
 )
 ORTHOGONAL = "rank_k_update_*; project_direct_; project_tangent_; reorthogonalize_; init.*; skinny_products"
 
@@ -58,8 +59,8 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; {INFO}; {BYOL}; {TICO}; coding_*; Coding*; mmcr_loss; MMCRLoss; "
-        "pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {INFO}; {BYOL}; {TICO}; coding_*; Coding*; mmcr_loss; MMCRLoss; pairwise_reduce*; "
+        f"kernel_matmul; entropy*; rankme; amari_distance; {TOKENS}",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
@@ -68,7 +69,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN; {SPREAD}; {TOKENS}",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -98,9 +99,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; "
-        f"cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
-        "kernel_matmul; low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; cross_correlation; batch_*; "
+        f"{TRAINED}; BatchNorm1d (eval); kernel_matmul; low_rank_residual*; {SPREAD}; {TOKENS}; cka (biased); "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",
@@ -158,13 +158,13 @@ REASONS = [
     Reason(
         REFUSED,
         "compiled group",
-        "*_loss*; covariance; cross_correlation; hsic*; dhsic",
+        "*_loss*; covariance; cross_correlation; hsic*; cka*; dhsic",
         "if the ranks have different numbers of rows, every rank raises an error, because the compiled graph assumes "
         "that all ranks have the same number of rows; "
         "otherwise the value is correct",
     ),
     Reason(TORCH, "zero", "frossl_loss; FroSSLLoss", "the logarithm of 0 if all elements of a view are 0"),
-    Reason(TORCH, "zero", "participation_ratio; rankme", "0 / 0 if all elements of z are 0"),
+    Reason(TORCH, "zero", "participation_ratio; rankme; cka*", "0 / 0 if all elements are 0"),
 ]
 NOT_FINITE = ("NaN", "inf")  # states of which the right value may be NaN or inf: that of the formula in plain torch
 

@@ -58,14 +58,14 @@ def barlow_twins(a: Tensor, b: Tensor, lambd=0.0051, eps=1e-5) -> Tensor:
     return (1 - diagonal).square().sum() + lambd * offdiag
 
 
-def _others(n: int) -> Tensor:
+def other_rows(n: int) -> Tensor:
     return ~torch.eye(n, dtype=torch.bool)
 
 
 def nt_xent(*views: Tensor, temperature=0.5) -> Tensor:
     z, n = torch.cat(views), len(views[0])
     sample = torch.arange(n).repeat(len(views))
-    others = _others(len(z))
+    others = other_rows(len(z))
     return contrast(cosines(z, z) / temperature, (sample[:, None] == sample) & others, others, False)
 
 
@@ -85,7 +85,7 @@ def clip(q: Tensor, k: Tensor, scale=5.0) -> Tensor:
 
 
 def supervised(z: Tensor, labels: Tensor, temperature=0.1) -> Tensor:
-    others = _others(len(z))
+    others = other_rows(len(z))
     positive = (labels[:, None] == labels) & others
     if not positive.any():
         return 0 * z.sum()
@@ -101,7 +101,7 @@ def spectral(a: Tensor, b: Tensor, mu=1.0) -> Tensor:
     root = mu**0.5
     x, y = (torch.where(z.norm(dim=1, keepdim=True) > root, root * F.normalize(z, dim=1), z) for z in (a, b))
     s, n = x @ y.T, len(a)
-    off = (s.square() * _others(n)).sum() / max(1, n * (n - 1))
+    off = (s.square() * other_rows(n)).sum() / max(1, n * (n - 1))
     return (off - 2 * s.diagonal().mean()) / mu
 
 
@@ -109,17 +109,17 @@ def byol(p: Tensor, z: Tensor) -> Tensor:
     return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
 
 
-def _squares(x: Tensor, y: Tensor) -> Tensor:
+def square_distances(x: Tensor, y: Tensor) -> Tensor:
     return (x[:, None] - y).square().sum(-1)
 
 
 def simple_contrastive(a: Tensor, b: Tensor, beta=0.0) -> Tensor:
-    squares, n = _squares(a, b) / 2, len(a)
-    return (1 + beta) * squares.diagonal().mean() - (squares * _others(n)).sum() / (n * (n - 1))
+    squares, n = square_distances(a, b) / 2, len(a)
+    return (1 + beta) * squares.diagonal().mean() - (squares * other_rows(n)).sum() / (n * (n - 1))
 
 
 def kernel(x: Tensor, y: Tensor, name: str, c) -> Tensor:
-    t = c * {"dot": lambda: x @ y.T, "cosine": lambda: cosines(x, y)}.get(name, lambda: _squares(x, y))()
+    t = c * {"dot": lambda: x @ y.T, "cosine": lambda: cosines(x, y)}.get(name, lambda: square_distances(x, y))()
     return (-t).exp() if name == "rbf" else t
 
 
@@ -127,12 +127,12 @@ def kernel_matmul(x: Tensor, s: Tensor, b: Tensor, bandwidth=1.0) -> Tensor:
     return kernel(x, s, "rbf", 0.5 / bandwidth**2) @ b
 
 
-def _centred(k: Tensor) -> Tensor:
+def centred_kernel(k: Tensor) -> Tensor:
     return k - k.mean(0) - k.mean(1, keepdim=True) + k.mean()
 
 
 def _hsic_of(k: Tensor, m: Tensor) -> Tensor:
-    return (_centred(k) * _centred(m)).sum() / (len(k) - 1) ** 2
+    return (centred_kernel(k) * centred_kernel(m)).sum() / (len(k) - 1) ** 2
 
 
 def hsic(x: Tensor, y: Tensor, bandwidth=1.5) -> Tensor:
@@ -144,7 +144,7 @@ def hsic_linear(x: Tensor, y: Tensor) -> Tensor:
 
 
 def pairwise_hsic(z: Tensor, bandwidth=1.5) -> Tensor:
-    grams = [_centred(kernel(f, f, "rbf", 0.5 / bandwidth**2)) for f in z.T[..., None]]
+    grams = [centred_kernel(kernel(f, f, "rbf", 0.5 / bandwidth**2)) for f in z.T[..., None]]
     return torch.stack([torch.stack([(k * m).sum() for m in grams]) for k in grams]) / (len(z) - 1) ** 2
 
 
@@ -155,7 +155,7 @@ def dhsic(x: Tensor, y: Tensor, z: Tensor, bandwidth=1.5) -> Tensor:
 
 
 def median_bandwidth(x: Tensor) -> Tensor:
-    median = _squares(x, x).sqrt()[_others(len(x)).triu()].median()
+    median = square_distances(x, x).sqrt()[other_rows(len(x)).triu()].median()
     return torch.where(median == 0, 1, median)
 
 
@@ -193,7 +193,7 @@ def entropy_diagonal(z: Tensor, noise=1.0) -> Tensor:
 
 
 def entropy_pairwise(z: Tensor, noise=1.0) -> Tensor:
-    near = (-_squares(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
+    near = (-square_distances(z, z) / (2 * noise**2)).logsumexp(1) - math.log(len(z))
     return z.shape[1] / 2 * _log(2 * math.pi * noise**2) + z.shape[1] / 2 - near.mean()
 
 

@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import support_layer_formulas as plain
+import support_pair_functions  # noqa: F401  # adds its functions
 import torch
 from support import JOINT, OWN, ROWS, STACK, SUBJECTS, WHOLE, A, D, Leaf, add
 from support_functions import MOVED, TALL

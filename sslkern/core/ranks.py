@@ -120,6 +120,10 @@ class Batch:
         """The sum of `x` over the ranks; differentiable."""
         return x
 
+    def log_summed(self, x: Tensor) -> Tensor:
+        """The log-sum-exp of `x` over the ranks, element by element; differentiable."""
+        return x
+
     def mean(self, rows: Tensor) -> Tensor:
         """This rank's share of the mean over the whole batch. `rows` (..., n) has one number for each row of this
         rank."""
@@ -161,6 +165,13 @@ class JointBatch(Batch):
     def summed(self, x: Tensor) -> Tensor:
         return collectives.summed(x, self.peers)
 
+    def log_summed(self, x: Tensor) -> Tensor:
+        top = collectives.all_reduce(x.detach(), self.peers.name, "max")
+        top = top.masked_fill(top == -torch.inf, 0)
+        total = self.summed((x - top).exp())
+        none = total == 0  # no rank has a term, as in a joint batch of one row
+        return (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
+
     def mean(self, rows: Tensor) -> Tensor:
         return self.average(rows.sum(), rows.shape[-1], rows.shape[:-1].numel())
 
@@ -172,13 +183,7 @@ class JointBatch(Batch):
 
     def logsumexp(self, columns: Tensor) -> Tensor:
         before = sum(self.counts[: self.peers.rank])
-        columns = columns.roll(before, 0)
-        top = collectives.all_reduce(columns.detach(), self.peers.name, "max")
-        top = top.masked_fill(top == -torch.inf, 0)
-        total = self.summed((columns - top).exp())
-        none = total == 0  # no rank has a term, as in a joint batch of one row
-        logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
-        return collectives.own_rows(logs, self.counts, self.peers, 0)
+        return collectives.own_rows(self.log_summed(columns.roll(before, 0)), self.counts, self.peers, 0)
 
 
 ALONE = Batch()

@@ -1,12 +1,19 @@
 """The losses, each as a function and as a module."""
 
+from .alignment_uniformity import AlignmentUniformityLoss, alignment_uniformity_loss
 from .barlow_twins import BarlowTwinsLoss, barlow_twins_loss
 from .byol import BYOLLoss, byol_loss
 from .coding_rate import CodingRateLoss, coding_rate_loss
+from .detcon import DetConLoss, detcon_loss
 from .frossl import FroSSLLoss, frossl_loss
+from .gram_anchoring import GramAnchoringLoss, gram_anchoring_loss
 from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
+from .kernel_alignment import KernelAlignmentLoss, kernel_alignment_loss
+from .koleo import KoLeoLoss, koleo_loss
+from .macl import MACLLoss, macl_loss
 from .mmcr import MMCRLoss, mmcr_loss
+from .negative_cosine import NegativeCosineLoss, negative_cosine_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
 from .simple_contrastive import SimpleContrastiveLoss, simple_contrastive_loss
@@ -20,14 +27,21 @@ from .vicregl import VICRegLLoss, vicregl_loss
 from .whitening_mse import WhiteningMSELoss, whitening_mse_loss
 
 __all__ = [
+    "AlignmentUniformityLoss",
     "BYOLLoss",
     "BarlowTwinsLoss",
     "CodingRateLoss",
+    "DetConLoss",
     "FroSSLLoss",
+    "GramAnchoringLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
+    "KernelAlignmentLoss",
+    "KoLeoLoss",
+    "MACLLoss",
     "MMCRLoss",
     "NTXentLoss",
+    "NegativeCosineLoss",
     "SigmoidLoss",
     "SimpleContrastiveLoss",
     "SpectralContrastiveLoss",
@@ -38,13 +52,20 @@ __all__ = [
     "VICRegLoss",
     "VIbCRegLoss",
     "WhiteningMSELoss",
+    "alignment_uniformity_loss",
     "barlow_twins_loss",
     "byol_loss",
     "coding_rate_loss",
+    "detcon_loss",
     "frossl_loss",
+    "gram_anchoring_loss",
     "info_nce_loss",
     "info_vicreg_loss",
+    "kernel_alignment_loss",
+    "koleo_loss",
+    "macl_loss",
     "mmcr_loss",
+    "negative_cosine_loss",
     "nt_xent_loss",
     "sigmoid_loss",
     "simple_contrastive_loss",

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from ..core import checks, ranks
+from ..core import ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.unit_rows import check_eps, unit_rows
-from ._pairs import shown
-from ._positions import check_positions, to_stack
+from ._positions import check_positions
+from ._predictions import shown_settings, vectors
 
 
 def byol_loss(
@@ -51,15 +51,8 @@ def byol_loss(
     Source: Grill et al., BYOL (2006.07733).
     """
 
-    def check(least: int) -> tuple[Tensor, Tensor]:
-        x, y = to_stack("p", p, dim, batch_dim, "separate"), to_stack("z", z, dim, batch_dim, "separate")
-        checks.matrix_stack("p", x, least)
-        checks.matrix_stack("z", y, least)
-        checks.same_shape("p", x, "z", y)
-        check_eps(eps)
-        return x, y.detach()
-
-    batch, (x, y) = ranks.batch(group, 1, check)
+    batch, x, y = vectors(p, z, eps, dim, batch_dim, group)
+    y = y.detach()
     dtype = accumulation_dtype(x, y)
     return batch.mean((unit_rows(x, dtype, eps) - unit_rows(y, dtype, eps)).square().sum(-1))
 
@@ -78,4 +71,4 @@ class BYOLLoss(nn.Module):
         return byol_loss(p, z, eps=self.eps, dim=self.dim, batch_dim=self.batch_dim, group=self.group)
 
     def extra_repr(self) -> str:
-        return f"eps={shown(self.eps)}, dim={self.dim}, batch_dim={self.batch_dim}{ranks.shown(self.group)}"
+        return shown_settings(self.eps, self.dim, self.batch_dim, self.group)

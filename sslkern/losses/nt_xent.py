@@ -11,8 +11,17 @@ from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.pairs import reduce_pairs
-from ..ops.unit_rows import least_length, unit_rows
-from ._pairs import check_normalize, cross_entropy, inverse, row_products, shown, shown_last
+from ..ops.unit_rows import unit_rows
+from ._pairs import (
+    against_other_samples,
+    check_normalize,
+    cross_entropy,
+    inverse,
+    row_products,
+    shown,
+    shown_last,
+    unit_views,
+)
 
 
 def nt_xent_loss(
@@ -86,14 +95,8 @@ def nt_xent_loss(
         x, y, bank = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)
         return batch.mean(rows)
-    z = _unit_views(views, dtype, eps) if normalize else torch.stack([view.to(dtype) for view in views])
-    every = batch.every(z)
-    x = z.flatten(0, 1)
-    keys = x if every is z else every.flatten(0, 1)
-    samples = torch.arange(every.shape[1], device=z.device).repeat(len(views))
-    mine = samples if every is z else torch.arange(z.shape[1], device=z.device).repeat(len(views))
-    total = reduce_pairs(x, keys, c, mask="different", labels=(mine, samples))
-    return batch.mean(_loss(c * _positives(z), total.view(z.shape[:2]), inside, decoupled))
+    z = unit_views(views, dtype, eps) if normalize else torch.stack([view.to(dtype) for view in views])
+    return batch.mean(_loss(c * _positives(z), against_other_samples(z, c, batch), inside, decoupled))
 
 
 def _check(
@@ -126,20 +129,6 @@ def _check_settings(
     checks.flag("inside", inside)
     checks.flag("decoupled", decoupled)
     check_normalize(normalize, eps)
-
-
-def _unit_views(views: tuple[Tensor, ...], dtype: torch.dtype, eps: float | None) -> Tensor:
-    """The views (V, N, D) with rows of unit length, computed in one pass if the same eps applies to all views.
-
-    The views are converted to `dtype` before they are stacked, because autocast can stack only its own half-precision
-    dtype.
-    """
-    if {view.dtype for view in views} == {dtype}:
-        return unit_rows(torch.stack(views), dtype, eps)
-    kinds = {least_length(view, eps) for view in views}
-    if len(kinds) == 1:
-        return unit_rows(torch.stack([view.to(dtype) for view in views]), dtype, kinds.pop())
-    return torch.stack([unit_rows(view, dtype, eps) for view in views])
 
 
 def _positives(z: Tensor) -> Tensor:

@@ -11,7 +11,7 @@ from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Batch, Group
 from ..ops.pairs import reduce_pairs
 from ..ops.unit_rows import check_eps, unit_rows
-from ._pairs import cross_entropy, inverse, row_products, shown, shown_last
+from ._pairs import cross_entropy, inverse, places, row_products, shown, shown_last
 
 
 def supervised_contrastive_loss(
@@ -110,7 +110,7 @@ def _outside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: f
     class, these rows contribute <R, S> to |S|^2.
     """
     total = reduce_pairs(u, keys, c, mask="offdiag")
-    place = _places(labels[1])
+    place = places(labels[1])
     size = torch.zeros_like(place).index_add(0, place, torch.ones_like(place))
     weight = torch.where(size > 1, 1 / (size.to(u.dtype) - 1), 0)
     n = u.shape[0]
@@ -121,13 +121,6 @@ def _outside_labels(u: Tensor, keys: Tensor, labels: tuple[Tensor, Tensor], c: f
     similar = (weight * squares.sum(-1)).sum() - (weight[mine] * row_products(u, own)).sum()
     counts = size[mine] > 1
     return batch.ratio(torch.where(counts, total, 0).sum() - c * similar, counts.sum())
-
-
-def _places(labels: Tensor) -> Tensor:
-    """The index of each label among the sorted distinct labels, without the host sync of torch.unique."""
-    ordered, order = labels.sort()
-    places = F.pad((ordered.diff() != 0).cumsum(0), (1, 0))
-    return torch.empty_like(labels).scatter(0, order, places)
 
 
 def _sums(u: Tensor, place: Tensor, size: int) -> Tensor:

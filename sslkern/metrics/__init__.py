@@ -2,6 +2,7 @@
 
 from .amari import amari_distance
 from .bandwidth import median_bandwidth
+from .cka import cka
 from .dhsic import dhsic
 from .entropy import entropy
 from .hsic import hsic, pairwise_hsic
@@ -9,6 +10,7 @@ from .rank import participation_ratio, rankme
 
 __all__ = [
     "amari_distance",
+    "cka",
     "dhsic",
     "entropy",
     "hsic",

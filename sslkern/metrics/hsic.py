@@ -76,7 +76,7 @@ def hsic(
             given_scales(bandwidth, [("x", x), ("y", y)])
         return x, y
 
-    batch, _ = ranks.batch(group, _least_rows(estimator), check)
+    batch, _ = ranks.batch(group, least_rows(estimator), check)
     unbiased = estimator == "unbiased"
     if kernel == "linear":
         sums = linear_sums(x, y, unbiased, batch)
@@ -121,7 +121,7 @@ def pairwise_hsic(
     """
     _check_settings(kernel, estimator, bandwidth)
     checks.flag("normalized", normalized)
-    checks.matrix_stack("z", z, min_rows=_least_rows(estimator))
+    checks.matrix_stack("z", z, min_rows=least_rows(estimator))
     if isinstance(bandwidth, tuple):
         raise TypeError("bandwidth must be a number, a torch.Tensor or None for all features, got a tuple.")
     if kernel == "linear":
@@ -154,10 +154,15 @@ def _formula(sums: Sums, n: int, unbiased: bool) -> Tensor:
 
 def _check_settings(kernel: str, estimator: str, bandwidth: object) -> None:
     checks.one_of("kernel", kernel, _KERNELS)
-    checks.one_of("estimator", estimator, _ESTIMATORS)
+    check_estimator(estimator)
     if kernel != "rbf" and bandwidth is not None:
         raise ValueError(f"bandwidth is for kernel='rbf', got one with kernel={kernel!r}.")
 
 
-def _least_rows(estimator: str) -> int:
+def check_estimator(estimator: str) -> None:
+    checks.one_of("estimator", estimator, _ESTIMATORS)
+
+
+def least_rows(estimator: str) -> int:
+    """The least number of rows that the estimator needs."""
     return 4 if estimator == "unbiased" else 2
