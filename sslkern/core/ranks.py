@@ -116,6 +116,10 @@ class Batch:
         """The sum of `x` over the ranks; differentiable."""
         return x
 
+    def same(self, x: Tensor) -> Tensor:
+        """The `x` of the first rank, which has the same shape on all ranks. Not differentiable."""
+        return x
+
     def mean(self, rows: Tensor) -> Tensor:
         """This rank's share of the mean over the whole batch. `rows` (..., n) has one number for each row of this
         rank."""
@@ -153,6 +157,9 @@ class JointBatch(Batch):
 
     def summed(self, x: Tensor) -> Tensor:
         return collectives.summed(x, self.peers)
+
+    def same(self, x: Tensor) -> Tensor:
+        return collectives.of_first(x, self.peers)
 
     def mean(self, rows: Tensor) -> Tensor:
         return self.average(rows.sum(), rows.shape[-1], rows.shape[:-1].numel())

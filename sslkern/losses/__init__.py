@@ -6,6 +6,7 @@ from .info_nce import InfoNCELoss, info_nce_loss
 from .info_vicreg import InfoVICRegLoss, info_vicreg_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
+from .sigreg import LeJEPALoss, SIGRegLoss, lejepa_loss, sigreg_loss
 from .simple_contrastive import SimpleContrastiveLoss, simple_contrastive_loss
 from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
 from .supervised_contrastive import SupervisedContrastiveLoss, supervised_contrastive_loss
@@ -17,7 +18,9 @@ __all__ = [
     "BarlowTwinsLoss",
     "InfoNCELoss",
     "InfoVICRegLoss",
+    "LeJEPALoss",
     "NTXentLoss",
+    "SIGRegLoss",
     "SigmoidLoss",
     "SimpleContrastiveLoss",
     "SpectralContrastiveLoss",
@@ -28,8 +31,10 @@ __all__ = [
     "byol_loss",
     "info_nce_loss",
     "info_vicreg_loss",
+    "lejepa_loss",
     "nt_xent_loss",
     "sigmoid_loss",
+    "sigreg_loss",
     "simple_contrastive_loss",
     "spectral_contrastive_loss",
     "supervised_contrastive_loss",
