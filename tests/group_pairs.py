@@ -10,8 +10,10 @@ from sslkern import metrics
 from sslkern.losses import (
     byol_loss,
     info_nce_loss,
+    lejepa_loss,
     nt_xent_loss,
     sigmoid_loss,
+    sigreg_loss,
     simple_contrastive_loss,
     spectral_contrastive_loss,
 )
@@ -42,6 +44,25 @@ def targeted(p, z, group):
     return byol_loss(p, z, group=group) + 0 * z.sum()
 
 
+def slices(z):
+    return normal(z.shape[-1], 7)
+
+
+def sliced(z, group):
+    return sigreg_loss(z, directions=slices(z), group=group)
+
+
+def sliced_views(a, b, c, group):
+    """Two global views and a local one."""
+    return lejepa_loss(torch.stack((a, b)), c[None], 0.3, directions=slices(a), group=group)
+
+
+def drawn(z, group):
+    """The directions of the first rank, whatever the others draw."""
+    torch.manual_seed(5 if group is None else 5 + dist.get_rank())
+    return sigreg_loss(z.double(), num_slices=4, group=group)
+
+
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
 LOSSES = {
     "nt_xent": (partial(nt_xent_loss, temperature=0.3), rows(2)),
@@ -68,6 +89,9 @@ LOSSES = {
     "simple": (simple_contrastive_loss, rows(2)),
     "simple, beta": (partial(simple_contrastive_loss, beta=0.7), rows(2)),
     "byol": (targeted, rows(2)),
+    "sigreg": (sliced, rows(1)),
+    "sigreg, drawn": (drawn, rows(1)),
+    "lejepa": (sliced_views, rows(3)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),

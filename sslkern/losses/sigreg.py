@@ -105,15 +105,15 @@ def lejepa_loss(
     Args:
         global_views: the projections of the global views, (V, N, D), V >= 1 and N >= 1; float32, bfloat16, float16 or
             float64; any strides.
-        local_views: None, or the projections of the local views, (W, N, D), with the dtype and device of the global
-            views.
+        local_views: None, or the projections of the local views, (W, N, D), in any of these dtypes, on the
+            device of the global views.
         lambd: the weight of SIGReg, a number or a floating-point tensor with one element, which gets a gradient.
         num_slices, knots, t_max, symmetric, directions, generator: as for `sigreg_loss`. The directions are shared by
             all views.
         group: the ranks that hold the samples; see `sslkern.distributed`. All views of a sample must be on one rank.
 
     Returns:
-        The loss, a scalar, computed in float32, or in float64 if the views are float64.
+        The loss, a scalar, computed in float32, or in float64 if a view is float64.
 
     Raises:
         TypeError: an argument has the wrong type or dtype. ValueError: shapes or devices do not fit, or a setting is
@@ -133,8 +133,9 @@ def lejepa_loss(
         return views
 
     batch, views = ranks.batch(group, 1, check)
-    z = global_views if local_views is None else torch.cat(views)
-    dtype = accumulation_dtype(z)
+    dtype = accumulation_dtype(*views)
+    alike = {view.dtype for view in views} == {global_views.dtype}
+    z = global_views if local_views is None else torch.cat([view if alike else view.to(dtype) for view in views])
     centres = global_views.to(dtype).mean(0)
     squares = (z.to(dtype) - centres).square().sum()
     invariance = batch.average(squares, z.shape[1], z.shape[0] * z.shape[2])
@@ -165,7 +166,8 @@ def _drawn(z: Tensor, num_slices: int, generator: Source, batch: Batch) -> Tenso
         generator = torch.Generator(z.device).manual_seed(generator)
     dtype = accumulation_dtype(z)
     a = torch.randn(z.shape[-1], num_slices, dtype=dtype, device=z.device, generator=generator)
-    return (a if shared else batch.same(a)) / a.norm(dim=0)
+    a = a if shared else batch.same(a)
+    return a / a.norm(dim=0)
 
 
 def _check_settings(num_slices: object, knots: object, t_max: object, symmetric: object, generator: object) -> None:
@@ -195,7 +197,7 @@ def _check_views(name: str, views: object, least: int, of: Tensor) -> None:
         raise ValueError(
             f"global_views and local_views must have the same N and D, got {tuple(of.shape)} and {tuple(views.shape)}."
         )
-    checks.alike("global_views", of, name, views)
+    checks.beside("global_views", of, name, views)
 
 
 class SIGRegLoss(nn.Module):

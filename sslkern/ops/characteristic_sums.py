@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from math import inf
 from numbers import Real
 
 import torch
@@ -42,6 +42,8 @@ class _Sums(Op):
     @staticmethod
     @first_order
     def backward(ctx, grad, _):
+        if grad is None:
+            return (None,) * 6
         z, directions, projections = ctx.saved_tensors
         return pick("characteristic_sums_bwd", z)(grad, z, directions, projections, *ctx.knots), *(None,) * 5
 
@@ -118,6 +120,6 @@ def check_directions(directions: object, z: Tensor) -> None:
 
 
 def check_first(first: object) -> float:
-    if isinstance(first, bool) or not isinstance(first, Real) or not math.isfinite(first):
+    if isinstance(first, bool) or not isinstance(first, Real) or not -inf < float(first) < inf:
         raise ValueError(f"first must be a finite number, got {checks.got(first)}.")
     return float(first)
