@@ -8,6 +8,7 @@ computed in tiles again for each strip of columns would save that memory, and ru
 from __future__ import annotations
 
 import math
+import struct
 
 import torch
 import triton
@@ -166,31 +167,43 @@ def slopes_kernel(
 def turns_of(angle: float) -> tuple[float, float]:
     """The turns of an angle as the sum of two float32 numbers."""
     turns = angle / (2 * math.pi)
-    high = torch.tensor(turns, dtype=torch.float32).item()
+    (high,) = struct.unpack("f", struct.pack("f", turns))
     return high, turns - high
 
 
-def operand(z: Tensor) -> Tensor:
-    """(S, N, D) in fp32, with rows and slices aligned alike; z itself, if it is so already."""
-    aligned = z.shape[2] % launch.PITCH == 0 and z.shape[1] * z.shape[2] % 64 == 0
-    if z.dtype == torch.float32 and aligned and z.is_contiguous():
-        return z
-    return launch.pitched(z, *z.shape).copy_(z)
+def operand(x: Tensor, role: str, summed: str) -> Tensor:
+    """An operand of `gemm.multiply`, "left" or "right", of x (S, rows, columns), whose rows or columns are summed; with
+    rows and slices aligned alike."""
+    names = gemm.planes_for(role)
+    if names == "f":
+        aligned = x.shape[2] % launch.PITCH == 0 and x.shape[1] * x.shape[2] % 64 == 0
+        if x.dtype == torch.float32 and aligned and x.is_contiguous():
+            return x
+        return launch.pitched(x, *x.shape).copy_(x)
+    wide = x.float()
+    high = wide.bfloat16()
+    planes = {"h": high, "l": (wide - high).bfloat16()}
+    count, n, d = x.shape
+    out, _ = gemm.empty_operand(x, count, n, d, names, summed)
+    dim = -1 if summed == "columns" else -2
+    for place, name in zip(out.split(x.shape[dim], dim), names, strict=True):
+        place.copy_(planes[name])
+    return out
 
 
-def of_directions(directions: Tensor, slices: int) -> Tensor:
-    a = launch.slices(directions) if directions.dim() > 2 and slices else directions[None]
-    shared = directions.dim() == 2 or a.stride(0) == 0
-    return operand(a[:1]).expand(slices, -1, -1) if shared else operand(a)
+def of_directions(directions: Tensor, slices: int, turned: bool) -> Tensor:
+    """The right operand of the directions (..., D, K), or of their transposed: one for all slices that share them."""
+    a = launch.slices(directions)
+    a = a[:1] if a.stride(0) == 0 else a
+    return operand(a.mT if turned else a, "right", "rows").expand(slices, -1, -1)
 
 
 def project(z: Tensor, directions: Tensor) -> Tensor:
     """The projections (S, N, K), pitched."""
     rows = launch.slices(z)
     count, n, d = rows.shape
-    return gemm.multiply(
-        operand(rows), of_directions(directions, count), launch.pitched(z, count, n, directions.shape[-1]), d
-    )
+    out = launch.pitched(z, count, n, directions.shape[-1])
+    return gemm.multiply(operand(rows, "left", "columns"), of_directions(directions, count, False), out, d)
 
 
 def characteristic_sums_fwd(
@@ -227,7 +240,8 @@ def characteristic_sums_bwd(
             slopes.stride(1), n, k, count, first, step, *turns_of(first), *turns_of(step),
             ROWS=WEIGHED, COLS=COLS, num_warps=1,
         )  # fmt: skip
-        out = gemm.multiply(slopes, of_directions(directions, s).mT, launch.pitched(z, s, n, d), k)
+        left, right = operand(slopes, "left", "columns"), of_directions(directions, s, True)
+        out = gemm.multiply(left, right, launch.pitched(z, s, n, d), k)
     return out.to(z.dtype).contiguous().view(z.shape)
 
 
