@@ -117,7 +117,8 @@ void sum_part(const Matrix& z, int64_t begin, int64_t end, const Directions<T>& 
 template <class T>
 void sum_slices(const Tensor& z, const Tensor& directions, const Knots<T>& knots, T* out, T* kept) {
   const int64_t n = z.size(-2), d = z.size(-1), k = directions.size(-1), tall = 2 * knots.count,
-                parts = std::max<int64_t>(1, ceil_div(n, kTurnPart)), strips = ceil_div(k, kTurnCols), numbers = tall * kTurnCols;
+                parts = std::max<int64_t>(1, ceil_div(n, kTurnPart)), strips = ceil_div(k, kTurnCols),
+                numbers = tall * kTurnCols;
   for_directions<T>(z, directions, [&](int64_t first, int64_t last, const T* a) {
     const Directions<T> packed(z, a, d, k, true, false);
     const int64_t slices = last - first;
