@@ -102,7 +102,7 @@ def sums_kernel(
 
 
 @launch.kernel("chunks")
-def collect_kernel(
+def add_chunks_kernel(
     parts,  # (S, chunks, numbers)
     out,  # (S, numbers)
     numbers,
@@ -221,7 +221,9 @@ def characteristic_sums_fwd(
             *turns_of(first), *turns_of(step), ROWS=SUMMED, COLS=COLS, num_warps=1,
         )  # fmt: skip
         out = launch.workspace(z, *lead, 2, count, k)
-        collect_kernel[(s * triton.cdiv(2 * count * k, 256),)](parts, out, 2 * count * k, chunks, COLS=256, num_warps=2)
+        add_chunks_kernel[(s * triton.cdiv(2 * count * k, 256),)](
+            parts, out, 2 * count * k, chunks, COLS=256, num_warps=2
+        )
     return out, x.contiguous().view(*lead, n, k) if keep else z.new_empty(0, dtype=torch.float32)
 
 
@@ -258,7 +260,7 @@ COMPILE_CASES = [
         floats=_TURNS,
     ),
     launch.CompileCase(
-        "characteristic_sums_collect", collect_kernel, {"parts": "*fp32", "out": "*fp32"}, {"COLS": 256}, warps=2
+        "characteristic_sums_chunks", add_chunks_kernel, {"parts": "*fp32", "out": "*fp32"}, {"COLS": 256}, warps=2
     ),
     launch.CompileCase(
         "characteristic_sums_slopes",
