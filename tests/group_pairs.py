@@ -7,6 +7,7 @@ import torch.distributed as dist
 from ranks import normal
 
 from sslkern import metrics
+from sslkern.core.ranks import peers_of
 from sslkern.losses import (
     byol_loss,
     info_nce_loss,
@@ -59,7 +60,7 @@ def sliced_views(a, b, c, group):
 
 def drawn(z, group):
     """The directions of the first rank, whatever the others draw."""
-    torch.manual_seed(5 if group is None else 5 + dist.get_rank())
+    torch.manual_seed(5 if peers_of(group) is None else 5 + dist.get_rank())
     return sigreg_loss(z.double(), num_slices=4, group=group)
 
 
