@@ -40,6 +40,11 @@ def _low_rank(told: dict[str, Any]) -> float:
     return 2.0 * told["m"].numel() * told["u"].shape[-1] * (1 + told["need_u"] + told["need_v"])
 
 
+def _projections(told: dict[str, Any], products: int) -> float:
+    """Products of the rows with all directions."""
+    return 2.0 * products * told["z"].numel() * told["directions"].shape[-1]
+
+
 def _columns(told: dict[str, Any], products: int) -> float:
     """Each 2 N D min(N, D), by whichever form was chosen."""
     z = told["z"] if "z" in told else told["a"]
@@ -56,6 +61,8 @@ KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "pairwise_gram_fwd": lambda told: _pairwise(told, True),
     "pairwise_gram_bwd": lambda told: _pairwise(told, False),
     "low_rank_residual": lambda told: _low_rank(told),
+    "characteristic_sums_fwd": lambda told: _projections(told, 1),
+    "characteristic_sums_bwd": lambda told: _projections(told, 1 if told["projections"].numel() else 2),
     "covariance_fwd": lambda told: _columns(told, 1),
     "covariance_bwd": lambda told: _columns(told, 1),
     "vicreg_fwd": lambda told: _columns(told, 2),

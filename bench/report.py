@@ -19,6 +19,7 @@ TITLES = {
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "pair_losses": "Further losses of pairs of rows, forward + backward (ms)",
+    "sigreg": "SIGReg, 17 knots, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
@@ -138,6 +139,16 @@ COLUMNS: dict[str, list[Column]] = {
         ERRORS,
     ],
     "pair_losses": [_note("what"), *BARLOW],
+    "sigreg": [
+        ("views, rows, columns, slices", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(PUBLISHED, COMPILED, _time("rotation by knots", "three-line"), OURS, FASTER, FASTER_THAN_BEST),
+        ("time / that of its GEMMs alone, by torch.mm", lambda c: _ratio(c.over_floor("bare GEMMs, torch.mm"))),
+        (
+            "extra MiB, published / rotation / sslkern",
+            lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
+        ),
+        ERRORS,
+    ],
     "unbiased": [
         SHAPE,
         _time("plug-in", "plug-in"),

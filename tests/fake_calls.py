@@ -133,6 +133,14 @@ for retraction in ("tangent", "direct", "cayley"):
 add("skinny_products (right)", lambda x, r: ops.skinny_products(x, r)[0], A, Leaf((D, 2)), grad=False)
 add("skinny_products (complex)", ops.skinny_products, *COMPLEX, grad=False)
 
+for wide in (False, True):  # without and with projections that are kept
+    call = lambda z, a: ops.characteristic_sums(z, a.detach(), step=0.3, count=4, first=0.5)  # noqa: E731
+    d = 70 if wide else 4
+    add(f"characteristic_sums (first, {d} columns)", call, Leaf((2, ROWS, d)), Leaf((d, 7), "data"))
+add("sigreg_loss (drawn)", lambda z: losses.sigreg_loss(z, num_slices=9), A)
+add("sigreg_loss (symmetric)", lambda z: losses.sigreg_loss(z, num_slices=9, knots=10, symmetric=True), A)
+add("lejepa_loss (global)", lambda z: losses.lejepa_loss(z, num_slices=9), Leaf((2, ROWS, 4)))
+
 for loss in ("l1", "poisson"):
     call = lambda m, u, v, mask, k=loss: ops.low_rank_residual(m, u, v, loss=k, mask=mask[:, None] > 0)  # noqa: E731
     add(f"low_rank_residual ({loss}, mask)", call, Leaf((ROWS, D), "data"), Leaf((ROWS, 2)), Leaf((D, 2)), LABELS)

@@ -7,6 +7,7 @@ import torch.distributed as dist
 from ranks import normal
 
 from sslkern import metrics
+from sslkern.core.ranks import peers_of
 from sslkern.losses import (
     alignment_uniformity_loss,
     byol_loss,
@@ -17,11 +18,13 @@ from sslkern.losses import (
     info_nce_loss,
     kernel_alignment_loss,
     koleo_loss,
+    lejepa_loss,
     macl_loss,
     mmcr_loss,
     negative_cosine_loss,
     nt_xent_loss,
     sigmoid_loss,
+    sigreg_loss,
     simple_contrastive_loss,
     spectral_contrastive_loss,
     tico_loss,
@@ -91,6 +94,25 @@ def fixed(loss, s, t, group, **settings):
     return loss(s, t, group=group, **settings) + 0 * t.sum()
 
 
+def slices(z):
+    return normal(z.shape[-1], 7)
+
+
+def sliced(z, group):
+    return sigreg_loss(z, directions=slices(z), group=group)
+
+
+def sliced_views(a, b, c, group):
+    """Two global views and a local one."""
+    return lejepa_loss(torch.stack((a, b)), c[None], 0.3, directions=slices(a), group=group)
+
+
+def drawn(z, group):
+    """The directions of the first rank, whatever the others draw."""
+    torch.manual_seed(5 if peers_of(group) is None else 5 + dist.get_rank())
+    return sigreg_loss(z.double(), num_slices=4, group=group)
+
+
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
 IMAGES = [normal(ROWS, 3, 4, seed=k) for k in range(4)]
 MASKS = [(torch.arange(3 * ROWS) ** 2 // 3 % (2 + k)).view(ROWS, 3) * 10**12 for k in (0, 1)]
@@ -128,6 +150,9 @@ LOSSES = {
     "kernel alignment": (partial(fixed, kernel_alignment_loss), [normal(ROWS, 4, 3), normal(ROWS, 4, 3, seed=1)]),
     "gram anchoring": (partial(fixed, gram_anchoring_loss), [normal(ROWS, 4, 3), normal(ROWS, 4, 3, seed=1)]),
     "koleo": (koleo_loss, rows(1)),
+    "sigreg": (sliced, rows(1)),
+    "sigreg, drawn": (drawn, rows(1)),
+    "lejepa": (sliced_views, rows(3)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),

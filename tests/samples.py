@@ -34,6 +34,7 @@ def samples(kernel, dtype, device):
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
+    yield from turned_samples(kernel, dtype, device) if kernel.startswith("characteristic_") else ()
     yield from low_rank_samples(device) if kernel == "low_rank_residual" and dtype == torch.float32 else ()
     yield from pairwise_samples(kernel, device) if kernel.startswith("pairwise_") and dtype == torch.float32 else ()
     turn = itertools.cycle(((True, True), (True, False), (False, True)))  # which gradients are asked for
@@ -56,6 +57,18 @@ def samples(kernel, dtype, device):
                 loss, _, *saved = reference.vicreg_fwd(a, b, *settings)
                 backward = (loss, a, b, *saved, *settings)
                 yield (a, b, *settings) if kernel.endswith("_fwd") else (*backward, *next(turn))
+
+
+def turned_samples(kernel, dtype, device):
+    """Of a matrix and of stacks, with projections that are kept and that are not, and shared and own directions."""
+    reference = torch.ops.sslkern_reference
+    for lead, keep, shared in (((), False, True), ((2,), True, True), ((2, 2), True, False)):
+        z = torch.randn(*lead, 6, 5, device=device).to(dtype).mT.contiguous().mT
+        directions = torch.randn(*(() if shared else lead), 5, 3, device=device)
+        directions = directions.expand(*lead, 5, 3) if shared else directions
+        sums, projections = reference.characteristic_sums_fwd(z, directions, 0.5, 0.3, 4, keep)
+        forward = (z, directions, 0.5, 0.3, 4, keep)
+        yield forward if kernel.endswith("_fwd") else (sums, z, directions, projections, 0.5, 0.3)
 
 
 def low_rank_samples(device):

@@ -44,6 +44,7 @@ TOKENS = "kernel_alignment_loss; KernelAlignmentLoss; gram_anchoring_loss; GramA
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
 SPREAD = "koleo_loss; KoLeoLoss; alignment_uniformity_loss; AlignmentUniformityLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
+PROJECTED = "sigreg_loss; SIGRegLoss; lejepa_loss; LeJEPALoss; characteristic_sums"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
     "pairwise_reduce (gram, rbf)"
@@ -60,7 +61,7 @@ REASONS = [
         REFUSED,
         "empty",
         f"{PAIRS}; {INFO}; {BYOL}; {TICO}; coding_*; Coding*; mmcr_loss; MMCRLoss; pairwise_reduce*; "
-        f"kernel_matmul; entropy*; rankme; amari_distance; {TOKENS}",
+        f"kernel_matmul; entropy*; rankme; amari_distance; {TOKENS}; {PROJECTED}",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
@@ -69,7 +70,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN; {SPREAD}; {TOKENS}",
+        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN; {SPREAD}; {TOKENS}; lejepa_loss; LeJEPALoss",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -101,6 +102,7 @@ REASONS = [
         "twice",
         f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; cross_correlation; batch_*; "
         f"{TRAINED}; BatchNorm1d (eval); kernel_matmul; low_rank_residual*; {SPREAD}; {TOKENS}; cka (biased); "
+        f"{PROJECTED}; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

@@ -39,6 +39,32 @@ def vicreg(a: Tensor, b: Tensor, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0, 
     return loss
 
 
+def directions(z: Tensor) -> Tensor:
+    """Seven directions for the columns of z, always the same."""
+    rows = torch.arange(
+        1, z.shape[-1] + 1, dtype=z.dtype if z.dtype == torch.float64 else torch.float32, device=z.device
+    )
+    return F.normalize((rows[:, None] * torch.arange(2, 9, dtype=rows.dtype, device=z.device)).cos(), dim=0)
+
+
+def characteristic_sums(z: Tensor) -> tuple[Tensor, Tensor]:
+    angles = torch.stack([0.3 * k * (z @ directions(z)) for k in range(4)])
+    return angles.cos().sum(1), angles.sin().sum(1)
+
+
+def sigreg(z: Tensor) -> Tensor:
+    t = torch.linspace(0, 3, 17, dtype=z.dtype, device=z.device)
+    phi = (-t.square() / 2).exp()
+    angles = (z @ directions(z).to(z.dtype))[..., None] * t
+    errors = (angles.cos().mean(-3) - phi).square() + angles.sin().mean(-3).square()
+    return 2 * z.shape[-2] * torch.trapezoid(errors * phi, t).mean()
+
+
+def lejepa(views: Tensor, local: Tensor, lambd=0.05) -> Tensor:
+    z = torch.cat((views, local))
+    return lambd * sigreg(z) + (1 - lambd) * (z - views.mean(0)).square().mean()
+
+
 def low_rank_residual(m: Tensor, u: Tensor, v: Tensor) -> Tensor:
     return (u @ v.T - m).square().sum()
 

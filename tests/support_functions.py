@@ -9,7 +9,7 @@ from typing import Any
 import support_formulas as plain
 import support_spectra as spectra
 import torch
-from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, A, B, D, Leaf, add
+from support import JOINT, LABELS, MEAN, OWN, POSITIONS, ROWS, STACK, WHOLE, A, B, D, Leaf, add
 from torch import Tensor, nn
 
 from sslkern import losses, metrics, ops
@@ -170,6 +170,29 @@ add_loss(
     settings={"alpha": 0.75},
     **SPECTRA,
 )
+PROJECTED: dict[str, Any] = {"family": "Losses of random projections"}
+add_loss(
+    losses.sigreg_loss,
+    losses.SIGRegLoss,
+    plain.sigreg,
+    A,
+    call=lambda z, **rest: losses.sigreg_loss(z, directions=plain.directions(z), **rest),
+    as_module=lambda z, **rest: losses.SIGRegLoss(**rest)(z, directions=plain.directions(z)),
+    more=WHOLE,
+    **PROJECTED,
+)
+add_loss(
+    losses.lejepa_loss,
+    losses.LeJEPALoss,
+    plain.lejepa,
+    Leaf((2, ROWS, D)),
+    Leaf((3, ROWS, D)),
+    call=lambda g, z, **rest: losses.lejepa_loss(g, z, directions=plain.directions(g), **rest),
+    as_module=lambda g, z, **rest: losses.LeJEPALoss(**rest)(g, z, directions=plain.directions(g)),
+    settings={"lambd": 0.05},
+    size=1.0,
+    **PROJECTED,
+)
 
 # primitives
 
@@ -251,6 +274,13 @@ add_op(
     setting="gram, rbf",
     call=partial(ops.pairwise_reduce, kernel="rbf", reduction="gram"),
     **PAIRS,
+)
+add_op(
+    ops.characteristic_sums,
+    plain.characteristic_sums,
+    A,
+    call=lambda z: ops.characteristic_sums(z, plain.directions(z), step=0.3, count=4),
+    more=STACK,
 )
 FACTORS = Leaf((ROWS, 3)), Leaf((D, 3))
 add_op(ops.low_rank_residual, plain.low_rank_residual, Leaf((ROWS, D), "data"), *FACTORS, more=STACK)

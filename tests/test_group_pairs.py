@@ -19,6 +19,7 @@ from sslkern.losses import (
     info_nce_loss,
     nt_xent_loss,
     sigmoid_loss,
+    sigreg_loss,
     simple_contrastive_loss,
     spectral_contrastive_loss,
 )
@@ -37,7 +38,7 @@ def joint():
 
 
 MAIN = (
-    *("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "simple, beta", "byol"),
+    *("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "simple, beta", "byol", "sigreg"),
     *("hsic", "dhsic"),
 )
 
@@ -174,6 +175,9 @@ TRAFFIC = {
     "gram anchoring": ([], []),
     "detcon": ([GATHERED], [SCATTERED]),
     "koleo": ([GATHERED], [SCATTERED]),
+    "sigreg": ([REDUCED], [REDUCED]),
+    "sigreg, drawn": (["broadcast", REDUCED], [REDUCED]),
+    "lejepa": ([REDUCED], [REDUCED]),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),
     "dhsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
@@ -199,7 +203,16 @@ def collectives():
 def one_row():
     """A joint batch of one row, on the last rank: as alone, and no gradient is NaN."""
     last = dist.get_rank() == dist.get_world_size() - 1
-    for case in ("nt_xent", "info_nce", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "byol"):
+    for case in (
+        "nt_xent",
+        "info_nce",
+        "info_nce, symmetric",
+        "supervised",
+        "sigmoid",
+        "spectral by rows",
+        "byol",
+        "sigreg",
+    ):
         loss, inputs = LOSSES[case]
         expected, *gradients = value_and_grad(loss, [x[:1] for x in inputs], None)
         value, *found = value_and_grad(loss, [x[: int(last)] for x in inputs], "world")
@@ -243,6 +256,7 @@ NONE = {
     "info_nce": (lambda g: info_nce_loss(A[:0], A[:0], group=g), "at least 1 rows"),
     "simple": (lambda g: simple_contrastive_loss(A[:0], A[:0], group=g), "at least 2 rows"),
     "byol": (lambda g: byol_loss(A[:0], A[:0], group=g), "at least 1 rows"),
+    "sigreg": (lambda g: sigreg_loss(A[:0], group=g), "at least 1 rows"),
     "hsic": (lambda g: metrics.hsic(A[:0], A[:0], group=g), "at least 2 rows"),
     "unbiased": (lambda g: metrics.hsic(A[:0], A[:0], estimator="unbiased", group=g), "at least 4 rows"),
 }

@@ -128,6 +128,17 @@ def low_rank() -> Iterator[Check]:
         yield Check(f"low_rank_residual {loss}{' masked' if mask else ''}", (n, p, r), call, inputs, FULL)
 
 
+def projections() -> Iterator[Check]:
+    """Sums of a characteristic function, with projections that are kept and that are not."""
+    for shape, k in (((70, 5), 33), ((2, 200, 130), 300), ((1000, 64), 256)):
+
+        def call(z, k=k):
+            a = normal(z.shape[-1], k, seed=1).to(z.device, torch.float64)
+            return ops.characteristic_sums(z, (a / a.norm(dim=0)).to(z.dtype), step=3 / 16, count=17)
+
+        yield Check("characteristic_sums", (*shape, k), call, lambda s=shape: [normal(*s)], FULL)
+
+
 def conditioned(call: Callable[..., Tensor], most: float) -> Callable[..., Tensor]:
     """An exponential is as many times as wrong as its exponent, which is at most so large."""
     return lambda *tensors: (1 + most) * call(*tensors)

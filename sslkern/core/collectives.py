@@ -43,6 +43,12 @@ def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"]
     return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
 
 
+def of_first(x: Tensor, peers: Peers) -> Tensor:
+    """The `x` of rank 0, on all ranks. Not differentiable."""
+    ops = internals.collectives
+    return ops.wait_tensor(ops.broadcast(x.contiguous(), 0, peers.name))
+
+
 def gather_objects(value: Any, peers: Peers) -> list[Any]:
     """The objects of all ranks, in rank order. They are pickled: for settings and errors, not for data."""
     told: list[Any] = [None] * peers.size

@@ -122,6 +122,9 @@ class Batch:
 
     def log_summed(self, x: Tensor) -> Tensor:
         """The log-sum-exp of `x` over the ranks, element by element; differentiable."""
+
+    def same(self, x: Tensor) -> Tensor:
+        """The `x` of the first rank, which has the same shape on all ranks. Not differentiable."""
         return x
 
     def mean(self, rows: Tensor) -> Tensor:
@@ -171,6 +174,9 @@ class JointBatch(Batch):
         total = self.summed((x - top).exp())
         none = total == 0  # no rank has a term, as in a joint batch of one row
         return (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
+
+    def same(self, x: Tensor) -> Tensor:
+        return collectives.of_first(x, self.peers)
 
     def mean(self, rows: Tensor) -> Tensor:
         return self.average(rows.sum(), rows.shape[-1], rows.shape[:-1].numel())

@@ -16,6 +16,7 @@ from .mmcr import MMCRLoss, mmcr_loss
 from .negative_cosine import NegativeCosineLoss, negative_cosine_loss
 from .nt_xent import NTXentLoss, nt_xent_loss
 from .sigmoid import SigmoidLoss, sigmoid_loss
+from .sigreg import LeJEPALoss, SIGRegLoss, lejepa_loss, sigreg_loss
 from .simple_contrastive import SimpleContrastiveLoss, simple_contrastive_loss
 from .spectral_contrastive import SpectralContrastiveLoss, spectral_contrastive_loss
 from .supervised_contrastive import SupervisedContrastiveLoss, supervised_contrastive_loss
@@ -38,10 +39,12 @@ __all__ = [
     "InfoVICRegLoss",
     "KernelAlignmentLoss",
     "KoLeoLoss",
+    "LeJEPALoss",
     "MACLLoss",
     "MMCRLoss",
     "NTXentLoss",
     "NegativeCosineLoss",
+    "SIGRegLoss",
     "SigmoidLoss",
     "SimpleContrastiveLoss",
     "SpectralContrastiveLoss",
@@ -63,11 +66,13 @@ __all__ = [
     "info_vicreg_loss",
     "kernel_alignment_loss",
     "koleo_loss",
+    "lejepa_loss",
     "macl_loss",
     "mmcr_loss",
     "negative_cosine_loss",
     "nt_xent_loss",
     "sigmoid_loss",
+    "sigreg_loss",
     "simple_contrastive_loss",
     "spectral_contrastive_loss",
     "supervised_contrastive_loss",

@@ -1,6 +1,7 @@
 """The primitives: torch ops that check their arguments and run on the back-ends. Most of them are differentiable."""
 
 from .batch_norm import batch_moments, batch_norm
+from .characteristic_sums import characteristic_sums
 from .covariance import covariance
 from .cross_correlation import cross_correlation
 from .kernel_matmul import kernel_matmul
@@ -12,6 +13,7 @@ from .skinny_products import skinny_products
 __all__ = [
     "batch_moments",
     "batch_norm",
+    "characteristic_sums",
     "covariance",
     "cross_correlation",
     "kernel_matmul",
