@@ -136,6 +136,10 @@ class Batch:
         number for each row of the whole batch, in the order of `every`."""
         return columns
 
+    def log_summed(self, x: Tensor) -> Tensor:
+        """The log-sum-exp of `x` over the ranks; differentiable."""
+        return x
+
 
 class JointBatch(Batch):
     """A batch whose rows lie on the ranks of a group. Rank r has `counts[r]` rows."""
@@ -165,13 +169,15 @@ class JointBatch(Batch):
 
     def logsumexp(self, columns: Tensor) -> Tensor:
         before = sum(self.counts[: self.peers.rank])
-        columns = columns.roll(before, 0)
-        top = collectives.all_reduce(columns.detach(), self.peers.name, "max")
-        top = top.masked_fill(top == -torch.inf, 0)
-        total = self.summed((columns - top).exp())
-        none = total == 0  # no rank has a term, as in a joint batch of one row
-        logs = (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
+        logs = self.log_summed(columns.roll(before, 0))
         return collectives.own_rows(logs, self.counts, self.peers, 0)
+
+    def log_summed(self, x: Tensor) -> Tensor:
+        top = collectives.all_reduce(x.detach(), self.peers.name, "max")
+        top = top.masked_fill(top == -torch.inf, 0)
+        total = self.summed((x - top).exp())
+        none = total == 0  # no rank has a term, as in a joint batch of one row
+        return (total.masked_fill(none, 1).log() + top).masked_fill(none, -torch.inf)
 
 
 ALONE = Batch()
