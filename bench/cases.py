@@ -17,6 +17,7 @@ from .case import Case, Loss
 from .low_rank import MODELS, low_rank_case
 from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
 from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
+from .prototypes import HEADS, heads_case
 from .variants import by_reference, compiled
 
 
@@ -208,6 +209,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
     for what, shape in PAIRS:
         label = f"pairs {what} {' '.join(map(str, shape))}"
         cases.append((label, lambda w=what, s=shape: pairs_case(w, s, device)))
+    for what, sizes in HEADS:
+        label = f"prototypes {what} {' '.join(map(str, sizes))}"
+        cases.append((label, lambda w=what, s=sizes: heads_case(w, s, device)))
     for sizes in MODELS:
         cases.append((f"low_rank {' '.join(map(str, sizes))}", lambda s=sizes: low_rank_case(s, device)))
     for sizes in LAYERS:

@@ -27,22 +27,26 @@ def _blocks(rows: int, columns: int, together: int, device: torch.device) -> Ite
     return (slice(i, min(rows, i + step)) for i in range(0, rows, step))
 
 
+def _parts(columns: int, device: torch.device) -> Iterator[slice]:
+    """Slices of the K columns of a block."""
+    step = _COLUMNS if device.type == "cpu" else max(1, columns)
+    return (slice(j, min(columns, j + step)) for j in range(0, columns, step))
+
+
 def _product(x: Tensor, w: Tensor) -> Tensor:
     """x w', for x (..., D)."""
     rows = x.reshape(-1, x.shape[-1])
     out = x.new_empty(rows.shape[0], w.shape[0])
-    step = _COLUMNS if x.device.type == "cpu" else w.shape[0]
-    for j in range(0, w.shape[0], step):
-        torch.mm(rows, w[j : j + step].mT, out=out[:, j : j + step])
+    for some in _parts(w.shape[0], x.device):
+        torch.mm(rows, w[some].mT, out=out[:, some])
     return out.view(*x.shape[:-1], w.shape[0])
 
 
 def _add_transposed(to: Tensor, weights: Tensor, x: Tensor) -> None:
     """Add weights' x to `to` (K, D), for x (..., D) and weights (..., K)."""
     weights, x = weights.flatten(0, -2), x.reshape(-1, x.shape[-1])
-    step = _COLUMNS if x.device.type == "cpu" else to.shape[0]
-    for j in range(0, to.shape[0], step):
-        to[j : j + step].addmm_(weights[:, j : j + step].mT, x)
+    for some in _parts(to.shape[0], x.device):
+        to[some].addmm_(weights[:, some].mT, x)
 
 
 def _softmax_(t: Tensor) -> Tensor:
@@ -138,39 +142,42 @@ def cross_entropy(
 
 def _targets(t: Tensor, y: Tensor | None, v: Tensor | None, bias: Tensor | None, ratio: Tensor | None) -> Tensor:
     """The targets (U, r, K) of a block, from its rows of y, or from the logits t (U, r, K) of the same views."""
-    if y is None or v is None:
-        q = t.clone() if ratio is None else t * ratio
-    else:
-        q = _product(y, v)
-    return _softmax_(q if bias is None else q.add_(bias[:, None]))
+    t = _product(y, v) if y is not None and v is not None else t * (1.0 if ratio is None else ratio)
+    return _softmax_(t if bias is None else t.add_(bias[:, None]))
 
 
 def _gradients(t: Tensor, q: Tensor, weights: list[list[float]], slope: Tensor | None, losses: Tensor) -> Tensor:
     """The gradients (V, r, K) with respect to the logits t (V, r, K) for the targets q (U, r, K). t is overwritten, and
     the losses of the rows are written to `losses` (V, r)."""
-    p = torch.exp(t.sub_(t.amax(-1, keepdim=True)))
+    t.sub_(t.amax(-1, keepdim=True))
+    used = [k for k, of_view in enumerate(weights) if sum(of_view)]
+    kinds = {tuple(weights[k]) for k in used}  # views that are compared with the same teachers share a target
+    mixed = {kind: _target(q, kind) for kind in sorted(kinds)}
+    targets = [mixed[tuple(weights[k])] for k in used]
+    for k, (target, weight) in zip(used, targets, strict=True):
+        for some in _parts(t.shape[-1], t.device):
+            losses[k] -= weight * (t[k, :, some] * target[:, some]).sum(-1)
+    p = t.exp_()
     total = p.sum(-1, keepdim=True)
     bend = None
     if slope is not None:
         p.div_(total)
         bend = slope - (p @ slope)[..., None]
-    for s, of_view in enumerate(weights):
-        mass = sum(of_view)
-        if mass == 0:  # a view that nothing is compared with
-            p[s].zero_()
-            continue
-        target, weight = _target(q, of_view)
-        losses[s] = mass * total[s, :, 0].log() - weight * t[s].mul_(target).sum(-1)
-        p[s].mul_(mass / total[s] if bend is None else bend[s] + mass).sub_(target, alpha=weight)
+    for k, (target, weight) in zip(used, targets, strict=True):
+        mass = sum(weights[k])
+        losses[k] += mass * total[k, :, 0].log()
+        p[k].mul_(mass / total[k] if bend is None else bend[k] + mass).sub_(target, alpha=weight)
+    for k in {*range(len(weights))} - {*used}:  # views that nothing is compared with
+        p[k].zero_()
     return p
 
 
-def _target(q: Tensor, weights: list[float]) -> tuple[Tensor, float]:
+def _target(q: Tensor, weights: tuple[float, ...]) -> tuple[Tensor, float]:
     """A tensor and a number, whose product is the sum of the targets q (U, r, K) by their weights."""
-    (k, weight), *rest = [(k, weight) for k, weight in enumerate(weights) if weight]
+    (first, of_first), *rest = [(k, weight) for k, weight in enumerate(weights) if weight]
     if not rest:
-        return q[k], weight
-    mixed = q[k] * weight
+        return q[first], of_first
+    mixed = q[first] * of_first
     for k, weight in rest:
         mixed.add_(q[k], alpha=weight)
     return mixed, 1.0
