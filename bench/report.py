@@ -18,6 +18,7 @@ TITLES = {
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
+    "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
@@ -132,6 +133,16 @@ COLUMNS: dict[str, list[Column]] = {
         ("flop rate / torch.mm's", _over_gemm_rate),
         (
             "extra MiB, published / loop / sslkern",
+            lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
+        ),
+        ERRORS,
+    ],
+    "prototypes": [
+        _note("loss"),
+        ("N, D, K", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(PUBLISHED, _time("chunked, recomputed", "three-line"), OURS, FASTER, FASTER_THAN_BEST),
+        (
+            "extra MiB, published / chunked / sslkern",
             lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
         ),
         ERRORS,

@@ -36,6 +36,7 @@ CONTRASTIVE = (
 PAIRS = f"{CONTRASTIVE}; {SPECTRAL}"
 BYOL = "byol_loss; BYOLLoss"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
+PROTOTYPES = "swav_loss; SwAVLoss; dino_loss; DINOLoss; ibot_patch_loss; IBOTPatchLoss; msn_loss; MSNLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 KERNELS = (
     f"{CONTRASTIVE}; pairwise_reduce (logsumexp); pairwise_reduce (sum, rbf); pairwise_reduce (matmul, softplus); "
@@ -52,7 +53,7 @@ REASONS = [
     Reason(
         REFUSED,
         "empty",
-        f"{PAIRS}; {INFO}; {BYOL}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
+        f"{PAIRS}; {PROTOTYPES}; {INFO}; {BYOL}; pairwise_reduce*; kernel_matmul; entropy*; rankme; amari_distance",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
@@ -61,7 +62,7 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; OrthogonalRNN; UnitaryRNN",
+        f"{PAIRS}; {PROTOTYPES}; OrthogonalRNN; UnitaryRNN",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -91,8 +92,8 @@ REASONS = [
     Reason(
         REFUSED,
         "twice",
-        f"{COLUMNS}; {KERNELS}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; BatchNorm1d (eval); "
-        "kernel_matmul; low_rank_residual*; "
+        f"{COLUMNS}; {KERNELS}; {PROTOTYPES}; {BYOL}; covariance; cross_correlation; batch_*; {TRAINED}; "
+        "BatchNorm1d (eval); kernel_matmul; low_rank_residual*; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

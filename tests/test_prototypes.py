@@ -263,6 +263,19 @@ def test_compiled_as_one_graph():
     close(value_and_grads(compiled, [a, b, w]), value_and_grads(all_losses, [a, b, w]), 1e-12)
 
 
+def test_modules_compiled_as_one_graph():
+    """The centers move in the graph."""
+    a, b = views(2, 6, 5)
+    w = unit(11, 5, seed=9)
+    for kind, arguments in ((DINOLoss, ([a, b], [a], w, w)), (IBOTPatchLoss, (a, b, w, w, MASK))):
+        eager, compiled = kind(11).double(), kind(11).double()
+        torch.testing.assert_close(
+            torch.compile(compiled, fullgraph=True, backend="eager")(*arguments), eager(*arguments)
+        )
+        torch.testing.assert_close(compiled.center, eager.center)
+        assert eager.center.abs().sum() > 0
+
+
 def test_operators_are_well_behaved():
     """Schemas, fake kernels and aliasing."""
     x, w, y = torch.randn(2, 5, 3), torch.randn(7, 3), torch.randn(1, 5, 3)

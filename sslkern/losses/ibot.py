@@ -184,13 +184,14 @@ class IBOTPatchLoss(nn.Module):
             self._move(teacher, teacher_prototypes)
         return loss
 
-    @torch.no_grad()
     def _move(self, teacher: Tensor, teacher_prototypes: Tensor) -> None:
         batch, _ = ranks.batch(self.group, 0, lambda _: (teacher.new_empty(1, 1),))
-        y = teacher.to(accumulation_dtype(teacher, teacher_prototypes))
-        *sums, rows = batch.summed(torch.cat([y, y.new_ones(y.shape[0], 1)], 1).sum(0)).split([y.shape[1], 1])
-        mean = mean_logits(sums[0] / rows.clamp_min(1), teacher_prototypes)
-        self.center.lerp_(mean.to(self.center.dtype), (1 - self.momentum) * (rows > 0).to(self.center.dtype))
+        with torch.no_grad():
+            y = teacher.to(accumulation_dtype(teacher, teacher_prototypes))
+            sums = batch.summed(torch.cat([y, y.new_ones(y.shape[0], 1)], 1).sum(0))
+            rows = sums[-1]
+            mean = mean_logits(sums[:-1] / rows.clamp_min(1), teacher_prototypes)
+            self.center.lerp_(mean.to(self.center.dtype), (1 - self.momentum) * (rows > 0).to(self.center.dtype))
 
     def extra_repr(self) -> str:
         return (

@@ -78,7 +78,7 @@ def one_exponential(rows: int, columns: int, iterations: int) -> bool:
     A potential changes by at most log(NK) in an iteration. Up to this number of iterations, an exponential that
     underflows before the changes does not matter after them.
     """
-    return 2 * (iterations - 2) * math.log(max(1, rows * columns)) <= 60
+    return iterations <= 2 or rows * columns <= math.exp(30 / (iterations - 2))
 
 
 def potentials(t: Tensor, ratio: Tensor | None, iterations: int, rows_first: bool) -> Tensor:
