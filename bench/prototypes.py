@@ -22,7 +22,7 @@ HEADS = (
     ("DINO", (1024, 256, 16384)),
 )
 TEMPERATURE, EPSILON, TEACHER = 0.1, 0.05, 0.04
-NUMBERS = 1 << 20  # logits that the loop takes at once: best of 2^18 to 2^22 at (1024, 256, 16384) on two cores
+NUMBERS = 1 << 20  # logits that the loop takes at once, as many as ours
 
 
 def _sinkhorn(scores: Tensor) -> Tensor:
