@@ -81,10 +81,10 @@ def ibot_patch_loss(
 
 def _weights(mask: Tensor, rows: int, dtype: torch.dtype) -> Tensor:
     """1/|M_b| for the sample b of each of the masked patches, without the host sync of an index by a mask."""
-    counts = mask.flatten(1).sum(1)
+    masked = mask.flatten(1).sum(1)
     places = torch.arange(rows, device=mask.device)
-    samples = torch.searchsorted(counts.cumsum(0), places, right=True).clamp_max(mask.shape[0] - 1)
-    return counts[samples].clamp_min(1).to(dtype).reciprocal()
+    samples = torch.searchsorted(masked.cumsum(0), places, right=True).clamp_max(mask.shape[0] - 1)
+    return masked[samples].clamp_min(1).to(dtype).reciprocal()
 
 
 def _check(
