@@ -19,6 +19,7 @@ from .more_losses import CASES, more_case
 from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
 from .pair_losses import PAIR_LOSSES, pair_loss_case
 from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
+from .prototypes import HEADS, heads_case
 from .sigreg import VIEWS, sigreg_case
 from .variants import by_reference, compiled
 
@@ -220,6 +221,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
     for shape, slices in VIEWS:
         label = f"sigreg {' '.join(map(str, shape))} {slices}"
         cases.append((label, lambda s=shape, k=slices: sigreg_case(s, k, device)))
+    for what, sizes in HEADS:
+        label = f"prototypes {what} {' '.join(map(str, sizes))}"
+        cases.append((label, lambda w=what, s=sizes: heads_case(w, s, device)))
     for sizes in MODELS:
         cases.append((f"low_rank {' '.join(map(str, sizes))}", lambda s=sizes: low_rank_case(s, device)))
     for sizes in LAYERS:

@@ -20,6 +20,7 @@ TITLES = {
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "pair_losses": "Further losses of pairs of rows, forward + backward (ms)",
     "sigreg": "SIGReg, 17 knots, forward + backward (ms)",
+    "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
@@ -145,6 +146,16 @@ COLUMNS: dict[str, list[Column]] = {
         ("time / that of its GEMMs alone, by torch.mm", lambda c: _ratio(c.over_floor("bare GEMMs, torch.mm"))),
         (
             "extra MiB, published / rotation / sslkern",
+            lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
+        ),
+        ERRORS,
+    ],
+    "prototypes": [
+        _note("loss"),
+        ("N, D, K", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(PUBLISHED, _time("chunked, recomputed", "three-line"), OURS, FASTER, FASTER_THAN_BEST),
+        (
+            "extra MiB, published / chunked / sslkern",
             lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
         ),
         ERRORS,

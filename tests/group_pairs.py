@@ -13,20 +13,24 @@ from sslkern.losses import (
     byol_loss,
     coding_rate_loss,
     detcon_loss,
+    dino_loss,
     frossl_loss,
     gram_anchoring_loss,
+    ibot_patch_loss,
     info_nce_loss,
     kernel_alignment_loss,
     koleo_loss,
     lejepa_loss,
     macl_loss,
     mmcr_loss,
+    msn_loss,
     negative_cosine_loss,
     nt_xent_loss,
     sigmoid_loss,
     sigreg_loss,
     simple_contrastive_loss,
     spectral_contrastive_loss,
+    swav_loss,
     tico_loss,
     vibcreg_loss,
     whitening_mse_loss,
@@ -113,6 +117,30 @@ def drawn(z, group):
     return sigreg_loss(z.double(), num_slices=4, group=group)
 
 
+def head(x, seed=0):
+    """Prototypes that all ranks have, the same in every dtype."""
+    return normal(7, x.shape[1], seed=seed, dtype=torch.bfloat16).to(x.dtype)
+
+
+def to_codes(a, b, c, group, w=None):
+    return swav_loss([a, b, c], head(a) if w is None else w, 0.8, epsilon=0.5, group=group)
+
+
+def taught(a, b, c, group, w=None):
+    """DINO, whose teacher has no gradient, with a gradient of zeros."""
+    heads = head(a) if w is None else w, head(c, 1)
+    return dino_loss([a, b], [c], *heads, temperature=0.8, teacher_temperature=0.4, group=group) + 0 * c.sum()
+
+
+def of_patches(a, b, group, w=None):
+    heads, mask = (head(a) if w is None else w, head(b, 1)), torch.ones(len(a), 1, dtype=torch.bool)
+    return ibot_patch_loss(a, b, *heads, mask, temperature=0.8, group=group) + 0 * b.sum()
+
+
+def masked(a, b, c, group, w=None, **settings):
+    return msn_loss([a, b], c, head(a) if w is None else w, 0.3, group=group, **settings) + 0 * c.sum()
+
+
 LABELS = torch.tensor([7, -3, 7, 10**15, -3, 5, 7, -3, -3, 7, 7, -3, 1])
 IMAGES = [normal(ROWS, 3, 4, seed=k) for k in range(4)]
 MASKS = [(torch.arange(3 * ROWS) ** 2 // 3 % (2 + k)).view(ROWS, 3) * 10**12 for k in (0, 1)]
@@ -153,6 +181,11 @@ LOSSES = {
     "sigreg": (sliced, rows(1)),
     "sigreg, drawn": (drawn, rows(1)),
     "lejepa": (sliced_views, rows(3)),
+    "swav": (to_codes, rows(3)),
+    "dino": (taught, rows(3)),
+    "ibot": (of_patches, rows(2)),
+    "msn": (masked, rows(3)),
+    "msn, equal": (partial(masked, iterations=2, entropy=0.0), rows(3)),
     "hsic": (metrics.hsic, [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, unbiased": (partial(metrics.hsic, estimator="unbiased"), [normal(ROWS, 3), normal(ROWS, 4)]),
     "hsic, bandwidths": (partial(metrics.hsic, bandwidth=(0.7, None)), [normal(ROWS, 3), normal(ROWS, 4)]),

@@ -43,6 +43,7 @@ BYOL = "byol_loss; BYOLLoss; negative_cosine_loss*; NegativeCosineLoss*"
 TOKENS = "kernel_alignment_loss; KernelAlignmentLoss; gram_anchoring_loss; GramAnchoringLoss"
 SIMPLE = "simple_contrastive_loss; SimpleContrastiveLoss"
 SPREAD = "koleo_loss; KoLeoLoss; alignment_uniformity_loss; AlignmentUniformityLoss"
+PROTOTYPES = "swav_loss; SwAVLoss; dino_loss; DINOLoss; ibot_patch_loss; IBOTPatchLoss; msn_loss; MSNLoss"
 INFO = "info_vicreg_loss*; InfoVICRegLoss*"
 PROJECTED = "sigreg_loss; SIGRegLoss; lejepa_loss; LeJEPALoss; characteristic_sums"
 KERNELS = (
@@ -61,7 +62,7 @@ REASONS = [
         REFUSED,
         "empty",
         f"{PAIRS}; {INFO}; {BYOL}; {TICO}; coding_*; Coding*; mmcr_loss; MMCRLoss; pairwise_reduce*; "
-        f"kernel_matmul; entropy*; rankme; amari_distance; {TOKENS}; {PROJECTED}",
+        f"kernel_matmul; entropy*; rankme; amari_distance; {TOKENS}; {PROJECTED}; {PROTOTYPES}",
         "a mean needs at least one row",
     ),
     Reason(REFUSED, "empty, one row", TWO_ROWS, "a variance or a negative needs at least two rows"),
@@ -70,7 +71,8 @@ REASONS = [
     Reason(
         REFUSED,
         "stack",
-        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN; {SPREAD}; {TOKENS}; lejepa_loss; LeJEPALoss",
+        f"{PAIRS}; {TICO}; {MANY}; OrthogonalRNN; UnitaryRNN; {SPREAD}; {TOKENS}; lejepa_loss; LeJEPALoss; "
+        f"{PROTOTYPES}",
         "takes a single batch; use `torch.vmap` for a stack of them",
     ),
     Reason(
@@ -102,7 +104,7 @@ REASONS = [
         "twice",
         f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; cross_correlation; batch_*; "
         f"{TRAINED}; BatchNorm1d (eval); kernel_matmul; low_rank_residual*; {SPREAD}; {TOKENS}; cka (biased); "
-        f"{PROJECTED}; "
+        f"{PROJECTED}; {PROTOTYPES}; "
         "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",

@@ -131,6 +131,38 @@ def spectral(a: Tensor, b: Tensor, mu=1.0) -> Tensor:
     return (off - 2 * s.diagonal().mean()) / mu
 
 
+def _entropy(target: Tensor, logits: Tensor) -> Tensor:
+    return -(target * logits.log_softmax(1)).sum(1).mean()
+
+
+def swav(a: Tensor, b: Tensor, w: Tensor, temperature=0.1, epsilon=0.05) -> Tensor:
+    logits, codes = (a @ w.T, b @ w.T), []
+    for t in logits:
+        q = t.detach() / epsilon
+        for _ in range(3):
+            q = (q - q.logsumexp(0)).log_softmax(1)
+        codes.append(q.exp().detach())
+    return (_entropy(codes[0], logits[1] / temperature) + _entropy(codes[1], logits[0] / temperature)) / 2
+
+
+def dino(a: Tensor, b: Tensor, w: Tensor, *taught: Tensor, temperature=0.1, teacher_temperature=0.04) -> Tensor:
+    *teachers, v = taught
+    q = [((y @ v.T) / teacher_temperature).softmax(1).detach() for y in teachers]
+    return (_entropy(q[0], b @ w.T / temperature) + _entropy(q[1], a @ w.T / temperature)) / 2
+
+
+def ibot(z: Tensor, w: Tensor, y: Tensor, v: Tensor, temperature=0.1, teacher_temperature=0.04) -> Tensor:
+    """One masked patch in each sample."""
+    return _entropy(((y @ v.T) / teacher_temperature).softmax(1).detach(), z @ w.T / temperature)
+
+
+def msn(z: Tensor, w: Tensor, y: Tensor, temperature=0.1, target_temperature=0.025) -> Tensor:
+    t = cosines(z, w) / temperature
+    mean = t.softmax(1).mean(0)
+    target = (cosines(y, w) / target_temperature).softmax(1).detach()
+    return _entropy(target, t) + math.log(len(w)) + (mean * mean.log()).sum()
+
+
 def byol(p: Tensor, z: Tensor) -> Tensor:
     return (F.normalize(p, dim=-1) - F.normalize(z, dim=-1)).square().sum(-1).mean()
 

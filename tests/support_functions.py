@@ -116,6 +116,63 @@ add_loss(
     settings={"beta": 0.5},
     **PAIRED,
 )
+HEAD = Leaf((7, D), "shared")
+TAUGHT = Leaf((ROWS, D), "data"), Leaf((7, D), "data")
+
+
+def every_patch(z: Any, w: Any, y: Any, v: Any, loss: Callable = losses.ibot_patch_loss, **rest: Any) -> Any:
+    return loss(z, y, w, v, torch.ones(z.shape[0], 1, dtype=torch.bool, device=z.device), **rest)
+
+
+TEACHING = {"temperature": 0.5, "teacher_temperature": 0.4}
+for public, kind, formula, leaves, call, as_module, settings in (
+    (
+        losses.swav_loss,
+        losses.SwAVLoss,
+        plain.swav,
+        (A, B, HEAD),
+        lambda a, b, w, **rest: losses.swav_loss([a, b], w, **rest),
+        lambda a, b, w, **rest: losses.SwAVLoss(**rest)([a, b], w),
+        {"temperature": 0.5, "epsilon": 0.4},
+    ),
+    (
+        losses.dino_loss,
+        losses.DINOLoss,
+        plain.dino,
+        (A, B, HEAD, TAUGHT[0], *TAUGHT),
+        lambda a, b, w, x, y, v, **rest: losses.dino_loss([a, b], [x, y], w, v, **rest),
+        lambda a, b, w, x, y, v, **rest: losses.DINOLoss(7, **rest).eval().to(a.device)([a, b], [x, y], w, v),
+        TEACHING,
+    ),
+    (
+        losses.ibot_patch_loss,
+        losses.IBOTPatchLoss,
+        plain.ibot,
+        (A, HEAD, *TAUGHT),
+        every_patch,
+        lambda *z, **rest: every_patch(*z, loss=losses.IBOTPatchLoss(7, **rest).eval().to(z[0].device)),
+        TEACHING,
+    ),
+    (
+        losses.msn_loss,
+        losses.MSNLoss,
+        plain.msn,
+        (A, HEAD, TAUGHT[0]),
+        lambda z, w, y, **rest: losses.msn_loss([z], y, w, **rest),
+        lambda z, w, y, **rest: losses.MSNLoss(**rest)([z], y, w),
+        {"temperature": 0.5, "target_temperature": 0.4},
+    ),
+):
+    add_loss(
+        public,
+        kind,
+        formula,
+        *leaves,
+        call=call,
+        as_module=as_module,
+        settings=settings,
+        family="Losses over prototypes",
+    )
 
 add_loss(
     losses.whitening_mse_loss,

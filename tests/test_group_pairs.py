@@ -8,7 +8,19 @@ import pytest
 import torch
 import torch.distributed as dist
 from contrastive import cosines
-from group_pairs import COLUMNS, LABELS, LOSSES, ROWS, no_rows, rows, value_and_grad
+from group_pairs import (
+    COLUMNS,
+    LABELS,
+    LOSSES,
+    ROWS,
+    masked,
+    no_rows,
+    of_patches,
+    rows,
+    taught,
+    to_codes,
+    value_and_grad,
+)
 from ranks import TOLERANCE, Collectives, assert_joint, close, divisions, mean_over_ranks, mine, normal, run
 from torch.nn import functional as F
 
@@ -40,6 +52,8 @@ def joint():
 MAIN = (
     *("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "simple, beta", "byol", "sigreg"),
     *("hsic", "dhsic"),
+    *("nt_xent", "info_nce, symmetric", "supervised", "sigmoid", "spectral by rows", "simple, beta", "byol"),
+    *("swav", "dino", "msn", "hsic", "dhsic"),
 )
 
 
@@ -94,6 +108,10 @@ COEFFICIENTS = {
     "clip": (lambda a, b, t, group: info_nce_loss(a, b, scale=t.exp(), symmetric=True, group=group), 2, (1.5,)),
     "supervised": (lambda z, labels, t, group: supervised(z, labels, None, t, group=group), 1, (0.3,)),
     "sigmoid": (lambda a, b, t, c, group: sigmoid_loss(a, b, t, c, group=group), 2, (5.0, -2.0)),
+    "swav": (lambda a, b, c, w, group: to_codes(a, b, c, group, w), 3, (normal(7, 5),)),
+    "dino": (lambda a, b, c, w, group: taught(a, b, c, group, w), 3, (normal(7, 5),)),
+    "ibot": (lambda a, b, w, group: of_patches(a, b, group, w), 2, (normal(7, 5),)),
+    "msn": (lambda a, b, c, w, group: masked(a, b, c, group, w, iterations=2), 3, (normal(7, 5),)),
     "simple": (lambda a, b, t, group: simple_contrastive_loss(a, b, t, group=group), 2, (0.7,)),
     "hsic": (lambda a, b, t, group: metrics.hsic(a, b, bandwidth=t, group=group), 2, (0.9,)),
     "dhsic": (lambda a, b, t, group: metrics.dhsic(a, b, bandwidth=(t, None), group=group), 2, (0.9,)),
@@ -178,6 +196,11 @@ TRAFFIC = {
     "sigreg": ([REDUCED], [REDUCED]),
     "sigreg, drawn": (["broadcast", REDUCED], [REDUCED]),
     "lejepa": ([REDUCED], [REDUCED]),
+    "swav": ([REDUCED] * 8, []),
+    "dino": ([], []),
+    "ibot": ([], []),
+    "msn": ([REDUCED], []),
+    "msn, equal": ([REDUCED] * 3, []),
     "hsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),
     "hsic, linear": ([GATHERED, REDUCED, REDUCED], [REDUCED, REDUCED]),
     "dhsic": ([GATHERED, REDUCED], [REDUCED, SCATTERED]),

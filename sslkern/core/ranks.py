@@ -122,6 +122,7 @@ class Batch:
 
     def log_summed(self, x: Tensor) -> Tensor:
         """The log-sum-exp of `x` over the ranks, element by element; differentiable."""
+        return x
 
     def same(self, x: Tensor) -> Tensor:
         """The `x` of the first rank, which has the same shape on all ranks. Not differentiable."""
