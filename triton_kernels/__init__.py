@@ -5,6 +5,7 @@ if __name__ == "triton_kernels":
         "this folder is sslkern.triton_kernels; the package `triton_kernels` of the Triton project is another one"
     )
 
+from . import contrastive as contrastive
 from . import covariance as covariance
 from . import cross_correlation as cross_correlation
 from . import low_rank_residual as low_rank_residual

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
+from ..ops.contrastive import contrastive_of, one_call
 from ..ops.pairs import reduce_pairs
 from ..ops.unit_rows import least_length, unit_rows
 from ._pairs import check_normalize, cross_entropy, inverse, row_products, shown, shown_last
@@ -82,6 +83,10 @@ def nt_xent_loss(
     batch, _ = ranks.batch(group, 2 if decoupled and negatives is None else 1, check)
     dtype = accumulation_dtype(*views) if negatives is None else accumulation_dtype(a, b, negatives)
     c = inverse(temperature, dtype)
+    if one_call(batch if negatives is None else None, negatives) and not others:
+        settings = {"bank": negatives, "views": negatives is None, "decoupled": decoupled}
+        total = contrastive_of(a, b, c, dtype, **settings, normalize=normalize, eps=eps)
+        return batch.average(total, a.shape[0], 1 if negatives is not None else 2)
     if negatives is not None:
         x, y, bank = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)
