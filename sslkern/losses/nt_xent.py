@@ -83,10 +83,12 @@ def nt_xent_loss(
     batch, _ = ranks.batch(group, 2 if decoupled and negatives is None else 1, check)
     dtype = accumulation_dtype(*views) if negatives is None else accumulation_dtype(a, b, negatives)
     c = inverse(temperature, dtype)
-    if one_call(batch if negatives is None else None, negatives) and not others:
-        settings = {"bank": negatives, "views": negatives is None, "decoupled": decoupled}
-        total = contrastive_of(a, b, c, dtype, **settings, normalize=normalize, eps=eps)
-        return batch.average(total, a.shape[0], 1 if negatives is not None else 2)
+    if not others and one_call(batch if negatives is None else None, negatives):
+        views_only = negatives is None
+        total = contrastive_of(
+            a, b, c, dtype, bank=negatives, views=views_only, decoupled=decoupled, normalize=normalize, eps=eps
+        )
+        return batch.average(total, a.shape[0], 2 if views_only else 1)
     if negatives is not None:
         x, y, bank = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)

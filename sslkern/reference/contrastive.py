@@ -72,7 +72,7 @@ def composed(
     if views:
         z = torch.cat([u, v], -2)
         labels = torch.arange(n, device=x.device).repeat(2).expand(z.shape[:-1])
-        settings = z, None, scale, labels, None
+        settings: tuple = z, None, scale, labels, None
         over, over_columns = forward(*settings, DIFFERENT, "dot", False)
         total, slope = _terms(over, torch.cat([positive, positive], -1), decoupled)
         if for_x or need_y:
