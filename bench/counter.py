@@ -35,6 +35,16 @@ def _pairwise(told: dict[str, Any], forward: bool) -> float:
     return 2 * pairs * (share * d + p + sides * d + told.get("need_rhs", False) * p)
 
 
+def _contrastive(told: dict[str, Any]) -> float:
+    """The similarities, once, and a product for each gradient of rows. Views are compared with each other as one side,
+    of which each pair is computed once; the gradient of either needs that of both."""
+    x, y = told["x"], told["y"] if told["bank"] is None else told["bank"]
+    need_x, need_y = told["need_x"] or told["need_scale"], told["need_y"] and told["bank"] is None
+    if told["views"]:
+        return 2 * 4 * x.numel() * x.shape[-2] * (0.5 + (need_x or need_y))
+    return 2 * x.numel() * y.shape[-2] * (1 + need_x + need_y)
+
+
 def _low_rank(told: dict[str, Any]) -> float:
     """The model, and a product for each gradient."""
     return 2.0 * told["m"].numel() * told["u"].shape[-1] * (1 + told["need_u"] + told["need_v"])
@@ -60,6 +70,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "pairwise_argmax": lambda told: _pairwise(told, True),
     "pairwise_gram_fwd": lambda told: _pairwise(told, True),
     "pairwise_gram_bwd": lambda told: _pairwise(told, False),
+    "contrastive_fwd": lambda told: _contrastive(told),
     "low_rank_residual": lambda told: _low_rank(told),
     "characteristic_sums_fwd": lambda told: _projections(told, 1),
     "characteristic_sums_bwd": lambda told: _projections(told, 1 if told["projections"].numel() else 2),

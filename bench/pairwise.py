@@ -17,6 +17,15 @@ PAIRS = (
     ("NT-Xent", (8192, 128)),
     ("NT-Xent", (8192, 768)),
     ("NT-Xent", (32768, 128)),
+    ("NT-Xent", (128, 64)),
+    ("NT-Xent", (512, 128)),
+    ("NT-Xent", (512, 256)),
+    ("NNCLR", (64, 64)),
+    ("NNCLR", (256, 128)),
+    ("NNCLR", (256, 256)),
+    ("MoCo, 4096 keys", (256, 128)),
+    ("MoCo, 65536 keys", (256, 128)),
+    ("MoCo, 65536 keys", (256, 256)),
     ("CLIP", (4096, 768)),
     ("HSIC", (8192, 32)),
     ("HSIC of all features", (4096, 64)),
@@ -108,6 +117,31 @@ class _BothLogSumExp(torch.autograd.Function):
         return grad_x, grad_y, None
 
 
+def nnclr_published(neighbours: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """Cross-entropy of the predictions of one view against the neighbours of the other, which have no gradient."""
+    logits = F.normalize(neighbours, dim=-1) @ F.normalize(p, dim=-1).T / temperature
+    return F.cross_entropy(logits, torch.arange(p.shape[0], device=p.device))
+
+
+def nnclr_smart(neighbours: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
+    """Without the products with one-hot targets: the temperature on the smaller side, and the positives as row sums."""
+    x, y = F.normalize(neighbours, dim=-1) / temperature, F.normalize(p, dim=-1)
+    return ((x @ y.T).logsumexp(1) - (x * y).sum(1)).mean()
+
+
+def moco_published(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
+    """Of rows of unit length and a queue (D, K), as MoCo stores it."""
+    logits = torch.cat([(q * k).sum(1, keepdim=True), q @ queue], 1) / temperature
+    return F.cross_entropy(logits, torch.zeros(q.shape[0], dtype=torch.int64, device=q.device))
+
+
+def moco_smart(q: Tensor, k: Tensor, queue: Tensor, temperature: float = 0.1) -> Tensor:
+    """Without the concatenated copy of the logits."""
+    q = q / temperature
+    positive = (q * k).sum(1)
+    return (torch.logaddexp((q @ queue).logsumexp(1), positive) - positive).mean()
+
+
 def hsic_published(x: Tensor, y: Tensor, scale: float) -> Tensor:
     """Tr(K H L H) / (N - 1)^2 with both kernels' matrices."""
     kernels = [(-scale * torch.cdist(z, z).square()).exp() for z in (x, y)]
@@ -190,6 +224,30 @@ def pairs_case(what: str, shape: tuple[int, int], device: str) -> Case:
 
         def ours(a: Tensor, b: Tensor) -> Tensor:
             return sslkern.info_nce_loss(a, b, scale=10.0, symmetric=True)
+    elif what == "NNCLR":
+        neighbours, views = views[0].detach(), views[1:]
+
+        def eager(p: Tensor) -> Tensor:
+            return nnclr_published(neighbours, p)
+
+        def loop(p: Tensor) -> Tensor:
+            return nnclr_smart(neighbours, p)
+
+        def ours(p: Tensor) -> Tensor:
+            return sslkern.info_nce_loss(neighbours, p)
+    elif what.startswith("MoCo"):
+        keys = F.normalize(views[1].detach(), dim=-1)
+        queue = F.normalize(torch.randn(d, int(what.split()[1]), generator=generator), dim=0).to(device)
+        views = [F.normalize(views[0].detach(), dim=-1).requires_grad_()]
+
+        def eager(q: Tensor) -> Tensor:
+            return moco_published(q, keys, queue)
+
+        def loop(q: Tensor) -> Tensor:
+            return moco_smart(q, keys, queue)
+
+        def ours(q: Tensor) -> Tensor:
+            return sslkern.nt_xent_loss(q, keys, 0.1, negatives=queue.T, normalize=False)
     elif what == "HSIC":
 
         def eager(x: Tensor, y: Tensor) -> Tensor:

@@ -36,6 +36,7 @@ def samples(kernel, dtype, device):
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
     yield from turned_samples(kernel, dtype, device) if kernel.startswith("characteristic_") else ()
     yield from low_rank_samples(device) if kernel == "low_rank_residual" and dtype == torch.float32 else ()
+    yield from contrastive_samples(device) if kernel == "contrastive_fwd" and dtype == torch.float32 else ()
     yield from pairwise_samples(kernel, device) if kernel.startswith("pairwise_") and dtype == torch.float32 else ()
     turn = itertools.cycle(((True, True), (True, False), (False, True)))  # which gradients are asked for
     for shape in ((5, 9), (2, 9, 5), (2, 4, 6, 7)):
@@ -77,6 +78,17 @@ def low_rank_samples(device):
         m, u, v = (torch.randn(*lead, *shape, device=device) for shape in ((6, 5), (6, 2), (5, 2)))
         for loss in ("l2", "poisson"):
             yield u, v, m.bfloat16(), m > 0 if masked else None, loss, 0.1, *needs
+
+
+def contrastive_samples(device):
+    """Views, keys, both sides and a bank; of a matrix and of a stack; rows as they are and of unit length."""
+    needs = itertools.cycle(((True, True, True), (True, False, False), (False, True, False), (False, False, False)))
+    for lead, eps in (((), 1e-12), ((2,), 0.0)):
+        x, y, more = (torch.randn(*lead, n, 4, device=device) for n in (6, 6, 9))
+        scale = torch.full(lead, 3.0, device=device)
+        for bank, views, both_sides in ((None, True, False), (None, False, True), (more, False, False)):
+            yield x, y, bank, scale, views, both_sides, False, eps, eps, eps, *next(needs)
+        yield x, torch.cat([y, more], -2), None, scale, False, False, True, eps, eps, 0.0, *next(needs)
 
 
 def pairwise_samples(kernel, device):

@@ -6,6 +6,7 @@ if __name__ == "triton_kernels":
     )
 
 from . import characteristic_sums as characteristic_sums
+from . import contrastive as contrastive
 from . import covariance as covariance
 from . import cross_correlation as cross_correlation
 from . import low_rank_residual as low_rank_residual

@@ -102,6 +102,30 @@ SSLKERN_INLINE T exp_both_body(const T* t, int64_t n, T c, T shift, T* columns) 
   }
   return sum;
 }
+// The same, with the exponentials in place of t.
+template <class T>
+SSLKERN_INLINE T keep_exp_body(T* t, int64_t n, T c, T shift, T* columns) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    const T e = exp_of(c * t[j] - shift);
+    t[j] = e;
+    columns[j] += e;
+    sum += e;
+  }
+  return sum;
+}
+// The same without column sums, for scaled exponents.
+template <class T>
+SSLKERN_INLINE T keep_exp_row_body(T* t, int64_t n, T shift) {
+  T sum = 0;
+#pragma omp simd reduction(+ : sum)
+  for (int64_t j = 0; j < n; ++j) {
+    t[j] = exp_of(t[j] - shift);
+    sum += t[j];
+  }
+  return sum;
+}
 template <class T>
 SSLKERN_INLINE void exp_columns_body(const T* t, int64_t n, const T* shifts, T* columns) {
 #pragma omp simd
@@ -115,6 +139,17 @@ SSLKERN_INLINE T largest_body(const T* t, int64_t n) {
 #pragma omp simd reduction(max : most)
   for (int64_t j = 0; j < n; ++j) most = t[j] > most ? t[j] : most;
   return most;
+}
+// NaN if there is one.
+template <class T>
+SSLKERN_INLINE T largest_or_nan_body(const T* t, int64_t n) {
+  T most = -std::numeric_limits<T>::infinity(), zero = 0;
+#pragma omp simd reduction(max : most) reduction(+ : zero)
+  for (int64_t j = 0; j < n; ++j) {
+    most = t[j] > most ? t[j] : most;
+    zero += t[j] != t[j] ? t[j] : T(0);
+  }
+  return zero == 0 ? most : zero;
 }
 template <class T>
 SSLKERN_INLINE void largest_columns_body(const T* t, int64_t n, T* most) {
@@ -137,6 +172,13 @@ template <class T>
 SSLKERN_INLINE void share_each_body(T* t, int64_t n, T row, T a, const T* column, const T* b) {
 #pragma omp simd
   for (int64_t j = 0; j < n; ++j) t[j] = exp_of(t[j] - row) * a + exp_of(t[j] - column[j]) * b[j];
+}
+
+// t = t (a + b).
+template <class T>
+SSLKERN_INLINE void weigh_both_body(T* t, int64_t n, T a, const T* b) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) t[j] *= a + b[j];
 }
 
 // t = exp(-t) and t = log(1 + exp(t)). The slopes are v times the derivatives.
@@ -207,6 +249,13 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   return sum;
 }
 
+// t = t + a x.
+template <class T>
+SSLKERN_INLINE void add_row_body(T* t, const T* x, T a, int64_t n) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) t[j] += a * x[j];
+}
+
 #define SSLKERN_KERNELS(T)                                                                                          \
   SSLKERN_CLONES static void scale_row(T* t, int64_t n, T scale) {                                                  \
     scale_row_body(t, n, scale);                                                                                    \
@@ -223,11 +272,20 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   SSLKERN_CLONES static T exp_both(const T* t, int64_t n, T c, T shift, T* columns) {                               \
     return exp_both_body(t, n, c, shift, columns);                                                                  \
   }                                                                                                                 \
+  SSLKERN_CLONES static T keep_exp(T* t, int64_t n, T c, T shift, T* columns) {                                     \
+    return keep_exp_body(t, n, c, shift, columns);                                                                  \
+  }                                                                                                                 \
+  SSLKERN_CLONES static T keep_exp_row(T* t, int64_t n, T shift) {                                                  \
+    return keep_exp_row_body(t, n, shift);                                                                          \
+  }                                                                                                                 \
   SSLKERN_CLONES static void exp_columns(const T* t, int64_t n, const T* shifts, T* columns) {                      \
     exp_columns_body(t, n, shifts, columns);                                                                        \
   }                                                                                                                 \
   SSLKERN_CLONES static T largest(const T* t, int64_t n) {                                                          \
     return largest_body(t, n);                                                                                      \
+  }                                                                                                                 \
+  SSLKERN_CLONES static T largest_or_nan(const T* t, int64_t n) {                                                   \
+    return largest_or_nan_body(t, n);                                                                               \
   }                                                                                                                 \
   SSLKERN_CLONES static void largest_columns(const T* t, int64_t n, T* most) {                                      \
     largest_columns_body(t, n, most);                                                                               \
@@ -240,6 +298,9 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   }                                                                                                                 \
   SSLKERN_CLONES static void share_each(T* t, int64_t n, T row, T a, const T* column, const T* b) {                 \
     share_each_body(t, n, row, a, column, b);                                                                       \
+  }                                                                                                                 \
+  SSLKERN_CLONES static void weigh_both(T* t, int64_t n, T a, const T* b) {                                         \
+    weigh_both_body(t, n, a, b);                                                                                    \
   }                                                                                                                 \
   SSLKERN_CLONES static void rbf(T* t, int64_t n) {                                                                 \
     rbf_body(t, n);                                                                                                 \
@@ -264,6 +325,9 @@ SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
   SSLKERN_CLONES static void weigh_block(T* w, int64_t rows, int64_t cols, int64_t ld, const T* a, const T* b,      \
                                          const T* k) {                                                              \
     weigh_block_body(w, rows, cols, ld, a, b, k);                                                                   \
+  }                                                                                                                 \
+  SSLKERN_CLONES static void add_row(T* t, const T* x, T a, int64_t n) {                                            \
+    add_row_body(t, x, a, n);                                                                                       \
   }                                                                                                                 \
   SSLKERN_CLONES static T dot_row(const T* a, const T* b, int64_t n) {                                              \
     return dot_row_body(a, b, n);                                                                                   \

@@ -34,9 +34,10 @@ struct Similarity {
 // Drops the pairs that a mask excludes.
 class Mask {
  public:
-  // x and y: labels of n rows and m columns, or null. Columns come in blocks of `size`.
-  Mask(int64_t bits, const int64_t* x, const int64_t* y, int64_t m, int64_t size)
-      : bits_(bits), size_(size), x_(x), y_(y) {
+  // x and y: labels of n rows and m columns, or null. Columns come in blocks of `size`. A `partner` of p > 0 also drops
+  // the pairs of i with i - p and i + p.
+  Mask(int64_t bits, const int64_t* x, const int64_t* y, int64_t m, int64_t size, int64_t partner = 0)
+      : bits_(bits), size_(size), partner_(partner), x_(x), y_(y) {
     for (int64_t j = 0; x != nullptr && j < m; j += size) {
       const auto [least, most] = std::minmax_element(y + j, y + std::min(m, j + size));
       ranges_.push_back({*least, *most});
@@ -48,6 +49,8 @@ class Mask {
     if (bits_ == 0) return;
     const int64_t i = b.i0 + r, at = i - b.j0;
     if ((bits_ & kOffdiag) && at >= 0 && at < b.cols) t[at] = value;
+    for (const int64_t j : {at - partner_, at + partner_})
+      if (partner_ > 0 && j >= 0 && j < b.cols) t[j] = value;
     if (x_ == nullptr) return;
     const bool equal = (bits_ & kDifferent) != 0;
     const auto [least, most] = ranges_[b.j0 / size_];
@@ -59,7 +62,7 @@ class Mask {
   }
 
  private:
-  const int64_t bits_, size_;
+  const int64_t bits_, size_, partner_;
   const int64_t *const x_, *const y_;
   std::vector<std::pair<int64_t, int64_t>> ranges_;
 };
@@ -72,11 +75,19 @@ inline int64_t block_rows(int64_t n) {
   return rows;
 }
 
+// The same for products of rows of d elements. Blocks that would take only microseconds are made larger.
+inline int64_t block_rows(int64_t n, int64_t d) {
+  constexpr int64_t least = 1 << 17;  // multiplications
+  int64_t rows = block_rows(n);
+  while (rows < std::min(kPairRows, n) && 4 * rows * rows * d <= least) rows *= 2;
+  return rows;
+}
+
 template <class T>
 class Pairs {
  public:
   Pairs(const Rows<T>& x, const Rows<T>& y, bool self_pairs)
-      : Pairs(x, y, self_pairs, block_rows(std::min(x.n, y.n)), kTile) {}
+      : Pairs(x, y, self_pairs, block_rows(std::min(x.n, y.n), x.d), kTile) {}
   Pairs(const Rows<T>& x, const Rows<T>& y, bool self_pairs, int64_t size, int64_t padding)
       : x_(x), y_(y), self_pairs_(self_pairs), size_(size), ld_(size + padding) {}
 

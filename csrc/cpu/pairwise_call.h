@@ -9,6 +9,14 @@ namespace sslkern {
 
 using Labels = std::optional<Tensor>;
 
+// Calls f(slice) for every slice of a stack: small slices run one per thread. A single slice uses all threads itself.
+// Its bits are the same, because pairs of blocks are added up in a fixed order for any number of threads.
+template <class F>
+void for_pair_slices(int64_t count, int64_t numbers, const F& f) {
+  if (count == 1) return f(0);
+  for_slices(count, numbers, f);
+}
+
 // The arguments that all pairwise operators share.
 struct Call {
   const Tensor x, y, scale;
@@ -41,14 +49,16 @@ struct Call {
 
   template <class F>
   void for_each_slice(const F& f) const {
-    for_slices(stack_size(x), n() * m(),
-               [&](int64_t s) { is_double(x) ? f.template operator()<double>(s) : f.template operator()<float>(s); });
+    for_pair_slices(stack_size(x), n() * m(), [&](int64_t s) {
+      is_double(x) ? f.template operator()<double>(s) : f.template operator()<float>(s);
+    });
   }
 };
 
 // One slice of the arguments, packed for tiles.
 template <class T>
 struct PairSlice {
+  const Tensor like;  // makes tensors of its device
   const Rows<T> x;
   const std::optional<Rows<T>> other;
   const Rows<T>& y;
@@ -58,7 +68,8 @@ struct PairSlice {
   const bool self_pairs;
 
   PairSlice(const Call& c, int64_t s, bool for_sums)
-      : x(c.x, data<T>(c.x) + s * c.n() * c.d(), c.n(), c.d(), true, for_sums, c.squared),
+      : like(c.x),
+        x(c.x, data<T>(c.x) + s * c.n() * c.d(), c.n(), c.d(), true, for_sums, c.squared),
         other(c.self_pairs ? std::nullopt
                            : std::make_optional<Rows<T>>(c.y, data<T>(c.y) + s * c.m() * c.d(), c.m(), c.d(), true,
                                                          for_sums, c.squared)),
@@ -67,6 +78,19 @@ struct PairSlice {
         similarity{data<T>(c.scale)[s], c.squared, c.self_pairs, x.squares.data(), y.squares.data()},
         mask(c.mask, labels(c.x_labels, s, c.n()), labels(c.y_labels, s, c.m()), c.m(), pairs.size()),
         self_pairs(c.self_pairs) {}
+
+  // Products of the rows of x (n, d) and y (m, d), contiguous; y is null to compare x with itself. `mask` and `partner`
+  // are those of `Mask`.
+  PairSlice(const Tensor& like, const T* x, int64_t n, const T* y, int64_t m, int64_t d, T scale, int64_t mask,
+            int64_t partner, bool for_sums)
+      : like(like),
+        x(like, x, n, d, true, for_sums, false),
+        other(y == nullptr ? std::nullopt : std::make_optional<Rows<T>>(like, y, m, d, true, for_sums, false)),
+        y(y == nullptr ? this->x : *other),
+        pairs(this->x, this->y, y == nullptr),
+        similarity{scale, false, y == nullptr, nullptr, nullptr},
+        mask(mask, nullptr, nullptr, m, pairs.size(), partner),
+        self_pairs(y == nullptr) {}
 
   // Bounds of all exponents.
   std::pair<T, T> bounds() const {

@@ -9,6 +9,7 @@ from torch.nn import functional as F
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
+from ..ops.contrastive import contrastive_of, one_call
 from ..ops.pairs import reduce_pairs
 from ..ops.unit_rows import unit_rows
 from ._pairs import check_normalize, converted, cross_entropy, inverse, row_products, shown, shown_last
@@ -74,6 +75,9 @@ def info_nce_loss(
     (batch, key_batch), _ = ranks.batches(group, 1, check)
     dtype = accumulation_dtype(q, k)
     c = inverse(temperature, dtype) if scale is None else converted(scale, dtype)
+    if positives is None and one_call(batch):
+        total = contrastive_of(q, k, c, dtype, both_sides=symmetric, normalize=normalize, eps=eps)
+        return batch.average(total, q.shape[0])
     x, y = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (q, k))
     keys = key_batch.every(y)
     if positives is None:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
+from ..ops.contrastive import contrastive_of, one_call
 from ..ops.pairs import reduce_pairs
 from ..ops.unit_rows import unit_rows
 from ._pairs import (
@@ -91,6 +92,12 @@ def nt_xent_loss(
     batch, _ = ranks.batch(group, 2 if decoupled and negatives is None else 1, check)
     dtype = accumulation_dtype(*views) if negatives is None else accumulation_dtype(a, b, negatives)
     c = inverse(temperature, dtype)
+    if not others and one_call(batch if negatives is None else None, negatives):
+        views_only = negatives is None
+        total = contrastive_of(
+            a, b, c, dtype, bank=negatives, views=views_only, decoupled=decoupled, normalize=normalize, eps=eps
+        )
+        return batch.average(total, a.shape[0], 2 if views_only else 1)
     if negatives is not None:
         x, y, bank = (unit_rows(z, dtype, eps) if normalize else z.to(dtype) for z in (a, b, negatives))
         rows = _loss(c * row_products(x, y)[None], reduce_pairs(x, bank, c), inside, decoupled)
