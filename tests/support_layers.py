@@ -276,6 +276,7 @@ HELD = {  # public names that compute nothing on tensors, and where they are tes
     "train": "a room",
     "init": "a room",
     "init.uniform_": "fills biases",
+    "dino_center": "a mean without a gradient, in test_prototypes",
     "OrthogonalModule": "a base class",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",

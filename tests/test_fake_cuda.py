@@ -55,9 +55,12 @@ NOT_CAPTURED = (
 )
 NOT_CALLED = {
     "OrthogonalModule": "a base class, whose layers are called",
+    "dino_center": "DINOLoss calls it",
     "init.one_of_dtypes": "checks a dtype",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",
+    "patch": "swaps names",
+    "unpatch": "swaps names",
 }
 
 
