@@ -71,5 +71,6 @@ class BCS(nn.Module):
         n = batch.count(len(z1))
         statistic = sigreg_loss(torch.stack(views), **settings, group=group_of(batch)) / n  # type: ignore[arg-type]
         self.step += 1
-        invariance = F.mse_loss(*(view.to(accumulation_dtype(view)) for view in views))
+        x, y = (view.to(accumulation_dtype(view)) for view in views)
+        invariance = F.mse_loss(x, y)
         return {"loss": invariance + self.lmbd * statistic, "bcs_loss": statistic, "invariance_loss": invariance}

@@ -41,6 +41,8 @@ class EppsPulley(nn.Module):
     loaded.
     """
 
+    t: Tensor
+
     def __init__(self, t_max: float = 3.0, n_points: int = 17) -> None:
         super().__init__()
         checks.positive_number("t_max", t_max)
