@@ -109,9 +109,7 @@ def _with_queue(rows: int) -> Call:
         if not queue:
             columns = torch.randn(a.shape[1], rows, generator=torch.Generator().manual_seed(1))
             queue.append(F.normalize(columns, dim=0))
-        if queue[-1].dtype != a.dtype:
-            return loss(F.normalize(a), F.normalize(b), queue[0].to(a.dtype))
-        return loss(F.normalize(a), F.normalize(b), queue[0])
+        return loss(F.normalize(a), F.normalize(b), queue[0].to(a.dtype))
 
     return call
 
