@@ -180,10 +180,12 @@ def outcome(loss: Any, case: Case, half: bool, dtype: torch.dtype) -> list[str]:
         with torch.autocast("cpu", dtype=torch.float16, enabled=half):
             value = case.call(loss, *(z.half() if half else z for z in leaves))
         value = value["loss"] if isinstance(value, dict) else value[0] if isinstance(value, tuple) else value
-        grads = torch.autograd.grad(value.float().sum() if half else value.sum(), leaves)
+        value = value.float().sum() if half else value.sum()
+        grads = torch.autograd.grad(value, leaves, allow_unused=True)
     except RuntimeError as error:
         return [type(error).__name__, str(error).splitlines()[0]]
-    return [repr(float(value)), repr(max(float(grad.abs().max()) for grad in grads))]
+    sizes = [grad.abs().max() for grad in grads if grad is not None]  # a NaN stays one
+    return [repr(float(value.detach())), repr(float(torch.stack(sizes).max()))]
 
 
 def measured(case: Case) -> dict[str, Any]:
