@@ -1,9 +1,10 @@
 """`python -m bench.peers`: the losses of other packages against ours under their names, forward and backward.
 
-It needs the other packages: `make peers` makes an environment with them, whose Python runs this. A package that is not
-installed is left out, with a sentence on it. Each row has the medians of interleaved rounds, the peaks of memory, and
-the errors of value and gradient against fp64. Where other work runs beside, OMP_WAIT_POLICY=passive keeps threads that
-wait from taking its cores. With --filter, the result file keeps its rows of other cases.
+It needs the other packages: `make peers` makes an environment with them, whose Python runs this. SOLO_LEARN and EB_JEPA
+name clones of two packages that have no current release. A package that is missing is left out, with a sentence on it.
+Each row has the medians of interleaved rounds, the peaks of memory, and the errors of value and gradient against fp64.
+Where other work runs beside, OMP_WAIT_POLICY=passive keeps threads that wait from taking its cores. With --filter, the
+result file keeps its rows of other cases.
 """
 
 from __future__ import annotations
@@ -17,32 +18,19 @@ from collections.abc import Callable, Iterator
 from functools import partial
 from importlib import import_module
 from importlib.metadata import version
-from importlib.util import find_spec
 from pathlib import Path
-from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from . import baselines
 from .case import Case, Loss
+from .clones import CLONES, missing, version_of_clone
+from .more_peers import eb_jepa, solo, stable_pretraining
+from .peer_pair import Pair
 from .run import machine, run_case, save
 
 OURS = "sslkern"
-
-
-class Pair(NamedTuple):
-    """A loss of a peer and the one that stands for it, as factories; and the shape of the views, of which it has two.
-
-    `truth` is the loss in fp64, where the peer's own would take too long.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    theirs: Callable[[], Loss]
-    ours: Callable[[], Loss]
-    note: str = ""
-    truth: Loss | None = None
 
 
 def lightly() -> Iterator[Pair]:
@@ -65,7 +53,12 @@ def lightly() -> Iterator[Pair]:
         yield pair("NegativeCosineSimilarity", shape)
 
 
-PEERS: dict[str, Callable[[], Iterator[Pair]]] = {"lightly": lightly}
+PEERS: dict[str, Callable[[], Iterator[Pair]]] = {
+    "lightly": lightly,
+    "stable_pretraining": stable_pretraining,
+    "solo": solo,
+    "eb_jepa": eb_jepa,
+}
 QUICK = 64 * 64  # numbers in a view, at most
 
 
@@ -95,8 +88,9 @@ def case_of(peer: str, pair: Pair) -> Case:
 
 
 def installed() -> dict[str, str]:
-    """The version of each peer that is installed."""
-    return {peer: version(peer.replace("_", "-")) for peer in PEERS if find_spec(peer) is not None}
+    """The version of each peer that can be imported; of a clone, its commit."""
+    found = [peer for peer in PEERS if not missing(peer)]
+    return {peer: version_of_clone(peer) if peer in CLONES else version(peer.replace("_", "-")) for peer in found}
 
 
 def measure(peers: list[str], pattern: str, quick: bool, rounds: int, patience: float) -> Iterator[list[dict]]:
@@ -140,7 +134,7 @@ def main() -> None:
         args.rounds, args.patience = 3, 0
     versions = installed()
     for peer in PEERS.keys() - versions.keys():
-        print(f"{peer} is not installed; `make peers` installs it.", file=sys.stderr)
+        print(missing(peer), file=sys.stderr)
     if not versions:
         sys.exit(1)
     waiting = os.environ.get("OMP_WAIT_POLICY", "default")

@@ -54,10 +54,17 @@ def results(value):
     return [value]
 
 
+def _weighted(x):
+    """The sum of the elements, each with a weight of its own."""
+    return x if x.dim() == 0 else x.flatten() @ torch.linspace(1, 2, x.numel(), dtype=x.dtype)
+
+
 def outcome(function, case, leaves):
     """What a loss returns, and the gradients of a weighted sum of it."""
     found = results(function(*case.make(*leaves), **case.settings))
-    weighted = [x * (1 + 0.3 * k) for k, x in enumerate(found) if isinstance(x, torch.Tensor) and x.requires_grad]
+    weighted = [
+        _weighted(x) * (1 + 0.3 * k) for k, x in enumerate(found) if isinstance(x, torch.Tensor) and x.requires_grad
+    ]
     wanted = {k: leaf for k, leaf in enumerate(leaves) if leaf.requires_grad}
     grads = torch.autograd.grad(sum(weighted), list(wanted.values()), allow_unused=True)
     return [torch.as_tensor(x) for x in found], dict(zip(wanted, grads, strict=True))

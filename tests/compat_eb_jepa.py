@@ -2,7 +2,7 @@
 
 import torch
 import torch.nn.functional as F
-from compat_checks import Case
+from compat_checks import Case, rows_of_all
 from ranks import normal
 
 from bench.baselines import offdiag_sum
@@ -99,6 +99,28 @@ def VC_IDM_Sim_Regularizer(
     return loss
 
 
+def epps_pulley():
+    def statistic(x, t_min=-3, t_max=3, n_points=10):
+        t = torch.linspace(t_min, t_max, n_points, dtype=x.dtype)
+        phi, angles = (-t.square() / 2).exp(), rows_of_all(x)[..., None] * t
+        errors = (angles.cos().mean(0) - phi).square() + angles.sin().mean(0).square()
+        return torch.trapezoid(errors * phi, t)
+
+    return statistic
+
+
+def BCS(num_slices=256, lmbd=10.0):
+    """The first call, with directions in torch's default dtype."""
+
+    def loss(z1, z2):
+        a = torch.randn(z1.shape[1], num_slices, generator=torch.Generator().manual_seed(0))
+        a = (a / a.norm(dim=0)).to(z1.dtype)
+        bcs, invariance = sum(epps_pulley()(z @ a).mean() / 2 for z in (z1, z2)), F.mse_loss(z1, z2)
+        return {"loss": invariance + lmbd * bcs, "bcs_loss": bcs, "invariance_loss": invariance}
+
+    return loss
+
+
 class Linear(torch.nn.Module):
     """A projector with fixed weights, in the dtype of its input."""
 
@@ -118,13 +140,16 @@ class Moves(Linear):
 
 
 FORMULAS = (HingeStdLoss, CovarianceLoss, VCLoss, VICRegLoss, SquareLossSeq, TemporalSimilarityLoss)
-FORMULAS = {f.__name__: f for f in (*FORMULAS, sq_loss, square_cost_seq, InverseDynamicsLoss, VC_IDM_Sim_Regularizer)}
+FORMULAS = {
+    f.__name__: f
+    for f in (*FORMULAS, sq_loss, square_cost_seq, InverseDynamicsLoss, VC_IDM_Sim_Regularizer, epps_pulley, BCS)
+}
 
 
 def of(module, case):
     """The loss of a case in a module."""
     loss = getattr(module, case.name)
-    return loss if case.name in ("sq_loss", "square_cost_seq") else loss(*case.init)
+    return loss if case.name in ("sq_loss", "square_cost_seq", "epps_pulley") else loss(*case.init)
 
 
 def formula(case):
@@ -163,4 +188,11 @@ CASES = [
     ),
     Case("VC_IDM_Sim_Regularizer", SQUARE, LONG, init=(1, 1, 2.0, 3.0, Moves(30, 5), 1, True, Linear(3, 5), 1, 1, 1)),
     Case("VC_IDM_Sim_Regularizer", (4, 3, 1, 2, 3), init=(3, 2, 0.7)),
+]
+SIGREG = [  # on several ranks too
+    *(Case("epps_pulley", shape) for shape in ((9, 4), (5, 70), (1, 1))),
+    Case("epps_pulley", (6, 3), t_min=-1.5, t_max=2.5, n_points=7),
+    Case("epps_pulley", (6, 3), t_min=-2, t_max=2, n_points=5),
+    *(Case("BCS", shape, shape, init=(20,)) for shape in ((9, 4), (5, 70), (1, 1))),
+    Case("BCS", (6, 3), (6, 3), init=(5, 0.5)),
 ]

@@ -71,6 +71,28 @@ def NegativeCosineSimilarity():
     return lambda z_i, z_j: -F.cosine_similarity(z_i, z_j, dim=1).mean()
 
 
+def EppsPulley(t_max=3.0, n_points=17):
+    def loss(x):
+        """The rows of all ranks in the empirical characteristic function."""
+        t = torch.linspace(0, t_max, n_points, dtype=x.dtype)
+        phi, rows = (-t.square() / 2).exp(), rows_of_all(x)
+        angles = rows[..., None] * t
+        errors = (angles.cos().mean(0) - phi).square() + angles.sin().mean(0).square()
+        return 2 * len(rows) * torch.trapezoid(errors * phi, t)
+
+    return loss
+
+
+def SlicedEppsPulley(num_slices=1024, t_max=3.0, n_points=17):
+    """The first call, with directions in torch's default dtype."""
+
+    def loss(x):
+        a = torch.randn(x.shape[-1], num_slices, generator=torch.Generator().manual_seed(0))
+        return EppsPulley(t_max, n_points)(x @ (a / a.norm(dim=0)).to(x.dtype)).mean()
+
+    return loss
+
+
 def of(module, case):
     """The loss of a case in a module, or in the formulas above."""
     return getattr(module, case.name)(*case.init)
@@ -109,4 +131,10 @@ CASES = [
     Case("InfoNCELoss", (3, 4), (7, 4), (), make=_to(6, 0, 2, masked=ROWS), alone=(2,)),
     *(Case("BYOLLoss", shape, shape) for shape in ((9, 4), (1, 1), (3, 4, 5))),
     *(Case("NegativeCosineSimilarity", shape, shape) for shape in ((9, 4), (1, 1), (3, 4, 5), (2, 3, 2, 2))),
+    *(Case("EppsPulley", shape) for shape in ((9, 4), (5, 70), (7,), (3, 4, 5), (1, 1))),
+    Case("EppsPulley", (6, 3), init=(2.5, 5)),
+]
+SLICED = [
+    *(Case("SlicedEppsPulley", shape, init=(20,)) for shape in ((9, 4), (5, 70), (3, 4, 5), (1, 1))),
+    Case("SlicedEppsPulley", (6, 3), init=(5, 2.5, 5)),
 ]

@@ -74,6 +74,17 @@ def normal(*shape, seed=0, dtype=torch.float64):
     return (torch.randn(shape, generator=generator, dtype=torch.float64) + 0.5).to(dtype)
 
 
+@contextmanager
+def default_dtype(dtype):
+    """torch's default dtype, in which losses draw random directions."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        yield
+    finally:
+        torch.set_default_dtype(before)
+
+
 def divisions(rows):
     """Counts of rows for the ranks of the group: even where it can be, uneven, and all but one on one rank."""
     size = dist.get_world_size()

@@ -4,7 +4,7 @@ import pytest
 import ranks
 import torch
 from compat_checks import assert_equal
-from compat_eb_jepa import CASES, FORMULAS, formula, of
+from compat_eb_jepa import CASES, FORMULAS, SIGREG, formula, of
 
 from sslkern.train.compat import eb_jepa as ours
 
@@ -15,8 +15,46 @@ def test_value_and_gradient(case):
         assert_equal(of(ours, case), formula(case), case, dtype)
 
 
+@pytest.mark.parametrize("case", SIGREG, ids=repr)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_sigreg(case, dtype):
+    """A new module for each call, as every call has its own directions."""
+    with ranks.default_dtype(dtype):
+        assert_equal(lambda *z, **settings: of(ours, case)(*z, **settings), formula(case), case, dtype)
+
+
+def on_several_ranks():
+    with ranks.default_dtype(torch.float64):
+        for case in SIGREG:
+            assert_equal(of(ours, case), formula(case), case)
+
+
+def uneven_ranks():
+    rank = ranks.dist.get_rank()
+    x = ranks.normal(4 + rank, 3, seed=rank)
+    every = torch.cat([ranks.normal(4 + r, 3, seed=r) for r in range(2)])
+    ranks.close(ours.epps_pulley(x), FORMULAS["epps_pulley"]()(every), 1e-12, "uneven")
+    for call in (lambda z: ours.epps_pulley(z), lambda z: ours.BCS(4)(z, z)):
+        with pytest.raises((TypeError, RuntimeError)):
+            call(x.long() if rank else x)
+
+
+def test_two_ranks(tmp_path):
+    """The gradients of a rank's rows are those that DistributedDataParallel averages."""
+    ranks.run(2, (on_several_ranks, uneven_ranks), tmp_path)
+
+
+def test_the_steps_of_sigreg():
+    x, y = (ranks.normal(6, 4, seed=s, dtype=torch.float32) for s in (0, 1))
+    loss, other = ours.BCS(7), ours.BCS(7)
+    values = [float(loss(x, y)["bcs_loss"]) for _ in range(3)]
+    other.step = 1
+    assert loss.step == 3 and len(set(values)) == 3
+    assert [float(other(x, y)["bcs_loss"]) for _ in range(2)] == values[1:]
+
+
 def test_every_name_has_a_case():
-    assert {*ours.__all__} == {case.name for case in CASES} == {*FORMULAS}
+    assert {*ours.__all__} == {case.name for case in (*CASES, *SIGREG)} == {*FORMULAS}
 
 
 def test_every_term_has_its_gradient():
@@ -73,6 +111,12 @@ REFUSED = {
     "integers": (lambda: ours.HingeStdLoss()(A.long()), TypeError, "x must be a float32"),
     "one dimension": (lambda: ours.VCLoss(1, 1)(A[0]), ValueError, "x must be a torch.Tensor of shape \\(B, D, ...\\)"),
     "video": (lambda: ours.VC_IDM_Sim_Regularizer(1, 1, 1)(A), ValueError, "of shape \\(B, C, T, H, W\\)"),
+    "columns": (lambda: ours.epps_pulley(A[0]), ValueError, "x must have shape \\(N, D\\)"),
+    "knots": (lambda: ours.epps_pulley(A, n_points=1), ValueError, "n_points must be an integer >= 2"),
+    "range": (lambda: ours.epps_pulley(A, 1, 1), ValueError, "t_min must be less than t_max"),
+    "knot": (lambda: ours.epps_pulley(A, t_max=torch.inf), ValueError, "t_max must be a finite number"),
+    "slices": (lambda: ours.BCS(0), ValueError, "num_slices must be an integer >= 1"),
+    "views": (lambda: ours.BCS()(A, A[:3]), ValueError, "z1 and z2 must have the same shape"),
     "difference": (lambda: ours.sq_loss(A, None), TypeError, "y must be a float32"),
 }
 

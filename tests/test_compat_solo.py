@@ -41,7 +41,7 @@ def test_names_and_signatures():
     for name, formula in FORMULAS.items():
         found, expected = (inspect.signature(f).parameters for f in (getattr(solo, name), formula))
         assert [(p.name, p.default) for p in found.values()] == [(p.name, p.default) for p in expected.values()], name
-    assert {*solo.__all__} == {*FORMULAS, "DINOLoss"}
+    assert {*solo.__all__} == {*FORMULAS, "DINOLoss", "IterNorm", "Whitening2d"}
 
 
 def dino(student, teacher, center, temperature, crops):

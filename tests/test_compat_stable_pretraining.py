@@ -6,7 +6,7 @@ import pytest
 import ranks
 import torch
 from compat_checks import assert_equal
-from compat_stable_pretraining import CASES, of
+from compat_stable_pretraining import CASES, SLICED, of
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.core.ranks import ALONE
@@ -22,13 +22,35 @@ def test_value_and_gradient(case):
         assert_equal(of(ours, case), of(FORMULAS, case), case, dtype)
 
 
+@pytest.mark.parametrize("case", SLICED, ids=repr)
+@pytest.mark.parametrize("dtype", (torch.float64, torch.float32), ids=str)
+def test_sigreg(case, dtype):
+    with ranks.default_dtype(dtype):
+        formula = of(FORMULAS, case)
+        # a new module for each call, as every call has its own directions
+        assert_equal(lambda x: of(ours, case)(x), formula, case, dtype)
+
+
 def on_several_ranks():
     for case in CASES:
         assert_equal(of(ours, case), of(FORMULAS, case), case)
+    with ranks.default_dtype(torch.float64):
+        for case in SLICED:
+            assert_equal(of(ours, case), of(FORMULAS, case), case)
+
+
+def the_step_is_that_of_the_first_rank():
+    loss = ours.SlicedEppsPulley(8)
+    loss.global_step += 5 * ranks.dist.get_rank()
+    x = ranks.normal(4 + ranks.dist.get_rank(), 3, seed=ranks.dist.get_rank())
+    values = [None, None]
+    ranks.dist.all_gather_object(values, float(loss(x)))
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+    assert loss.global_step == 1 + 5 * ranks.dist.get_rank()
 
 
 def test_two_ranks(tmp_path):
-    ranks.run(2, (on_several_ranks, every_rank_raises), tmp_path)
+    ranks.run(2, (on_several_ranks, every_rank_raises, the_step_is_that_of_the_first_rank), tmp_path)
 
 
 def every_rank_raises():
@@ -36,6 +58,30 @@ def every_rank_raises():
     for loss in (ours.VICRegLoss(), ours.BarlowTwinsLoss(), ours.NTXEntLoss(), ours.CLIPLoss()):
         with pytest.raises((ValueError, RuntimeError)):
             loss(good[:, 0] if ranks.dist.get_rank() else good, good)
+    for loss in (ours.EppsPulley(), ours.SlicedEppsPulley(4)):
+        with pytest.raises((TypeError, RuntimeError)):
+            loss(good.long() if ranks.dist.get_rank() else good)
+
+
+def test_sigreg_counts_its_calls_and_keeps_its_knots():
+    """Every call has other directions, which a state that is loaded goes on with. It also has the knots."""
+    x, loss = ranks.normal(6, 4, dtype=torch.float32), ours.SlicedEppsPulley(7, 2.0, 5)
+    values = [loss(x) for _ in range(3)]
+    assert len(set(map(float, values))) == 3 and loss.global_step == 3
+    other = ours.SlicedEppsPulley(7, 4.0, 5)
+    other.load_state_dict(loss.state_dict() | {"global_step": torch.tensor(1)})
+    assert [float(other(x)) for _ in range(2)] == [float(value) for value in values[1:]]
+    half = (40 * x).half()
+    with torch.autocast("cpu", torch.bfloat16):
+        found = ours.SlicedEppsPulley(7)(half)
+    torch.testing.assert_close(found, ours.SlicedEppsPulley(7)(half.float()))
+
+
+def test_columns_of_epps_pulley_beyond_a_block():
+    """A column has the same statistic alone and among many."""
+    x = ranks.normal(5, 130, dtype=torch.float32)
+    torch.testing.assert_close(ours.EppsPulley()(x)[[0, 64, 129]], ours.EppsPulley()(x[:, [0, 64, 129]]))
+    torch.testing.assert_close(ours.EppsPulley()(x)[7], ours.EppsPulley()(x[:, 7]))
 
 
 @pytest.mark.parametrize("form", ("primal", "dual"))
@@ -124,6 +170,12 @@ REFUSED = {
     "probabilities": (lambda: ours.InfoNCELoss()(A, B, A @ B.T), TypeError, "targets must be an int64"),
     "mask": (lambda: ours.InfoNCELoss()(A, B, T, A @ B.T), TypeError, "mask must be None or a bool"),
     "cosine": (lambda: ours.NegativeCosineSimilarity()(A[0], A[0]), ValueError, "z_i must have shape"),
+    "vector": (lambda: ours.SlicedEppsPulley(4)(A[0]), ValueError, "x must be a torch.Tensor of shape \\(N, ..., D\\)"),
+    "scalar": (lambda: ours.EppsPulley()(A[0, 0]), ValueError, "x must be a torch.Tensor of shape \\(N, ...\\)"),
+    "empty": (lambda: ours.EppsPulley()(A[:0]), ValueError, "x must have at least 1 rows"),
+    "long": (lambda: ours.SlicedEppsPulley(4)(A.long()), TypeError, "x must be float32"),
+    "knots": (lambda: ours.EppsPulley(n_points=4), ValueError, "n_points must be an odd integer >= 3"),
+    "slices": (lambda: ours.SlicedEppsPulley(0), ValueError, "num_slices must be an integer >= 1"),
     "target": (lambda: ours.BYOLLoss()(A, A.long()), TypeError, "target_proj must be a float32"),
 }
 

@@ -54,9 +54,9 @@ def whitened(z: Tensor, method: str, eps: float, steps: int, groups: int, batch:
     n = batch.count(z.shape[-2])
     if method == "cholesky":
         name = batch.peers.name if isinstance(batch, JointBatch) else None
-        y, _, covariance = _Cholesky.apply(_split(z.to(accumulation_dtype(z)), groups), eps, n, name)
-        return _joined(y, groups), covariance
-    x = _split(centred_rows(z, batch), groups)
+        y, _, covariance = _Cholesky.apply(split_groups(z.to(accumulation_dtype(z)), groups), eps, n, name)
+        return join_groups(y, groups), covariance
+    x = split_groups(centred_rows(z, batch), groups)
     d = x.shape[-1]
     dual, divisor = n < d, n - 1 if method == "zca" else n
     if dual:
@@ -64,39 +64,39 @@ def whitened(z: Tensor, method: str, eps: float, steps: int, groups: int, batch:
         matrix = Gram.apply(every, True) / divisor
     else:
         matrix = batch.summed(Gram.apply(x, False)) / divisor
-    root = _root(matrix, d, method, eps, steps)
+    root = inverse_root(matrix, d, method, eps, steps)
     with without_autocast(x):
         y = root[..., : x.shape[-2], :] @ every if dual else x @ root
-    return _joined(y, groups), None if dual else matrix.detach()
+    return join_groups(y, groups), None if dual else matrix.detach()
 
 
 def whitened_by(x: Tensor, covariance: Tensor, method: str, eps: float, steps: int) -> Tensor:
     """Whiten centred rows `x` (..., N, D) by given covariances (groups, d, d)."""
     groups, d = covariance.shape[-3:-1]
-    x = _split(x, groups)
+    x = split_groups(x, groups)
     with without_autocast(x):
         if method == "cholesky":
             y = torch.linalg.solve_triangular(_factor(covariance, eps).mT, x, upper=True, left=False)
         else:
-            y = x @ _root(covariance, d, method, eps, steps)
-    return _joined(y, groups)
+            y = x @ inverse_root(covariance, d, method, eps, steps)
+    return join_groups(y, groups)
 
 
 def covariance_for(z: Tensor, method: str, groups: int, batch: Batch) -> Tensor:
     """The covariances (..., groups, d, d) by which `method` whitens `z`; not differentiable."""
-    x = _split(centred_rows(z.detach(), batch), groups)
+    x = split_groups(centred_rows(z.detach(), batch), groups)
     n = batch.count(x.shape[-2])
     return batch.summed(Gram.apply(x, False)) / (n if method == "iterative" else n - 1)
 
 
-def _split(x: Tensor, groups: int) -> Tensor:
+def split_groups(x: Tensor, groups: int) -> Tensor:
     """(..., N, D) to (..., groups, N, D/groups)."""
     if groups == 1:
         return x.unsqueeze(-3)
     return x.unflatten(-1, (groups, -1)).movedim(-2, -3)
 
 
-def _joined(y: Tensor, groups: int) -> Tensor:
+def join_groups(y: Tensor, groups: int) -> Tensor:
     return y.squeeze(-3) if groups == 1 else y.movedim(-3, -2).flatten(-2)
 
 
@@ -165,7 +165,7 @@ def _summed(x: Tensor, group_name: str | None) -> Tensor:
     return x if group_name is None else collectives.all_reduce(x, group_name)
 
 
-def _root(matrix: Tensor, d: int, method: str, eps: float, steps: int) -> Tensor:
+def inverse_root(matrix: Tensor, d: int, method: str, eps: float, steps: int) -> Tensor:
     """The inverse square root of a covariance, or of the N x N matrix with the same eigenvalues, of d columns."""
     if method == "zca":
         return _InverseRoot.apply(matrix, eps)[0]

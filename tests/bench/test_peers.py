@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from bench import peers
+from bench import clones, peers
 from sslkern.train.compat.lightly import NTXentLoss
 
 
@@ -50,6 +50,26 @@ def test_its_quick_form(monkeypatch, tmp_path, capsys):
     printed = capsys.readouterr()
     assert printed.out.count("| torch ") == 2 and "6 x 5, bank of 7" in printed.out
     assert "no_such_package is not installed; `make peers`" in printed.err
+
+
+def test_clones(monkeypatch, tmp_path):
+    """A clone is imported without its __init__, and without a clone the sentence names the variable."""
+    monkeypatch.setattr(clones, "CLONES", {"made_up": ("MADE_UP", ("made_up", "made_up.losses"))})
+    monkeypatch.delenv("MADE_UP", raising=False)
+    with pytest.raises(ModuleNotFoundError, match="made_up has no current release; MADE_UP= names a clone of it"):
+        clones.peer("made_up.losses.one")
+    folder = tmp_path / "made_up" / "losses"
+    folder.mkdir(parents=True)
+    (tmp_path / "made_up" / "__init__.py").write_text("raise RuntimeError('needs much')")
+    (folder / "one.py").write_text("VALUE = 7")
+    monkeypatch.setenv("MADE_UP", str(tmp_path))
+    assert clones.peer("made_up.losses.one").VALUE == 7
+    assert clones.version_of_clone("made_up") == "clone"
+    (tmp_path / ".git").mkdir()
+    (tmp_path / ".git" / "HEAD").write_text("0123456789abcdef\n")
+    assert clones.version_of_clone("made_up") == "0123456789ab"
+    for name in [name for name in sys.modules if name.split(".")[0] == "made_up"]:
+        del sys.modules[name]
 
 
 def test_without_other_packages(monkeypatch, capsys):

@@ -1,7 +1,10 @@
 """`python -m bench.peers` with the packages that are installed."""
 
+import math
 import sys
 
+import pytest
+import torch
 from installed import peer
 
 from bench import peers
@@ -13,3 +16,20 @@ def test_its_quick_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--filter", "^lightly .*-64x64$"])
     peers.main()
     assert capsys.readouterr().out.count("| lightly ") == 4
+
+
+@pytest.mark.parametrize("name, rows", (("stable_pretraining", 5), ("solo", 6), ("eb_jepa", 2)))
+def test_pairs(name, rows):
+    """Both losses of a pair of small views have the same value and gradient as the truth."""
+    peer(name)
+    pairs = [pair for pair in peers.PEERS[name]() if math.prod(pair.shape) <= peers.QUICK]
+    assert len(pairs) == rows
+    for pair in pairs:
+        case = peers.case_of(name, pair)
+        inputs = case.inputs()
+        exact = [x.detach().double().requires_grad_() for x in inputs]
+        expected = torch.autograd.grad(case.truth(*exact), exact)
+        for loss in case.implementations.values():
+            case.before()
+            for found, e in zip(torch.autograd.grad(loss(*inputs), inputs), expected, strict=True):
+                torch.testing.assert_close(found.double(), e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))

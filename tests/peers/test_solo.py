@@ -2,6 +2,7 @@
 
 import inspect
 
+import compat_solo_whitening as whitening
 import pytest
 import ranks
 import torch
@@ -67,7 +68,17 @@ def test_dino(crops):
     assert ours.teacher_temp_schedule.tolist() == theirs.teacher_temp_schedule.tolist()
 
 
+@pytest.mark.filterwarnings("ignore:torch.triangular_solve", "ignore:.*custom_fwd")
+@pytest.mark.parametrize("case", whitening.CASES, ids=str)
+def test_whitening(case):
+    theirs = peer("solo.utils.whitening")
+    whitening.assert_equal(solo, theirs, case, torch.float64, 1e-12)
+    torch.set_default_dtype(torch.float32)
+    whitening.assert_equal(solo, theirs, case, torch.float32, 2e-5)
+
+
 def test_signatures():
-    for name, of in (*THEIRS.items(), ("DINOLoss", peer("solo.losses.dino").DINOLoss)):
+    layers = [(name, getattr(peer("solo.utils.whitening"), name)) for name in ("Whitening2d", "IterNorm")]
+    for name, of in (*THEIRS.items(), ("DINOLoss", peer("solo.losses.dino").DINOLoss), *layers):
         found, expected = (inspect.signature(f).parameters.values() for f in (getattr(solo, name), of))
         assert [(p.name, p.default) for p in found] == [(p.name, p.default) for p in expected], name

@@ -18,6 +18,11 @@ def joined(least: int, check: Callable[[int], tuple[Any, ...]]) -> Group:
     The group tells a loss whether all processes have the same number of rows, so the loss need not ask again.
     """
     batches, _ = ranks.batches(world(), least, check)
+    return group_of(*batches)
+
+
+def group_of(*batches: Batch) -> Group:
+    """The group of all processes, if batches lie on it, with whether all processes have the same number of rows."""
     counts = [batch.counts for batch in batches if isinstance(batch, JointBatch)]
     return Over("world", None, all(min(c) == max(c) for c in counts)) if counts else None
 

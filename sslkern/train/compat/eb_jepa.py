@@ -2,12 +2,14 @@
 
     from sslkern.train.compat.eb_jepa import VCLoss  # before: from eb_jepa.losses import VCLoss
 
-As there, no loss communicates. What differs is this:
+As there, only `epps_pulley` and `BCS` communicate: they average over all processes whenever torch.distributed is
+initialised. What differs is this:
 
 - Losses are computed and returned in float32, or in float64 for float64 tensors, also under autocast and in half
   precision, where those of EB-JEPA may overflow.
 - A loss with a standard deviation and a covariance term computes both at once, without a D x D matrix if N is
   sufficiently smaller than D.
+- `epps_pulley` and `BCS` do not form the angles, 10 for each projection.
 - The covariance term of one column, D = 1, is 0. EB-JEPA gives NaN.
 - Invalid input raises TypeError or ValueError with one sentence.
 """
@@ -22,10 +24,12 @@ from ...core import checks
 from ...core.dtypes import FLOATS, accumulation_dtype, short
 from ...core.ranks import ALONE
 from ...ops.covariance import covariance_of
+from ._bcs import BCS, epps_pulley
 from ._peers import promoted
 from ._views import check_views
 
 __all__ = [
+    "BCS",
     "CovarianceLoss",
     "HingeStdLoss",
     "InverseDynamicsLoss",
@@ -34,6 +38,7 @@ __all__ = [
     "VCLoss",
     "VC_IDM_Sim_Regularizer",
     "VICRegLoss",
+    "epps_pulley",
     "sq_loss",
     "square_cost_seq",
 ]

@@ -1,4 +1,5 @@
-"""The losses of solo-learn (`solo.losses`), with its names, arguments, values and gradients.
+"""The losses of solo-learn (`solo.losses`) and its whitening layers (`solo.utils.whitening`), with its names,
+arguments, values and gradients.
 
     from sslkern.train.compat.solo import vicreg_loss_func  # before: from solo.losses import vicreg_loss_func
 
@@ -13,13 +14,18 @@ of solo-learn before DistributedDataParallel averages them. What differs is this
 - Processes may have different numbers of rows.
 """
 
+from typing import Any
+
 from ._columns import barlow_loss_func, vibcreg_loss_func, vicreg_loss_func
 from ._contrastive import mocov2plus_loss_func, mocov3_loss_func, nnclr_loss_func, ressl_loss_func, simclr_loss_func
 from ._directions import byol_loss_func, simsiam_loss_func, wmse_loss_func
 from ._prototypes import DINOLoss, swav_loss_func
+from ._whitening import IterNorm, Whitening2d
 
 __all__ = [
     "DINOLoss",
+    "IterNorm",
+    "Whitening2d",
     "barlow_loss_func",
     "byol_loss_func",
     "mocov2plus_loss_func",
@@ -47,5 +53,7 @@ _LOSSES = {
     "vicreg": vicreg_loss_func,
     "wmse": wmse_loss_func,
 }
-SWAPPED = {f"solo.losses.{module}.{loss.__name__}": loss for module, loss in _LOSSES.items()}
+SWAPPED: dict[str, Any] = {f"solo.losses.{module}.{loss.__name__}": loss for module, loss in _LOSSES.items()}
+SWAPPED["solo.utils.whitening.Whitening2d"] = Whitening2d
 LEFT = dict.fromkeys(("solo.losses.dino.DINOLoss", "solo.losses.swav.swav_loss_func"), "its logits exist already")
+LEFT["solo.utils.whitening.IterNorm"] = "ours takes more time for small groups of channels"

@@ -1,18 +1,4 @@
-"""The losses of stable-pretraining (`stable_pretraining.losses`), with its names, arguments, values and gradients.
-
-    from sslkern.train.compat.stable_pretraining import VICRegLoss  # before: from stable_pretraining.losses import ...
-
-As there, a loss that concerns the whole batch gathers or sums over all processes whenever torch.distributed is
-initialised. What differs is this:
-
-- Losses are computed and returned in float32, or in float64 for float64 tensors, also under autocast and in half
-  precision, where those of stable-pretraining may overflow.
-- A D x D matrix is formed only if it is the smaller one, and an N x M matrix of logits only if it is no larger than the
-  rows, or for a mask, which is such a matrix itself.
-- Tensors of different dtypes are accepted everywhere.
-- Invalid input raises TypeError or ValueError with one sentence. With several processes, all of them raise.
-- Processes may have different numbers of rows.
-"""
+"""Losses of two views: VICReg, Barlow Twins, BYOL, InfoNCE and NT-Xent."""
 
 from __future__ import annotations
 
@@ -20,46 +6,15 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ...core import checks
-from ...core.dtypes import accumulation_dtype, without_autocast
-from ...losses import info_nce_loss, vcreg_loss, vicreg_loss
-from ...ops.column_products import column_products
-from ...ops.unit_rows import unit_rows
-from ._cosines import COSINE_EPS, NORMALIZE_EPS, direction_products
-from ._official import off_diagonal
-from ._small_pairs import keys_loss, views_loss
-from ._views import check_views, joined, matched, matched_batch
-
-__all__ = [
-    "BYOLLoss",
-    "BarlowTwinsLoss",
-    "CLIPLoss",
-    "InfoNCELoss",
-    "NTXEntLoss",
-    "NegativeCosineSimilarity",
-    "VCRegLoss",
-    "VICRegLoss",
-    "off_diagonal",
-]
-
-
-class VCRegLoss(nn.Module):
-    """The variance and covariance terms of one view in VICReg: `sslkern.vcreg_loss` with half of its hinge.
-
-    Args:
-        std_coeff: the weight of half the mean hinge of the standard deviations.
-        cov_coeff: the weight of the squared off-diagonal covariances, divided by D.
-        epsilon: is added to the variance.
-    """
-
-    def __init__(self, std_coeff: float = 25, cov_coeff: float = 1, epsilon: float = 1e-4) -> None:
-        super().__init__()
-        self.std_coeff, self.cov_coeff, self.epsilon = std_coeff, cov_coeff, epsilon
-
-    def forward(self, z_i: Tensor) -> Tensor:
-        """The loss of the rows z_i (N, D) of all processes, N >= 2."""
-        group, (z,) = matched(2, z_i=z_i)
-        return vcreg_loss(z, self.std_coeff / 2, self.cov_coeff, eps=self.epsilon, group=group)  # type: ignore[return-value]
+from ....core import checks
+from ....core.dtypes import accumulation_dtype, without_autocast
+from ....losses import info_nce_loss, vicreg_loss
+from ....ops.column_products import column_products
+from ....ops.unit_rows import unit_rows
+from .._cosines import NORMALIZE_EPS, direction_products
+from .._small_pairs import views_loss
+from .._views import check_views, joined, matched, matched_batch
+from .utils import VCRegLoss
 
 
 class VICRegLoss(nn.Module):
@@ -118,18 +73,6 @@ class BYOLLoss(nn.Module):
         """The loss of predictions and targets, both (..., D); each (D,) is one vector."""
         products = direction_products(NORMALIZE_EPS, online_pred=online_pred, target_proj=target_proj)
         return 2 - 2 * products.sum(-1).mean()
-
-
-class NegativeCosineSimilarity(nn.Module):
-    """-mean cos(z_i, z_j) along dimension 1. Both arguments get a gradient."""
-
-    def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
-        """The loss of two tensors (N, D, ...)."""
-        views = {
-            name: z.movedim(1, -1) if isinstance(z, Tensor) and z.dim() > 1 else z
-            for name, z in (("z_i", z_i), ("z_j", z_j))
-        }
-        return -direction_products(COSINE_EPS, 2, **views).sum(-1).mean()
 
 
 class InfoNCELoss(nn.Module):
@@ -210,38 +153,3 @@ class NTXEntLoss(InfoNCELoss):
         """The loss of two views, both (N, D)."""
         group = joined(1, lambda least: check_views(least, z_i=z_i, z_j=z_j))
         return views_loss(z_i, z_j, self.temperature, group)
-
-
-class CLIPLoss(InfoNCELoss):
-    """The mean of InfoNCE in both directions, as `sslkern.info_nce_loss` with symmetric=True, among the rows of all
-    processes.
-
-    Args:
-        temperature: a number other than 0, if the call has no `logit_scale`.
-    """
-
-    def __init__(self, temperature: float = 0.07) -> None:
-        super().__init__(temperature=temperature)
-
-    def forward(  # type: ignore[override]
-        self, feats_i: Tensor, feats_j: Tensor, logit_scale: Tensor | float | None = None
-    ) -> Tensor:
-        """The loss of pairs of rows of two modalities, both (N, D).
-
-        `logit_scale` replaces the temperature, so logits are divided by it: a number, or a floating-point tensor with
-        one element, which gets a gradient. With several processes, the mean of their gradients of it is that of
-        stable-pretraining.
-        """
-        group = joined(1, lambda least: check_views(least, feats_i=feats_i, feats_j=feats_j))
-        return keys_loss(feats_i, feats_j, self._scale(logit_scale), group, symmetric=True)
-
-
-_LOSSES = {
-    "joint_embedding": (BYOLLoss, VICRegLoss, BarlowTwinsLoss, InfoNCELoss, NTXEntLoss),
-    "multimodal": (CLIPLoss,),
-    "utils": (NegativeCosineSimilarity, VCRegLoss),
-}
-SWAPPED = {
-    f"stable_pretraining.losses.{module}.{loss.__name__}": loss for module, found in _LOSSES.items() for loss in found
-}
-LEFT: dict[str, str] = {}
