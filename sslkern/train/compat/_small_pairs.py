@@ -1,19 +1,18 @@
-"""Contrastive losses that form the matrix of the logits where it is no larger than the rows.
+"""The supervised contrastive loss with the matrix of the logits, where this matrix is no larger than the rows.
 
-There a matrix product and torch's cross-entropy take less time than kernels that do not form the matrix.
+There a matrix product and torch's softmax take less time than the kernels, which take two passes over all pairs.
 """
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ...core import checks
 from ...core.dtypes import accumulation_dtype, without_autocast
 from ...core.ranks import Group
-from ...losses import info_nce_loss, nt_xent_loss, supervised_contrastive_loss
-from ...ops.unit_rows import least_length, unit_rows
+from ...losses import supervised_contrastive_loss
+from ...ops.unit_rows import unit_rows
 
 
 def is_small(rows: int, keys: int, columns: int) -> bool:
@@ -25,34 +24,6 @@ def scaled_products(x: Tensor, y: Tensor, temperature: float | Tensor) -> Tensor
     temperature = checks.setting("temperature", temperature, x, zero=False)
     with without_autocast(x):
         return x @ y.mT / temperature
-
-
-def keys_loss(q: Tensor, k: Tensor, temperature: float | Tensor, group: Group, symmetric: bool = False) -> Tensor:
-    """`info_nce_loss` of rows that have been checked."""
-    n, d = q.shape
-    if group is not None or not is_small(n, len(k), d):
-        return info_nce_loss(q, k, temperature, symmetric=symmetric, group=group)
-    dtype = accumulation_dtype(q, k)
-    logits = scaled_products(unit_rows(q, dtype), unit_rows(k, dtype), temperature)
-    own = torch.arange(n, device=q.device)
-    if symmetric:
-        return (F.cross_entropy(logits, own) + F.cross_entropy(logits.mT, own)) / 2
-    return F.cross_entropy(logits, own)
-
-
-def views_loss(a: Tensor, b: Tensor, temperature: float | Tensor, group: Group) -> Tensor:
-    """`nt_xent_loss` of views that have been checked."""
-    n, d = a.shape
-    if group is not None or not is_small(2 * n, 2 * n, d):
-        return nt_xent_loss(a, b, temperature, group=group)
-    dtype = accumulation_dtype(a, b)
-    if a.dtype == b.dtype:
-        rows = unit_rows(torch.cat([a.to(dtype), b.to(dtype)]), dtype, least_length(a, None))
-    else:
-        rows = torch.cat([unit_rows(view, dtype) for view in (a, b)])
-    logits = scaled_products(rows, rows, temperature)
-    own = torch.arange(2 * n, device=a.device)
-    return F.cross_entropy(logits.masked_fill(own[:, None] == own, -torch.inf), own.roll(n))
 
 
 def labels_loss(z: Tensor, labels: Tensor, temperature: float | Tensor, group: Group) -> Tensor:

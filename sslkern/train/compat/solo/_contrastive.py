@@ -8,10 +8,11 @@ from torch.nn import functional as F
 
 from ....core import checks
 from ....core.dtypes import accumulation_dtype, without_autocast
-from ....losses import nt_xent_loss
+from ....core.internals import transforms_active
+from ....losses import info_nce_loss, nt_xent_loss
 from ....ops.pairs import reduce_pairs
 from .._peers import world
-from .._small_pairs import keys_loss, labels_loss
+from .._small_pairs import labels_loss
 from .._views import check_views, joined
 
 
@@ -35,7 +36,19 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
         return (z,)
 
     group = joined(1, check)
+    if group is None and _are_two_views(labels):
+        a, b = z.chunk(2)
+        return nt_xent_loss(a, b, temperature)
     return labels_loss(z, labels, temperature, group)
+
+
+def _are_two_views(labels: Tensor) -> bool:
+    """Whether the second half of the rows are other views of the first half, in the same order: SimCLR, for which one
+    kernel has loss and gradient. It is asked only on a CPU, where reading the labels is no host sync."""
+    if labels.device.type != "cpu" or labels.shape[0] % 2 or torch.compiler.is_compiling() or transforms_active():
+        return False
+    first, second = labels.chunk(2)
+    return torch.equal(first, second) and bool((first.sort().values.diff() != 0).all())
 
 
 def _as_labels(indexes: Tensor) -> Tensor:
@@ -58,7 +71,7 @@ def nnclr_loss_func(nn: Tensor, p: Tensor, temperature: float = 0.1) -> Tensor:
         temperature: a number other than 0.
     """
     group = joined(1, lambda least: _check_keys(least, nn=nn, p=p))
-    return keys_loss(nn, p, temperature, group)
+    return info_nce_loss(nn, p, temperature, group=group)
 
 
 def _check_keys(least: int, **rows: Tensor) -> tuple[Tensor, ...]:
@@ -109,7 +122,7 @@ def mocov3_loss_func(query: Tensor, key: Tensor, temperature: float = 0.2) -> Te
     if world() is not None and isinstance(key, Tensor):
         key = key.detach()
     group = joined(1, lambda least: _check_keys(least, query=query, key=key))
-    return keys_loss(query, key, temperature, group) * (2 * temperature)
+    return info_nce_loss(query, key, temperature, group=group) * (2 * temperature)
 
 
 def ressl_loss_func(

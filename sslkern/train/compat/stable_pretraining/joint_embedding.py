@@ -8,11 +8,10 @@ from torch.nn import functional as F
 
 from ....core import checks
 from ....core.dtypes import accumulation_dtype, without_autocast
-from ....losses import info_nce_loss, vicreg_loss
+from ....losses import info_nce_loss, nt_xent_loss, vicreg_loss
 from ....ops.column_products import column_products
 from ....ops.unit_rows import unit_rows
 from .._cosines import NORMALIZE_EPS, direction_products
-from .._small_pairs import views_loss
 from .._views import check_views, joined, matched, matched_batch
 from .utils import VCRegLoss
 
@@ -152,4 +151,4 @@ class NTXEntLoss(InfoNCELoss):
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:  # type: ignore[override]
         """The loss of two views, both (N, D)."""
         group = joined(1, lambda least: check_views(least, z_i=z_i, z_j=z_j))
-        return views_loss(z_i, z_j, self.temperature, group)
+        return nt_xent_loss(z_i, z_j, self.temperature, group=group)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .._small_pairs import keys_loss
+from ....losses import info_nce_loss
 from .._views import check_views, joined
 from .joint_embedding import InfoNCELoss
 
@@ -30,4 +30,4 @@ class CLIPLoss(InfoNCELoss):
         stable-pretraining.
         """
         group = joined(1, lambda least: check_views(least, feats_i=feats_i, feats_j=feats_j))
-        return keys_loss(feats_i, feats_j, self._scale(logit_scale), group, symmetric=True)
+        return info_nce_loss(feats_i, feats_j, self._scale(logit_scale), symmetric=True, group=group)
