@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -32,9 +33,10 @@ OURS = "sslkern"
 
 
 class Pair(NamedTuple):
-    """A loss of a peer and the one that stands for it, as factories; and the shape of the views, of which it has two.
+    """A loss of a peer and the one that stands for it, as factories; and the shape of the views, two unless `inputs`.
 
-    `truth` is the loss in fp64, where the peer's own would take too long.
+    `truth` is the loss in fp64, where the peer's own would take too long. `inputs` makes the views from a generator.
+    Before every call, torch's generator is seeded anew, so that a loss that draws has the same numbers.
     """
 
     name: str
@@ -43,6 +45,23 @@ class Pair(NamedTuple):
     ours: Callable[[], Loss]
     note: str = ""
     truth: Loss | None = None
+    inputs: Callable[[torch.Generator], list[Tensor]] | None = None
+
+
+def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], list[Tensor]]:
+    return lambda generator: [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+class Listed(nn.Module):
+    """A loss of a list of views as one of views."""
+
+    def __init__(self, loss: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.loss = loss()
+
+    def forward(self, *views: Tensor) -> Tensor:
+        value: Tensor = self.loss(list(views))
+        return value
 
 
 def lightly() -> Iterator[Pair]:
@@ -63,6 +82,26 @@ def lightly() -> Iterator[Pair]:
     yield pair("DCLWLoss", (256, 128))
     for shape in ((64, 64), (256, 2048)):
         yield pair("NegativeCosineSimilarity", shape)
+    for name, shapes in (("MACLLoss", ((64, 64), (256, 128))), ("TiCoLoss", ((64, 64), (256, 256)))):
+        for shape in shapes:
+            yield pair(name, shape)
+    for shape in ((64, 64), (8, 128, 512)):
+        yield pair("SIGReg", shape)._replace(inputs=normal(shape))
+    for shape in ((64, 64), (256, 384)):
+        yield pair("KoLeoLoss", shape)._replace(inputs=normal(shape))
+    for shape, views in (((64, 64), 2), ((256, 1024), 8)):
+        for name in ("FroSSLLoss", "EMPSSLLoss"):
+            plain = pair(name, shape, f"{views} views")
+            listed = (partial(Listed, factory) for factory in (plain.theirs, plain.ours))
+            yield Pair(name, shape, *listed, plain.note, inputs=normal(*[shape] * views))
+    for shape in ((64, 2, 64), (256, 2, 256)):
+        yield pair("MMCRLoss", shape)
+    for shape in ((1, 64, 64), (16, 196, 384)):
+        yield pair("PatchKernelAlignmentLoss", shape)
+    for rows, columns in ((64, 32), (256, 128)):
+        shape = (2 * rows, columns)
+        settings = {"embedding_dim": columns, "w_size": rows}
+        yield pair("WMSELoss", shape, **settings)._replace(inputs=normal(shape))
 
 
 PEERS: dict[str, Callable[[], Iterator[Pair]]] = {"lightly": lightly}
@@ -84,12 +123,12 @@ def case_of(peer: str, pair: Pair) -> Case:
     states = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def reset() -> None:
+        torch.manual_seed(0)
         for buffer, state in states:
             buffer.copy_(state)
 
     def inputs() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randn(pair.shape, generator=generator).requires_grad_() for _ in range(2)]
+        return (pair.inputs or normal(pair.shape, pair.shape))(torch.Generator().manual_seed(0))
 
     return Case(f"{peer} {pair.name}", pair.shape, inputs, losses, truth, before=reset, note=pair.note)
 
@@ -103,7 +142,7 @@ def measure(peers: list[str], pattern: str, quick: bool, rounds: int, patience: 
     """The two rows of each pair, as they are measured."""
     for peer in peers:
         for pair in PEERS[peer]():
-            small = pair.shape[0] * pair.shape[1] <= QUICK
+            small = math.prod(pair.shape) <= QUICK
             case = case_of(peer, pair) if small or not quick else None
             if case and re.search(pattern, case.name):
                 yield run_case(case, "cpu", rounds * 8 if small else rounds, patience=patience)

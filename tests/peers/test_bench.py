@@ -12,4 +12,4 @@ peer("lightly.loss")
 def test_its_quick_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--filter", "^lightly .*-64x64$"])
     peers.main()
-    assert capsys.readouterr().out.count("| lightly ") == 4
+    assert capsys.readouterr().out.count("| lightly ") == 8
