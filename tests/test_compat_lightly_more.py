@@ -8,10 +8,9 @@ from unittest.mock import patch
 
 import pytest
 import torch
-import torch.distributed as dist
-from compat_lightly_more import CASES, GATHERED, assert_equal, by_rows, formula, leaves_of, run
-from ranks import close, mean_over_ranks
-from ranks import run as run_ranks
+from compat_lightly_formulas import by_rows
+from compat_lightly_more import CASES, assert_equal, formula, leaves_of, run
+from ranks import close
 from torch import nn
 
 from sslkern.train.compat import lightly
@@ -20,7 +19,6 @@ from sslkern.train.compat.lightly import _views
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 NAMES = sorted({case.name for case in CASES.values()})
 GRID = ("SIGReg", "SIGReg, knots", "LeJEPA")  # the values of phi are float32, as in lightly
-GATHERING = sorted({case.name for case in GATHERED.values()})
 
 
 def first(name):
@@ -119,77 +117,6 @@ def test_no_change_under_autocast(name):
             values.append(made(name)(*args, **kwargs))
     assert values[1].dtype == FP32
     torch.testing.assert_close(*values, rtol=0, atol=0)
-
-
-@pytest.mark.parametrize("name", GATHERING)
-def test_gathering_asks_once_for_torch_distributed(name, monkeypatch):
-    asked = []
-    monkeypatch.setattr(dist, "is_available", lambda: asked.append(1) or True)
-    made(name, gather_distributed=False)
-    assert not asked
-    made(name, gather_distributed=True)
-    assert asked == [1]
-    monkeypatch.setattr(dist, "is_available", lambda: False)
-    with pytest.raises(ValueError, match="gather_distributed is True but torch"):
-        made(name, gather_distributed=True)
-
-
-ONE = torch.ones(5, 4)
-STACK = torch.ones(3, 5, 4)
-IDS = torch.zeros(3, 5, dtype=torch.long)
-
-
-@pytest.mark.parametrize(
-    ("call", "error", "said"),
-    (
-        (lambda: lightly.SIGReg(knots=1), ValueError, "knots must be"),
-        (lambda: lightly.SIGReg(t_max=0.0), ValueError, "t_max must be"),
-        (lambda: lightly.SIGReg(num_vectors=0), ValueError, "num_vectors must be"),
-        (lambda: lightly.SIGReg()(torch.ones(4)), ValueError, "proj must have shape"),
-        (lambda: lightly.SIGReg()("z"), TypeError, "proj must be"),
-        (lambda: lightly.LeJEPALoss(1.5), ValueError, "lambda_param must be"),
-        (lambda: lightly.LeJEPALoss()(local_proj=ONE, global_proj=STACK), ValueError, "local_proj must have shape"),
-        (lambda: lightly.LeJEPALoss()(local_proj=STACK, global_proj=STACK[:, :2]), ValueError, "the same N and D"),
-        (lambda: lightly.LeJEPALoss()(local_proj=STACK[:0], global_proj=STACK), ValueError, "V >= 1"),
-        (lambda: lightly.KoLeoLoss()(STACK), ValueError, "x must have shape"),
-        (lambda: lightly.HypersphereLoss()(ONE, ONE[:2]), ValueError, "same shape"),
-        (lambda: lightly.MACLLoss(temperature=1e-9), ValueError, "Illegal initial temperature"),
-        (lambda: lightly.MACLLoss(alpha=1.1), ValueError, "Alpha must be in the range"),
-        (lambda: lightly.MACLLoss(A_0=-0.1), ValueError, "A_0 must be in the range"),
-        (lambda: lightly.MACLLoss()(ONE, ONE[:, :2]), ValueError, "same shape"),
-        (lambda: lightly.MACLLoss()("z", ONE), TypeError, "must be a torch.Tensor"),
-        (lambda: lightly.DetConBLoss(temperature=0.0), ValueError, "Illegal temperature"),
-        (lambda: lightly.DetConSLoss()(STACK, STACK, IDS, IDS[:2]), ValueError, "mask_view1"),
-        (lambda: lightly.DetConSLoss()(STACK, STACK, IDS, IDS.float()), TypeError, "mask_view1"),
-        (lambda: lightly.DetConSLoss()(STACK, ONE, IDS, IDS), ValueError, "pred_view1"),
-        (lambda: lightly.PatchKernelAlignmentLoss(1), ValueError, "max_tokens must be"),
-        (lambda: lightly.PatchKernelAlignmentLoss()(STACK, STACK, IDS), ValueError, "mask must be a bool tensor"),
-        (lambda: lightly.PatchKernelAlignmentLoss()(STACK, STACK, IDS[:2] > 0), ValueError, "mask must be a bool"),
-        (lambda: lightly.PatchKernelAlignmentLoss()(ONE, STACK), ValueError, "student_features must have shape"),
-        (lambda: lightly.PatchKernelAlignmentLoss()(STACK, STACK[:2]), ValueError, "same shape"),
-        (lambda: lightly.FroSSLLoss()([ONE]), ValueError, "at least 2 views, got 1"),
-        (lambda: lightly.FroSSLLoss()([ONE, ONE[:2]]), ValueError, "same shape"),
-        (lambda: lightly.TiCoLoss()(ONE[:1], ONE[:1]), AssertionError, "at least 2 rows"),
-        (lambda: lightly.TiCoLoss()(ONE, ONE[:2]), AssertionError, "same shape"),
-        (lambda: lightly.TiCoLoss()(STACK, STACK), ValueError, "must have shape"),
-        (lambda: lightly.MMCRLoss(-1), ValueError, "lmda must be greater"),
-        (lambda: lightly.MMCRLoss()(STACK, STACK[:2]), AssertionError, "same shape"),
-        (lambda: lightly.MMCRLoss()(ONE, ONE), ValueError, "online must have shape"),
-        (lambda: lightly.EMPSSLLoss()([]), ValueError, "at least 1 views"),
-        (lambda: lightly.EMPSSLLoss()([ONE, "z"]), TypeError, "must be"),
-        (lambda: lightly.VICRegLLoss()([(ONE, STACK)], []), ValueError, "the same length"),
-        (lambda: lightly.VICRegLLoss()([(ONE, STACK)], [STACK], [(ONE, STACK)]), ValueError, "both be given"),
-        (lambda: lightly.WMSELoss(embedding_dim=8, w_size=15), ValueError, "twice embedding_dim"),
-        (lambda: lightly.WMSELoss(2, w_size=4)(torch.ones(9, 2)), RuntimeError, "multiple of 2 rows"),
-        (lambda: lightly.WMSELoss(2, w_size=4)(torch.ones(6, 2)), ValueError, "greater than or equal to w_size"),
-        (lambda: lightly.WMSELoss(2, w_size=4)(torch.ones(12, 2)), RuntimeError, "multiple of w_size"),
-        (lambda: lightly.Whitening2d(3)(ONE), ValueError, "num_features=3"),
-    ),
-)
-def test_what_does_not_fit(call, error, said):
-    with pytest.raises(error) as caught:
-        call()
-    assert said in str(caught.value)
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -307,58 +234,3 @@ def test_under_a_compiler(name):
     for eager, graph in zip(*found, strict=True):
         if eager is not None:
             close(graph, eager, 1e-5, name, scale=1e-2)
-
-
-def of_first_axis(case, shapes, rank, size):
-    """The leaves of a rank are its rows of the leaves of all ranks."""
-    axis = 1 if case.name in ("SIGReg", "LeJEPALoss") else 0
-    joint = [torch.cat(parts, axis) for parts in zip(*(leaves_of(shapes, rank=r) for r in range(size)), strict=True)]
-    return axis, [x.detach().requires_grad_() for x in joint]
-
-
-def joint():
-    """Value and gradient of the losses that gather, against the formula of the joint batch."""
-    rank, size = dist.get_rank(), dist.get_world_size()
-    for key, case in GATHERED.items():
-        if "VICRegL" in key:
-            continue  # its grids are made from the maps, so the joint batch has others; see below
-        for shapes in case.shapes:
-            axis, all_rows = of_first_axis(case, shapes, rank, size)
-            own = [x.detach().chunk(size, axis)[rank].clone().requires_grad_() for x in all_rows]
-            results = []
-            for loss, leaves in ((of_case(case, gather_distributed=True), own), (formula(case), all_rows)):
-                args, kwargs = case.make(*leaves)
-                if "DetCon" in key:
-                    masks = case.make(*all_rows)[0][-2:]
-                    args = (*args[:-2], *(m if leaves is all_rows else m.chunk(size)[rank] for m in masks))
-                torch.manual_seed(3 + (rank if leaves is own else 0))  # the directions are those of the first rank
-                value = loss(*args, **kwargs)
-                results.append((value, torch.autograd.grad(value, leaves)))
-            (value, grads), (expected, truth) = results
-            limit = 1e-6 if key in GRID else 1e-12
-            if key in ("SIGReg", "TiCo"):
-                close(value, expected, limit, (key, "value on every rank"), scale=1.0)
-            close(mean_over_ranks(value), expected, limit, (key, "value"), scale=1.0)
-            for found, e in zip(grads, truth, strict=True):
-                close(found / size, e.chunk(size, axis)[rank], limit, (key, shapes), scale=float(e.abs().max()))
-
-
-def large_features():
-    """Equal rows on all ranks: the joint batch has the same invariance, hinge and, but for N - 1, covariance."""
-    case = CASES["VICRegL"]
-    args, _ = case.make(*leaves_of(case.shapes[0]))
-    found = of_case(case, gather_distributed=True, mu_param=0.0, nu_param=0.0)(*args)
-    expected = of_case(case, mu_param=0.0, nu_param=0.0)(*args)
-    close(found, expected, 1e-12, "invariance")
-    assert of_case(case, gather_distributed=True)(*args) != of_case(case)(*args)
-
-
-def errors_on_all_ranks():
-    bad = torch.ones(4, 3 - 2 * dist.get_rank())
-    said = ("Invalid input on rank 1", "same shape")[dist.get_rank()]
-    with pytest.raises((ValueError, RuntimeError), match=said):
-        lightly.TiCoLoss(gather_distributed=True)(torch.ones(4, 3), bad)
-
-
-def test_ranks(tmp_path):
-    run_ranks(2, [joint, large_features, errors_on_all_ranks], tmp_path)

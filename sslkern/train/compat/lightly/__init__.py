@@ -11,6 +11,9 @@ number:
 - All losses accept views of different dtypes, as two of lightly's do.
 - Processes may have different numbers of rows. lightly's gather needs the same number in each.
 - The losses can be differentiated once. lightly's can be differentiated again.
+- float64 views have float64 losses everywhere. lightly computes a part of DetCon's and of the patch kernel alignment in
+  float32. The grid of SIGReg has float32 values in both.
+- A singular covariance makes W-MSE NaN, where lightly raises an error.
 
 Source: lightly 1.6 (MIT licence); SymNegCosineSimilarityLoss and the memory banks without a dimension are in 1.5.
 """
@@ -72,7 +75,9 @@ _LEFT = {
     "dino_loss.DINOLoss": _LOGITS.format("dino_loss"),
     "ibot_loss.IBOTPatchLoss": _LOGITS.format("ibot_loss"),
     "ibot_loss.IBOTPlusPlusPatchLoss": "its inputs are logits that exist already",
-    "msn_loss.MSNLoss": "its prototypes are so few that their logits cost little: sslkern.losses.msn_loss has no gain",
+    "msn_loss.MSNLoss": "it has no stand-in here; see sslkern.losses.msn_loss",
+    "pmsn_loss.PMSNLoss": "it has no stand-in here; see sslkern.losses.msn_loss",
+    "pmsn_loss.PMSNCustomLoss": "it has no stand-in here; see sslkern.losses.msn_loss",
     "capi_loss.CAPILoss": "its inputs are logits that exist already",
     "visreg_loss.VISRegLoss": "sslkern has no such loss",
     "lewm_loss.LeWMLoss": "it is elementwise but for a regularizer, such as SIGReg, which is swapped",

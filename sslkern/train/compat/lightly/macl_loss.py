@@ -28,7 +28,7 @@ class MACLLoss(nn.Module):
     Source: Huang et al., Model-aware contrastive learning: towards escaping the dilemmas (2207.07874).
     """
 
-    def __init__(self, temperature: float = 0.1, alpha: float = 0.5, A_0: float = 0.0) -> None:  # noqa: N803
+    def __init__(self, temperature: float = 0.1, alpha: float = 0.5, A_0: float = 0.0) -> None:
         super().__init__()
         self.temperature, self.alpha, self.A_0 = temperature, alpha, A_0
         self.eps = 1e-8
