@@ -76,7 +76,7 @@ def pairs(*shapes, count=2):
     return tuple((shape,) * count for shape in shapes)
 
 
-PLANES = ((9, 33), (33, 4), (70, 65), (2, 3))  # (70, 65) is beyond what is computed in lightly's order
+PLANES = ((9, 33), (33, 4), (70, 65), (2, 3))
 MAPS = (((6, 5), (6, 3, 4, 7), (6, 5), (6, 2, 2, 7)),)
 CASES = {
     "SIGReg": Case("SIGReg", sigreg, {"num_vectors": 40}, pairs((9, 33), (3, 8, 5), (1, 2), count=1), single=True),

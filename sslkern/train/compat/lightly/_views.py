@@ -11,13 +11,13 @@ from torch.nn import functional as F
 from ....core.dtypes import accumulation_dtype, without_autocast
 from ....ops.unit_rows import least_length
 
-SMALL = 64 * 64  # numbers in a view
+SMALL = 128 * 128  # numbers in a view
 
 
-def small(view: Tensor) -> bool:
-    """Whether views of this size take less time in lightly's order of operations, in plain torch, than in ours, which
-    has more calls and fewer numbers to go through."""
-    return view.numel() <= SMALL
+def small(view: Tensor, pairs: int = 1) -> bool:
+    """Whether so many pairs of views of this size take less time in lightly's order of operations, in plain torch, than
+    in ours, which has more calls and fewer numbers to go through."""
+    return pairs * view.numel() <= SMALL
 
 
 def directions(*views: Tensor) -> Tensor:

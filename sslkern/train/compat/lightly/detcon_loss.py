@@ -50,7 +50,7 @@ class DetConBLoss(nn.Module):
     ) -> Tensor:
         predictions, targets = (pred_view0, pred_view1), (target_view0, target_view1)
         masks = _integers(mask_view0), _integers(mask_view1)
-        if isinstance(pred_view0, Tensor) and small(pred_view0) and world_size(self.gather_distributed) == 1:
+        if isinstance(pred_view0, Tensor) and small(pred_view0, pairs=2) and world_size(self.gather_distributed) == 1:
             return _plain(predictions, targets, masks, self.temperature)
         alone = all(p is t for p, t in zip(predictions, targets, strict=True))
         return detcon_loss(
