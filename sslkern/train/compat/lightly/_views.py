@@ -28,7 +28,8 @@ def directions(*views: Tensor) -> Tensor:
 
 def in_full_precision(x: Tensor) -> AbstractContextManager[object]:
     """`without_autocast`, where there is an autocast to leave."""
-    return without_autocast(x) if torch.is_autocast_enabled(x.device.type) else nullcontext()
+    kind = x.device.type
+    return without_autocast(x) if kind != "meta" and torch.is_autocast_enabled(kind) else nullcontext()
 
 
 def check_alike(name_a: str, a: Tensor, name_b: str, b: Tensor, least: int = 0) -> None:

@@ -117,4 +117,4 @@ def _plain(
         number = positive.sum(1)
         mean = torch.where(positive, logits, 0).sum(1) / number.clamp_min(1)
         terms = logits.masked_fill(own, -torch.inf).logsumexp(1) - mean
-        return (terms * ((number > 0) / own.sum(1))).sum() / n
+        return (terms * ((number > 0).to(terms.dtype) / own.sum(1))).sum() / n
