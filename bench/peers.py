@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import re
 import sys
@@ -28,9 +29,26 @@ from .case import Case, Loss
 from .clones import CLONES, missing, version_of_clone
 from .more_peers import eb_jepa, solo, stable_pretraining
 from .peer_pair import Pair
+from .report import into_document
 from .run import machine, run_case, save
 
-OURS = "sslkern"
+OURS, PATH, DOCUMENT = "sslkern", Path("bench/results/peers-amd-epyc-2t.json"), Path("docs/migration.md")
+
+
+def normal(*shapes: tuple[int, ...]) -> Callable[[torch.Generator], list[Tensor]]:
+    return lambda generator: [torch.randn(shape, generator=generator).requires_grad_() for shape in shapes]
+
+
+class Listed(nn.Module):
+    """A loss of a list of views as one of views."""
+
+    def __init__(self, loss: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.loss = loss()
+
+    def forward(self, *views: Tensor) -> Tensor:
+        value: Tensor = self.loss(list(views))
+        return value
 
 
 def lightly() -> Iterator[Pair]:
@@ -51,6 +69,26 @@ def lightly() -> Iterator[Pair]:
     yield pair("DCLWLoss", (256, 128))
     for shape in ((64, 64), (256, 2048)):
         yield pair("NegativeCosineSimilarity", shape)
+    for name, shapes in (("MACLLoss", ((64, 64), (256, 128))), ("TiCoLoss", ((64, 64), (256, 256)))):
+        for shape in shapes:
+            yield pair(name, shape)
+    for shape in ((64, 64), (8, 128, 512)):
+        yield pair("SIGReg", shape)._replace(inputs=normal(shape))
+    for shape in ((64, 64), (256, 384)):
+        yield pair("KoLeoLoss", shape)._replace(inputs=normal(shape))
+    for shape, views in (((64, 64), 2), ((256, 1024), 8)):
+        for name in ("FroSSLLoss", "EMPSSLLoss"):
+            plain = pair(name, shape, f"{views} views")
+            listed = (partial(Listed, factory) for factory in (plain.theirs, plain.ours))
+            yield Pair(name, shape, *listed, plain.note, inputs=normal(*[shape] * views))
+    for shape in ((64, 2, 64), (256, 2, 256)):
+        yield pair("MMCRLoss", shape)
+    for shape in ((1, 64, 64), (16, 196, 384)):
+        yield pair("PatchKernelAlignmentLoss", shape)
+    for rows, columns in ((64, 32), (256, 128)):
+        shape = (2 * rows, columns)
+        settings = {"embedding_dim": columns, "w_size": rows}
+        yield pair("WMSELoss", shape, **settings)._replace(inputs=normal(shape))
 
 
 PEERS: dict[str, Callable[[], Iterator[Pair]]] = {
@@ -77,12 +115,12 @@ def case_of(peer: str, pair: Pair) -> Case:
     states = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
 
     def reset() -> None:
+        torch.manual_seed(0)
         for buffer, state in states:
             buffer.copy_(state)
 
     def inputs() -> list[Tensor]:
-        generator = torch.Generator().manual_seed(0)
-        return [torch.randn(pair.shape, generator=generator).requires_grad_() for _ in range(2)]
+        return (pair.inputs or normal(pair.shape, pair.shape))(torch.Generator().manual_seed(0))
 
     return Case(f"{peer} {pair.name}", pair.shape, inputs, losses, truth, before=reset, note=pair.note)
 
@@ -97,7 +135,7 @@ def measure(peers: list[str], pattern: str, quick: bool, rounds: int, patience: 
     """The two rows of each pair, as they are measured."""
     for peer in peers:
         for pair in PEERS[peer]():
-            small = pair.shape[0] * pair.shape[1] <= QUICK
+            small = math.prod(pair.shape) <= QUICK
             case = case_of(peer, pair) if small or not quick else None
             if case and re.search(pattern, case.name):
                 yield run_case(case, "cpu", rounds * 8 if small else rounds, patience=patience)
@@ -120,6 +158,23 @@ HEAD = (
 )
 
 
+def table(found: dict) -> str:
+    """The results in Markdown."""
+    rows: dict[str, list[dict]] = {}
+    for row in found["rows"]:
+        rows.setdefault(row["case"], []).append(row)
+    m = found["machine"]
+    packages = ", ".join(f"{name} {version}" for name, version in m["peers"].items())
+    lines = [
+        HEAD,
+        *(line(*pair) for pair in rows.values()),
+        "",
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}; {packages} (`{PATH}`). Times are medians of interleaved "
+        "rounds. Memory is the peak of a call, without its inputs and with its gradients. Errors are against float64.",
+    ]
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.peers", description=__doc__)
     parser.add_argument("--filter", default="", help="regular expression on peer, loss and shape")
@@ -129,7 +184,11 @@ def main() -> None:
     )
     parser.add_argument("--patience", type=float, default=10, metavar="S", help="seconds to wait for a quiet machine")
     parser.add_argument("--out", type=Path, help="result file; nothing is written without it")
+    parser.add_argument("--report", action="store_true", help="write the table into the document, without a run")
     args = parser.parse_args()
+    if args.report:
+        into_document(DOCUMENT, "peers", table(json.loads(PATH.read_text())))
+        return
     if args.quick:
         args.rounds, args.patience = 3, 0
     versions = installed()

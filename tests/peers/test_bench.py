@@ -15,7 +15,7 @@ peer("lightly.loss")
 def test_its_quick_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--filter", "^lightly .*-64x64$"])
     peers.main()
-    assert capsys.readouterr().out.count("| lightly ") == 4
+    assert capsys.readouterr().out.count("| lightly ") == 8
 
 
 @pytest.mark.parametrize("name, rows", (("stable_pretraining", 5), ("solo", 6), ("eb_jepa", 2)))
