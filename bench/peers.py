@@ -169,8 +169,9 @@ def table(found: dict) -> str:
         HEAD,
         *(line(*pair) for pair in rows.values()),
         "",
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}; {packages} (`{PATH}`). Times are medians of interleaved "
-        "rounds. Memory is the peak of a call, without its inputs and with its gradients. Errors are against float64.",
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}; {packages} (`{PATH}`). Times are medians of "
+        "interleaved rounds. Memory is the peak of a call, without its inputs and with its gradients. Errors are "
+        "against float64.",
     ]
     return "\n".join(lines) + "\n"
 

@@ -191,7 +191,7 @@ add_loss(
     spectra.tico,
     A,
     B,
-    as_module=lambda *z, group=None, **settings: losses.TiCoLoss(z[0].shape[1], **settings, group=group)(*z),
+    as_module=lambda *z, **rest: losses.TiCoLoss(z[0].shape[1], **rest).to(z[0].device)(*z),
     settings={"rho": 8.0},
     **SPECTRA,
 )

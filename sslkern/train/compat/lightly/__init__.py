@@ -73,7 +73,7 @@ _LOGITS = "its inputs are logits that exist already: use sslkern.losses.{} with 
 _LEFT = {
     "swav_loss.SwaVLoss": _LOGITS.format("swav_loss"),
     "dino_loss.DINOLoss": _LOGITS.format("dino_loss"),
-    "ibot_loss.IBOTPatchLoss": _LOGITS.format("ibot_loss"),
+    "ibot_loss.IBOTPatchLoss": _LOGITS.format("ibot_patch_loss"),
     "ibot_loss.IBOTPlusPlusPatchLoss": "its inputs are logits that exist already",
     "msn_loss.MSNLoss": "it has no stand-in here; see sslkern.losses.msn_loss",
     "pmsn_loss.PMSNLoss": "it has no stand-in here; see sslkern.losses.msn_loss",
