@@ -86,7 +86,7 @@ def train(start, losses, views_of, steps):
 
 
 def optimizer_of(network):
-    return torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    return torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9)
 
 
 def warm_up_of(optimizer):
