@@ -51,6 +51,18 @@ class Listed(nn.Module):
         return value
 
 
+class Taught(nn.Module):
+    """A loss of a student and a teacher, which has no gradient, as one of the student."""
+
+    def __init__(self, loss: Callable[[], nn.Module]) -> None:
+        super().__init__()
+        self.loss = loss()
+
+    def forward(self, student: Tensor) -> Tensor:
+        value: Tensor = self.loss(student, student.detach().flip(1) + student.detach())
+        return value
+
+
 def lightly() -> Iterator[Pair]:
     theirs, ours = (import_module(name) for name in ("lightly.loss", "sslkern.train.compat.lightly"))
 
@@ -84,7 +96,9 @@ def lightly() -> Iterator[Pair]:
     for shape in ((64, 2, 64), (256, 2, 256)):
         yield pair("MMCRLoss", shape)
     for shape in ((1, 64, 64), (16, 196, 384)):
-        yield pair("PatchKernelAlignmentLoss", shape)
+        tokens = pair("PatchKernelAlignmentLoss", shape)
+        taught = (partial(Taught, factory) for factory in (tokens.theirs, tokens.ours))
+        yield Pair(tokens.name, shape, *taught, inputs=normal(shape))
     for rows, columns in ((64, 32), (256, 128)):
         shape = (2 * rows, columns)
         settings = {"embedding_dim": columns, "w_size": rows}

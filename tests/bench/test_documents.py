@@ -116,6 +116,15 @@ def test_many_machines(at_root):
     assert text == large_batch.markdown(found["machine"], rows, little, path)
 
 
+def test_migration(at_root):
+    """`python -m bench.peers --report` and `python -m bench.overflow --report` would not change docs/migration.md."""
+    from bench import overflow, peers
+
+    page = ROOT / peers.DOCUMENT
+    assert between(page, "peers") == peers.table(result(peers.PATH))
+    assert between(page, "overflow") == overflow.table(result(overflow.PATH))
+
+
 def test_written_where_they_belong(at_root, monkeypatch, tmp_path):
     """`documents` writes both pages between their markers, and the figure."""
     for name in ("README", "BENCHMARKS"):
