@@ -102,7 +102,8 @@ def difference(before, after):
 
 def compiled_steps(network, loss, views_of, backend):
     """Take steps whose batch size changes, compiled as a whole: the network, the loss and the backward of both in one
-    graph, and the optimizer in another. A graph break raises, and so does a compilation after the first two steps."""
+    graph, and the optimizer in another. They end at a graph break, and at a compilation after the first two steps.
+    Return the number of steps."""
 
     @torch.compile(fullgraph=True, dynamic=True, backend=backend)
     def objective(a, b):
@@ -118,12 +119,16 @@ def compiled_steps(network, loss, views_of, backend):
         objective(a, b).backward()
         update()
 
-    for number in range(2):
-        step(number)
-    with torch.compiler.set_stance("fail_on_recompile"):
-        for number in range(2, CHANGES):
-            step(number)
-    return CHANGES
+    taken = 0
+    for number in range(CHANGES):
+        try:
+            with torch.compiler.set_stance("fail_on_recompile" if number >= 2 else "default"):
+                step(number)
+        except RuntimeError as error:  # a graph break, or another compilation
+            print(f"compiled step {number}: {str(error).splitlines()[0]}")
+            break
+        taken += 1
+    return taken
 
 
 def linear_probe(network, train_x, train_y, test_x, test_y):

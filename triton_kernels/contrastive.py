@@ -1,34 +1,20 @@
 """Contrastive losses with their gradients: plain torch on rows, with launches of the log-sum-exp over pairs and of its
-gradient. The formulas are in `sslkern.reference.contrastive`."""
+gradient."""
 
 from __future__ import annotations
 
 from torch import Tensor
 
-from sslkern.reference.contrastive import composed
+from sslkern.reference import contrastive as reference
 
 from . import launch
 from .pairwise_reduce import pairwise_logsumexp_bwd, pairwise_logsumexp_fwd
 
 
-def contrastive_fwd(
-    x: Tensor,
-    y: Tensor,
-    bank: Tensor | None,
-    scale: Tensor,
-    views: bool,
-    both_sides: bool,
-    decoupled: bool,
-    eps_x: float,
-    eps_y: float,
-    eps_bank: float,
-    need_x: bool,
-    need_y: bool,
-    need_scale: bool,
-) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    settings = x, y, bank, scale, views, both_sides, decoupled, eps_x, eps_y, eps_bank, need_x, need_y, need_scale
+def contrastive_fwd(x: Tensor, *settings) -> reference.Results:
+    """`sslkern.reference.contrastive.contrastive_fwd`."""
     with launch.on_device(x):
-        return composed(pairwise_logsumexp_fwd, pairwise_logsumexp_bwd, *settings)
+        return reference.contrastive_fwd(x, *settings, forward=pairwise_logsumexp_fwd, backward=pairwise_logsumexp_bwd)
 
 
 launch.register("contrastive_fwd", contrastive_fwd)

@@ -88,6 +88,9 @@ def first_order(backward: Callable) -> Callable:
     """Decorate a backward, so that RuntimeError is raised when its result is differentiated again, with respect to the
     incoming gradients or to the saved tensors.
 
+    A backward must save an input or an output that requires a gradient: by intermediate results alone, a second
+    derivative would be taken for zero.
+
     torch's `once_differentiable` is not enough: it raises only if the incoming gradient requires grad, and torch.func
     does not recognise it.
     """

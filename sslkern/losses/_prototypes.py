@@ -5,10 +5,12 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from ..core import checks
+from ..core import checks, ranks
 from ..core.dtypes import without_autocast
+from ..core.ranks import Group
+from ._pairs import shown
 
 
 def check_views(name: str, views: object, least: int, number: int = 1) -> Sequence[Tensor]:
@@ -61,6 +63,12 @@ def check_positive(name: str, value: object, x: Tensor | None) -> None:
     checks.setting(name, value, x, above=0.0)
 
 
+def check_temperatures(temperature: object, teacher_temperature: object, x: Tensor | None) -> None:
+    """Check the temperatures of a student and of its teacher."""
+    check_positive("temperature", temperature, x)
+    check_positive("teacher_temperature", teacher_temperature, x)
+
+
 def stacked(views: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
     """The views (V, N, D) in `dtype`. They are converted first, because autocast stacks only its own dtype."""
     return torch.stack([view.to(dtype) for view in views])
@@ -83,3 +91,35 @@ def other_views(views: int, teachers: int) -> list[list[float]]:
     """Equal weights with the sum 1 of all pairs of a view and a teacher's view, except those of the same view."""
     weight = 1 / (views * teachers - min(views, teachers))
     return [[0.0 if s == t else weight for t in range(teachers)] for s in range(views)]
+
+
+class Centered(nn.Module):
+    """A loss of a student and a teacher, with a center of the teacher's logits in the buffer `center` (K,)."""
+
+    center: Tensor
+
+    def __init__(
+        self,
+        prototypes: int,
+        *,
+        temperature: float | Tensor = 0.1,
+        teacher_temperature: float | Tensor = 0.04,
+        momentum: float = 0.9,
+        group: Group = None,
+    ) -> None:
+        super().__init__()
+        checks.positive("prototypes", prototypes)
+        check_temperatures(temperature, teacher_temperature, None)
+        if checks.non_negative("momentum", momentum) > 1:
+            raise ValueError(f"momentum must be at most 1, got {momentum!r}.")
+        ranks.peers_of(group)
+        self.temperature, self.teacher_temperature = temperature, teacher_temperature
+        self.momentum, self.group = momentum, group
+        self.register_buffer("center", torch.zeros(prototypes))
+
+    def extra_repr(self) -> str:
+        return (
+            f"prototypes={self.center.numel()}, temperature={shown(self.temperature)}, "
+            f"teacher_temperature={shown(self.teacher_temperature)}, momentum={self.momentum}"
+            f"{ranks.shown(self.group)}"
+        )

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from math import inf
 
 from torch import Tensor
 
 from ..core import checks
+
+Settings = tuple[float | Tensor, ...]
 
 
 def as_views(a: Tensor, b: Tensor, others: Sequence[Tensor], least: int) -> tuple[Tensor, ...]:
@@ -19,3 +22,9 @@ def as_views(a: Tensor, b: Tensor, others: Sequence[Tensor], least: int) -> tupl
         checks.matrix(name, view, least)
         checks.same("a", a, name, view)
     return views
+
+
+def check_coefficients(names: Sequence[str], settings: Settings, x: Tensor | None) -> Settings:
+    """Check the settings, of which "eps" must be >= 0, and return the results of `checks.setting`."""
+    pairs = zip(names, settings, strict=True)
+    return tuple(checks.setting(name, value, x, least=0 if name == "eps" else -inf) for name, value in pairs)

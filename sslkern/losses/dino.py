@@ -5,18 +5,18 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.prototypes import cross_entropy
-from ._pairs import shown
 from ._prototypes import (
+    Centered,
     check_center,
     check_pair,
-    check_positive,
     check_prototypes,
+    check_temperatures,
     check_views,
     mean_logits,
     number,
@@ -75,7 +75,7 @@ def dino_loss(
 
     def check(least: int) -> tuple[Tensor]:
         _check(student, teacher, prototypes, teacher_prototypes, center, least)
-        _check_settings(temperature, teacher_temperature, student[0])
+        check_temperatures(temperature, teacher_temperature, student[0])
         return (student[0],)
 
     batch, _ = ranks.batch(group, 1, check)
@@ -143,12 +143,7 @@ def _check(
     check_center(center, teacher_prototypes)
 
 
-def _check_settings(temperature: object, teacher_temperature: object, x: Tensor | None) -> None:
-    check_positive("temperature", temperature, x)
-    check_positive("teacher_temperature", teacher_temperature, x)
-
-
-class DINOLoss(nn.Module):
+class DINOLoss(Centered):
     """`dino_loss` with a center that follows the teacher's logits, in the buffer `center` (K,).
 
     In training mode each call computes the loss with the center as it is, and then moves it by `dino_center`. In
@@ -158,26 +153,6 @@ class DINOLoss(nn.Module):
         prototypes: K, the number of prototypes.
         momentum: of the center, from 0 to 1: center = momentum center + (1 - momentum) dino_center(...).
     """
-
-    center: Tensor
-
-    def __init__(
-        self,
-        prototypes: int,
-        *,
-        temperature: float | Tensor = 0.1,
-        teacher_temperature: float | Tensor = 0.04,
-        momentum: float = 0.9,
-        group: Group = None,
-    ) -> None:
-        super().__init__()
-        checks.positive("prototypes", prototypes)
-        _check_settings(temperature, teacher_temperature, None)
-        check_momentum(momentum)
-        ranks.peers_of(group)
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
-        self.momentum, self.group = momentum, group
-        self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(
         self,
@@ -203,16 +178,3 @@ class DINOLoss(nn.Module):
             with torch.no_grad():
                 self.center.lerp_(moved.to(self.center.dtype), 1 - self.momentum)
         return loss
-
-    def extra_repr(self) -> str:
-        return (
-            f"prototypes={self.center.numel()}, temperature={shown(self.temperature)}, "
-            f"teacher_temperature={shown(self.teacher_temperature)}, momentum={self.momentum}"
-            f"{ranks.shown(self.group)}"
-        )
-
-
-def check_momentum(momentum: object) -> None:
-    """Check the momentum of a center."""
-    if checks.non_negative("momentum", momentum) > 1:
-        raise ValueError(f"momentum must be at most 1, got {momentum!r}.")

@@ -3,15 +3,21 @@
 from __future__ import annotations
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..core import checks, internals, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.prototypes import cross_entropy
-from ._pairs import shown
-from ._prototypes import check_center, check_pair, check_positive, check_prototypes, mean_logits, number
-from .dino import check_momentum
+from ._prototypes import (
+    Centered,
+    check_center,
+    check_pair,
+    check_prototypes,
+    check_temperatures,
+    mean_logits,
+    number,
+)
 
 
 def ibot_patch_loss(
@@ -64,7 +70,7 @@ def ibot_patch_loss(
 
     def check(least: int) -> tuple[Tensor]:
         _check(student, teacher, prototypes, teacher_prototypes, mask, center, least)
-        _check_settings(temperature, teacher_temperature, student)
+        check_temperatures(temperature, teacher_temperature, student)
         return (student.new_empty(mask.shape[0], 1),)
 
     batch, _ = ranks.batch(group, 1, check)
@@ -122,12 +128,7 @@ def _check(
     check_center(center, teacher_prototypes)
 
 
-def _check_settings(temperature: object, teacher_temperature: object, x: Tensor | None) -> None:
-    check_positive("temperature", temperature, x)
-    check_positive("teacher_temperature", teacher_temperature, x)
-
-
-class IBOTPatchLoss(nn.Module):
+class IBOTPatchLoss(Centered):
     """`ibot_patch_loss` with a center that follows the teacher's logits, in the buffer `center` (K,).
 
     In training mode each call computes the loss with the center as it is, and then moves it towards the mean of the
@@ -138,26 +139,6 @@ class IBOTPatchLoss(nn.Module):
         prototypes: K, the number of prototypes.
         momentum: of the center, from 0 to 1: center = momentum center + (1 - momentum) mean.
     """
-
-    center: Tensor
-
-    def __init__(
-        self,
-        prototypes: int,
-        *,
-        temperature: float | Tensor = 0.1,
-        teacher_temperature: float | Tensor = 0.04,
-        momentum: float = 0.9,
-        group: Group = None,
-    ) -> None:
-        super().__init__()
-        checks.positive("prototypes", prototypes)
-        _check_settings(temperature, teacher_temperature, None)
-        check_momentum(momentum)
-        ranks.peers_of(group)
-        self.temperature, self.teacher_temperature = temperature, teacher_temperature
-        self.momentum, self.group = momentum, group
-        self.register_buffer("center", torch.zeros(prototypes))
 
     def forward(
         self,
@@ -188,14 +169,7 @@ class IBOTPatchLoss(nn.Module):
         batch, _ = ranks.batch(self.group, 0, lambda _: (teacher.new_empty(1, 1),))
         with torch.no_grad():
             y = teacher.to(accumulation_dtype(teacher, teacher_prototypes))
-            sums = batch.summed(torch.cat([y, y.new_ones(y.shape[0], 1)], 1).sum(0))
+            sums = batch.summed(torch.cat([y.sum(0), y.new_full((1,), y.shape[0])]))
             rows = sums[-1]
             mean = mean_logits(sums[:-1] / rows.clamp_min(1), teacher_prototypes)
             self.center.lerp_(mean.to(self.center.dtype), (1 - self.momentum) * (rows > 0).to(self.center.dtype))
-
-    def extra_repr(self) -> str:
-        return (
-            f"prototypes={self.center.numel()}, temperature={shown(self.temperature)}, "
-            f"teacher_temperature={shown(self.teacher_temperature)}, momentum={self.momentum}"
-            f"{ranks.shown(self.group)}"
-        )

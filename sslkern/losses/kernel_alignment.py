@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
-from ..ops.gram_products import centred_rows, gram_alignment
+from ..ops.gram import centred_rows
+from ..ops.gram_products import gram_alignment
 from ._tokens import check_tokens
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from math import inf
-
 import torch
 from torch import Tensor, nn
 
@@ -15,8 +13,8 @@ from ..ops.gram import centred_rows
 from ..ops.unit_rows import unit_columns
 from ._pairs import shown
 from ._positions import Positions, check_positions, over_slices, to_stack
+from ._views import Settings, check_coefficients
 
-Settings = tuple[float | Tensor, ...]
 NAMES = ("sim_coeff", "std_coeff", "cov_coeff", "gamma", "eps")
 
 
@@ -76,7 +74,7 @@ def vibcreg_loss(
         check_view(least, "plugin", "a", x)
         checks.matrix_stack("b", y, least)
         checks.same("a", x, "b", y)
-        settings = _checked(settings, x)
+        settings = check_coefficients(NAMES, settings, x)
         return x, y
 
     batch, (x, y) = ranks.batch(group, 2, check)
@@ -96,12 +94,6 @@ def vibcreg_loss(
     return loss, {name: term.detach() for name, term in terms.items()}
 
 
-def _checked(settings: Settings, x: Tensor | None) -> Settings:
-    """Check the settings, and return the results of `checks.setting`."""
-    pairs = zip(NAMES, settings, strict=True)
-    return tuple(checks.setting(n, value, x, least=0 if n == "eps" else -inf) for n, value in pairs)
-
-
 class VIbCRegLoss(nn.Module):
     """`vibcreg_loss` as a module, which stores only the settings."""
 
@@ -119,7 +111,7 @@ class VIbCRegLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        settings = _checked((sim_coeff, std_coeff, cov_coeff, gamma, eps), None)
+        settings = check_coefficients(NAMES, (sim_coeff, std_coeff, cov_coeff, gamma, eps), None)
         self.sim_coeff, self.std_coeff, self.cov_coeff, self.gamma, self.eps = settings
         check_positions(dim, batch_dim, positions)
         ranks.peers_of(group)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import inf
 from typing import Any
 
 import torch
@@ -15,9 +14,9 @@ from ..core.ranks import Batch, Group
 from ..ops.covariance import covariance_of
 from ..ops.vicreg import vicreg_of
 from ._pairs import shown
+from ._views import Settings, check_coefficients
 
 Features = Sequence[tuple[Tensor, Tensor]]
-Settings = tuple[float | Tensor, ...]
 NAMES = ("sim_coeff", "std_coeff", "cov_coeff", "alpha", "eps")
 
 
@@ -87,7 +86,7 @@ def vicregl_loss(
                 "VICRegL needs a large view and another view, got "
                 f"{len(global_features)} global and {len(local_features)} local ones."
             )
-        settings = _checked(settings, first)
+        settings = check_coefficients(NAMES, settings, first)
         _check_matches(num_matches)
         return (first,)
 
@@ -160,12 +159,6 @@ def _chosen(x: Tensor, index: Tensor) -> Tensor:
     return x.gather(1, index[..., None].expand(-1, -1, x.shape[2]))
 
 
-def _checked(settings: Settings, x: Tensor | None) -> Settings:
-    """Check the settings, and return the results of `checks.setting`."""
-    pairs = zip(NAMES, settings, strict=True)
-    return tuple(checks.setting(n, value, x, least=0 if n == "eps" else -inf) for n, value in pairs)
-
-
 def _check_matches(num_matches: Any) -> None:
     if not isinstance(num_matches, (tuple, list)) or len(num_matches) != 2:
         raise ValueError(f"num_matches must be a pair of integers >= 1, got {num_matches!r}.")
@@ -223,7 +216,7 @@ class VICRegLLoss(nn.Module):
         group: Group = None,
     ) -> None:
         super().__init__()
-        settings = _checked((sim_coeff, std_coeff, cov_coeff, alpha, eps), None)
+        settings = check_coefficients(NAMES, (sim_coeff, std_coeff, cov_coeff, alpha, eps), None)
         self.sim_coeff, self.std_coeff, self.cov_coeff, self.alpha, self.eps = settings
         _check_matches(num_matches)
         ranks.peers_of(group)

@@ -8,7 +8,7 @@ from torch import Tensor
 
 from ..core.autograd import Op
 from ..core.dtypes import accumulation_dtype, rounds_products, without_autocast
-from ..core.ranks import Batch, JointBatch
+from ..core.ranks import ALONE, Batch, JointBatch
 
 
 class Gram(Op):
@@ -45,7 +45,7 @@ def multiplied(y: Tensor) -> Tensor:
     return y.double() if rounds_products() else y
 
 
-def centred_rows(z: Tensor, batch: Batch) -> Tensor:
+def centred_rows(z: Tensor, batch: Batch = ALONE) -> Tensor:
     """`z` minus the mean of its columns, in float32 or float64. A pivot is subtracted first, so a large mean
     costs no digits."""
     z = z.to(accumulation_dtype(z))

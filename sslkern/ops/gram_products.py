@@ -14,6 +14,7 @@ from torch import Tensor
 from ..core.autograd import Op, first_order, intermediate, or_zeros
 from ..core.dtypes import accumulation_dtype, without_autocast
 from ..core.ranks import ALONE, Batch, JointBatch
+from .gram import centred_rows
 from .kernel_sums import linear_sums
 
 
@@ -55,12 +56,6 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool, batch: Batch = ALONE) -> Te
         values.append(total + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows if unbiased else total)
     product, of_x, of_y = values
     return product / (of_x.sqrt() * of_y.sqrt())
-
-
-def centred_rows(z: Tensor) -> Tensor:
-    """`z` minus its column means. If all rows are equal, the result is exactly 0."""
-    z = z - z[..., :1, :].detach()
-    return z - z.mean(-2, keepdim=True)
 
 
 class _GramAlignment(Op):

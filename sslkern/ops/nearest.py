@@ -38,14 +38,15 @@ class _NegativeLogDistances(Op):
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
         ctx.eps = inputs[3]
-        ctx.save_for_backward(*inputs[1:3], *output[1:])
+        # `first_order` sees by the rows x, which are kept anyway, that they need a gradient
+        ctx.save_for_backward(*inputs[:3], *output[1:])
         ctx.mark_non_differentiable(*output[1:])
         ctx.set_materialize_grads(False)
 
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor, *_: None) -> tuple[Tensor | None, ...]:
-        y, index, difference, length = ctx.saved_tensors
+        _, y, index, difference, length = ctx.saved_tensors
         of_rows = difference * (or_zeros(grad, length, last=0) / (-length * (length + ctx.eps)))
         if y is None:
             return _subtract(of_rows, index, of_rows), None, None, None

@@ -27,6 +27,9 @@ def contrastive_fwd(
     need_x: bool,
     need_y: bool,
     need_scale: bool,
+    *,
+    forward: Callable = pairwise_logsumexp_fwd,
+    backward: Callable = pairwise_logsumexp_bwd,
 ) -> Results:
     """The sum over the rows of f(n_i - p_i), (...), and its gradients with respect to x, y and scale.
 
@@ -40,30 +43,9 @@ def contrastive_fwd(
     the positive y_i and the negatives y_j, j != i. `both_sides`, for M = N, then gives the mean of this sum and of the
     same sum with x and y exchanged.
 
-    `scale` is (...). A gradient that is not needed is empty.
+    `scale` is (...). A gradient that is not needed is empty. `forward` and `backward` are the log-sum-exp over pairs
+    and its gradients, by any back-end.
     """
-    settings = x, y, bank, scale, views, both_sides, decoupled, eps_x, eps_y, eps_bank, need_x, need_y, need_scale
-    return composed(pairwise_logsumexp_fwd, pairwise_logsumexp_bwd, *settings)
-
-
-def composed(
-    forward: Callable,
-    backward: Callable,
-    x: Tensor,
-    y: Tensor,
-    bank: Tensor | None,
-    scale: Tensor,
-    views: bool,
-    both_sides: bool,
-    decoupled: bool,
-    eps_x: float,
-    eps_y: float,
-    eps_bank: float,
-    need_x: bool,
-    need_y: bool,
-    need_scale: bool,
-) -> Results:
-    """`contrastive_fwd` by a log-sum-exp over pairs, `forward`, and its gradients, `backward`."""
     u, lengths_u = _unit(x, eps_x)
     v, lengths_v = _unit(y, eps_y)
     n, c = x.shape[-2], scale[..., None]

@@ -10,6 +10,7 @@ from torch.nn import functional as F
 
 from ....core.autograd import Op, first_order
 from ....core.dtypes import FLOATS, accumulation_dtype
+from ....ops.unit_rows import HALF_EPS
 from .._peers import shown
 
 SMALL = 2**15  # up to this many numbers, the calls take longer than the passes over them, and torch's are fewer
@@ -18,7 +19,8 @@ SMALL = 2**15  # up to this many numbers, the calls take longer than the passes 
 class NegativeCosineSimilarity(nn.Module):
     """lightly's `NegativeCosineSimilarity`: minus the mean cosine of vectors along `dim`, without a stop-gradient.
 
-    The vectors are divided by max(length, eps). Shapes that differ are broadcast.
+    The vectors are divided by max(length, eps), in float16 by at least 1e-3, so that the gradient of a vector of zeros
+    does not overflow. Shapes that differ are broadcast.
     """
 
     def __init__(self, dim: int = 1, eps: float = 1e-8) -> None:
@@ -39,6 +41,8 @@ def mean_cosine(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
             raise TypeError(f"{name} must be a floating-point torch.Tensor, got {kind}.")
     dtype = accumulation_dtype(x, y)
+    if torch.float16 in (x.dtype, y.dtype):
+        eps = max(eps, HALF_EPS)
     if x.numel() <= SMALL or torch.compiler.is_compiling():  # a compiler fuses the passes
         return F.cosine_similarity(x.to(dtype), y.to(dtype), dim, eps).mean()
     if x.shape != y.shape:

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from ....core import checks
-from ....core.autograd import Op, differentiated, first_order
 from ....core.dtypes import accumulation_dtype
 from ....losses import nt_xent_loss
 from ....ops.unit_rows import unit_rows
@@ -22,8 +19,8 @@ class NTXentLoss(nn.Module):
 
     Without a memory bank, every row is compared with the other 2N - 1 rows of the batch. With one, the positive of a
     row of `out0` is the same row of `out1`, and its negatives are the rows of the bank, as they are. The bank then gets
-    the normalised rows of `out1`, if `out0` requires a gradient. Its gradient is computed together with the loss, so
-    the bank is not copied.
+    the normalised rows of `out1`, if `out0` requires a gradient. The gradient is computed together with the loss, so
+    the bank is neither copied nor kept for the backward.
 
     Args:
         temperature: a number of at least 1e-8 in magnitude; it may be negative, or a tensor of one element.
@@ -72,7 +69,8 @@ class NTXentLoss(nn.Module):
         x, y = unit_rows(out0, dtype), unit_rows(out1, dtype)
         if own:
             return self._with_own_bank(x, y)
-        loss = _against(x, y, self.temperature, bank._rows_for(out1).to(x.device))
+        rows = bank._rows_for(out1).to(x.device)
+        loss = nt_xent_loss(x, y, self.temperature, negatives=rows, normalize=False)
         if x.requires_grad:
             bank._dequeue_and_enqueue(y)
         return loss
@@ -98,41 +96,3 @@ def _check_plain(cross_entropy: nn.Module) -> None:
         or cross_entropy.ignore_index >= 0
     ):
         raise ValueError(f"cross_entropy must be lightly's, CrossEntropyLoss(reduction='mean'), got {cross_entropy}.")
-
-
-def _against(x: Tensor, y: Tensor, temperature: float | Tensor, bank: Tensor) -> Tensor:
-    """`nt_xent_loss` against a bank that may be overwritten before the backward."""
-    inputs = (x, y, temperature) if isinstance(temperature, Tensor) else (x, y)
-    if differentiated(*inputs):
-        if not torch.compiler.is_compiling():
-            return _AgainstBank.apply(x, y, temperature, bank)[0]
-        bank = bank.clone()  # a compiler cannot trace a gradient in a forward
-    return nt_xent_loss(x, y, temperature, negatives=bank, normalize=False)
-
-
-class _AgainstBank(Op):
-    """The loss and, in its forward, its gradients, so that nothing of the bank is needed in the backward."""
-
-    @staticmethod
-    def forward(x: Tensor, y: Tensor, temperature: float | Tensor, bank: Tensor) -> tuple[Tensor | None, ...]:
-        given = (x, y, temperature)
-        leaves: list[Any] = [z.detach().requires_grad_(z.requires_grad) if isinstance(z, Tensor) else z for z in given]
-        wanted = [isinstance(z, Tensor) and z.requires_grad for z in leaves]
-        with torch.enable_grad():
-            loss = nt_xent_loss(*leaves, negatives=bank, normalize=False)
-        grads = iter(torch.autograd.grad(loss, [z for z, want in zip(leaves, wanted, strict=True) if want]))
-        return loss.detach(), *(next(grads) if want else None for want in wanted)
-
-    @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor | None, ...]) -> None:
-        _, *grads = output
-        ctx.save_for_backward(*grads)
-        ctx.mark_non_differentiable(*(grad for grad in grads if grad is not None))
-        ctx.set_materialize_grads(False)
-
-    @staticmethod
-    @first_order
-    def backward(ctx: Any, grad: Tensor | None, *_: None) -> tuple[Tensor | None, ...]:
-        if grad is None:
-            return (None,) * 4
-        return *(None if saved is None else grad * saved for saved in ctx.saved_tensors), None

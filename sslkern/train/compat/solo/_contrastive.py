@@ -9,10 +9,9 @@ from torch.nn import functional as F
 from ....core import checks
 from ....core.dtypes import accumulation_dtype, without_autocast
 from ....core.internals import transforms_active
-from ....losses import info_nce_loss, nt_xent_loss
+from ....losses import info_nce_loss, nt_xent_loss, supervised_contrastive_loss
 from ....ops.pairs import reduce_pairs
 from .._peers import world
-from .._small_pairs import labels_loss
 from .._views import check_views, joined
 
 
@@ -39,7 +38,7 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
     if group is None and _are_two_views(labels):
         a, b = z.chunk(2)
         return nt_xent_loss(a, b, temperature)
-    return labels_loss(z, labels, temperature, group)
+    return supervised_contrastive_loss(z, labels, temperature=temperature, inside=True, group=group)
 
 
 def _are_two_views(labels: Tensor) -> bool:

@@ -110,7 +110,7 @@ class IterNorm(nn.Module):
         return y if self.weight is None else y * self.weight + self.bias
 
     def _by_batch(self, rows: Tensor) -> Tensor:
-        centred = centred_rows(rows, ALONE)
+        centred = centred_rows(rows)
         x = split_groups(centred, self.num_groups)
         wm = inverse_root(Gram.apply(x, False) / len(rows), self.num_channels, "iterative", self.eps, self.T)
         with torch.no_grad():

@@ -8,8 +8,8 @@ initialised. What differs is this:
 
 - Losses are computed and returned in float32, or in float64 for float64 tensors, also under autocast and in half
   precision, where those of stable-pretraining may overflow.
-- A D x D matrix is formed only if it is the smaller one, and an N x M matrix of logits only if it is no larger than the
-  rows, or for a mask, which is such a matrix itself.
+- A D x D matrix is formed only if it is the smaller one, and an N x M matrix of logits only for a mask, which is such a
+  matrix itself.
 - Tensors of different dtypes are accepted everywhere.
 - Invalid input raises TypeError or ValueError with one sentence. With several processes, all of them raise.
 - Processes may have different numbers of rows.
