@@ -85,8 +85,8 @@ def train(start, losses, views_of, steps):
     return runs
 
 
-def optimizer_of(network):
-    return torch.optim.SGD(network.parameters(), lr=0.002, momentum=0.9)
+def optimizer_of(network, lr=0.002):
+    return torch.optim.SGD(network.parameters(), lr, momentum=0.9)
 
 
 def warm_up_of(optimizer):

@@ -57,7 +57,7 @@ class BarlowTwins(lightning.LightningModule):
         self.run.seconds.append(time.perf_counter() - self.begin)
 
     def configure_optimizers(self):
-        optimizer = optimizer_of(self.network)
+        optimizer = optimizer_of(self.network, lr=1e-7)  # the loss is a sum over D^2 numbers: some thousands
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": warm_up_of(optimizer), "interval": "step"}}
 
 
