@@ -45,7 +45,8 @@ bench: build
 	$(PY) -m bench $(ARGS)
 
 # The losses of other packages against ours, in an environment of its own, which takes several GB.
-# SOLO_LEARN= and EB_JEPA= name clones of two packages that have no current release
+# SOLO_LEARN= and EB_JEPA= name clones of two packages that have no current release; LIGHTLY= names a clone of lightly,
+# for a script of it that is run with and without the patch
 peers: .venv-peers/ready $(VENV)/built
 	rm -rf .venv-peers/lib/python3*/site-packages/*sslkern*
 	cp -r $(wildcard $(VENV)/lib/python3*/site-packages/*sslkern*) .venv-peers/lib/python3*/site-packages/

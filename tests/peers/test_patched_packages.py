@@ -1,10 +1,12 @@
 """`train.patch` on the installed packages, and the examples that switch a trainer over."""
 
+import json
 import os
 import subprocess
 import sys
 from importlib import import_module
 from importlib.util import find_spec
+from pathlib import Path
 
 import pytest
 from conftest import ROOT
@@ -48,3 +50,24 @@ def test_the_short_form_of_an_example_passes(name, tmp_path):
     verdicts = [line.split(":")[0] for line in ran.stdout.splitlines() if line.startswith(("PASS", "FAIL"))]
     assert ran.returncode == 0 and verdicts and set(verdicts) == {"PASS"}, ran.stdout + ran.stderr
     assert (tmp_path / "figure.png").stat().st_size > 10_000
+
+
+def test_an_unmodified_script_of_lightly_keeps_its_curve():
+    """The losses of 20 steps with `patch` and without agree to 1e-5."""
+    peer("lightly.loss")
+    if not os.environ.get("LIGHTLY"):
+        pytest.skip("LIGHTLY= names a clone of lightly, whose examples are not installed")
+    script = Path(os.environ["LIGHTLY"], "examples", "pytorch", "simclr.py")
+    command = [sys.executable, str(ROOT / "tests" / "peers" / "unmodified.py"), str(script)]
+    runs = []
+    for flags in ([], ["--patch"]):
+        ran = subprocess.run(
+            command + flags, capture_output=True, text=True, env=os.environ | {"PYTHONPATH": str(ROOT)}
+        )
+        assert ran.returncode == 0, ran.stdout + ran.stderr
+        runs.append(json.loads(ran.stdout.splitlines()[-1]))
+    before, after = (run["losses"] for run in runs)
+    assert "lightly.loss.ntx_ent_loss" in runs[0]["classes"]
+    assert runs[1]["classes"] == ["sslkern.train.compat.lightly.ntx_ent_loss"]
+    assert len(before) == 20 and len(set(before)) == 20
+    assert after == pytest.approx(before, rel=1e-5, abs=0)

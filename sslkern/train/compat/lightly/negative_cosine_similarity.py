@@ -11,9 +11,8 @@ from torch.nn import functional as F
 from ....core.autograd import Op, first_order
 from ....core.dtypes import FLOATS, accumulation_dtype
 from ....ops.unit_rows import HALF_EPS
+from .._cosines import small
 from .._peers import shown
-
-SMALL = 2**15  # up to this many numbers, the calls take longer than the passes over them, and torch's are fewer
 
 
 class NegativeCosineSimilarity(nn.Module):
@@ -36,6 +35,8 @@ class NegativeCosineSimilarity(nn.Module):
 
 def mean_cosine(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
     """The mean of `torch.nn.functional.cosine_similarity`, whose backward takes many passes."""
+    if small(x) and small(y) and x.dtype == y.dtype:
+        return F.cosine_similarity(x, y, dim, eps).mean()
     for name, z in (("x0", x), ("x1", y)):
         if not isinstance(z, Tensor) or z.dtype not in FLOATS:
             kind = z.dtype if isinstance(z, Tensor) else type(z).__name__
@@ -43,7 +44,7 @@ def mean_cosine(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
     dtype = accumulation_dtype(x, y)
     if torch.float16 in (x.dtype, y.dtype):
         eps = max(eps, HALF_EPS)
-    if x.numel() <= SMALL or torch.compiler.is_compiling():  # a compiler fuses the passes
+    if torch.compiler.is_compiling():  # it fuses the passes
         return F.cosine_similarity(x.to(dtype), y.to(dtype), dim, eps).mean()
     if x.shape != y.shape:
         x, y = torch.broadcast_tensors(x, y)
