@@ -7,7 +7,7 @@ import sys
 from importlib import import_module
 from importlib.util import find_spec
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 
 CLONES = {
     "solo": ("SOLO_LEARN", ("solo", "solo.utils", "solo.losses")),
@@ -43,6 +43,12 @@ def peer(name: str) -> ModuleType:
             sys.modules[each] = ModuleType(each)
             sys.modules[each].__path__ = [str(Path(os.environ[variable], *each.split(".")))]
     return import_module(name)
+
+
+def originals(compat: ModuleType) -> SimpleNamespace:
+    """What `sslkern.train.patch` swaps for the losses of this module of ours, by their names."""
+    paths = (path.rpartition(".") for path in compat.SWAPPED)
+    return SimpleNamespace(**{name: getattr(peer(module), name) for module, _, name in paths})
 
 
 def version_of_clone(package: str) -> str:

@@ -20,14 +20,16 @@ from functools import partial
 from importlib import import_module
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
 
 from . import baselines
 from .case import Case, Loss
-from .clones import CLONES, missing, version_of_clone
-from .more_peers import eb_jepa, solo, stable_pretraining
+from .clones import CLONES, missing, originals, version_of_clone
+from .more_peers import eb_jepa, lightly_of_many, solo, stable_pretraining
 from .peer_pair import Pair
 from .report import into_document
 from .run import machine, run_case, save
@@ -63,8 +65,27 @@ class Taught(nn.Module):
         return value
 
 
+class Drawing(nn.Module):
+    """A loss in float64 whose random numbers are those that it draws in float32."""
+
+    def __init__(self, loss: nn.Module) -> None:
+        super().__init__()
+        self.loss = loss
+
+    def forward(self, *views: Tensor) -> Tensor:
+        draw = torch.randn
+
+        def drawn(*shape: int, dtype: torch.dtype | None = None, **settings: Any) -> Tensor:
+            return draw(*shape, dtype=torch.float32, **settings).to(dtype or torch.get_default_dtype())
+
+        with mock.patch("torch.randn", drawn):
+            value: Tensor = self.loss(*views)
+        return value
+
+
 def lightly() -> Iterator[Pair]:
-    theirs, ours = (import_module(name) for name in ("lightly.loss", "sslkern.train.compat.lightly"))
+    ours = import_module("sslkern.train.compat.lightly")
+    theirs = originals(ours)
 
     def pair(name: str, shape: tuple[int, ...], note: str = "", truth: Loss | None = None, **settings: object) -> Pair:
         factories = (partial(getattr(package, name), **settings) for package in (theirs, ours))
@@ -99,6 +120,10 @@ def lightly() -> Iterator[Pair]:
         tokens = pair("PatchKernelAlignmentLoss", shape)
         taught = (partial(Taught, factory) for factory in (tokens.theirs, tokens.ours))
         yield Pair(tokens.name, shape, *taught, inputs=normal(shape))
+    for shape in ((64, 64), (256, 128)):
+        yield pair("DirectCLRLoss", shape, loss_dim=32)
+        yield pair("HypersphereLoss", shape)
+    yield from lightly_of_many(pair)
     for rows, columns in ((64, 32), (256, 128)):
         shape = (2 * rows, columns)
         settings = {"embedding_dim": columns, "w_size": rows}
@@ -115,7 +140,7 @@ QUICK = 64 * 64  # numbers in a view, at most
 
 
 def case_of(peer: str, pair: Pair) -> Case:
-    """Both losses on the same views. Modules with buffers begin every call in the same state."""
+    """Both losses on the same views. Modules that keep something from call to call begin each in the same state."""
 
     def make(factory: Callable[[], Loss]) -> Loss:
         torch.manual_seed(0)
@@ -124,12 +149,15 @@ def case_of(peer: str, pair: Pair) -> Case:
     losses = {peer: make(pair.theirs), OURS: make(pair.ours)}
     truth = pair.truth or make(pair.theirs)
     if pair.truth is None and isinstance(truth, nn.Module):
-        truth = truth.double()
+        truth = Drawing(truth.double())
     modules = [loss for loss in (*losses.values(), truth) if isinstance(loss, nn.Module)]
     states = [(buffer, buffer.clone()) for module in modules for buffer in module.buffers()]
+    kept = [(vars(module), dict(vars(module))) for module in modules]
 
     def reset() -> None:
         torch.manual_seed(0)
+        for now, before in kept:
+            now.update(before)
         for buffer, state in states:
             buffer.copy_(state)
 

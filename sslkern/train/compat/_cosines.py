@@ -12,22 +12,23 @@ from ...ops.unit_rows import unit_rows
 
 COSINE_EPS = 1e-8  # of torch.nn.functional.cosine_similarity
 NORMALIZE_EPS = 1e-12  # of torch.nn.functional.normalize
-SMALL = 2**15  # numbers, up to which torch's one call takes less time than several
+SMALL = 2**15  # numbers, up to which the calls take more time than the passes over the numbers
 
 
-def cosines(**views: Tensor) -> Tensor:
-    """The cosines of two tensors along their last dimension, with the eps of torch's `cosine_similarity`. `views` are
-    as in `direction_products`."""
+def cosines(dims: int = 1, /, **views: Tensor) -> Tensor:
+    """The cosines of two tensors along their last dimension, with the eps of torch's `cosine_similarity`. The arguments
+    are as in `direction_products`."""
     x, y = views.values()
-    if small(x) and small(y) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device:
+    if small(x, dims) and small(y, dims) and x.shape == y.shape and x.dtype == y.dtype and x.device == y.device:
         return F.cosine_similarity(x, y, dim=-1)
-    return direction_products(COSINE_EPS, **views).sum(-1)
+    return direction_products(COSINE_EPS, dims, **views).sum(-1)
 
 
-def small(x: Tensor) -> bool:
-    """Whether x is a tensor in full precision with so few numbers that torch's `cosine_similarity` serves best."""
+def small(x: Tensor, dims: int = 1) -> bool:
+    """Whether x is a tensor of so many dimensions, in full precision, with so few numbers that torch's own functions
+    serve best."""
     full = isinstance(x, Tensor) and x.dtype in (torch.float32, torch.float64)
-    return full and x.dim() > 0 and 0 < x.numel() <= SMALL
+    return full and x.dim() >= dims and 0 < x.numel() <= SMALL
 
 
 def direction_products(eps: float, dims: int = 1, /, **views: Tensor) -> Tensor:
@@ -60,5 +61,7 @@ def direction_products(eps: float, dims: int = 1, /, **views: Tensor) -> Tensor:
                 f"got {tuple(x.shape)} and {tuple(y.shape)}."
             )
     dtype = accumulation_dtype(x, y)
+    if small(x) and small(y):
+        return F.normalize(x.to(dtype), dim=-1, eps=eps) * F.normalize(y.to(dtype), dim=-1, eps=eps)
     x, y = (unit_rows(z, dtype, None if z.dtype == torch.float16 else eps) for z in (x, y))
     return x * y

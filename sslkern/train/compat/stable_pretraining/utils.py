@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ....losses import vcreg_loss
-from .._cosines import COSINE_EPS, direction_products
+from .._cosines import cosines
 from .._official import off_diagonal
 from .._views import matched
 
@@ -40,4 +40,4 @@ class NegativeCosineSimilarity(nn.Module):
             name: z.movedim(1, -1) if isinstance(z, Tensor) and z.dim() > 1 else z
             for name, z in (("z_i", z_i), ("z_j", z_j))
         }
-        return -direction_products(COSINE_EPS, 2, **views).sum(-1).mean()
+        return -cosines(2, **views).mean()
