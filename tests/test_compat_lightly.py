@@ -11,8 +11,7 @@ from compat_lightly import CASES, NTXent, assert_equal, dcl, run, views
 from ranks import TOLERANCE, close
 from torch import nn
 
-from sslkern.train.compat import lightly
-from sslkern.train.compat.lightly import negative_cosine_similarity
+from sslkern.train.compat import _cosines, lightly
 
 BF16, FP16, FP32, FP64 = torch.bfloat16, torch.float16, torch.float32, torch.float64
 CLASSES = {
@@ -34,7 +33,7 @@ def made(name, **settings):
 @pytest.fixture(autouse=True)
 def own_cosine(monkeypatch):
     """Our gradient of a cosine, which is otherwise for more numbers than these tests have."""
-    monkeypatch.setattr(negative_cosine_similarity, "SMALL", 0)
+    monkeypatch.setattr(_cosines, "SMALL", 0)
 
 
 @pytest.mark.parametrize("key", CASES)

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from compat_checks import assert_equal
 from compat_solo import CASES, FORMULAS
 
-from sslkern.train.compat import solo
+from sslkern.train.compat import _cosines, solo
 
 WIDE = torch.float64
 
@@ -19,6 +19,13 @@ def test_value_and_gradient(case):
     for seed in range(2):
         assert_equal(getattr(solo, case.name), FORMULAS[case.name], case, seed=seed)
     assert_equal(getattr(solo, case.name), FORMULAS[case.name], case, torch.float32)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name[:3] in ("byo", "sim", "wms")], ids=repr)
+def test_views_of_many_numbers(case, monkeypatch):
+    """Their directions have a backward of ours."""
+    monkeypatch.setattr(_cosines, "SMALL", 0)
+    test_value_and_gradient(case)
 
 
 def on_several_ranks():

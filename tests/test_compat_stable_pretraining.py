@@ -11,6 +11,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from sslkern.core.ranks import ALONE
 from sslkern.ops.column_products import column_products
+from sslkern.train.compat import _cosines
 from sslkern.train.compat import stable_pretraining as ours
 
 FORMULAS = sys.modules["compat_stable_pretraining"]
@@ -20,6 +21,13 @@ FORMULAS = sys.modules["compat_stable_pretraining"]
 def test_value_and_gradient(case):
     for dtype in (torch.float64, torch.float32):
         assert_equal(of(ours, case), of(FORMULAS, case), case, dtype)
+
+
+@pytest.mark.parametrize("case", [case for case in CASES if case.name[:3] in ("BYO", "Neg")], ids=repr)
+def test_views_of_many_numbers(case, monkeypatch):
+    """Their directions have a backward of ours."""
+    monkeypatch.setattr(_cosines, "SMALL", 0)
+    test_value_and_gradient(case)
 
 
 @pytest.mark.parametrize("case", SLICED, ids=repr)

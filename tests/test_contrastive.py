@@ -72,6 +72,19 @@ def test_shares_of_the_queries_average_to_the_whole():
     torch.testing.assert_close(sum(parts) / 2, losses.info_nce_loss(q, k), **TIGHT)
 
 
+@pytest.mark.parametrize("rows", (6, 9))
+def test_positives_in_order_are_those_by_default(rows):
+    """Bit for bit, by the kernel of the default; other positives are not taken for these."""
+    q, k = torch.randn(6, 5, requires_grad=True), torch.randn(rows, 5, requires_grad=True)
+    values, gradients = [], []
+    for positives in (None, torch.arange(6), torch.arange(6).flip(0)):
+        values.append(losses.info_nce_loss(q, k, positives=positives))
+        gradients.append(torch.cat(torch.autograd.grad(values[-1], (q, k))))
+    assert torch.equal(values[0], values[1]) and torch.equal(gradients[0], gradients[1])
+    torch.testing.assert_close(values[2], losses.info_nce_loss(q.flip(0), k))
+    assert not torch.isclose(values[2], values[0])
+
+
 def test_cold_logits_do_not_overflow():
     """exp without a maximum is infinite at temperature .01 in fp32; ours agrees with fp64."""
     a, b = (z.detach().float() for z in leaves_of(FORMS["nt_xent"], 40, 24)[:2])

@@ -200,6 +200,12 @@ def _shape(shape: tuple[int | str, ...]) -> str:
     return f"({', '.join(map(str, shape))}{',' if len(shape) == 1 else ''})"
 
 
+def readable(x: Tensor) -> bool:
+    """Whether a decision may depend on the numbers in `x`: in eager mode on a CPU, where reading them is no host sync,
+    and outside of torch.func."""
+    return x.device.type == "cpu" and not torch.compiler.is_compiling() and not internals.transforms_active()
+
+
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
     """Check that all indices are in [low, limit). They are checked only in eager mode on a CPU, where reading them is
     no host sync."""

@@ -12,8 +12,8 @@ from installed import peer
 from ranks import TOLERANCE, close
 from ranks import run as run_ranks
 
+from sslkern.train.compat import _cosines
 from sslkern.train.compat import lightly as ours
-from sslkern.train.compat.lightly import negative_cosine_similarity
 
 theirs = peer("lightly.loss")
 dcl, vicreg, memory_bank = (peer(f"lightly.loss.{name}") for name in ("dcl_loss", "vicreg_loss", "memory_bank"))
@@ -24,7 +24,7 @@ DTYPES = tuple(TOLERANCE)
 @pytest.fixture(autouse=True)
 def own_cosine(monkeypatch):
     """Our gradient of a cosine, which is otherwise for more numbers than these tests have."""
-    monkeypatch.setattr(negative_cosine_similarity, "SMALL", 0)
+    monkeypatch.setattr(_cosines, "SMALL", 0)
 
 
 def made(package, case, dtype=None, **more):

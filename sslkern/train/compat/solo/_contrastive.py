@@ -8,7 +8,6 @@ from torch.nn import functional as F
 
 from ....core import checks
 from ....core.dtypes import accumulation_dtype, without_autocast
-from ....core.internals import transforms_active
 from ....losses import info_nce_loss, nt_xent_loss, supervised_contrastive_loss
 from ....ops.pairs import reduce_pairs
 from .._peers import world
@@ -43,8 +42,8 @@ def simclr_loss_func(z: Tensor, indexes: Tensor, temperature: float = 0.1) -> Te
 
 def _are_two_views(labels: Tensor) -> bool:
     """Whether the second half of the rows are other views of the first half, in the same order: SimCLR, for which one
-    kernel has loss and gradient. It is asked only on a CPU, where reading the labels is no host sync."""
-    if labels.device.type != "cpu" or labels.shape[0] % 2 or torch.compiler.is_compiling() or transforms_active():
+    kernel has loss and gradient."""
+    if labels.shape[0] % 2 or not checks.readable(labels):
         return False
     first, second = labels.chunk(2)
     return torch.equal(first, second) and bool((first.sort().values.diff() != 0).all())
