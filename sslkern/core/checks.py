@@ -206,6 +206,11 @@ def readable(x: Tensor) -> bool:
     return x.device.type == "cpu" and not torch.compiler.is_compiling() and not internals.transforms_active()
 
 
+def in_order(index: Tensor) -> bool:
+    """Whether the index is 0, 1, 2, ..., if it is `readable`."""
+    return readable(index) and torch.equal(index, torch.arange(len(index)))
+
+
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
     """Check that all indices are in [low, limit). They are checked only in eager mode on a CPU, where reading them is
     no host sync."""

@@ -72,11 +72,6 @@ def places(labels: Tensor) -> Tensor:
     return torch.empty_like(labels).scatter(0, order, places)
 
 
-def in_order(index: Tensor) -> bool:
-    """Whether the index is 0, 1, 2, ..., as far as it may be read."""
-    return checks.readable(index) and torch.equal(index, torch.arange(len(index)))
-
-
 def shown(value: float | Tensor | None) -> str:
     """The text of a setting for a module's `extra_repr`."""
     return repr(value.detach() if isinstance(value, Tensor) else value)

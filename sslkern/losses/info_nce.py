@@ -12,7 +12,7 @@ from ..core.ranks import Group
 from ..ops.contrastive import contrastive_of, one_call
 from ..ops.pairs import reduce_pairs
 from ..ops.unit_rows import unit_rows
-from ._pairs import check_normalize, converted, cross_entropy, in_order, inverse, row_products, shown, shown_last
+from ._pairs import check_normalize, converted, cross_entropy, inverse, row_products, shown, shown_last
 
 
 def info_nce_loss(
@@ -75,7 +75,7 @@ def info_nce_loss(
     (batch, key_batch), _ = ranks.batches(group, 1, check)
     dtype = accumulation_dtype(q, k)
     c = inverse(temperature, dtype) if scale is None else converted(scale, dtype)
-    if positives is not None and in_order(positives):
+    if positives is not None and checks.in_order(positives):
         positives = None
     if positives is None and one_call(batch):
         total = contrastive_of(q, k, c, dtype, both_sides=symmetric, normalize=normalize, eps=eps)

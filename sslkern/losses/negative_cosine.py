@@ -8,7 +8,7 @@ from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Group
 from ..ops.cosines import LEAST_EPS, negative_cosines
-from ..ops.unit_rows import check_eps
+from ..ops.unit_rows import check_eps, least_length
 from ._positions import check_positions
 from ._predictions import shown_settings, vectors
 
@@ -57,7 +57,8 @@ def negative_cosine_loss(
     """
     _check(detach, eps)
     batch, x, y = vectors(p, z, eps, dim, batch_dim, group)
-    total = negative_cosines(x, y.detach() if detach else y, accumulation_dtype(x, y), eps)
+    least = least_length(x, eps), least_length(y, eps)
+    total = negative_cosines(x, y.detach() if detach else y, accumulation_dtype(x, y), *least)
     return batch.average(total, x.shape[-2], x.shape[:-2].numel())
 
 

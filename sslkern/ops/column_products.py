@@ -44,7 +44,8 @@ def _standardised(z: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
     free = max(z.shape[-2] - 1, 1)
     std = torch.linalg.vector_norm(z, dim=-2, keepdim=True) * free**-0.5
     wide = std + eps
-    share = (wide / (free * std)).masked_fill_(std == 0, 0)  # torch's std of a constant column has no gradient
+    # torch's std of a constant column has no gradient: <x, g> is 0 there, and the least number keeps it 0
+    share = wide / (free * std).clamp_min_(1e-20)
     z /= wide
     return z, wide.reciprocal_(), share
 

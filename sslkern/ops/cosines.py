@@ -10,19 +10,16 @@ from torch import Tensor
 from torch.linalg import vector_norm
 
 from ..core.autograd import Op, first_order, intermediate, or_zeros
-from .unit_rows import least_length
 
 LEAST_EPS = 1e-18  # the product of two smaller ones might be 0 in float32
 
 
-def negative_cosines(x: Tensor, y: Tensor, dtype: torch.dtype, eps: float | None = None) -> Tensor:
-    """-sum_i <x_i, y_i> / (max(|x_i|, eps) max(|y_i|, eps)) over all rows of `x` and `y` (..., D), in `dtype`.
+def negative_cosines(x: Tensor, y: Tensor, dtype: torch.dtype, x_eps: float, y_eps: float) -> Tensor:
+    """-sum_i <x_i, y_i> / (max(|x_i|, x_eps) max(|y_i|, y_eps)) over all rows of `x` and `y` (..., D), in `dtype`.
 
-    The default of eps is that of `unit_rows`, for each of the two by its own dtype. The gradient of x_i is
-    (x_i <x_i, y_i>/|x_i|^2 - y_i) / (|x_i| |y_i|), so the backward takes two passes for each of x and y that needs a
-    gradient. Rows of unit length are not formed.
+    The gradient of x_i is (x_i <x_i, y_i>/|x_i|^2 - y_i) / (|x_i| |y_i|), so the backward takes two passes for each of
+    x and y that needs a gradient. Rows of unit length are not formed.
     """
-    x_eps, y_eps = least_length(x, eps), least_length(y, eps)
     return _NegativeCosines.apply(x.to(dtype), y.to(dtype), x_eps, y_eps)[0]
 
 

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
-from .._cosines import NORMALIZE_EPS, cosines, direction_products
+from .._cosines import COSINE_EPS, NORMALIZE_EPS, mean_cosine
+
+_PREDICTED, _WHITENED = ("p", "z"), ("z1", "z2")  # what errors call the arguments
 
 
 def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
@@ -15,12 +18,12 @@ def byol_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
         simplified: vectors shorter than 1e-8 are divided by 1e-8. If False, the limit is 1e-12, and the sum of the
             cosine is over dimension 1, as in solo-learn, which is the same for (N, D).
     """
-    return 2 - 2 * _mean(simplified, p=p, z=_detached(z))
+    return 2 - 2 * _mean(simplified, p, z)
 
 
 def simsiam_loss_func(p: Tensor, z: Tensor, simplified: bool = True) -> Tensor:
     """-mean cos(p, z), with the arguments of `byol_loss_func`. The targets z get no gradient."""
-    return -_mean(simplified, p=p, z=_detached(z))
+    return -_mean(simplified, p, z)
 
 
 def wmse_loss_func(z1: Tensor, z2: Tensor, simplified: bool = True) -> Tensor:
@@ -32,15 +35,18 @@ def wmse_loss_func(z1: Tensor, z2: Tensor, simplified: bool = True) -> Tensor:
             gradient, and the limit is 1e-12.
     """
     if simplified:
-        return 2 - 2 * _mean(True, z1=z1, z2=_detached(z2))
-    return 2 - 2 * direction_products(NORMALIZE_EPS, z1=z1, z2=z2).sum(-1).mean()
+        return 2 - 2 * mean_cosine(COSINE_EPS, z1, _detached(z2), _WHITENED)
+    return 2 - 2 * mean_cosine(NORMALIZE_EPS, z1, z2, _WHITENED)
 
 
 def _detached(z: Tensor) -> Tensor:
     return z.detach() if isinstance(z, Tensor) else z
 
 
-def _mean(simplified: bool, **views: Tensor) -> Tensor:
+def _mean(simplified: bool, p: Tensor, z: Tensor) -> Tensor:
+    z = _detached(z)
     if simplified:
-        return cosines(**views).mean()
-    return direction_products(NORMALIZE_EPS, 2, **views).sum(1).mean()
+        return mean_cosine(COSINE_EPS, p, z, _PREDICTED)
+    mean = mean_cosine(NORMALIZE_EPS, p, z, _PREDICTED, dims=2)
+    shape = torch.broadcast_shapes(p.shape, z.shape)
+    return mean if shape[1] == shape[-1] else mean * (shape[1] / shape[-1])

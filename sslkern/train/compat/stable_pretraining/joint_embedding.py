@@ -11,7 +11,7 @@ from ....core.dtypes import accumulation_dtype, without_autocast
 from ....losses import info_nce_loss, nt_xent_loss, vicreg_loss
 from ....ops.column_products import column_products
 from ....ops.unit_rows import unit_rows
-from .._cosines import NORMALIZE_EPS, direction_products
+from .._cosines import NORMALIZE_EPS, mean_cosine
 from .._views import check_views, joined, matched, matched_batch
 from .utils import VCRegLoss
 
@@ -62,7 +62,7 @@ class BarlowTwinsLoss(nn.Module):
         batch, (x, y) = matched_batch(2, z_i=z_i, z_j=z_j)
         n, dtype = batch.count(len(x)), accumulation_dtype(x)
         diagonal, offdiag = column_products(x.to(dtype), y.to(dtype), 1e-5, batch)
-        return (diagonal / n - 1).square().sum() + self.lambd * (offdiag / n**2)
+        return torch.add((diagonal - n).square().sum(), offdiag, alpha=self.lambd) / n**2
 
 
 class BYOLLoss(nn.Module):
@@ -70,8 +70,7 @@ class BYOLLoss(nn.Module):
 
     def forward(self, online_pred: Tensor, target_proj: Tensor) -> Tensor:
         """The loss of predictions and targets, both (..., D); each (D,) is one vector."""
-        products = direction_products(NORMALIZE_EPS, online_pred=online_pred, target_proj=target_proj)
-        return 2 - 2 * products.sum(-1).mean()
+        return 2 - 2 * mean_cosine(NORMALIZE_EPS, online_pred, target_proj, ("online_pred", "target_proj"))
 
 
 class InfoNCELoss(nn.Module):
@@ -122,10 +121,12 @@ class InfoNCELoss(nn.Module):
             shapes = f"{tuple(anchors.shape)} and {tuple(candidates.shape)}"
             raise ValueError(f"anchors and candidates must have the same columns (D), got shapes {shapes}.")
         checks.indices("targets", targets, anchors, (len(anchors),))
-        checks.below("targets", targets, len(candidates))
+        in_order = checks.in_order(targets) and len(anchors) <= len(candidates)
+        if not in_order:
+            checks.below("targets", targets, len(candidates))
         scale = checks.setting("logit_scale", self._scale(logit_scale), anchors, zero=False)
         if mask is None:
-            return info_nce_loss(anchors, candidates, scale, positives=targets)
+            return info_nce_loss(anchors, candidates, scale, positives=None if in_order else targets)
         dtype = accumulation_dtype(anchors, candidates)
         x, y = (unit_rows(z, dtype, NORMALIZE_EPS) for z in (anchors, candidates))
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:

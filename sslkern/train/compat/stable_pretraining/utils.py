@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from ....losses import vcreg_loss
-from .._cosines import cosines
+from .._cosines import COSINE_EPS, mean_cosine
 from .._official import off_diagonal
 from .._views import matched
 
@@ -36,8 +36,4 @@ class NegativeCosineSimilarity(nn.Module):
 
     def forward(self, z_i: Tensor, z_j: Tensor) -> Tensor:
         """The loss of two tensors (N, D, ...)."""
-        views = {
-            name: z.movedim(1, -1) if isinstance(z, Tensor) and z.dim() > 1 else z
-            for name, z in (("z_i", z_i), ("z_j", z_j))
-        }
-        return -cosines(2, **views).mean()
+        return -mean_cosine(COSINE_EPS, z_i, z_j, ("z_i", "z_j"), dim=1, dims=2)
