@@ -5,7 +5,7 @@ Each loss trains the same small network from the same weights on the same views 
 bit, and one seed says little. The table has the accuracy of a linear probe on held-out digits over several seeds, and
 the paired difference with its 95 % interval.
 
-    python examples/peers/parity.py            some ten minutes on two cores; needs lightly
+    python examples/peers/parity.py            a quarter of an hour on two cores; needs lightly
     python examples/peers/parity.py --quick    two seeds of 20 steps, with a wider limit
     python examples/peers/parity.py --docs     write bench/results/parity.json and the table in docs/migration.md too
 
@@ -41,7 +41,7 @@ LOSSES = {
     "VICReg": ("VICRegLoss", {}),
     "Barlow Twins": ("BarlowTwinsLoss", {}),
 }
-SIZES = {"hidden": 512, "width": 512, "batch": 256, "steps": 150, "seeds": 5}
+SIZES = {"hidden": 512, "width": 512, "batch": 256, "steps": 150, "seeds": 10}
 QUICK = {"steps": 20, "seeds": 2}
 QUANTILE = {
     2: 12.706,

@@ -125,6 +125,21 @@ def test_migration(at_root):
     assert between(page, "overflow") == overflow.table(result(overflow.PATH))
 
 
+def test_accuracy_after_training():
+    """The table in docs/migration.md has the means of the results; each difference is below .3 point, or within its
+    interval."""
+    found = result("bench/results/parity.json")
+    lines = between(ROOT / "docs" / "migration.md", "parity").splitlines()
+    assert f"{found['sizes']['seeds']} seeds" in lines[-1]
+    for line, (name, whose) in zip(lines[2:5], found["accuracies"].items(), strict=True):
+        cells = [cell.strip() for cell in line.strip("|").split("|")]
+        theirs, ours = (sum(each) / len(each) for each in (whose["lightly"], whose["sslkern"]))
+        assert cells[0] == name and cells[1].startswith(f"{theirs:.4f}") and cells[2].startswith(f"{ours:.4f}")
+        difference, half = (float(number) for number in cells[3].split(" +- "))
+        assert difference == pytest.approx(ours - theirs, abs=6e-5)
+        assert abs(difference) <= max(0.003, half)
+
+
 def test_written_where_they_belong(at_root, monkeypatch, tmp_path):
     """`documents` writes both pages between their markers, and the figure."""
     for name in ("README", "BENCHMARKS"):
