@@ -195,6 +195,7 @@ TRAFFIC = {
     "koleo": ([GATHERED], [SCATTERED]),
     "sigreg": ([REDUCED], [REDUCED]),
     "sigreg, drawn": (["broadcast", REDUCED], [REDUCED]),
+    "sigreg, all directions": ([GATHERED], [SCATTERED]),
     "lejepa": ([REDUCED], [REDUCED]),
     "swav": ([REDUCED] * 8, []),
     "dino": ([], []),
@@ -235,6 +236,7 @@ def one_row():
         "spectral by rows",
         "byol",
         "sigreg",
+        "sigreg, all directions",
     ):
         loss, inputs = LOSSES[case]
         expected, *gradients = value_and_grad(loss, [x[:1] for x in inputs], None)

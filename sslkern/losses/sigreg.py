@@ -45,10 +45,22 @@ def sigreg_loss(
 
     The N x num_slices x knots angles, cosines and sines are not formed; see `ops.characteristic_sums`.
 
+    With `num_slices=None`, the mean is over all unit directions, so the loss has no random numbers and its gradient has
+    no noise of slices. It is the limit of many slices, in closed form:
+
+        loss = N sum_k w_k phi(t_k) [mean_ij L(t_k |z_i - z_j|) - 2 phi(t_k) mean_i L(t_k |z_i|) + phi(t_k)^2]
+        L(r) = E_a cos(r a_1) = 0F1(; D/2; -r^2 / 4)
+
+    The sums over k are tabulated as functions of the distance. Products of rows take 3 N^2 D flops, in place of
+    4 N D num_slices, so it suits N up to about num_slices. No N x N matrix is kept. A squared distance is rounded as the
+    squared lengths of its rows, from which the mean has been subtracted.
+
     Args:
         z: (..., N, D), N >= 1. Each slice, such as each view of (V, N, D), is a sample of its own, and the loss is the
             mean over the slices. float32, bfloat16, float16 or float64; any strides.
-        num_slices: the number of directions that are drawn.
+        num_slices: the number of directions that are drawn, or None for the mean over all directions, which needs
+            D >= 16. Then `directions` and `generator` must be None, and a row whose squared length is not finite in the
+            dtype of the loss makes the loss NaN.
         knots: the number of knots, >= 2.
         t_max: the largest knot, a number > 0, in units of 1 / z.
         symmetric: whether the knots are equispaced on [-t_max, t_max] instead, so that an even number of them has
@@ -59,7 +71,8 @@ def sigreg_loss(
             the directions of the first rank are sent to all ranks, except with an integer, which must be the same on
             all ranks.
         group: the ranks that hold the rows; see `sslkern.distributed`. The sums of cosines and sines are exchanged,
-            2 x knots x num_slices numbers for each slice of z, forward and backward.
+            2 x knots x num_slices numbers for each slice of z, forward and backward. For all directions, the rows are
+            gathered instead.
 
     Returns:
         The loss, a scalar >= 0, computed in float32, or in float64 if z is float64.
@@ -69,13 +82,14 @@ def sigreg_loss(
         out of range.
 
     Sources: Balestriero and LeCun, LeJEPA (2511.08544); Epps and Pulley, A test for normality based on the empirical
-    characteristic function, Biometrika 70 (1983).
+    characteristic function, Biometrika 70 (1983). For all directions, L is the characteristic function of a uniform
+    unit vector: Schoenberg, Metric spaces and completely monotone functions, Annals of Mathematics 39 (1938).
     """
 
     def check(least: int) -> tuple[Tensor]:
         checks.matrix_stack("z", z, least)
         _check_settings(num_slices, knots, t_max, symmetric, generator)
-        _check_directions(directions, num_slices, z)
+        _check_directions(directions, num_slices, "z", z)
         return (z,)
 
     batch, _ = ranks.batch(group, 1, check)
@@ -129,7 +143,7 @@ def lejepa_loss(
         for name, view in zip(("global_views", "local_views"), views, strict=False):
             _check_views(name, view, least, global_views)
         _check_settings(num_slices, knots, t_max, symmetric, generator)
-        _check_directions(directions, num_slices, global_views)
+        _check_directions(directions, num_slices, "global_views", global_views)
         lambd = checks.setting("lambd", lambd, global_views)
         return views
 
@@ -214,12 +228,12 @@ def _check_settings(num_slices: object, knots: object, t_max: object, symmetric:
         raise ValueError("generator must be None with num_slices=None, which takes all directions and draws none.")
 
 
-def _check_directions(directions: object, num_slices: object, z: Tensor) -> None:
+def _check_directions(directions: object, num_slices: object, name: str, z: Tensor) -> None:
     if num_slices is None:
         if directions is not None:
             raise ValueError("directions must be None with num_slices=None, which takes all directions.")
         if z.shape[-1] < LEAST_COLUMNS:
-            raise ValueError(f"num_slices=None needs D >= {LEAST_COLUMNS}, got z of shape {tuple(z.shape)}.")
+            raise ValueError(f"num_slices=None needs D >= {LEAST_COLUMNS}, got {name} of shape {tuple(z.shape)}.")
     if directions is None:
         return
     if isinstance(directions, Tensor) and directions.dim() != 2:

@@ -32,8 +32,8 @@ def of_rows(x: Tensor, knots: list[float], weights: list[float]) -> tuple[Tensor
 def of_pairs(
     x: Tensor, y: Tensor | None, knots: list[float], weights: list[float], keep: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """sum_ij F(|x_i - y_j|), in float64, and its gradients with respect to x (..., N, D) and y (..., M, D). Without y, the
-    pairs are those of x, and there is one gradient. A gradient that is not needed has the shape (0,)."""
+    """sum_ij F(|x_i - y_j|), in float64, and its gradients with respect to x (..., N, D) and y (..., M, D). Without y,
+    the pairs are those of x, and there is one gradient. A gradient that is not needed has the shape (0,)."""
     radial = Radial(x.shape[-1], tuple(knots), tuple(weights))
     lead, stack = x.shape[:-2], x.shape[:-2].numel()
     columns = x if y is None else y
