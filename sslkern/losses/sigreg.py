@@ -45,22 +45,20 @@ def sigreg_loss(
 
     The N x num_slices x knots angles, cosines and sines are not formed; see `ops.characteristic_sums`.
 
-    With `num_slices=None`, the mean is over all unit directions, so the loss has no random numbers and its gradient has
-    no noise of slices. It is the limit of many slices, in closed form:
+    With `num_slices=None`, the mean is over all unit directions: the limit of many slices, without random numbers.
 
         loss = N sum_k w_k phi(t_k) [mean_ij L(t_k |z_i - z_j|) - 2 phi(t_k) mean_i L(t_k |z_i|) + phi(t_k)^2]
         L(r) = E_a cos(r a_1) = 0F1(; D/2; -r^2 / 4)
 
     The sums over k are tabulated as functions of the distance. Products of rows take 3 N^2 D flops, in place of
-    4 N D num_slices, so it suits N up to about num_slices. No N x N matrix is kept. A squared distance is rounded as the
-    squared lengths of its rows, from which the mean has been subtracted.
+    4 N D num_slices, so it suits N up to about num_slices. No N x N matrix is kept. A squared distance is rounded as
+    the squared lengths of its rows are, from which the mean has been subtracted.
 
     Args:
         z: (..., N, D), N >= 1. Each slice, such as each view of (V, N, D), is a sample of its own, and the loss is the
             mean over the slices. float32, bfloat16, float16 or float64; any strides.
         num_slices: the number of directions that are drawn, or None for the mean over all directions, which needs
-            D >= 16. Then `directions` and `generator` must be None, and a row whose squared length is not finite in the
-            dtype of the loss makes the loss NaN.
+            D >= 16, and no `directions` or `generator`. Then a row whose squared length overflows may make the loss NaN.
         knots: the number of knots, >= 2.
         t_max: the largest knot, a number > 0, in units of 1 / z.
         symmetric: whether the knots are equispaced on [-t_max, t_max] instead, so that an even number of them has

@@ -91,8 +91,8 @@ def mean_cosines(x: Tensor, knots: list[float], weights: list[float]) -> Tensor:
         sum_i sum_k w_k E_a cos(t_k <x_i, a>),   E_a cos(<x, a>) = 0F1(; D/2; -|x|^2 / 4)
 
     Args:
-        x: (..., N, D), D >= 16, float32 or float64. A row whose squared length is not finite, or overflows, makes the
-            result and the gradient of its slice NaN.
+        x: (..., N, D), D >= 16, float32 or float64. A row that is not finite makes the result and the gradient of
+            its slice NaN, and so may one whose squared length overflows.
         knots: t_k >= 0, at least one of them > 0, in units of 1 / x.
         weights: w_k.
 
