@@ -138,7 +138,7 @@ def test_blocks(rows):
     z, more = normal(3, 23, 20), normal(3, 31, 20, seed=1)
     knots, weights = [0.0, 0.7, 2.0], [0.3, 0.5, 0.1]
     pairs = lambda z: mean_cosines_of_pairs(z[:, :23], z, knots, weights).sum()  # noqa: E731
-    with patch.multiple(blocks, _LEAST_ROWS=rows, _NUMBERS={"cuda": 1}):
+    with patch.multiple(blocks, _LEAST_ROWS=rows, _SQUARE_ROWS=1, _NUMBERS={"cuda": 1}):
         one = both(unsliced, z), both(pairs, torch.cat((z, more), 1))
     for found, expected in zip(one[0], both(unsliced, z), strict=True):
         torch.testing.assert_close(found, expected, rtol=1e-12, atol=1e-14)

@@ -58,7 +58,7 @@ def sigreg_loss(
         z: (..., N, D), N >= 1. Each slice, such as each view of (V, N, D), is a sample of its own, and the loss is the
             mean over the slices. float32, bfloat16, float16 or float64; any strides.
         num_slices: the number of directions that are drawn, or None for the mean over all directions, which needs
-            D >= 16, and no `directions` or `generator`. Then a row whose squared length overflows may make the loss NaN.
+            D >= 16, and no `directions` or `generator`. A row whose squared length overflows may make the loss NaN.
         knots: the number of knots, >= 2.
         t_max: the largest knot, a number > 0, in units of 1 / z.
         symmetric: whether the knots are equispaced on [-t_max, t_max] instead, so that an even number of them has

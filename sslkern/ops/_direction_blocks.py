@@ -16,6 +16,7 @@ from ._radial_tables import GRIDS, Radial, octaves_of, table, unit_of
 
 _NUMBERS = {"cpu": 1 << 18, "cuda": 1 << 25}  # pairs of a block
 _LEAST_ROWS = 128  # of a block: fewer multiply at a lower rate
+_SQUARE_ROWS = 256  # so few rows are not divided: the calls would take longer than half of the pairs
 
 
 def of_rows(x: Tensor, knots: list[float], weights: list[float]) -> tuple[Tensor, Tensor]:
@@ -40,8 +41,8 @@ def of_pairs(
     numbers = _NUMBERS.get(x.device.type, _NUMBERS["cuda"])
     together = max(1, numbers // max(1, x.shape[-2] * columns.shape[-2]))
     step = numbers // max(1, columns.shape[-2])
-    if y is None:  # pairs outside the square blocks are evaluated once: at most 5/8 of all are evaluated
-        step = min(step, x.shape[-2] // 4)
+    if y is None:  # pairs outside of the square blocks are evaluated once
+        step = min(step, max(_SQUARE_ROWS, x.shape[-2] // 4))
     step = max(_LEAST_ROWS, step)
     chunks = _split(a, together)
     others = [None] * len(chunks) if b is None else _split(b, together)
