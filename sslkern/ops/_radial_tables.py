@@ -117,7 +117,7 @@ def _exact(radial: Radial, v: Tensor) -> Tensor:
             share = (1 if k == 0 else 2) * max(math.cos(angle), 0.0) ** (d - 2)
             mean += share * (r * (t * math.sin(angle))).cos()
             mass += share
-        total += torch.where(t * r < reach, mean / mass, 0) * weight
+        total += (mean / mass).masked_fill(t * r >= reach, 0) * weight
     return total
 
 
