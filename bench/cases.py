@@ -21,6 +21,7 @@ from .pair_losses import PAIR_LOSSES, pair_loss_case
 from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
 from .prototypes import HEADS, heads_case
 from .sigreg import VIEWS, sigreg_case
+from .sigreg_all import ALL_DIRECTIONS, all_directions_case
 from .variants import by_reference, compiled
 
 
@@ -221,6 +222,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
     for shape, slices in VIEWS:
         label = f"sigreg {' '.join(map(str, shape))} {slices}"
         cases.append((label, lambda s=shape, k=slices: sigreg_case(s, k, device)))
+    for shape in ALL_DIRECTIONS:
+        label = f"sigreg_all {' '.join(map(str, shape))}"
+        cases.append((label, lambda s=shape: all_directions_case(s, device)))
     for what, sizes in HEADS:
         label = f"prototypes {what} {' '.join(map(str, sizes))}"
         cases.append((label, lambda w=what, s=sizes: heads_case(w, s, device)))

@@ -120,6 +120,7 @@ def _differentiable() -> dict[str, tuple[Callable[..., Tensor | tuple[Tensor, ..
         "coding_rate_loss": (losses.coding_rate_loss, 2),
         "mmcr_loss": (losses.mmcr_loss, 2),
         "sigreg_loss": (lambda z: losses.sigreg_loss(z, num_slices=16), 1),
+        "sigreg_loss (all directions)": (lambda z: losses.sigreg_loss(z, num_slices=None), 1),
         "lejepa_loss": (lambda a, b: losses.lejepa_loss(a[None], b[None], num_slices=16), 2),
         "characteristic_sums": (lambda z: ops.characteristic_sums(z, torch.ones(COLUMNS, 16), step=0.2, count=17), 1),
         "swav_loss": (lambda a, b: losses.swav_loss([a, b], torch.ones(8, COLUMNS)), 2),

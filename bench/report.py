@@ -20,6 +20,7 @@ TITLES = {
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "pair_losses": "Further losses of pairs of rows, forward + backward (ms)",
     "sigreg": "SIGReg, 17 knots, forward + backward (ms)",
+    "sigreg_all": "SIGReg over all directions, 17 knots, forward + backward (ms)",
     "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
@@ -149,6 +150,14 @@ COLUMNS: dict[str, list[Column]] = {
             lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
         ),
         ERRORS,
+    ],
+    "sigreg_all": [
+        ("views, rows, columns", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(_time("N x N, by autograd", "published"), _time("N x N, gradient by hand", "three-line"), OURS),
+        *(_faster("vs by autograd", "published"), FASTER_THAN_BEST),
+        *(_time("1024 slices", "1024 slices"), _step_of("1024 slices")),
+        ("gradient error of the slices", lambda c: _error(c.row("1024 slices"), "grad_error")),
+        *(MEMORY, ERRORS),
     ],
     "prototypes": [
         _note("loss"),

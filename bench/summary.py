@@ -12,7 +12,18 @@ EPS = 2.0**-23
 GPU = Path("bench/results/nvidia-h200.json")
 PLAIN = ("published", "published, compiled", "three-line", "three-line, compiled")
 FAMILIES = (  # in the order of the tables
-    *("step", "vicreg", "barlow", "pairs", "pair_losses", "sigreg", "unbiased", "info_vicreg", "batch_norm"),
+    *(
+        "step",
+        "vicreg",
+        "barlow",
+        "pairs",
+        "pair_losses",
+        "sigreg",
+        "sigreg_all",
+        "unbiased",
+        "info_vicreg",
+        "batch_norm",
+    ),
     *("prototypes", "moments", "rotation", "rank_k", "covariance", "low_rank"),
 )
 LOSSES = FAMILIES[:4]  # the families from which the README shows the worst case

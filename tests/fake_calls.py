@@ -139,6 +139,8 @@ for wide in (False, True):  # without and with projections that are kept
     add(f"characteristic_sums (first, {d} columns)", call, Leaf((2, ROWS, d)), Leaf((d, 7), "data"))
 add("sigreg_loss (drawn)", lambda z: losses.sigreg_loss(z, num_slices=9), A)
 add("sigreg_loss (symmetric)", lambda z: losses.sigreg_loss(z, num_slices=9, knots=10, symmetric=True), A)
+call = lambda z: losses.sigreg_loss(z, num_slices=None)  # noqa: E731
+add("sigreg_loss (all directions)", call, Leaf((2, ROWS, 20)))
 add("lejepa_loss (global)", lambda z: losses.lejepa_loss(z, num_slices=9), Leaf((2, ROWS, 4)))
 
 for loss in ("l1", "poisson"):

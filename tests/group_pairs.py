@@ -106,6 +106,11 @@ def sliced(z, group):
     return sigreg_loss(z, directions=slices(z), group=group)
 
 
+def over_all_directions(z, group):
+    """For enough columns."""
+    return sigreg_loss(torch.cat((z, 2 - z, z / 2, z.sin()), -1), num_slices=None, group=group)
+
+
 def sliced_views(a, b, c, group):
     """Two global views and a local one."""
     return lejepa_loss(torch.stack((a, b)), c[None], 0.3, directions=slices(a), group=group)
@@ -180,6 +185,7 @@ LOSSES = {
     "koleo": (koleo_loss, rows(1)),
     "sigreg": (sliced, rows(1)),
     "sigreg, drawn": (drawn, rows(1)),
+    "sigreg, all directions": (over_all_directions, rows(1)),
     "lejepa": (sliced_views, rows(3)),
     "swav": (to_codes, rows(3)),
     "dino": (taught, rows(3)),

@@ -195,6 +195,7 @@ TRAFFIC = {
     "koleo": ([GATHERED], [SCATTERED]),
     "sigreg": ([REDUCED], [REDUCED]),
     "sigreg, drawn": (["broadcast", REDUCED], [REDUCED]),
+    "sigreg, all directions": ([GATHERED], [SCATTERED]),
     "lejepa": ([REDUCED], [REDUCED]),
     "swav": ([REDUCED] * 8, []),
     "dino": ([], []),
@@ -235,6 +236,7 @@ def one_row():
         "spectral by rows",
         "byol",
         "sigreg",
+        "sigreg, all directions",
     ):
         loss, inputs = LOSSES[case]
         expected, *gradients = value_and_grad(loss, [x[:1] for x in inputs], None)
@@ -310,7 +312,7 @@ def compiled():
     """Whole, without a graph break: eager's values and gradients, of even batches. What is exchanged as for nt_xent is
     traced alone, as a compiler gets it."""
     compilers = dict.fromkeys(("nt_xent", "info_nce, symmetric", "supervised", "spectral by columns"), "aot_eager")
-    compilers |= dict.fromkeys(("sigmoid", "spectral by rows", "simple, beta"), "eager")
+    compilers |= dict.fromkeys(("sigmoid", "spectral by rows", "simple, beta", "sigreg, all directions"), "eager")
     for case, compiler in compilers.items():
         loss, inputs = LOSSES[case]
         n = ROWS // dist.get_world_size()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from ..core import checks, ranks
 from ..core.dtypes import accumulation_dtype
 from ..core.ranks import Batch, Group
 from ..ops.characteristic_sums import characteristic_sums_of, check_directions
+from ..ops.direction_means import LEAST_COLUMNS, mean_cosines, mean_cosines_of_pairs
 from ._pairs import shown
 
 Source = torch.Generator | int | None
@@ -19,7 +21,7 @@ Source = torch.Generator | int | None
 def sigreg_loss(
     z: Tensor,
     *,
-    num_slices: int = 1024,
+    num_slices: int | None = 1024,
     knots: int = 17,
     t_max: float = 3.0,
     symmetric: bool = False,
@@ -43,10 +45,20 @@ def sigreg_loss(
 
     The N x num_slices x knots angles, cosines and sines are not formed; see `ops.characteristic_sums`.
 
+    With `num_slices=None`, the mean is over all unit directions: the limit of many slices, without random numbers.
+
+        loss = N sum_k w_k phi(t_k) [mean_ij L(t_k |z_i - z_j|) - 2 phi(t_k) mean_i L(t_k |z_i|) + phi(t_k)^2]
+        L(r) = E_a cos(r a_1) = 0F1(; D/2; -r^2 / 4)
+
+    The sums over k are tabulated as functions of the distance. Products of rows take 3 N^2 D flops, in place of
+    4 N D num_slices, so it suits N up to about num_slices. No N x N matrix is kept. A squared distance is rounded as
+    the squared lengths of its rows are, from which the mean has been subtracted.
+
     Args:
         z: (..., N, D), N >= 1. Each slice, such as each view of (V, N, D), is a sample of its own, and the loss is the
             mean over the slices. float32, bfloat16, float16 or float64; any strides.
-        num_slices: the number of directions that are drawn.
+        num_slices: the number of directions that are drawn, or None for the mean over all directions, which needs
+            D >= 16, and no `directions` or `generator`. A row whose squared length overflows may make the loss NaN.
         knots: the number of knots, >= 2.
         t_max: the largest knot, a number > 0, in units of 1 / z.
         symmetric: whether the knots are equispaced on [-t_max, t_max] instead, so that an even number of them has
@@ -57,7 +69,8 @@ def sigreg_loss(
             the directions of the first rank are sent to all ranks, except with an integer, which must be the same on
             all ranks.
         group: the ranks that hold the rows; see `sslkern.distributed`. The sums of cosines and sines are exchanged,
-            2 x knots x num_slices numbers for each slice of z, forward and backward.
+            2 x knots x num_slices numbers for each slice of z, forward and backward. For all directions, the rows are
+            gathered instead.
 
     Returns:
         The loss, a scalar >= 0, computed in float32, or in float64 if z is float64.
@@ -67,18 +80,18 @@ def sigreg_loss(
         out of range.
 
     Sources: Balestriero and LeCun, LeJEPA (2511.08544); Epps and Pulley, A test for normality based on the empirical
-    characteristic function, Biometrika 70 (1983).
+    characteristic function, Biometrika 70 (1983). For all directions, L is the characteristic function of a uniform
+    unit vector: Schoenberg, Metric spaces and completely monotone functions, Annals of Mathematics 39 (1938).
     """
 
     def check(least: int) -> tuple[Tensor]:
         checks.matrix_stack("z", z, least)
         _check_settings(num_slices, knots, t_max, symmetric, generator)
-        _check_directions(directions, z)
+        _check_directions(directions, num_slices, "z", z)
         return (z,)
 
     batch, _ = ranks.batch(group, 1, check)
-    a = _drawn(z, num_slices, generator, batch) if directions is None else directions
-    return _statistic(z, a, knots, t_max, symmetric, batch)
+    return _distance(z, num_slices, knots, t_max, symmetric, directions, generator, batch)
 
 
 def lejepa_loss(
@@ -86,7 +99,7 @@ def lejepa_loss(
     local_views: Tensor | None = None,
     lambd: float | Tensor = 0.05,
     *,
-    num_slices: int = 1024,
+    num_slices: int | None = 1024,
     knots: int = 17,
     t_max: float = 3.0,
     symmetric: bool = False,
@@ -128,7 +141,7 @@ def lejepa_loss(
         for name, view in zip(("global_views", "local_views"), views, strict=False):
             _check_views(name, view, least, global_views)
         _check_settings(num_slices, knots, t_max, symmetric, generator)
-        _check_directions(directions, global_views)
+        _check_directions(directions, num_slices, "global_views", global_views)
         lambd = checks.setting("lambd", lambd, global_views)
         return views
 
@@ -139,24 +152,54 @@ def lejepa_loss(
     centres = global_views.to(dtype).mean(0)
     squares = (z.to(dtype) - centres).square().sum()
     invariance = batch.average(squares, z.shape[1], z.shape[0] * z.shape[2])
-    a = _drawn(z, num_slices, generator, batch) if directions is None else directions
-    return lambd * _statistic(z, a, knots, t_max, symmetric, batch) + (1 - lambd) * invariance
+    distance = _distance(z, num_slices, knots, t_max, symmetric, directions, generator, batch)
+    return lambd * distance + (1 - lambd) * invariance
 
 
-def _statistic(z: Tensor, directions: Tensor, knots: int, t_max: float, symmetric: bool, batch: Batch) -> Tensor:
-    """The mean over slices and directions. The sums over a direction come before the weights, which are few."""
+def _distance(
+    z: Tensor,
+    num_slices: int | None,
+    knots: int,
+    t_max: float,
+    symmetric: bool,
+    directions: Tensor | None,
+    generator: Source,
+    batch: Batch,
+) -> Tensor:
+    """`sigreg_loss` for arguments that have been checked."""
     step = (2 if symmetric else 1) * t_max / (knots - 1)
     half = symmetric and knots % 2 == 0  # no knot at 0: only the positive ones, from step / 2 on
     count = knots // 2 if half else (knots + 1) // 2 if symmetric else knots
     first = step / 2 if half else 0.0
+    if num_slices is None:
+        return _over_all_directions(z, first, step, count, batch)
+    a = _drawn(z, num_slices, generator, batch) if directions is None else directions
+    return _over_directions(z, a, first, step, count, batch)
+
+
+def _over_directions(z: Tensor, directions: Tensor, first: float, step: float, count: int, batch: Batch) -> Tensor:
+    """The mean over slices and directions. The sums over a direction come before the weights, which are few."""
     n = batch.count(z.shape[-2])
     sums = batch.summed(characteristic_sums_of(z, directions, first, step, count))
     t = first + step * torch.arange(count, dtype=sums.dtype, device=z.device)
     phi = (-0.5 * t.square()).exp()
     expected = torch.stack((n * phi, torch.zeros_like(phi)))[..., None]
     errors = (sums - expected).square().mean(-1).sum(-2) * phi
-    ends = errors[..., -1] if half else errors[..., 0] + errors[..., -1]
+    ends = errors[..., -1] if first else errors[..., 0] + errors[..., -1]
     return (2 * step / n) * (errors.sum(-1) - 0.5 * ends).mean()
+
+
+def _over_all_directions(z: Tensor, first: float, step: float, count: int, batch: Batch) -> Tensor:
+    """The mean over slices and over the unit sphere. The terms cancel, so they are float64 until they are added."""
+    t = [first + step * k for k in range(count)]
+    phi = [math.exp(-0.5 * knot * knot) for knot in t]
+    ends = (count - 1,) if first else (0, count - 1)
+    weights = [step if k in ends else 2 * step for k in range(count)]
+    of_pairs, of_rows, constant = ([w * p**power for w, p in zip(weights, phi, strict=True)] for power in (1, 2, 3))
+    x = z.to(accumulation_dtype(z))
+    n = batch.count(x.shape[-2])
+    total = mean_cosines_of_pairs(x, batch.every(x), t, of_pairs) - 2 * n * mean_cosines(x, t, of_rows)
+    return (batch.average(total.mean(), x.shape[-2]) + n * sum(constant)).to(x.dtype)
 
 
 def _drawn(z: Tensor, num_slices: int, generator: Source, batch: Batch) -> Tensor:
@@ -171,16 +214,24 @@ def _drawn(z: Tensor, num_slices: int, generator: Source, batch: Batch) -> Tenso
 
 
 def _check_settings(num_slices: object, knots: object, t_max: object, symmetric: object, generator: object) -> None:
-    checks.positive("num_slices", num_slices)
+    if num_slices is not None:
+        checks.positive("num_slices", num_slices)
     if not isinstance(knots, int) or isinstance(knots, bool) or knots < 2:
         raise ValueError(f"knots must be an integer >= 2, got {knots!r}.")
     checks.positive_number("t_max", t_max)
     checks.flag("symmetric", symmetric)
     if isinstance(generator, bool) or not isinstance(generator, torch.Generator | int | None):
         raise TypeError(f"generator must be a torch.Generator, an integer or None, got {type(generator).__name__}.")
+    if num_slices is None and generator is not None:
+        raise ValueError("generator must be None with num_slices=None, which takes all directions and draws none.")
 
 
-def _check_directions(directions: object, z: Tensor) -> None:
+def _check_directions(directions: object, num_slices: object, name: str, z: Tensor) -> None:
+    if num_slices is None:
+        if directions is not None:
+            raise ValueError("directions must be None with num_slices=None, which takes all directions.")
+        if z.shape[-1] < LEAST_COLUMNS:
+            raise ValueError(f"num_slices=None needs D >= {LEAST_COLUMNS}, got {name} of shape {tuple(z.shape)}.")
     if directions is None:
         return
     if isinstance(directions, Tensor) and directions.dim() != 2:
@@ -206,7 +257,7 @@ class SIGRegLoss(nn.Module):
     def __init__(
         self,
         *,
-        num_slices: int = 1024,
+        num_slices: int | None = 1024,
         knots: int = 17,
         t_max: float = 3.0,
         symmetric: bool = False,

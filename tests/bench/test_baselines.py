@@ -5,7 +5,8 @@ import formulas
 import pytest
 import torch
 
-from bench import baselines
+from bench import baselines, sigreg_all
+from sslkern.losses import sigreg_loss
 
 SMART = {"vicreg": ("vicreg_dual", "vicreg_primal"), "barlow": ("barlow_dual", "barlow_primal")}
 
@@ -43,3 +44,15 @@ def test_stack():
     stack = torch.stack(views(3))
     expected = [torch.stack(part) for part in zip(*map(formulas.covariance_published, stack), strict=True)]
     assert all(map(torch.equal, baselines.covariance_published_stack(stack), expected))
+
+
+@pytest.mark.parametrize("by_hand", (False, True))
+def test_all_directions(by_hand):
+    """The loss by tables on the N x N matrix is ours, to the precision of its cubic polynomials."""
+    z = torch.randn(2, 9, 16, dtype=torch.float64) * 1.5
+    for ours, theirs in zip(
+        found(lambda z: sigreg_loss(z, num_slices=None), [z]),
+        found(lambda z: sigreg_all._loss(z, by_hand), [z]),
+        strict=True,
+    ):
+        torch.testing.assert_close(theirs, ours, rtol=1e-6, atol=1e-6)
