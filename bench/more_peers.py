@@ -98,7 +98,7 @@ def solo() -> Iterator[Pair]:
     for rows in (4096, 65536):
         yield pair("ressl", (256, 256), _with_queue(rows, dim=1), note=f"queue of {rows}")
     for shape in ((64, 32), (256, 128)):
-        whiten = {"call": lambda loss, a, b: loss(torch.cat([a, b])).square().mean(), "note": "both views together"}
+        whiten = {"call": lambda loss, a, b: loss(torch.cat([a, b])).pow(4).mean(), "note": "both views together"}
         yield _modules(theirs, ours, "Whitening2d", shape, shape[1], **whiten)
 
 

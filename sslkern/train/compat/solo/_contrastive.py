@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from ....core import checks
-from ....core.dtypes import accumulation_dtype, without_autocast
+from ....core.dtypes import accumulation_dtype
 from ....losses import info_nce_loss, nt_xent_loss, supervised_contrastive_loss
-from ....ops.pairs import reduce_pairs
+from ....ops.prototypes import cross_entropy
 from .._peers import world
 from .._views import check_views, joined
 
@@ -131,10 +130,9 @@ def ressl_loss_func(
 
         p_i  = softmax_j(<k_i, c_j> / temperature_k), without a gradient
         loss = -mean_i sum_j p_ij log softmax_j(<q_i, c_j> / temperature_q)
-             = mean_i logsumexp_j(<q_i, c_j> / temperature_q) - <q_i, sum_j p_ij c_j> / temperature_q
 
-    It is computed by the last line. The sum over j is an attention of the keys to the queue, so that no N x K matrix is
-    formed where torch has a fused attention. Processes do not communicate.
+    The queue stands for prototypes: `ops.prototypes` computes loss and gradient by blocks of rows. Processes do not
+    communicate.
 
     Args:
         q, k: queries and keys, (N, D), floating-point.
@@ -157,7 +155,5 @@ def ressl_loss_func(
     q, bank = q.to(dtype), queue.to(dtype)
     c = 1 / checks.setting("temperature_q", temperature_q, q, zero=False)
     checks.setting("temperature_k", temperature_k, zero=False)
-    k = k.detach().to(dtype) / temperature_k
-    with without_autocast(q):
-        means = F.scaled_dot_product_attention(k[None], bank.detach()[None], bank[None], scale=1.0)[0]
-    return (reduce_pairs(q, bank, c) - c * (q * means).sum(-1)).mean()
+    k = k.to(dtype) / temperature_k
+    return cross_entropy((q * c)[None], bank, k[None], bank, [[1.0]]) / len(q)
