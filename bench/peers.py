@@ -98,8 +98,9 @@ def lightly() -> Iterator[Pair]:
         yield pair("NTXentLoss", shape)
     for rows in (4096, 65536):
         yield pair("NTXentLoss", (256, 128), f"bank of {rows}", memory_bank_size=(rows, 128))
-    yield pair("DCLLoss", (256, 128))
-    yield pair("DCLWLoss", (256, 128))
+    for shape in ((64, 64), (256, 128)):
+        yield pair("DCLLoss", shape)
+        yield pair("DCLWLoss", shape)
     for shape in ((64, 64), (256, 2048)):
         yield pair("NegativeCosineSimilarity", shape)
     for name, shapes in (("MACLLoss", ((64, 64), (256, 128))), ("TiCoLoss", ((64, 64), (256, 256)))):

@@ -2,6 +2,7 @@
 
 import json
 import re
+from importlib import import_module
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,37 @@ def test_migration(at_root):
     page = ROOT / peers.DOCUMENT
     assert between(page, "peers") == peers.table(result(peers.PATH))
     assert between(page, "overflow") == overflow.table(result(overflow.PATH))
+
+
+NO_ROWS = {
+    *("invariance_loss", "variance_loss", "covariance_loss"),  # parts of VICReg
+    *("lightly.loss.wmse_loss.Whitening2d",),  # a part of W-MSE
+}
+
+
+@pytest.mark.parametrize("package", ("lightly", "stable_pretraining", "solo"))
+def test_every_swapped_loss_is_timed_and_not_slower(package):
+    """Up to the noise of the small shapes, where both are torch's own calls."""
+    from bench import peers
+
+    ratios = {}
+    for row in result(peers.PATH)["rows"]:
+        ratios.setdefault(row["op"], {}).setdefault(row["case"], {})[row["implementation"]] = row["median"]
+    for path in import_module(f"sslkern.train.compat.{package}").SWAPPED:
+        name = path.rpartition(".")[2]
+        if not NO_ROWS & {path, name}:
+            cases = ratios[f"{package} {name}"].values()
+            assert len(cases) >= 2 and all(case[package] > 0.95 * case["sslkern"] for case in cases), name
+
+
+@pytest.mark.parametrize("name", ("plain_torch", "lightning_module", "lightly_recipe"))
+def test_steps_before_and_after(name):
+    """The table in docs/migration.md has the times of the example's output, all of whose claims hold."""
+    output = (ROOT / "examples" / "results" / f"{name}.txt").read_text()
+    times = [float(re.search(rf"^{when}: .*?(\d+\.\d) ", output, re.MULTILINE)[1]) for when in ("before", "after")]
+    (line,) = (line for line in (ROOT / "docs" / "migration.md").read_text().splitlines() if f"/{name}.py` |" in line)
+    assert line.endswith("| {:.0f} | {:.0f} |".format(*times))
+    assert "FAIL" not in output and output.count("PASS") == 4
 
 
 def test_accuracy_after_training():
