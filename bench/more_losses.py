@@ -209,4 +209,4 @@ def more_case(family: str, shape: tuple[int, int], device: str) -> Case:
     if smart is not None:
         implementations["three-line"] = smart
     implementations["sslkern"] = ours
-    return Case(family, shape, lambda: _rows(n, d, 2, device), implementations, by_reference(ours))
+    return Case("view_losses", shape, lambda: _rows(n, d, 2, device), implementations, by_reference(ours), note=family)

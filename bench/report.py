@@ -19,6 +19,7 @@ TITLES = {
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
     "pair_losses": "Further losses of pairs of rows, forward + backward (ms)",
+    "view_losses": "Further losses of two views, forward + backward (ms)",
     "sigreg": "SIGReg, 17 knots, forward + backward (ms)",
     "sigreg_all": "SIGReg over all directions, 17 knots, forward + backward (ms)",
     "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
@@ -141,6 +142,7 @@ COLUMNS: dict[str, list[Column]] = {
         ERRORS,
     ],
     "pair_losses": [_note("what"), *BARLOW],
+    "view_losses": [_note("what"), *BARLOW],
     "sigreg": [
         ("views, rows, columns, slices", lambda c: ", ".join(map(str, c.first["shape"]))),
         *(PUBLISHED, COMPILED, _time("rotation by knots", "three-line"), OURS, FASTER, FASTER_THAN_BEST),

@@ -15,10 +15,10 @@ peer("lightly.loss")
 def test_its_quick_form(monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["bench", "--quick", "--filter", "^lightly .*-64x64$"])
     peers.main()
-    assert capsys.readouterr().out.count("| lightly ") == 8
+    assert capsys.readouterr().out.count("| lightly ") == 12
 
 
-@pytest.mark.parametrize("name, rows", (("stable_pretraining", 5), ("solo", 6), ("eb_jepa", 2)))
+@pytest.mark.parametrize("name, rows", (("lightly", 20), ("stable_pretraining", 10), ("solo", 10), ("eb_jepa", 2)))
 def test_pairs(name, rows):
     """Both losses of a pair of small views have the same value and gradient as the truth."""
     peer(name)
@@ -32,4 +32,4 @@ def test_pairs(name, rows):
         for loss in case.implementations.values():
             case.before()
             for found, e in zip(torch.autograd.grad(loss(*inputs), inputs), expected, strict=True):
-                torch.testing.assert_close(found.double(), e, rtol=1e-4, atol=1e-5 * float(e.abs().max()))
+                torch.testing.assert_close(found.double(), e, rtol=1e-4, atol=5e-5 * float(e.abs().max()))
