@@ -6,7 +6,7 @@ faces from other crops. At the end, the training step runs under `torch.compile`
 every step.
 
     python examples/peers/lightning_module.py            about two minutes on two cores; needs lightning and lightly
-    python examples/peers/lightning_module.py --quick    a short form with 512 features
+    python examples/peers/lightning_module.py --quick    a short form with 2048 features
 
 Source: Zbontar et al., Barlow Twins (2103.03230). Faces: a subset of Labeled Faces in the Wild in scikit-image.
 """
@@ -35,7 +35,7 @@ from lightly.loss import BarlowTwinsLoss as Before
 from sslkern.train.compat.lightly import BarlowTwinsLoss as After
 
 SIZES = {"hidden": 512, "width": 4096, "batch": 128, "steps": 60}
-QUICK = {"width": 512, "steps": 20}
+QUICK = {"width": 2048, "steps": 20}
 
 
 class BarlowTwins(lightning.LightningModule):
