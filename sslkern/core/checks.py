@@ -208,7 +208,7 @@ def readable(x: Tensor) -> bool:
 
 def in_order(index: Tensor) -> bool:
     """Whether the index is 0, 1, 2, ..., if it is `readable`."""
-    return readable(index) and torch.equal(index, torch.arange(len(index)))
+    return readable(index) and bool((index == torch.arange(len(index))).all())
 
 
 def below(name: str, value: Tensor, limit: int, low: int = 0) -> None:
