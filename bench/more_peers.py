@@ -207,13 +207,10 @@ def _statistics(x: Tensor, t: Tensor) -> Tensor:
     return torch.trapezoid(errors * phi, t)
 
 
-def sigreg(*views: Tensor) -> Tensor:
-    """Of all views together; of a stack of them (V, N, D), the mean over views."""
-    z = torch.cat(views)
-    t = torch.linspace(0, 3, 17, dtype=z.dtype)
-    a = _directions(z.shape[-1], 1024, z)
-    slices = [_statistics(some @ a, t).mean() for some in z.reshape(-1, *z.shape[-2:])]
-    return 2 * z.shape[-2] * torch.stack(slices).mean()
+def sigreg(a: Tensor, b: Tensor) -> Tensor:
+    z = torch.cat([a, b])
+    x, t = z @ _directions(z.shape[1], 1024, z), torch.linspace(0, 3, 17, dtype=z.dtype)
+    return 2 * len(z) * _statistics(x, t).mean()
 
 
 def bcs(a: Tensor, b: Tensor) -> Tensor:

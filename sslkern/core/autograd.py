@@ -164,3 +164,15 @@ def vmapped(rule: Callable, namespace: str, name: str, _: Any, *args: Any) -> An
     function, but its imports take longer than all imports of sslkern."""
     kernel = getattr(getattr(torch.ops, namespace), name).default
     return internals.call_vmapped(kernel, partial(rule, kernel), *args)
+
+
+def opaque(library: torch.library.Library, schema: str, function: Callable, fake: Callable, rule: Callable) -> Callable:
+    """Define an operator of a library. Compilers do not trace `function`, such as its loops over blocks: they see one
+    operator, with the results of `fake`. `rule` is its vmap rule, for example a result of `stacked`."""
+    name = schema.split("(")[0]
+    library.define(schema)
+    library.impl(name, function, "CompositeExplicitAutograd")
+    library.impl(name, partial(vmapped, rule, library.ns, name), "FuncTorchBatched", with_keyset=True)
+    torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)
+    operator: Callable = getattr(getattr(torch.ops, library.ns), name).default
+    return operator

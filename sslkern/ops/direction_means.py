@@ -6,28 +6,17 @@ the blocks: they see one operator.
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.autograd import Op, differentiated, first_order, intermediate, or_zeros, stacked, vmapped
+from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros, stacked
 from . import _direction_blocks as blocks
 
 LEAST_COLUMNS = 16  # in fewer dimensions, the mean of cosines decays too slowly for a table
 
-_NAMESPACE = "sslkern_directions"
-_library = torch.library.Library(_NAMESPACE, "DEF")
-
-
-def _define(schema: str, function: Any, fake: Any) -> Any:
-    name = schema.split("(")[0]
-    _library.define(schema)
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    _library.impl(name, partial(vmapped, stacked(), _NAMESPACE, name), "FuncTorchBatched", with_keyset=True)
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
+_library = torch.library.Library("sslkern_directions", "DEF")
 
 
 def _fake_of_pairs(x: Tensor, y: Tensor | None, knots: Any, weights: Any, keep: bool) -> tuple[Tensor, ...]:
@@ -36,15 +25,19 @@ def _fake_of_pairs(x: Tensor, y: Tensor | None, knots: Any, weights: Any, keep: 
     return x.new_empty(x.shape[:-2], dtype=torch.float64), of_x, of_y
 
 
-_of_rows = _define(
+_of_rows = opaque(
+    _library,
     "of_rows(Tensor x, float[] knots, float[] weights) -> (Tensor, Tensor)",
     blocks.of_rows,
     lambda x, knots, weights: (x.new_empty(x.shape[:-2], dtype=torch.float64), x.new_empty(x.shape[:-1])),
+    stacked(),
 )
-_of_pairs = _define(
+_of_pairs = opaque(
+    _library,
     "of_pairs(Tensor x, Tensor? y, float[] knots, float[] weights, bool keep) -> (Tensor, Tensor, Tensor)",
     blocks.of_pairs,
     _fake_of_pairs,
+    stacked(),
 )
 
 

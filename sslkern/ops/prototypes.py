@@ -30,20 +30,18 @@ These functions are plain torch. Compilers do not trace the loops over the block
 
 from __future__ import annotations
 
-from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ..core.autograd import Op, differentiated, first_order, intermediate, or_zeros, vmapped
+from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros
 from ..core.dtypes import without_autocast
 from ..core.ranks import Batch, JointBatch
 from . import _prototype_blocks as blocks
 from .pairs import reduce_pairs
 
-_NAMESPACE = "sslkern_prototypes"
-_library = torch.library.Library(_NAMESPACE, "DEF")
+_library = torch.library.Library("sslkern_prototypes", "DEF")
 
 
 def _each_slice(kernel: Any, info: Any, in_dims: tuple[int | None, ...], *args: Any) -> tuple[Any, Any]:
@@ -60,15 +58,6 @@ def _each_slice(kernel: Any, info: Any, in_dims: tuple[int | None, ...], *args: 
     return tuple(map(torch.stack, zip(*slices, strict=True))), (0,) * len(slices[0])
 
 
-def _define(schema: str, function: Any, fake: Any) -> Any:
-    name = schema.split("(")[0]
-    _library.define(schema)
-    _library.impl(name, function, "CompositeExplicitAutograd")
-    _library.impl(name, partial(vmapped, _each_slice, _NAMESPACE, name), "FuncTorchBatched", with_keyset=True)
-    torch.library.register_fake(f"{_NAMESPACE}::{name}", fake, lib=_library)
-    return getattr(getattr(torch.ops, _NAMESPACE), name).default
-
-
 def _fake_cross_entropy(
     x: Tensor, w: Tensor, y: Any, v: Any, bias: Any, ratio: Any, t: Any, pairs: Any, rows: Any, h: Any, *needs: bool
 ) -> tuple[Tensor, ...]:
@@ -76,21 +65,27 @@ def _fake_cross_entropy(
     return (x.new_empty(()), *grads)
 
 
-_softmax_sums = _define(
+_softmax_sums = opaque(
+    _library,
     "softmax_sums(Tensor x, Tensor w, Tensor? bias) -> Tensor",
     blocks.softmax_sums,
     lambda x, w, bias: x.new_empty(w.shape[0]),
+    _each_slice,
 )
-_potentials = _define(
+_potentials = opaque(
+    _library,
     "potentials(Tensor t, Tensor? ratio, int iterations, bool rows_first) -> Tensor",
     blocks.potentials,
     lambda t, ratio, iterations, rows_first: t.new_empty(t.shape[-1]),
+    _each_slice,
 )
-_cross_entropy = _define(
+_cross_entropy = opaque(
+    _library,
     "cross_entropy(Tensor x, Tensor w, Tensor? y, Tensor? v, Tensor? bias, Tensor? ratio, Tensor? logits,"
     " float[] pairs, Tensor? row_weights, Tensor? slope, bool need_x, bool need_w) -> (Tensor, Tensor, Tensor)",
     blocks.cross_entropy,
     _fake_cross_entropy,
+    _each_slice,
 )
 
 

@@ -18,9 +18,13 @@ def test_its_quick_form(monkeypatch, capsys):
     assert capsys.readouterr().out.count("| lightly ") == 12
 
 
-@pytest.mark.parametrize("name, rows", (("lightly", 20), ("stable_pretraining", 10), ("solo", 10), ("eb_jepa", 2)))
-def test_pairs(name, rows):
-    """Both losses of a pair of small views have the same value and gradient as the truth."""
+PAIRS = (("lightly", 20, 5e-5), ("stable_pretraining", 10, 1e-5), ("solo", 10, 1e-5), ("eb_jepa", 2, 1e-5))
+
+
+@pytest.mark.parametrize("name, rows, tolerance", PAIRS)
+def test_pairs(name, rows, tolerance):
+    """Both losses of a pair of small views have the same value and gradient as the truth. The log-determinants of
+    lightly's EMP-SSL loss cost digits, by its code as by ours."""
     peer(name)
     pairs = [pair for pair in peers.PEERS[name]() if math.prod(pair.shape) <= peers.QUICK]
     assert len(pairs) == rows
@@ -32,4 +36,4 @@ def test_pairs(name, rows):
         for loss in case.implementations.values():
             case.before()
             for found, e in zip(torch.autograd.grad(loss(*inputs), inputs), expected, strict=True):
-                torch.testing.assert_close(found.double(), e, rtol=1e-4, atol=5e-5 * float(e.abs().max()))
+                torch.testing.assert_close(found.double(), e, rtol=1e-4, atol=tolerance * float(e.abs().max()))

@@ -31,7 +31,7 @@ def mean_cosine(eps: float, x: Tensor, y: Tensor, names: tuple[str, str], dim: i
     zeros would overflow.
 
     Args:
-        eps: the least length: COSINE_EPS or NORMALIZE_EPS, for the gradient of the function of torch that has it.
+        eps: the least length, COSINE_EPS or NORMALIZE_EPS.
         x, y: two tensors that broadcast.
         names: what errors call them.
         dims: the least number of dimensions.

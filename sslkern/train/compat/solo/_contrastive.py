@@ -45,7 +45,7 @@ def _are_two_views(labels: Tensor) -> bool:
     if labels.shape[0] % 2 or not checks.readable(labels):
         return False
     first, second = labels.chunk(2)
-    return torch.equal(first, second) and bool((first.sort().values.diff() != 0).all())
+    return bool((first == second).all()) and bool((first.sort().values.diff() != 0).all())
 
 
 def _as_labels(indexes: Tensor) -> Tensor:

@@ -121,12 +121,12 @@ class InfoNCELoss(nn.Module):
             shapes = f"{tuple(anchors.shape)} and {tuple(candidates.shape)}"
             raise ValueError(f"anchors and candidates must have the same columns (D), got shapes {shapes}.")
         checks.indices("targets", targets, anchors, (len(anchors),))
-        in_order = checks.in_order(targets) and len(anchors) <= len(candidates)
-        if not in_order:
-            checks.below("targets", targets, len(candidates))
+        positives = None if len(anchors) <= len(candidates) and checks.in_order(targets) else targets
+        if positives is not None:
+            checks.below("targets", positives, len(candidates))
         scale = checks.setting("logit_scale", self._scale(logit_scale), anchors, zero=False)
         if mask is None:
-            return info_nce_loss(anchors, candidates, scale, positives=None if in_order else targets)
+            return info_nce_loss(anchors, candidates, scale, positives=positives)
         dtype = accumulation_dtype(anchors, candidates)
         x, y = (unit_rows(z, dtype, NORMALIZE_EPS) for z in (anchors, candidates))
         if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
