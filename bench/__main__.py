@@ -33,7 +33,8 @@ def _worker(name: str, device: str, rounds: int, huge: bool) -> None:
     print("ROWS" + json.dumps(run_case(case, device, rounds, huge)))
 
 
-def _run(name: str, args: argparse.Namespace, huge: bool) -> list[dict]:
+def _run(name: str, args: argparse.Namespace, huge: bool) -> list[dict] | None:
+    """The rows of a case, which are none where nothing runs with huge pages; or None if the case failed."""
     command = [sys.executable, "-m", "bench", "--worker", name, "--device", args.device, "--rounds", str(args.rounds)]
     environment = {**os.environ, "THP_MEM_ALLOC_ENABLE": "1"} if huge else dict(os.environ)
     done = subprocess.run(command + (["--huge"] if huge else []), env=environment, capture_output=True, text=True)
@@ -41,7 +42,7 @@ def _run(name: str, args: argparse.Namespace, huge: bool) -> list[dict]:
         if line.startswith("ROWS"):
             return json.loads(line[4:])
     tqdm.write(f"{name}: failed\n{done.stderr.strip().splitlines()[-1] if done.stderr else done.returncode}")
-    return []
+    return None
 
 
 def main() -> None:
@@ -103,8 +104,8 @@ def measure(args: argparse.Namespace, header: dict, path: Path) -> list[str]:
             break
         for huge in (False, True) if args.device == "cpu" else (False,):
             found = _run(name, args, huge)
-            failed += [] if found or name in failed else [name]
-            for row in found:
+            failed += [name] if found is None and name not in failed else []
+            for row in found or []:
                 rows[row["case"], row["implementation"], row["pages"]] = row
         save(path, header, list(rows.values()))
     return failed

@@ -7,6 +7,8 @@ import cases
 import pytest
 import torch
 
+from sslkern import losses
+
 SHAPES = {"primal": (9, 4), "dual": (5, 7)}
 
 
@@ -52,6 +54,27 @@ def test_second_backward_has_the_same_bits(op_name, backend, device):
         torch.autograd.grad(outputs, views, [torch.full_like(out, 3.0) for out in outputs], retain_graph=True)
         again = torch.autograd.grad(outputs, views, [torch.ones_like(out) for out in outputs])
         assert all(map(torch.equal, first, kept)) and all(map(torch.equal, first, again))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    (
+        lambda a, b: losses.swav_loss([a, b], a.detach()),
+        lambda a, b: losses.sigreg_loss(a, num_slices=None),
+        lambda a, b: losses.frossl_loss(a, b),
+    ),
+    ids=("prototypes", "direction_means", "nuclear"),
+)
+def test_gradients_from_the_forward_survive_a_kept_graph(loss):
+    """They are scaled in place in the last backward alone; under compilers and torch.func in none."""
+    a, b = (torch.randn(20, 17, dtype=torch.float64, requires_grad=True) for _ in range(2))
+    value = loss(a, b) * 3
+    first = torch.autograd.grad(value, a, retain_graph=True)[0]
+    kept = first.clone()
+    again = torch.autograd.grad(value, a, 2 * torch.ones_like(value), retain_graph=True)[0]
+    last = torch.autograd.grad(value, a, 4 * torch.ones_like(value))[0]
+    assert torch.equal(first, kept) and torch.equal(again, 2 * kept) and torch.equal(last, 4 * kept)
+    torch.testing.assert_close(torch.func.grad(loss)(a, b) * 3, kept)
 
 
 @pytest.mark.parametrize("op_name", cases.OPS)

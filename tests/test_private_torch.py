@@ -80,3 +80,14 @@ def test_private_parts_are_what_they_are_said_to_be():
     torch.func.vmap(lambda row: seen.append(internals.transforms_active()) or row)(x)
     assert seen == [True]
     assert internals.has_kernel("aten::mm", "CPU") and not internals.has_kernel("aten::mm", "FPGA")
+
+
+def test_whether_a_backward_keeps_its_graph():
+    seen = []
+    x = torch.zeros(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(internals.graph_is_kept()))
+    loss = x.sum()
+    loss.backward(retain_graph=True)
+    loss.backward()
+    torch.autograd.grad(x.sum(), x, create_graph=True)
+    assert seen == [True, False, True]

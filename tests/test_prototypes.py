@@ -313,3 +313,7 @@ def test_memory():
         peak, left = allocated(call)
         assert peak <= 0.4 * matrix + 2 * gradients
         assert left <= gradients + (64 << 10)
+    for loss in (swav_loss([a, b], w), dino_loss([a, b], [b], w, w)):
+        peak, left = allocated(loss.backward)
+        assert left <= peak <= gradients / 8  # the forward's gradients are scaled in place
+        a.grad = b.grad = w.grad = None

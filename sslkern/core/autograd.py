@@ -84,6 +84,14 @@ def or_zeros(grad: Tensor | None, like: Tensor, first: int = 0, last: int | None
     return like.new_zeros(like.shape[first:last]) if grad is None else grad
 
 
+def scaled(saved: Tensor, factor: Tensor) -> Tensor:
+    """`saved * factor` in a backward, for an intermediate output that was saved and a factor of the same dtype. The
+    product takes the place of `saved` where no other backward can need it: where the graph is freed."""
+    if torch.compiler.is_compiling() or internals.transforms_active() or internals.graph_is_kept():
+        return saved * factor
+    return saved.mul_(factor)
+
+
 def first_order(backward: Callable) -> Callable:
     """Decorate a backward, so that RuntimeError is raised when its result is differentiated again, with respect to the
     incoming gradients or to the saved tensors.

@@ -30,6 +30,9 @@ not_compiled: Callable[[Callable], Callable] = torch._disable_dynamo
 # 1.13. The id of the backward that is running in this thread; -1 if none is running
 running_backward: Callable[[], int] = torch._C._current_graph_task_id
 
+# 2.4. Whether the backward that is running keeps the graph for another one
+graph_is_kept: Callable[[], bool] = torch._C._autograd._get_current_graph_task_keep_graph
+
 # 2.0. Whether the backward that is running will execute a given node of the graph
 will_run: Callable[[Any], bool] = torch._C._will_engine_execute_node
 

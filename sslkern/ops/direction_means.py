@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros, stacked
+from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros, scaled, stacked
 from . import _direction_blocks as blocks
 
 LEAST_COLUMNS = 16  # in fewer dimensions, the mean of cosines decays too slowly for a table
@@ -75,7 +75,7 @@ class _Pairs(Op):
     def backward(ctx, grad, *_):
         x, y, of_x, of_y = ctx.saved_tensors
         grad = or_zeros(grad, x, last=-2)[..., None, None].to(x.dtype)
-        return of_x * grad, None if y is None else of_y * grad, None, None, None
+        return scaled(of_x, grad), None if y is None else scaled(of_y, grad), None, None, None
 
 
 def mean_cosines(x: Tensor, knots: list[float], weights: list[float]) -> Tensor:

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import Op, first_order, intermediate
+from ..core.autograd import Op, first_order, intermediate, scaled
 from ..core.dtypes import without_autocast
 from ..core.ranks import ALONE, Batch
 from .gram import smaller_gram
@@ -46,7 +46,7 @@ class _SumOfRoots(Op):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
         _, inverse = ctx.saved_tensors
-        return None if grad is None else inverse * (grad[..., None, None] / 2)
+        return None if grad is None else scaled(inverse, grad[..., None, None] / 2)
 
 
 class _BySVD(Op):
@@ -67,4 +67,4 @@ class _BySVD(Op):
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
         _, direction = ctx.saved_tensors
-        return None if grad is None else direction * grad[..., None, None]
+        return None if grad is None else scaled(direction, grad[..., None, None])

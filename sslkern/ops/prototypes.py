@@ -35,7 +35,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros
+from ..core.autograd import Op, differentiated, first_order, intermediate, opaque, or_zeros, scaled
 from ..core.dtypes import without_autocast
 from ..core.ranks import Batch, JointBatch
 from . import _prototype_blocks as blocks
@@ -104,7 +104,7 @@ class _CrossEntropy(Op):
     def backward(ctx, grad, *_):
         loss, *grads = ctx.saved_tensors
         grad, needed = or_zeros(grad, loss), ctx.needs_input_grad
-        return (*(g * grad if need else None for g, need in zip(grads, needed[:2], strict=True)), *(None,) * 10)
+        return (*(scaled(g, grad) if need else None for g, need in zip(grads, needed[:2], strict=True)), *(None,) * 10)
 
 
 def cross_entropy(
