@@ -4,6 +4,7 @@ from .batch_norm import batch_moments, batch_norm
 from .characteristic_sums import characteristic_sums
 from .covariance import covariance
 from .cross_correlation import cross_correlation
+from .factored_update import factored_update_
 from .kernel_matmul import kernel_matmul
 from .low_rank_residual import low_rank_residual
 from .pairwise_reduce import pairwise_reduce
@@ -16,6 +17,7 @@ __all__ = [
     "characteristic_sums",
     "covariance",
     "cross_correlation",
+    "factored_update_",
     "kernel_matmul",
     "low_rank_residual",
     "pairwise_reduce",
