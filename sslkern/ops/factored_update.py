@@ -49,9 +49,8 @@ def factored_update_(
 ) -> Tensor:
     r"""Move a weight W and its optimizer state in place by the gradient P = dy' x, in one pass, without forming P.
 
-    The gradient of the weight of a linear layer y = x W' is dy' x, of rank N at most for a batch of N rows. Each tile of
-    P is computed where the tiles of W and of the state are read, moved and written. An optimizer that is given P writes
-    it and reads it again.
+    The gradient of the weight of a linear layer y = x W' is dy' x, of rank N at most for a batch of N rows. Each tile
+    of P is computed where the tiles of W and of the state are read, moved and written.
 
         "momentum"   m <- a m + b P + c W                     state: (m,)
                      W <- d W + e m + f P                     with the new m; without a state, W <- d W + f P
@@ -68,8 +67,8 @@ def factored_update_(
         state: the tensors of the state, with the shape, dtype and device of w, contiguous.
         dy: the gradient of y, (N, q), in the dtype of w, bfloat16 or float16; any strides. N = 0 stands for P = 0.
         x: the input of the layer, (N, p), in the dtype of dy; any strides.
-        coefficients: (6,) for "momentum": a, b, c, d, e, f; (8,) for "adam": s, 1 - beta1, beta2, 1 - beta2, d, step, r,
-            eps. In the dtype of w and on its device.
+        coefficients: (6,) for "momentum": a, b, c, d, e, f; (8,) for "adam": s, 1 - beta1, beta2, 1 - beta2, d, step,
+            r, eps. In the dtype of w and on its device.
         rule: "momentum" or "adam".
 
     Returns:
@@ -85,8 +84,7 @@ def factored_update_(
     _check(w, state, dy, x, coefficients, rule)
     if differentiated(w, *state, dy, x, coefficients):
         raise RuntimeError("factored_update_ cannot be differentiated: call it under torch.no_grad().")
-    least, most = _STATES[rule]
-    slots = [*state, *[None] * (most - len(state))]
+    slots = [*state, *[None] * (_STATES[rule][1] - len(state))]
     square: Tensor = pick(f"factored_{rule}_", w)(w, *slots, dy.contiguous(), x.contiguous(), coefficients)
     for t in (w, *state):
         torch.autograd.graph.increment_version(t)  # so that autograd notices if it has saved one of them

@@ -1,5 +1,5 @@
-"""A weight and its optimizer state, moved by the factors of its gradient, in plain torch. It defines what the kernels of
-other back-ends compute. The gradient is P = dy' x, for dy (N, q) and x (N, p)."""
+"""A weight and its optimizer state, moved by the factors of its gradient, in plain torch. It defines what the kernels
+of other back-ends compute. The gradient is P = dy' x, for dy (N, q) and x (N, p)."""
 
 from __future__ import annotations
 
