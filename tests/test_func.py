@@ -178,31 +178,19 @@ def test_modrelu_is_twice_differentiable(dtype):
 
 @pytest.mark.parametrize("sizes", ((6, 6), (9, 5), (5, 9)))
 def test_factored_layers_lose_no_second_derivative(sizes):
-    """A gradient penalty through a factored layer raises; with the weight frozen it is that of torch's own product."""
+    """A gradient penalty through a factored layer, and torch.func, have the gradients of torch's own product."""
     layers = [OrthogonalLinear(*sizes, factored=factored, dtype=DOUBLE) for factored in (False, True)]
     layers[1].load_state_dict(layers[0].state_dict())
-    x = torch.randn(4, sizes[0], dtype=DOUBLE)
-
-    def penalised(layer):
+    x, results = torch.randn(4, sizes[0], dtype=DOUBLE), []
+    for layer in layers:
         leaf = x.clone().requires_grad_()
         value = layer(leaf).square().sum()
         (slope,) = torch.autograd.grad(value, leaf, create_graph=True)
-        assert slope.requires_grad
-        return torch.autograd.grad(value + slope.square().sum(), leaf)[0]
-
-    with pytest.raises(RuntimeError, match="once, not twice"):
-        penalised(layers[1])
-    for layer in layers:
-        layer.weight_u.requires_grad_(False)
-    torch.testing.assert_close(penalised(layers[1]), penalised(layers[0]))
-
-
-def test_factored_layers_refuse_torch_func():
-    """Their weights have no gradient to return."""
-    layer = OrthogonalLinear(4, 4, factored=True, dtype=DOUBLE)
-    x, parameters = torch.randn(3, 4, dtype=DOUBLE), dict(layer.named_parameters())
-    with pytest.raises(RuntimeError, match="use factored=False"):
-        grad(lambda p: functional_call(layer, p, (x,)).square().sum())(parameters)
+        seconds = torch.autograd.grad(value + slope.square().sum(), [leaf, layer.weight_u])
+        by_func = grad(lambda p, layer=layer: functional_call(layer, p, (x,)).square().sum())
+        results.append([*seconds, by_func(dict(layer.named_parameters()))["weight_u"]])
+    for found, expected in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(found, expected)
 
 
 @pytest.mark.parametrize("place", (0, 1, 2))

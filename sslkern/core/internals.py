@@ -50,6 +50,9 @@ check_sync_input_dim = nn.SyncBatchNorm._check_input_dim
 # 2.0. The functional collectives, which `torch.compile(fullgraph=True)` traces. They have no public form
 collectives = torch.ops._c10d_functional
 
+# 1.11. The `__torch_function__` of a subclass of Tensor whose `__torch_dispatch__` does all the work
+no_torch_function: Any = torch._C._disabled_torch_function_impl
+
 # 1.9. Operations on lists of tensors, in one kernel or in one loop in C++
 foreach_add, foreach_add_, foreach_mul_ = torch._foreach_add, torch._foreach_add_, torch._foreach_mul_
 foreach_lerp_, foreach_copy_ = torch._foreach_lerp_, torch._foreach_copy_
@@ -100,6 +103,12 @@ def has_kernel(operator: str, key: str) -> bool:
     return torch._C._dispatch_has_kernel_for_dispatch_key(operator, key)
 
 
+def wrapper(kind: type, like: Tensor) -> Any:
+    """A tensor of a subclass that has the shape, strides, dtype and device of another one, and no memory.
+    (torch >= 1.9)"""
+    return Tensor._make_wrapper_subclass(kind, like.shape, strides=like.stride(), dtype=like.dtype, device=like.device)
+
+
 def when_cuda_starts(call: Callable[[], None]) -> None:
     """Call a function when CUDA is initialised, or at once if it already is. sslkern needs this because its import must
     not initialise CUDA. (torch >= 0.4)"""
@@ -125,6 +134,13 @@ def backward_hooks(tensor: Tensor) -> MutableMapping[int, Callable]:
     """The hooks of `tensor.register_hook`, in order. If there are none, a new dict. (torch >= 0.1)"""
     hooks = tensor._backward_hooks
     return {} if hooks is None else hooks
+
+
+def step_of(kind: type[torch.optim.Optimizer]) -> Callable:
+    """The `step` of an optimizer class without the hooks that torch wraps around it when the first optimizer of this
+    class is made. A subclass that calls it runs its own hooks once. (torch >= 2.0)"""
+    step: Any = kind.step
+    return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
 def hooked(*modules: nn.Module) -> bool:

@@ -3,6 +3,7 @@
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm
 from .convolution import OrthogonalConv2d
+from .factored import FactoredLinear, factored_
 from .modrelu import modReLU, modrelu
 from .orthogonal import OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
 from .recurrent import OrthogonalRNN, UnitaryRNN
@@ -13,6 +14,7 @@ __all__ = [
     "BatchNorm2d",
     "BatchNorm3d",
     "BatchNormReLU",
+    "FactoredLinear",
     "OrthogonalConv2d",
     "OrthogonalLinear",
     "OrthogonalModule",
@@ -21,6 +23,7 @@ __all__ = [
     "UnitaryRNN",
     "Whitening",
     "convert_batchnorm",
+    "factored_",
     "init",
     "modReLU",
     "modrelu",

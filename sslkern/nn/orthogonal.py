@@ -104,11 +104,10 @@ class OrthogonalLinear(OrthogonalModule):
             also "henaff" or "cayley".
         device, dtype: the device and the dtype of the parameters; float32, float64, complex64 or complex128. The input
             must have the same dtype.
-        factored: whether the backward keeps the factors of the gradient of `weight_u` instead of the gradient. The
-            factors have one row for each row of the input. `sslkern.optim.ProjUNN` then takes its step without forming
-            a matrix of the size of the weight. This works only in a single process and for plain gradient descent.
-            Neither input nor output may be modified in place before that step. torch.compile breaks the graph at such a
-            layer.
+        factored: whether the backward keeps the factors of the gradient of `weight_u` instead of the gradient, as in
+            `FactoredLinear`. The factors have one row for each row of the input. `sslkern.optim.ProjUNN` then takes its
+            step of plain gradient descent without forming a matrix of the size of the weight. Neither input nor output
+            may be modified in place before that step.
 
     Raises:
         ValueError: a size is below 1, or `init` is unknown, or `init` needs a square weight and W is not square.
@@ -156,7 +155,8 @@ class OrthogonalLinear(OrthogonalModule):
         """Map an input (..., in_features) to (..., out_features)."""
         if not self.factored:
             return F.linear(input, self.weight, self.bias)
-        y = factored_linear.linear(input, self.weight_u, self.out_features < self.in_features)
+        wide = self.out_features < self.in_features
+        y = factored_linear.linear(input, self.weight_u, orthogonal=True, wide=wide)
         return y if self.bias is None else y + self.bias
 
     def extra_repr(self) -> str:

@@ -107,7 +107,9 @@ class _RNN(OrthogonalModule):
         v, u = getattr(self, f"weight_ih_l{layer}"), getattr(self, f"weight_hh_l{layer}")
         w, states = u.mT, []
         for step in F.linear(x, v, inside).unbind(0):  # indexing by step would cost O(T^2) in the backward
-            h = function(step + factored_linear.linear(h, u) if self.factored else torch.addmm(step, h, w))
+            h = function(
+                step + factored_linear.linear(h, u, orthogonal=True) if self.factored else torch.addmm(step, h, w)
+            )
             states.append(h)
         return torch.stack(states), h
 

@@ -1,88 +1,114 @@
-"""A linear map whose backward does not form the gradient of the weight. It keeps the factors of the gradient, and an
-optimizer takes them."""
+"""A linear map whose backward does not form the gradient of the weight: it returns the factors of the gradient, as a
+`FactoredGradient`."""
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..core import internals
-from ..core.autograd import Op, first_order
+from ..core.autograd import Op
+from ..core.dtypes import without_autocast
+from ..core.factored_gradient import FactoredGradient
 
-_pending = WeakTensorKeyDictionary()  # not attributes of parameters: a saved model would contain them
+SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
+
+_library = torch.library.Library("sslkern_factored", "DEF")
 
 
-class Factors(NamedTuple):
-    """The factors of the gradient of U for one product y = x U^T. The gradient is dy^T conj(x), where `dy` is the
-    gradient of y. All tensors are matrices: leading dimensions are joined to one."""
+def _gradient(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
+    return FactoredGradient.of(w, dy.clone(), x.clone(), most=most_rows(w))
 
-    dy: Tensor
-    x: Tensor
-    y: Tensor
-    dx: Tensor
-    versions: tuple[int, ...]  # how often each tensor was modified; autograd no longer checks this
 
-    @classmethod
-    def of(cls, dy: Tensor, x: Tensor, y: Tensor, dx: Tensor) -> Factors:
-        return cls(dy, x, y, dx, tuple(internals.version(t) for t in (dy, x, y, dx)))
+# Compilers see one operator. It copies the factors, because a compiled graph uses the memory of its tensors again
+_library.define("gradient(Tensor dy, Tensor x, Tensor w) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+_library.impl("gradient", _gradient, "CompositeExplicitAutograd")
+torch.library.register_fake("sslkern_factored::gradient", lambda dy, x, w: torch.empty_like(w), lib=_library)
+
+
+def most_rows(w: Tensor) -> int:
+    """The most rows N of the factors of a gradient of w (q, p)."""
+    return min(w.shape) // SHARE
 
 
 class _Linear(Op):
-    @staticmethod
-    def forward(x: Tensor, u: Tensor, wide: bool) -> Tensor:
-        return x @ (u if wide else u.mT)
+    """y = x W' + b, for `orthogonal` optimizers with y and dx among the factors. With `wide`, y = x W."""
 
     @staticmethod
-    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-        x, ctx.u, ctx.wide = inputs
-        ctx.save_for_backward(x, ctx.u, output if ctx.u.shape[0] == ctx.u.shape[1] else None)
+    def forward(
+        x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None, orthogonal: bool, wide: bool
+    ) -> tuple[Tensor, Tensor | None]:
+        if wide:
+            return x @ w, None
+        used = w if dtype is None else w.to(dtype)
+        if dtype is not None:
+            x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
+        with without_autocast(x):
+            return F.linear(x, used, bias), None if used is w else used
 
     @staticmethod
-    @first_order
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor, None, None]:
-        x, u, y = ctx.saved_tensors
-        dx = dy @ (u.mH if ctx.wide else u.conj()).to(dy.dtype)
-        into_u = ctx.next_functions[1][0]
-        if into_u is not None and internals.will_run(into_u):  # U needs a gradient in this backward
-            y = dx.new_empty(0) if y is None else y
-            rows = [t.flatten(0, -2) if t.dim() > 1 else t[None] for t in (dy, x, y, dx)]
-            pending(ctx.u).append(Factors.of(*(rows[i].conj() for i in (1, 0, 3, 2)) if ctx.wide else rows))
-        return dx.to(x.dtype), None, None
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
+        x, w, _, _, ctx.orthogonal, ctx.wide = inputs
+        y, used = output
+        if used is not None:
+            ctx.mark_non_differentiable(used)
+        ctx.set_materialize_grads(False)
+        ctx.save_for_backward(x, w, used, y if ctx.orthogonal and w.shape[0] == w.shape[1] else None)
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
+        x, w, used, y = ctx.saved_tensors
+        if dy is None:
+            return (None,) * 6
+        need_x, need_w, need_bias = ctx.needs_input_grad[:3]
+        used = w if used is None and w.dtype == dy.dtype else w.to(dy.dtype) if used is None else used
+        with without_autocast(dy):
+            dx = dy @ (used.mH if ctx.wide else used.conj()) if need_x or ctx.orthogonal else None
+            dw = _weight_gradient(ctx, w, dy, x, y, dx) if need_w else None
+            db = _rows(dy).sum(0).to(w.dtype) if need_bias else None
+        return dx.to(x.dtype) if dx is not None and need_x else None, dw, db, None, None, None
 
 
-@internals.not_compiled  # the backward writes to `_pending`, which a compiled graph cannot do
-def _recorded(x: Tensor, u: Tensor, wide: bool) -> Tensor:
-    return _Linear.apply(x, u, wide)
+def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | None, dx: Tensor | None) -> Tensor:
+    dy, x = _rows(dy), _rows(x.to(dy.dtype))
+    of_y, of_dx = (None if t is None else _rows(t) for t in (y, dx))
+    if ctx.wide:  # the gradient is x^H dy
+        dy, x = x.conj(), dy.conj()
+        of_y, of_dx = (None if t is None else t.conj() for t in (of_dx, of_y))
+    most = float("inf") if ctx.orthogonal else most_rows(w)
+    if torch.is_grad_enabled() or dy.shape[0] > most:  # a graph of this backward is wanted, or factors save nothing
+        return (dy.mT @ x.conj()).to(w.dtype)
+    if torch.compiler.is_compiling():
+        compiled: Tensor = torch.ops.sslkern_factored.gradient(dy, x.conj(), w)
+        return compiled
+    return FactoredGradient.of(w, dy, x.conj(), of_y, None if of_dx is None else of_dx.conj(), most)
 
 
-def linear(x: Tensor, u: Tensor, wide: bool = False) -> Tensor:
-    """The product x U^T, or x U if `wide` is True.
+def _rows(t: Tensor) -> Tensor:
+    return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
-    The backward does not set `u.grad`. It appends the gradient of U to `pending(u)`, as `Factors`. The product is
-    differentiable once. If U needs no gradient, it is torch's own product.
+
+def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, orthogonal: bool = False, wide: bool = False) -> Tensor:
+    """The product x W' + b for x (..., p), W (q, p) and b (q,), or x W for W (p, q) with `wide`.
+
+    The gradient of W is a `FactoredGradient`, if W is a leaf tensor of at least 32 bits a number and if this backward
+    keeps no graph for another derivative. Otherwise, and inside torch.func, this is torch's own product. With
+    `orthogonal`, the factors are never formed for their number, and the output and the gradient of the input are kept
+    beside them: optimizers of orthogonal matrices save products by these. Autocast applies as to `F.linear`, but the
+    factors are not rounded further: the sum over them is in the dtype of W.
     """
-    if not (torch.is_grad_enabled() and u.requires_grad):
-        return x @ (u if wide else u.mT)
-    if internals.transforms_active():
-        raise RuntimeError("torch.func returns gradients, and a factored weight has none: use factored=False.")
-    if not u.is_leaf:
-        raise RuntimeError("A factored weight must be a parameter itself, not made from one: use factored=False.")
-    return _recorded(x, u, wide)
+    plain = not (torch.is_grad_enabled() and w.requires_grad and w.is_leaf)
+    if plain or internals.transforms_active() or internals.forward_mode() or w.dtype.itemsize < 4:
+        return F.linear(x, w.mT if wide else w, bias)
+    return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide)[0]
 
 
-def pending(u: Tensor) -> list[Factors]:
-    """The list of the factors of a parameter's gradient. It has one `Factors` for each product whose backward has run
-    since the list was last taken."""
-    return _pending.setdefault(u, [])
-
-
-def forget(u: Tensor) -> None:
-    """Drop the pending factors of a parameter."""
-    _pending.pop(u, None)
-
-
-def has_pending(u: Tensor) -> bool:
-    return bool(_pending.get(u))
+def _autocast(x: Tensor, w: Tensor) -> torch.dtype | None:
+    """The dtype in which autocast would run the product of x and w, or None if it does not apply."""
+    device = x.device.type
+    if not torch.is_autocast_enabled(device) or torch.float64 in (x.dtype, w.dtype) or w.is_complex():
+        return None
+    return torch.get_autocast_dtype(device)

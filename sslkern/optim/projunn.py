@@ -11,9 +11,9 @@ from torch import Tensor
 
 from ..core import checks
 from ..core.dtypes import FULL, HALF
-from ..ops.factored_linear import forget, has_pending
+from ..core.factored_gradient import FactoredGradient
 from ..ops.rank_k_update import Retraction, rank_k_update_
-from . import factored
+from . import _layer_factors as layer_factors
 from .factors import Method, low_rank_factors
 from .moments import AGES, SecondMoment, directions_of
 from .orthogonality import off_orthonormal, reorthogonalize_
@@ -41,8 +41,9 @@ class ProjUNN(torch.optim.Optimizer):
     overwrites whatever else was written to such a parameter. There is no weight decay, because it would add a matrix of
     rank n to a gradient of rank k, and because the norm of a matrix with orthonormal columns is fixed.
 
-    Layers with `factored=True` keep the factors of their gradient instead of the gradient. A step consumes the factors
-    and forms no n x p matrix. This works only for plain gradient descent with the method "sketch".
+    Layers with `factored=True` keep the factors of their gradient instead of the gradient. With the method "sketch",
+    and without momentum and second moments, a step takes the factors and forms no n x p matrix. With other options it
+    forms the gradient.
 
     Random numbers depend only on `seed` and the step count of a parameter, so a run that resumes from a state_dict
     continues bit for bit. Matrices of the same shape use the same random numbers, whether or not they are stacked.
@@ -77,7 +78,7 @@ class ProjUNN(torch.optim.Optimizer):
     Raises:
         TypeError, ValueError: an option is out of range, a parameter is a vector or has more columns than rows, a
         parameter is not square with "tangent", or there is weight decay. In the first step of a parameter, its columns
-        are not orthonormal. RuntimeError: in a step, a gradient is sparse, or the options do not support factors.
+        are not orthonormal. RuntimeError: in a step, a gradient is sparse, or what a layer kept of it was modified.
 
     Sources: Kiani et al., projUNN: efficient method for training deep networks with unitary matrices (2203.05483); for
     the warm start, Vogels et al., PowerSGD (1905.13727).
@@ -130,38 +131,23 @@ class ProjUNN(torch.optim.Optimizer):
             self.param_groups.pop()
             raise
 
-    @property
-    def _step_supports_amp_scaling(self) -> bool:
-        """Whether a GradScaler must leave unscaling to `step`. It is True while factors are pending.
-
-        `step` then sees that a GradScaler is in use, and raises an error, because it cannot unscale factors.
-        """
-        return any(has_pending(p) for p in chain.from_iterable(g["params"] for g in self.param_groups))
-
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient or factors. Return the value of `closure`, run with grad."""
+        """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
         loss = None
         if closure is not None:
             with torch.enable_grad():
                 loss = closure()
-        moving = [[p for p in group["params"] if p.grad is not None or has_pending(p)] for group in self.param_groups]
+        moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         for group, params in zip(self.param_groups, moving, strict=True):
             for p in params:
-                if p.grad is not None and p.grad.layout != torch.strided:
+                if p.grad.layout != torch.strided:
                     raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
-                factored.check(p, group, hasattr(self, "found_inf"))
                 self._initialize(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
             for together in self._stacks(group, params):
                 self._step(group, together)
         return loss
-
-    def zero_grad(self, set_to_none: bool = True) -> None:
-        """The same as in torch.optim.Optimizer. Pending factors are discarded too."""
-        super().zero_grad(set_to_none)
-        for p in chain.from_iterable(group["params"] for group in self.param_groups):
-            forget(p)
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """The same as in torch.optim.Optimizer, but without casting the state to the dtypes of the parameters."""
@@ -181,7 +167,7 @@ class ProjUNN(torch.optim.Optimizer):
             stacked = group["foreach"]
             if stacked is None:
                 stacked = p.shape[-2] * p.shape[-1] <= _STACKED
-            stacked = stacked and not has_pending(p)
+            stacked = stacked and layer_factors.usable(p, group) is None
             ages = tuple(self.state[p].get(name, 0) for name in ("step", *AGES.values()))
             key = (p.shape[-2:], p.dtype, p.device, ages) if stacked else (p,)
             stacks.setdefault(key, []).append(p)
@@ -232,10 +218,11 @@ class ProjUNN(torch.optim.Optimizer):
         scale: Tensor | float = 1.0
         last = [state["right"] for state in states] if _warm(group) else []
         warm, point = stack(last) if last else None, u if group["riemannian"] else None
-        if has_pending(params[0]):
-            left, right = factored.take(params[0], u, group["rank"], warm, generator, group["riemannian"])
+        factors = layer_factors.usable(params[0], group)
+        if factors is not None:
+            left, right = layer_factors.take(factors, u, group["rank"], warm, generator, group["riemannian"])
         else:
-            grads = [p.grad.to(u.dtype) for p in params if p.grad is not None]
+            grads = [_formed(p).to(u.dtype) for p in params]
             directions, scales = directions_of(group, grads, states)
             scale = stack(scales) if scales else 1.0
             left, right = low_rank_factors(stack(directions), group["rank"], group["method"], warm, generator, u=point)
@@ -250,6 +237,10 @@ class ProjUNN(torch.optim.Optimizer):
         for p, target in zip(params, targets, strict=True):
             if target is not p:
                 p.copy_(target)
+
+
+def _formed(p: Tensor) -> Any:
+    return p.grad.form_() if isinstance(p.grad, FactoredGradient) else p.grad
 
 
 def _check(group: dict[str, Any]) -> None:

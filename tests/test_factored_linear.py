@@ -1,0 +1,139 @@
+"""Linear layers with factored gradients: torch.nn.Linear in all but the form of the gradient."""
+
+import pytest
+import torch
+from torch import nn
+
+from sslkern.core.factored_gradient import FactoredGradient
+from sslkern.nn import FactoredLinear, factored_
+
+DOUBLE = torch.float64
+
+
+def layers(p=32, q=40, bias=True, dtype=DOUBLE):
+    plain = nn.Linear(p, q, bias, dtype=dtype)
+    ours = FactoredLinear(p, q, bias, dtype=dtype)
+    ours.load_state_dict(plain.state_dict())
+    return plain, ours
+
+
+def gradients(layer, x):
+    x = x.clone().requires_grad_()
+    layer.zero_grad()
+    layer(x).sin().sum().backward()
+    return [x.grad, *(p.grad for p in layer.parameters())]
+
+
+@pytest.mark.parametrize("shape", ((5, 32), (32,), (2, 3, 32), (1, 32), (0, 32), (50, 32)), ids=str)
+@pytest.mark.parametrize("bias", (True, False))
+def test_output_and_gradients(shape, bias):
+    plain, ours = layers(bias=bias)
+    x = torch.randn(shape, dtype=DOUBLE)
+    torch.testing.assert_close(ours(x), plain(x))
+    for a, b in zip(gradients(ours, x), gradients(plain, x), strict=True):
+        torch.testing.assert_close(a.clone(), b)
+    rows = x.numel() // 32
+    assert isinstance(ours.weight.grad, FactoredGradient) == (rows <= 8)
+
+
+def test_autocast_keeps_the_sum_in_float32():
+    """The factors have the digits of autocast, and their product has those of float32, where torch rounds it too."""
+    plain, ours = layers(512, 256, dtype=torch.float32)
+    x = torch.randn(60, 512)
+    found = []
+    for layer in (plain, ours):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = layer(x)
+            assert y.dtype == torch.bfloat16
+            again = layer(x)
+        assert torch.equal(y, again)
+        layer.zero_grad()
+        y.float().square().sum().backward()
+        found.append(layer.weight.grad.clone())
+    dy, rounded = 2 * plain(x).detach(), x.bfloat16().float()
+    with torch.autocast("cpu", torch.bfloat16):
+        dy = 2 * plain(x).detach().float()
+    truth = dy.bfloat16().double().mT @ rounded.double()
+    errors = [((g - truth).norm() / truth.norm()).item() for g in found]
+    assert errors[1] < 1e-6 < 1e-3 < errors[0]
+
+
+def test_derivatives_of_derivatives_and_transforms():
+    """A graph of the backward, torch.func and forward mode take torch's own product."""
+    plain, ours = layers()
+    x = torch.randn(3, 32, dtype=DOUBLE)
+    results = []
+    for layer in (plain, ours):
+        leaf = x.clone().requires_grad_()
+        (slope,) = torch.autograd.grad(layer(leaf).sin().sum(), leaf, create_graph=True)
+        (of_w,) = torch.autograd.grad(layer(leaf).sin().sum(), layer.weight, create_graph=True)
+        second = torch.autograd.grad(slope.square().sum() + of_w.square().sum(), [leaf, *layer.parameters()])
+        func = torch.func.grad(lambda w, layer=layer: torch.func.functional_call(layer, {"weight": w}, x).sin().sum())
+        tangent = torch.func.jvp(layer, (x,), (torch.ones_like(x),))[1]
+        results.append([*second, func(layer.weight), tangent])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b)
+    weight = ours.weight * 2  # not a leaf
+    torch.func.functional_call(ours, {"weight": weight}, x).sum().backward()
+    assert type(ours.weight.grad) is torch.Tensor
+
+
+def test_gradients_that_are_asked_for():
+    _, ours = layers()
+    x = torch.randn(3, 32, dtype=DOUBLE, requires_grad=True)
+    torch.autograd.grad(ours(x).sum(), x)
+    assert ours.weight.grad is None
+    (of_w,) = torch.autograd.grad(ours(x).sum(), ours.weight)
+    assert of_w.factored and ours.weight.grad is None
+    torch.testing.assert_close(of_w * 1.0 + 0, torch.ones(3, 40, dtype=DOUBLE).mT @ x.detach())
+    ours.weight.requires_grad_(False)
+    ours(x).sum().backward()
+    assert ours.weight.grad is None and ours.bias.grad is not None
+    half = FactoredLinear(32, 40).bfloat16()
+    half(torch.randn(3, 32).bfloat16()).sum().backward()
+    assert type(half.weight.grad) is torch.Tensor
+
+
+def test_a_dense_use_of_the_same_weight_is_added():
+    plain, ours = layers()
+    x = torch.randn(3, 32, dtype=DOUBLE)
+    for layer in (plain, ours):
+        (layer(x).sin().sum() + layer.weight.square().sum()).backward()
+        (layer.weight.sum() + layer(x).cos().sum()).backward()
+    torch.testing.assert_close(ours.weight.grad.clone(), plain.weight.grad)
+
+
+@pytest.mark.parametrize("dynamic", (False, True))
+def test_compiled_as_one_graph(dynamic):
+    """Also with batches of changing size; the factors are copies, which a compiled graph does not overwrite."""
+    torch._dynamo.reset()
+    model = nn.Sequential(nn.Linear(32, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 36)).double()
+    ours = factored_(nn.Sequential(nn.Linear(32, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 36)).double())
+    ours.load_state_dict(model.state_dict())
+    step = torch.compile(lambda x: ours(x).sin().sum(), fullgraph=True, dynamic=dynamic)
+    for rows in (5, 6, 8) if dynamic else (5, 5):
+        x = torch.randn(rows, 32, dtype=DOUBLE)
+        for m, f in ((model, lambda x: model(x).sin().sum()), (ours, step)):
+            m.zero_grad()
+            f(x).backward()
+        assert ours[0].weight.grad.factored and ours[3].weight.grad.factored
+        for a, b in zip(ours.parameters(), model.parameters(), strict=True):
+            torch.testing.assert_close(a.grad.clone(), b.grad)
+
+
+def test_switched_over_and_back():
+    model = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 6))
+    nn.utils.parametrizations.weight_norm(model[2])
+    kept = model[2]
+    hook = model[0].register_forward_hook(lambda *_: None)
+    parameters = list(model.parameters())
+    assert factored_(model) is model and type(model[0]) is FactoredLinear and type(model[2]) is type(kept)
+    assert all(map(lambda a, b: a is b, model.parameters(), parameters)) and hook.id in model[0]._forward_hooks
+    assert factored_(model) is model
+    assert type(factored_(model, False)[0]) is nn.Linear and type(factored_(nn.Linear(2, 3))) is FactoredLinear
+    with pytest.raises(ValueError, match=r"^module must have a torch.nn.Linear to switch, got ReLU without one\.$"):
+        factored_(nn.ReLU())
+    with pytest.raises(TypeError, match=r"^module must be a torch.nn.Module, got int\.$"):
+        factored_(3)
+    with pytest.raises(TypeError, match="enabled must be"):
+        factored_(model, 1)
