@@ -25,14 +25,14 @@ class Leaf:
     """A tensor argument, or, with no ROWS in its shape, a parameter."""
 
     shape: tuple[int | str, ...]
-    # "orthonormal" columns, "near" it, or "factored"; "labels"; "small" steps; "data" without a gradient; a "constant",
+    # "orthonormal" columns, or "near" it; "labels"; "small" steps; "data" without a gradient; a "constant",
     # a "variance"; "shared" by a stack
     kind: str = "normal"
     complex: bool = False
 
     @property
     def differentiable(self) -> bool:
-        return self.kind not in ("labels", "data", "constant", "variance", "factored")
+        return self.kind not in ("labels", "data", "constant", "variance")
 
     @property
     def rows(self) -> int | None:
@@ -46,7 +46,7 @@ class Leaf:
             return torch.arange(rows) // 2 * 7 - 3
         generator = torch.Generator().manual_seed(seed)
         x = torch.randn(shape, generator=generator, dtype=torch.complex128 if self.complex else torch.float64)
-        if self.kind in ("orthonormal", "near", "factored"):
+        if self.kind in ("orthonormal", "near"):
             return (torch.linalg.qr(x).Q + (0.01 * x if self.kind == "near" else 0)).contiguous()
         if self.kind == "variance":
             return x.abs() + 0.5

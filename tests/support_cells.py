@@ -105,7 +105,7 @@ REASONS = [
         f"{COLUMNS}; {KERNELS}; {BYOL}; {TICO}; {MANY}; Whitening; covariance; cross_correlation; batch_*; "
         f"{TRAINED}; BatchNorm1d (eval); kernel_matmul; low_rank_residual*; {SPREAD}; {TOKENS}; cka (biased); "
         f"{PROJECTED}; {PROTOTYPES}; "
-        "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; OrthogonalLinear (factored); "
+        "hsic (rbf); dhsic; pairwise_hsic; entropy (pairwise-kl); participation_ratio; "
         "large_batch; LargeBatch; info_vicreg_loss (pairwise-kl); InfoVICRegLoss (pairwise-kl)",
         "the kernels can be differentiated only once",
     ),
@@ -156,7 +156,7 @@ REASONS = [
     Reason(
         BREAK,
         "compiled, dynamic",
-        "large_batch; LargeBatch; OrthogonalLinear (factored)",
+        "large_batch; LargeBatch",
         "runs outside of the graph by design, because what it keeps between forward and backward is not a tensor",
     ),
     Reason(

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from support import N, Subject
-from support_seen import Seen, factored, flat, gradients, load, observe, prepared, wanted_of, wide
+from support_seen import Seen, flat, gradients, load, observe, prepared, wanted_of, wide
 from support_values import state  # its states come before these in docs/support.md
 from support_verdicts import BREAK, NONE, VALUE, WRONG, Cell, attempt, judged
 from torch import Tensor
@@ -61,10 +61,7 @@ def look_compiled(subject: Subject, sizes: Sequence[int], options: dict[str, Any
         inputs = leaves[: len(leaves) - len(list(module.parameters()))] if subject.module else leaves
         outputs = flat(run(*inputs))
         wanted = wanted_of(module, inputs) if subject.module else [x for x in leaves if x.requires_grad]
-        backward = factored(subject)
-        for x in wanted if backward else ():
-            x.grad = None
-        grads = gradients(outputs, wanted, backward=backward) if subject.grad else []
+        grads = gradients(outputs, wanted) if subject.grad else []
         if rows in (sizes[0], sizes[-1]):
             exact = observe(subject, [wide(x) for x in leaves_of(rows)], run=subject.right)
             plain = observe(subject, leaves_of(rows), run=subject.right)

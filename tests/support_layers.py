@@ -108,12 +108,24 @@ add_layer(
     partial(layers.OrthogonalLinear, D, 4, factored=True),
     lambda x, u, b: nn.functional.linear(x, u.mT, b),
     A,
-    Leaf((D, 4), "factored"),
+    Leaf((D, 4), "orthonormal"),
     Leaf((4,)),
     name="OrthogonalLinear (factored)",
     family=ORTHOGONAL,
     more=STACK,
     torch=partial(nn.Linear, D, 4),
+)
+
+add_layer(
+    partial(layers.FactoredLinear, 96, 64),
+    nn.functional.linear,
+    Leaf((ROWS, 96)),
+    Leaf((64, 96)),
+    Leaf((64,)),
+    name="FactoredLinear",
+    family="Linear layers",
+    more=STACK,
+    torch=partial(nn.Linear, 96, 64),
 )
 
 
@@ -280,6 +292,12 @@ HELD = {  # public names that compute nothing on tensors, and where they are tes
     "OrthogonalModule": "a base class",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",
+    "factored_": "switches layers, in test_factored_linear",
+    "SGD": "an optimizer, in test_factored_optimizers",
+    "LARS": "an optimizer, in test_factored_optimizers",
+    "AdamW": "an optimizer, in test_factored_optimizers",
+    "clip_grad_norm_": "scales gradients, in test_factored_optimizers",
+    "materialize_grads_": "forms gradients, in test_factored_optimizers",
 }
 
 

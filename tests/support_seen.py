@@ -30,15 +30,10 @@ def weights_of(outputs: Sequence[Tensor], expanded: bool = False) -> list[Tensor
     return weights
 
 
-def gradients(
-    outputs: Sequence[Tensor], wanted: Sequence[Tensor], expanded: bool = False, backward: bool = False, **rest: Any
-) -> list[Any]:
+def gradients(outputs: Sequence[Tensor], wanted: Sequence[Tensor], expanded: bool = False, **rest: Any) -> list[Any]:
     outputs = [out for out in outputs if out.requires_grad]
     if not outputs or not wanted:
         return [None] * len(wanted)
-    if backward:  # a factored weight leaves its factors in no other way
-        torch.autograd.backward(outputs, weights_of(outputs, expanded), **rest)
-        return [x.grad for x in wanted]
     return list(torch.autograd.grad(outputs, wanted, weights_of(outputs, expanded), allow_unused=True, **rest))
 
 
@@ -60,19 +55,13 @@ def load(module: nn.Module, leaves: Sequence[Tensor]) -> list[Tensor]:
     first = len(leaves) - len(parameters)
     for parameter, leaf in zip(parameters, leaves[first:], strict=True):
         parameter.data = leaf.detach()
-        held = getattr(module, "factored", False) and parameter is module.weight_u
-        parameter.requires_grad_(leaf.requires_grad or held)
+        parameter.requires_grad_(leaf.requires_grad)
     return list(leaves[:first])
-
-
-def factored(subject: Subject) -> bool:
-    return any(leaf.kind == "factored" for leaf in subject.leaves)
 
 
 def wanted_of(module: nn.Module, inputs: Sequence[Tensor]) -> list[Tensor]:
     """What gets a gradient."""
-    held = {id(module.weight_u)} if getattr(module, "factored", False) else set()
-    return [x for x in (*inputs, *module.parameters()) if x.requires_grad and id(x) not in held]
+    return [x for x in (*inputs, *module.parameters()) if x.requires_grad]
 
 
 def buffers_of(module: nn.Module) -> tuple[Tensor, ...]:
@@ -111,7 +100,7 @@ def observe(
         inputs = load(module, leaves)
         outputs = flat(module(*inputs))
         wanted = wanted_of(module, inputs)
-        grads = gradients(outputs, wanted, expanded, factored(subject)) if subject.grad else []
+        grads = gradients(outputs, wanted, expanded) if subject.grad else []
         return Seen((*(o.detach() for o in outputs), *(b.clone() for b in buffers_of(module))), grads, subject.size)
     outputs = flat((run or subject.ours)(*leaves, **settings))
     grads = gradients(outputs, wanted, expanded) if subject.grad else []

@@ -77,7 +77,7 @@ def _(subject: Subject) -> Cell:
     """Each argument in turn is expanded along its last dimension, and the incoming gradient has strides 0."""
     cells = []
     for k, leaf in enumerate(subject.leaves):
-        if leaf.kind in ("orthonormal", "near", "factored", "labels"):
+        if leaf.kind in ("orthonormal", "near", "labels"):
             continue
 
         def leaves(k: int = k) -> list[Tensor]:

@@ -11,7 +11,6 @@ from support_seen import (
     ACCUMULATED,
     Seen,
     buffers_of,
-    factored,
     flat,
     gradients,
     load,
@@ -100,7 +99,7 @@ def observe_mixed(subject: Subject, leaves: list[Tensor]) -> Seen:
     inputs = load(module, leaves)
     outputs = flat(module(*inputs))
     wanted = wanted_of(module, inputs)
-    grads = gradients(outputs, wanted, backward=factored(subject))
+    grads = gradients(outputs, wanted)
     return Seen((*(o.detach() for o in outputs), *(b.clone() for b in buffers_of(module))), grads)
 
 

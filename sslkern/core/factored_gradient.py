@@ -28,7 +28,7 @@ class _State:
 
     __slots__ = ("blocks", "formed", "most")
 
-    def __init__(self, blocks: list[Factors], most: float) -> None:
+    def __init__(self, blocks: list[Factors], most: int) -> None:
         self.blocks = blocks
         self.most = most
         self.formed: Tensor | None = None
@@ -57,7 +57,7 @@ class FactoredGradient(Tensor):
         x: Tensor,
         y: Tensor | None = None,
         dx: Tensor | None = None,
-        most: float = float("inf"),
+        most: int = 1 << 62,
     ) -> FactoredGradient:
         """The gradient dy' x of a weight `w` (q, p), for dy (N, q) and x (N, p), of which no copies are made, except
         of lazily conjugated tensors: operators on subclasses do not see the conjugation. `y` and `dx` are as in

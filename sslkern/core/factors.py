@@ -74,7 +74,9 @@ def stacked(blocks: Sequence[Factors], like: Tensor) -> tuple[Tensor, Tensor, Te
 
 
 def square(blocks: Sequence[Factors], like: Tensor) -> Tensor:
-    """||P||^2, (), float64, of the sum P of the products, from two N x N matrices: sum_ij (conj(dy) dy')_ij (conj(x) x')_ij.
+    """||P||^2, (), float64, of the sum P of the products, from two N x N matrices:
+
+        ||P||^2 = sum_ij (conj(dy) dy')_ij (conj(x) x')_ij
 
     The mean of the rows of x is subtracted first. Often the columns of dy sum to zero, such as before a batch norm.
     Then the mean does not matter, but its square would take the digits of the rest.

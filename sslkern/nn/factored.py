@@ -25,8 +25,8 @@ class FactoredLinear(nn.Linear):
     the matrix first. It is also formed if there are more than min(p, q) / 4 rows, where factors would not save enough.
 
     The input and the gradient of the output must not be modified in place between the backward and the optimizer's
-    step; the step raises RuntimeError if they were. W must be float32, float64 or complex for factors. Under
-    `torch.compile` the factors are copies. Arguments and state_dict are those of torch.nn.Linear.
+    step; the step raises RuntimeError if they were. For factors, W must be contiguous, in float32, float64 or complex.
+    Under `torch.compile` the factors are copies. Arguments and state_dict are those of torch.nn.Linear.
     """
 
     def forward(self, input: Tensor) -> Tensor:

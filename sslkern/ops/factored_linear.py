@@ -14,19 +14,23 @@ from ..core.autograd import Op
 from ..core.dtypes import without_autocast
 from ..core.factored_gradient import FactoredGradient
 
+_ANY = 1 << 62  # rows
 SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
 
 _library = torch.library.Library("sslkern_factored", "DEF")
 
 
-def _gradient(dy: Tensor, x: Tensor, w: Tensor) -> Tensor:
-    return FactoredGradient.of(w, dy.clone(), x.clone(), most=most_rows(w))
+def _gradient(dy: Tensor, x: Tensor, w: Tensor, most: int) -> Tensor:
+    """The gradient dy' x of w: factors, or formed if there are more rows than `most`."""
+    if dy.shape[0] > most:
+        return torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(dy.mT @ x)
+    return FactoredGradient.of(w, dy.clone(), x.clone(), most=most)
 
 
 # Compilers see one operator. It copies the factors, because a compiled graph uses the memory of its tensors again
-_library.define("gradient(Tensor dy, Tensor x, Tensor w) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
+_library.define("gradient(Tensor dy, Tensor x, Tensor w, int most) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
 _library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("sslkern_factored::gradient", lambda dy, x, w: torch.empty_like(w), lib=_library)
+torch.library.register_fake("sslkern_factored::gradient", lambda dy, x, w, most: torch.empty_like(w), lib=_library)
 
 
 def most_rows(w: Tensor) -> int:
@@ -78,12 +82,14 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
     if ctx.wide:  # the gradient is x^H dy
         dy, x = x.conj(), dy.conj()
         of_y, of_dx = (None if t is None else t.conj() for t in (of_dx, of_y))
-    most = float("inf") if ctx.orthogonal else most_rows(w)
-    if torch.is_grad_enabled() or dy.shape[0] > most:  # a graph of this backward is wanted, or factors save nothing
+    most = _ANY if ctx.orthogonal else most_rows(w)
+    if torch.is_grad_enabled():  # a graph of this backward is wanted
         return (dy.mT @ x.conj()).to(w.dtype)
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.sslkern_factored.gradient(dy, x.conj(), w)
+        compiled: Tensor = torch.ops.sslkern_factored.gradient(dy, x.conj(), w, most)
         return compiled
+    if dy.shape[0] > most:
+        return (dy.mT @ x.conj()).to(w.dtype)
     return FactoredGradient.of(w, dy, x.conj(), of_y, None if of_dx is None else of_dx.conj(), most)
 
 
@@ -94,14 +100,16 @@ def _rows(t: Tensor) -> Tensor:
 def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, orthogonal: bool = False, wide: bool = False) -> Tensor:
     """The product x W' + b for x (..., p), W (q, p) and b (q,), or x W for W (p, q) with `wide`.
 
-    The gradient of W is a `FactoredGradient`, if W is a leaf tensor of at least 32 bits a number and if this backward
-    keeps no graph for another derivative. Otherwise, and inside torch.func, this is torch's own product. With
+    The gradient of W is a `FactoredGradient`, if W is a contiguous leaf tensor of at least 32 bits a number and if this
+    backward keeps no graph for another derivative. Otherwise, and inside torch.func, this is torch's own product. With
     `orthogonal`, the factors are never formed for their number, and the output and the gradient of the input are kept
     beside them: optimizers of orthogonal matrices save products by these. Autocast applies as to `F.linear`, but the
     factors are not rounded further: the sum over them is in the dtype of W.
     """
     plain = not (torch.is_grad_enabled() and w.requires_grad and w.is_leaf)
-    if plain or internals.transforms_active() or internals.forward_mode() or w.dtype.itemsize < 4:
+    if plain or internals.transforms_active() or internals.forward_mode():
+        return F.linear(x, w.mT if wide else w, bias)
+    if w.dtype.itemsize < 4 or not w.is_contiguous():
         return F.linear(x, w.mT if wide else w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide)[0]
 
