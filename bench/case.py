@@ -22,6 +22,7 @@ class Case:
     truth: Loss
     before: Callable[[], object] = lambda: None  # what is not measured
     after: Callable[[], object] = lambda: None  # the rest of a step
+    afters: dict[str, Callable[[], object]] = field(default_factory=dict)  # that of one implementation, in its place
     floors: dict[str, Callable[[], None]] = field(default_factory=dict)  # bare GEMMs: no loss, no error
     note: str = ""
     reason: str = ""  # what keeps it from its floor, for the reader of the table

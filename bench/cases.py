@@ -3,26 +3,26 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from itertools import pairwise
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import sslkern
 from sslkern import ops
 
 from . import baselines
 from .batch_norm import NORMED, RECTIFIED, batch_norm_case, moments_case
-from .case import Case, Loss
+from .case import Case
 from .low_rank import MODELS, low_rank_case
 from .more_losses import CASES, more_case
 from .orthogonal import LAYERS, ROTATIONS, rank_k_case, rotation_case
 from .pair_losses import PAIR_LOSSES, pair_loss_case
-from .pairwise import PAIRS, nt_xent_loop, nt_xent_published, pairs_case
+from .pairwise import PAIRS, pairs_case
 from .prototypes import HEADS, heads_case
 from .sigreg import VIEWS, sigreg_case
 from .sigreg_all import ALL_DIRECTIONS, all_directions_case
-from .variants import by_reference, compiled
+from .steps import RECIPES, step_case
+from .variants import by_reference, compiled, onednn
 
 
 def views(n: int, d: int, device: str) -> list[Tensor]:
@@ -32,10 +32,6 @@ def views(n: int, d: int, device: str) -> list[Tensor]:
     shared = torch.randn(n, d, generator=generator)
     pair = [shared + 0.5 * torch.randn(n, d, generator=generator) for _ in range(2)]
     return [(0.3 + z * scale).to(device).requires_grad_() for z in pair]
-
-
-def _onednn(x: Tensor, w: Tensor) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise(x, w, None, "none", [], "")
 
 
 def _floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, device: str) -> Callable[[], None]:
@@ -60,7 +56,7 @@ def _floor(multiply: Callable[[Tensor, Tensor], Tensor], n: int, d: int, device:
 def _floors(n: int, d: int, device: str) -> dict[str, Callable[[], None]]:
     floors = {"bare GEMMs, torch.mm": _floor(lambda x, w: torch.mm(x, w.T), n, d, device)}
     if device == "cpu" and hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        floors["bare GEMMs, oneDNN"] = _floor(_onednn, n, d, device)
+        floors["bare GEMMs, oneDNN"] = _floor(onednn, n, d, device)
     return floors
 
 
@@ -144,54 +140,8 @@ def covariance_case(shape: tuple[int, ...], device: str) -> Case:
     return Case("covariance", shape, inputs, implementations, truth, floors=floors, reason=reason)
 
 
-def _projector(widths: tuple[int, ...]) -> nn.Sequential:
-    layers: list[nn.Module] = []
-    for k, (before, after) in enumerate(pairwise(widths)):
-        layers.append(nn.Linear(before, after, bias=k + 2 == len(widths)))
-        if k + 2 < len(widths):
-            layers += [nn.BatchNorm1d(after), nn.ReLU()]
-    return nn.Sequential(*layers)
-
-
-def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device: str) -> Case:
-    """A training step of a recipe's projector on features: forward, loss, backward, SGD with momentum."""
-    torch.manual_seed(0)
-    projector = _projector(widths).to(device)
-    generator = torch.Generator().manual_seed(1)
-    shared = torch.randn(n, widths[0], generator=generator)
-    features = [(shared + 0.5 * torch.randn(shared.shape, generator=generator)).to(device) for _ in range(2)]
-    # a rate of 0 does all the work and leaves the weights, so every call and every implementation sees the same ones
-    optimizer = torch.optim.SGD(projector.parameters(), lr=0.0, momentum=0.9)
-    published, smart, ours = {
-        "vicreg": (baselines.vicreg_published, baselines.vicreg_dual, sslkern.vicreg_loss),
-        "barlow": (baselines.barlow_published, baselines.barlow_dual, sslkern.barlow_twins_loss),
-        "nt_xent": (nt_xent_published, nt_xent_loop, sslkern.nt_xent_loss),
-    }[family]
-
-    def run(loss: Loss) -> Loss:
-        return lambda *weights: loss(projector(features[0]), projector(features[1]))
-
-    def truth(*weights: Tensor) -> Tensor:
-        double = _projector(widths).double().to(device)
-        names = [name for name, _ in double.named_parameters()]
-        a, b = (
-            torch.func.functional_call(double, dict(zip(names, weights, strict=True)), (x.double(),)) for x in features
-        )
-        return by_reference(ours)(a, b)
-
-    implementations = {"published": run(published), "three-line": run(smart), "sslkern": run(ours)}
-    weights = list(projector.parameters())
-    return Case("step", (n, *widths), lambda: weights, implementations, truth, after=optimizer.step, note=recipe)
-
-
 GRID = ((64, 8192), (256, 2048), (256, 8192), (1024, 4096), (2048, 8192), (4096, 1024), (8192, 2048))
 GPU_GRID = (*GRID, (1024, 16384), (4096, 4096))
-RECIPES = (
-    ("VICReg, official, per device", "vicreg", 64, (2048, 8192, 8192, 8192)),
-    ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
-    ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
-    ("SimCLR, batch of 2048", "nt_xent", 2048, (2048, 2048, 128)),
-)
 TALL = ((65536, 192), (1_000_000, 16), (16, 128, 192))
 
 

@@ -14,7 +14,7 @@ README, BENCHMARKS = Path("README.md"), Path("docs/benchmarks.md")
 DOCUMENT = Path("docs/from_one_machine_to_many.md")
 Column = tuple[str, Callable[[Cell], str]]
 TITLES = {
-    "step": "Whole training step: projector, loss, backward, SGD (ms)",
+    "step": "Whole training step: projector, loss, backward, optimizer (ms)",
     "vicreg": "VICReg alone, forward + backward (ms)",
     "barlow": "Barlow Twins alone, forward + backward (ms)",
     "pairs": "Losses and measures over all pairs, forward + backward (ms)",
@@ -70,6 +70,15 @@ def _over_bound(cell: Cell) -> float | None:
     return alone / max(1.5 * copy, product * 5 * k / n)
 
 
+def _over_step(cell: Cell, gemms: str) -> float | None:
+    """The time of a step over that of its products and of the traffic of its weights and momenta."""
+    rows = [cell.row(name) for name in ("sslkern", gemms, "16 bytes per weight")]
+    if any(row is None for row in rows):
+        return None
+    ours, *floors = (row["median"] for row in rows if row is not None)
+    return ours / sum(floors)
+
+
 def _over_gemm_rate(cell: Cell) -> str:
     """The flop rate over that of torch.mm at 2048. A loss has 4 N^2 D flops, or 8 N^2 D if it has two inputs."""
     ours, product = cell.row("sslkern"), cell.row("product")
@@ -117,7 +126,14 @@ COLUMNS: dict[str, list[Column]] = {
     "step": [
         _note("recipe"),
         ("batch x layer widths", SHAPE[1]),
-        *(PUBLISHED, THREE_LINE, OURS, FASTER, FASTER_THAN_BEST, MEMORY, ERRORS),
+        *(PUBLISHED, THREE_LINE, _time("three-line, fused optimizer", "three-line, fused"), OURS),
+        _time("sslkern, plain projector", "sslkern, plain projector"),
+        *(FASTER, FASTER_THAN_BEST, _step_of("into the momentum")),
+        (
+            "time / that of its GEMMs alone, by torch.mm / oneDNN, and 16 bytes a weight at copy rate",
+            lambda c: " / ".join(_ratio(_over_step(c, f"bare GEMMs, {name}")) for name in ("torch.mm", "oneDNN")),
+        ),
+        *(MEMORY, ERRORS),
     ],
     "vicreg": [
         *BARLOW[:-2],

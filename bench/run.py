@@ -56,7 +56,7 @@ def _call(case: Case, name: str, inputs: list[Tensor]) -> Callable[[], Tensor]:
                 return loss(*inputs)
         value = loss(*inputs)
         value.backward()
-        case.after()
+        case.afters.get(name, case.after)()
         return value.detach()
 
     return call

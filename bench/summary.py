@@ -10,7 +10,7 @@ from .gpu import table as gpu_table
 
 EPS = 2.0**-23
 GPU = Path("bench/results/nvidia-h200.json")
-PLAIN = ("published", "published, compiled", "three-line", "three-line, compiled")
+PLAIN = ("published", "published, compiled", "three-line", "three-line, compiled", "three-line, fused")
 FAMILIES = (  # in the order of the tables
     *("step", "vicreg", "barlow", "pairs", "pair_losses", "view_losses", "sigreg", "sigreg_all", "unbiased"),
     *("info_vicreg", "batch_norm", "prototypes", "moments", "rotation", "rank_k", "covariance", "low_rank"),

@@ -18,7 +18,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from .. import cases
+from .. import cases, steps
 from ..case import Case
 from . import ceilings, table
 from .machine import CACHE, Device, Record, arguments, exact, reason, rows, within
@@ -112,6 +112,7 @@ class Calls:
 
     def __init__(self, case: Case, name: str, inputs: list[list[Tensor]]) -> None:
         self.case, self.loss, self.inputs = case, case.implementations[name], inputs
+        self.after = case.afters.get(name, case.after)
         self.turn = itertools.cycle(range(len(inputs)))
 
     def one(self, k: int = 0) -> tuple[Tensor, ...]:
@@ -125,7 +126,7 @@ class Calls:
             for x in inputs:
                 x.grad = None
             value.backward()
-            self.case.after()
+            self.after()
             return (value.detach(), *(x.grad for x in inputs))
         return (value.detach(), *torch.autograd.grad(value, inputs))
 
@@ -264,7 +265,7 @@ def small(device: str) -> list[tuple[str, Callable[[], Case]]]:
         ("batch_norm 16 8", lambda: cases.batch_norm_case((16, 8), "contiguous", device)),
         ("moments 16 8", lambda: cases.moments_case((16, 8), "contiguous", device)),
         ("rank_k 32 32 2 tangent", lambda: cases.rank_k_case((32, 32), 2, "tangent", device)),
-        ("step small", lambda: cases.step_case("small", "vicreg", 16, (8, 12, 12), device)),
+        ("step small", lambda: steps.step_case("small", "vicreg", 16, (8, 12, 12), device)),
         ("rotation 16 32 2", lambda: cases.rotation_case(16, 32, 2, device)),
     ]
 

@@ -1,0 +1,185 @@
+"""Whole training steps of a projector on features: forward, loss, backward, optimizer."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from itertools import pairwise
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import sslkern
+from sslkern.nn import factored_
+from sslkern.optim import LARS, SGD
+
+from . import baselines
+from .case import Case, Loss
+from .pairwise import nt_xent_loop, nt_xent_published
+from .variants import by_reference, onednn
+
+OFFICIAL = (2048, 8192, 8192, 8192)
+RECIPES = (
+    ("VICReg, official, per device", "vicreg", 64, OFFICIAL),
+    ("VICReg, official, LARS", "vicreg", 64, OFFICIAL),
+    ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
+    ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
+    ("SimCLR, batch of 2048", "nt_xent", 2048, (2048, 2048, 128)),
+)
+MOMENTUM = 0.9
+
+
+class IntoMomentum(torch.autograd.Function):
+    """A linear layer whose backward adds the gradient to the momentum by one `addmm`: what a smart user would write. It
+    saves the memory of the gradient and one of its passes."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w: Tensor, momentum: Tensor, fresh: list[bool]) -> Tensor:
+        ctx.save_for_backward(x, w, momentum)
+        ctx.fresh = fresh
+        return x @ w.T
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
+        x, w, momentum = ctx.saved_tensors
+        torch.addmm(momentum, dy.T, x, beta=MOMENTUM if ctx.fresh[0] else 1.0, out=momentum)
+        ctx.fresh[0] = False  # the second view of the step
+        return dy @ w if ctx.needs_input_grad[0] else None, None, None, None
+
+
+class IntoMomentumLinear(nn.Module):
+    def __init__(self, layer: nn.Linear) -> None:
+        super().__init__()
+        self.weight, self.bias = layer.weight, layer.bias
+        self.momentum, self.fresh = torch.zeros_like(layer.weight), [True]
+
+    def forward(self, x: Tensor) -> Tensor:
+        y = IntoMomentum.apply(x.requires_grad_(), self.weight.detach(), self.momentum, self.fresh)
+        return y if self.bias is None else y + self.bias
+
+    def step(self, lr: float) -> None:
+        self.weight.data.add_(self.momentum, alpha=-lr)
+        self.fresh[0] = True
+
+
+def projector_of(widths: tuple[int, ...]) -> nn.Sequential:
+    layers: list[nn.Module] = []
+    for k, (before, after) in enumerate(pairwise(widths)):
+        layers.append(nn.Linear(before, after, bias=k + 2 == len(widths)))
+        if k + 2 < len(widths):
+            layers += [nn.BatchNorm1d(after), nn.ReLU()]
+    return nn.Sequential(*layers)
+
+
+def shared(projector: nn.Sequential) -> nn.Sequential:
+    """Another projector with the same parameters."""
+    return copy.deepcopy(projector, {id(p): p for p in projector.parameters()})
+
+
+def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device: str) -> Case:
+    """A training step of a recipe's projector on features, by SGD with momentum, or by LARS if the recipe says so.
+
+    "sslkern" is the loss, factored layers and the optimizer of this package; "sslkern, plain projector" is the loss
+    alone. The rival is a plain projector whose backward adds to the momentum.
+    """
+    torch.manual_seed(0)
+    plain = projector_of(widths).to(device)
+    factored = factored_(shared(plain))
+    generator = torch.Generator().manual_seed(1)
+    base = torch.randn(n, widths[0], generator=generator)
+    features = [(base + 0.5 * torch.randn(base.shape, generator=generator)).to(device) for _ in range(2)]
+    weights = list(plain.parameters())
+    published, smart, ours = {
+        "vicreg": (baselines.vicreg_published, baselines.vicreg_dual, sslkern.vicreg_loss),
+        "barlow": (baselines.barlow_published, baselines.barlow_dual, sslkern.barlow_twins_loss),
+        "nt_xent": (nt_xent_published, nt_xent_loop, sslkern.nt_xent_loss),
+    }[family]
+
+    def run(loss: Loss, projector: nn.Module) -> Loss:
+        return lambda *_: loss(projector(features[0]), projector(features[1]))
+
+    def truth(*doubles: Tensor) -> Tensor:
+        double = projector_of(widths).double().to(device)
+        names = [name for name, _ in double.named_parameters()]
+        a, b = (
+            torch.func.functional_call(double, dict(zip(names, doubles, strict=True)), (x.double(),)) for x in features
+        )
+        return by_reference(ours)(a, b)
+
+    implementations = {
+        "published": run(published, plain),
+        "three-line": run(smart, plain),
+        "three-line, fused": run(smart, plain),
+        "sslkern, plain projector": run(ours, plain),
+        "sslkern": run(ours, factored),
+    }
+    # a rate of 0 does all the work and leaves the weights, so every call and every implementation sees the same ones
+    if "LARS" in recipe:
+        del implementations["three-line, fused"]
+        afters = {name: LARS(weights, lr=0.0, weight_decay=1e-6).step for name in ("published", "sslkern")}
+        floors: dict[str, Callable[[], None]] = {}
+    else:
+        optimizers = {
+            "published": torch.optim.SGD(weights, lr=0.0, momentum=MOMENTUM),
+            "three-line, fused": torch.optim.SGD(weights, lr=0.0, momentum=MOMENTUM, fused=True),
+            "sslkern": SGD(weights, lr=0.0, momentum=MOMENTUM),
+        }
+        afters = {name: optimizer.step for name, optimizer in optimizers.items()}
+        floors = {"into the momentum": _rival(run(smart, rival := rival_of(plain)), rival)}
+    for name in ("three-line", "sslkern, plain projector"):
+        afters[name] = afters["published"]
+    floors["bare GEMMs, torch.mm"] = _gemms(lambda x, w: x @ w.T, n, widths, device)
+    if device == "cpu":
+        floors["bare GEMMs, oneDNN"] = _gemms(onednn, n, widths, device)
+    floors["16 bytes per weight"] = _copies(widths, device)
+    return Case(
+        "step", (n, *widths), lambda: weights, implementations, truth, afters=afters, floors=floors, note=recipe,
+        huge=("three-line", "three-line, fused", "sslkern"),
+    )  # fmt: skip
+
+
+def rival_of(projector: nn.Sequential) -> nn.Sequential:
+    return nn.Sequential(*(IntoMomentumLinear(m) if isinstance(m, nn.Linear) else m for m in shared(projector)))
+
+
+def _rival(loss: Loss, projector: nn.Sequential) -> Callable[[], None]:
+    def step() -> None:
+        loss().backward()
+        for layer in projector:
+            if isinstance(layer, IntoMomentumLinear):
+                layer.step(0.0)
+
+    return step
+
+
+def _gemms(
+    multiply: Callable[[Tensor, Tensor], Tensor], n: int, widths: tuple[int, ...], device: str
+) -> Callable[[], None]:
+    """The products of a step for both views: y = x W', dx = dy W except in the first layer, and dW = dy' x."""
+    layers = [
+        [torch.randn(*shape, device=device) for shape in ((2 * n, p), (2 * n, q), (q, p), (q, p))]
+        for p, q in pairwise(widths)
+    ]
+
+    def run() -> None:
+        for k, (x, dy, w, dw) in enumerate(layers):
+            multiply(x, w)
+            if k:
+                multiply(dy, w.T)
+            torch.mm(dy.T, x, out=dw)
+
+    return run
+
+
+def _copies(widths: tuple[int, ...], device: str) -> Callable[[], None]:
+    """The traffic of weights and momenta: both are read and written once."""
+    pairs = [
+        [torch.zeros(q, p, device=device) for _ in range(2)] for p, q in pairwise(widths) for _ in range(2)
+    ]  # weights, then momenta
+
+    def run() -> None:
+        for source, target in pairs:
+            target.copy_(source)
+
+    return run
