@@ -30,6 +30,13 @@ def samples(kernel, dtype, device):
             u, a = (torch.randn(*shape[:-1], p, device=device, dtype=kind) for p in (shape[-1], 2))
             b = torch.randn(*shape[:-2], shape[-1], 2, device=device, dtype=kind)
             yield from ((torch.linalg.qr(u)[0].contiguous(), a, b, retraction) for retraction in (1, 2))
+    for n in (3, 0) if kernel.startswith("factored_") and dtype == torch.float32 else ():
+        w, m, v, highest = torch.rand(4, 6, 5, device=device).unbind()
+        dy, x = (torch.randn(n, side, device=device) for side in w.shape)
+        if kernel == "factored_momentum_":
+            yield from ((w, state, dy, x, torch.rand(6, device=device)) for state in (m, None))
+        else:
+            yield from ((w, m, v, state, dy, x, torch.rand(8, device=device)) for state in (highest, None))
     for shape in ((6, 4), (2, 5, 7)) if kernel == "skinny_products" else ():
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])

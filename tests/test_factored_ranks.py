@@ -1,5 +1,7 @@
 """Models with factored layers in several processes: their gradients are those of the joint batch, or an error."""
 
+from unittest.mock import patch
+
 import pytest
 import ranks
 import torch
@@ -7,9 +9,10 @@ import torch.distributed as dist
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from sslkern.core import factor_exchange as exchange
 from sslkern.core.factored_gradient import FactoredGradient
-from sslkern.nn import factored_
-from sslkern.optim import LARS, SGD, AdamW
+from sslkern.nn import exchange_factors_, factored_
+from sslkern.optim import LARS, SGD, AdamW, clip_grad_norm_
 
 DOUBLE = torch.float64
 OPTIMIZERS = (
@@ -109,6 +112,64 @@ def check_fully_sharded():
             torch.testing.assert_close(p.full_tensor(), q)
 
 
-@pytest.mark.parametrize("checks", ((check_data_parallel, check_collectives, check_fully_sharded),), ids=("two",))
-def test_two_ranks(checks, tmp_path):
-    ranks.run(2, checks, tmp_path)
+def check_exchange():
+    """Factors, or gradients where factors would be more: as the joint batch in one process, for uneven rows too."""
+    rank, size = dist.get_rank(), dist.get_world_size()
+    rows = {2: [4, 2], 4: [3, 2, 0, 1]}[size]
+
+    def joint_loss(model, x):  # the mean over the ranks of such losses is that of the joint batch
+        return model(x).sin().sum() * size / 6
+
+    for products, compiled in ((100, False), (1e-9, False), (100, True)):
+        for make in OPTIMIZERS[:1] if compiled else OPTIMIZERS:
+            plain, ours = network(), network()
+            with torch.no_grad():
+                for p in ours.parameters():
+                    p.add_(rank)  # all start from the first rank's
+            with patch.dict(exchange._PRODUCTS, cpu=products):
+                model = DistributedDataParallel(exchange_factors_(factored_(ours)))
+                run = torch.compile(model, backend="aot_eager") if compiled else model
+                optimizer, other = make(model.parameters()), make(plain.parameters())
+                for step in range(3):
+                    optimizer.zero_grad()
+                    other.zero_grad()
+                    joint_loss(run, batch(step).split(rows)[rank]).backward()
+                    loss_of(plain, batch(step)).backward()
+                    assert isinstance(ours[0].weight.grad, FactoredGradient) == (products == 100)
+                    norms = [clip_grad_norm_(m.parameters(), 0.1) for m in (model, plain)]
+                    torch.testing.assert_close(*norms)
+                    optimizer.step()
+                    other.step()
+            for p, q in zip(model.parameters(), plain.parameters(), strict=True):
+                torch.testing.assert_close(p, q)
+            every = [torch.empty_like(ours[0].weight) for _ in range(size)]
+            dist.all_gather(every, ours[0].weight.detach())
+            assert all(torch.equal(every[0], theirs) for theirs in every)  # to the last bit
+
+
+def check_exchange_refused():
+    with pytest.raises(ValueError, match=r"^model must have a FactoredLinear, got Linear without one\.$"):
+        exchange_factors_(nn.Linear(2, 3))
+    with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got int\.$"):
+        exchange_factors_(3)
+    with pytest.raises(TypeError, match=r"^group must be None, 'world'"):
+        exchange_factors_(factored_(nn.Linear(2, 3)), 3)
+    layer = exchange_factors_(factored_(nn.Linear(64, 64)))
+    assert exchange_factors_(layer, None).group is None
+
+
+TWO = (check_data_parallel, check_collectives, check_fully_sharded, check_exchange, check_exchange_refused)
+FOUR = (check_exchange,)
+
+
+@pytest.mark.parametrize("size, checks", ((2, TWO), (4, FOUR)), ids=("two", "four"))
+def test_ranks(size, checks, tmp_path):
+    ranks.run(size, checks, tmp_path)
+
+
+def test_rule_of_the_exchange():
+    """Few rows are gathered, many are formed and summed; a GPU weighs products less."""
+    w = torch.empty(8192, 8192, device="meta")
+    with patch.dict(exchange._PRODUCTS, cuda=100):  # a meta tensor counts as one on a GPU
+        assert exchange.gathers((32,) * 4, w, 32) and not exchange.gathers((64,) * 8, w, 64)
+    assert exchange.gathers((64,) * 8, w, 64) and not exchange.gathers((256,) * 64, w, 256)

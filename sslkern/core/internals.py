@@ -143,6 +143,13 @@ def step_of(kind: type[torch.optim.Optimizer]) -> Callable:
     return step.__wrapped__ if getattr(step, "hooked", False) else step
 
 
+def leave_out_of_buckets(model: nn.Module, names: set[str]) -> None:
+    """Let DistributedDataParallel ignore the named parameters of a model that it will wrap, in addition to others that
+    it ignores already. (torch >= 1.7)"""
+    names |= set(getattr(model, "_ddp_params_and_buffers_to_ignore", ()))
+    nn.parallel.DistributedDataParallel._set_params_and_buffers_to_ignore_for_model(model, sorted(names))
+
+
 def hooked(*modules: nn.Module) -> bool:
     """Whether a call of one of the modules runs hooks in addition to its `forward`. (torch >= 2.0)"""
     for m in modules:

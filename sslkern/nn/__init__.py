@@ -3,7 +3,7 @@
 from . import init
 from .batch_norm import BatchNorm1d, BatchNorm2d, BatchNorm3d, BatchNormReLU, SyncBatchNorm, convert_batchnorm
 from .convolution import OrthogonalConv2d
-from .factored import FactoredLinear, factored_
+from .factored import FactoredLinear, exchange_factors_, factored_
 from .modrelu import modReLU, modrelu
 from .orthogonal import OrthogonalLinear, OrthogonalModule, orthogonal_parameters, other_parameters
 from .recurrent import OrthogonalRNN, UnitaryRNN
@@ -23,6 +23,7 @@ __all__ = [
     "UnitaryRNN",
     "Whitening",
     "convert_batchnorm",
+    "exchange_factors_",
     "factored_",
     "init",
     "modReLU",

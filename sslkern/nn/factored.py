@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from typing import TypeVar
 
+import torch
 from torch import Tensor, nn
 
-from ..core import checks
+from ..core import checks, collectives, internals, ranks
+from ..core.ranks import Group
 from ..ops import factored_linear
 
 M = TypeVar("M", bound=nn.Module)
@@ -29,9 +31,12 @@ class FactoredLinear(nn.Linear):
     Under `torch.compile` the factors are copies. Arguments and state_dict are those of torch.nn.Linear.
     """
 
+    group: Group = None  # the ranks over which `exchange_factors_` lets the backward take the mean
+
     def forward(self, input: Tensor) -> Tensor:
         """Map an input (..., in_features) to (..., out_features)."""
-        return factored_linear.linear(input, self.weight, self.bias)
+        peers = None if self.group is None else ranks.peers_of(self.group)
+        return factored_linear.linear(input, self.weight, self.bias, peers=peers)
 
 
 def factored_(module: M, enabled: bool = True) -> M:
@@ -63,3 +68,49 @@ def factored_(module: M, enabled: bool = True) -> M:
     for layer in layers:
         layer.__class__ = new
     return module
+
+
+@torch.no_grad()
+def exchange_factors_(model: M, group: Group = "world") -> M:
+    """Let the factored layers of a model exchange their factors with other ranks in the backward, in place.
+
+    Call it on every rank, on the whole model, before it is wrapped by DistributedDataParallel:
+
+        factored_(model.projector)
+        model = DistributedDataParallel(exchange_factors_(model))
+
+    Each `FactoredLinear` then takes the mean of the ranks' gradients of its weight in its backward, so everything that
+    reads `.grad` sees the gradient of the joint batch. DistributedDataParallel leaves these weights out of its buckets;
+    it keeps the biases and all other parameters. The weights are copied from the first rank. Ranks may have different
+    numbers of rows. `over(group, even=True)` promises that they have not, and saves a small exchange.
+
+    A rank receives (N - n) (p + q) numbers for a weight (q, p), where n of the N rows of the joint batch are its own,
+    and multiplies all N rows in its optimizer. Where this costs more than to form the gradients and to sum them, which
+    takes 2 p q numbers, or where N > min(p, q) / 4, the gradients are formed and summed. Accumulation exchanges each
+    batch, also inside of `no_sync`. The backwards of all ranks must run the same layers in the same order.
+
+    Args:
+        model: a model with a `FactoredLinear`.
+        group: the ranks that hold the batch; see `sslkern.distributed`. None ends the exchange.
+
+    Returns:
+        The model itself.
+
+    Raises:
+        TypeError: model is not a torch.nn.Module, or group is not a group. ValueError: the model has no such layer.
+
+    Source: Xie et al., Distributed machine learning via sufficient factor broadcasting (1511.08486).
+    """
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
+    layers = {name: m for name, m in model.named_modules() if isinstance(m, FactoredLinear)}
+    if not layers:
+        raise ValueError(f"model must have a FactoredLinear, got {type(model).__name__} without one.")
+    peers = ranks.peers_of(group)
+    for layer in layers.values():
+        layer.group = group
+        if peers is not None:
+            layer.weight.copy_(collectives.of_first(layer.weight, peers))
+    if peers is not None:
+        internals.leave_out_of_buckets(model, {f"{name}.weight".lstrip(".") for name in layers})
+    return model

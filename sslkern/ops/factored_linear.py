@@ -11,7 +11,9 @@ from torch import Tensor
 
 from ..core import internals
 from ..core.autograd import Op
-from ..core.dtypes import without_autocast
+from ..core.collectives import Peers
+from ..core.dtypes import short, without_autocast
+from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
 from ..core.factored_gradient import FactoredGradient
 
 _ANY = 1 << 62  # rows
@@ -20,7 +22,7 @@ SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: 
 _library = torch.library.Library("sslkern_factored", "DEF")
 
 
-def _gradient(dy: Tensor, x: Tensor, w: Tensor, most: int) -> Tensor:
+def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
     """The gradient dy' x of w: factors, or formed if there are more rows than `most`."""
     if dy.shape[0] > most:
         return torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(dy.mT @ x)
@@ -28,9 +30,18 @@ def _gradient(dy: Tensor, x: Tensor, w: Tensor, most: int) -> Tensor:
 
 
 # Compilers see one operator. It copies the factors, because a compiled graph uses the memory of its tensors again
-_library.define("gradient(Tensor dy, Tensor x, Tensor w, int most) -> Tensor", tags=(torch.Tag.cudagraph_unsafe,))
-_library.impl("gradient", _gradient, "CompositeExplicitAutograd")
-torch.library.register_fake("sslkern_factored::gradient", lambda dy, x, w, most: torch.empty_like(w), lib=_library)
+for _schema, _function in (
+    ("gradient(Tensor w, Tensor dy, Tensor x, int most) -> Tensor", _gradient),
+    (
+        "mean_gradient(Tensor w, Tensor dy, Tensor x, int most, str name, int size, int rank, str transport, bool even)"
+        " -> Tensor",
+        mean_gradient_by_name,
+    ),
+):
+    _name = _schema.split("(")[0]
+    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
+    _library.impl(_name, _function, "CompositeExplicitAutograd")
+    torch.library.register_fake(f"{_library.ns}::{_name}", lambda w, *_: torch.empty_like(w), lib=_library)
 
 
 def most_rows(w: Tensor) -> int:
@@ -43,7 +54,13 @@ class _Linear(Op):
 
     @staticmethod
     def forward(
-        x: Tensor, w: Tensor, bias: Tensor | None, dtype: torch.dtype | None, orthogonal: bool, wide: bool
+        x: Tensor,
+        w: Tensor,
+        bias: Tensor | None,
+        dtype: torch.dtype | None,
+        orthogonal: bool,
+        wide: bool,
+        peers: Peers | None,
     ) -> tuple[Tensor, Tensor | None]:
         if wide:
             return x @ w, None
@@ -55,7 +72,7 @@ class _Linear(Op):
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
-        x, w, _, _, ctx.orthogonal, ctx.wide = inputs
+        x, w, _, _, ctx.orthogonal, ctx.wide, ctx.peers = inputs
         y, used = output
         if used is not None:
             ctx.mark_non_differentiable(used)
@@ -66,14 +83,14 @@ class _Linear(Op):
     def backward(ctx: Any, dy: Tensor | None, _: None) -> tuple[Any, ...]:
         x, w, used, y = ctx.saved_tensors
         if dy is None:
-            return (None,) * 6
+            return (None,) * 7
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         used = w if used is None and w.dtype == dy.dtype else w.to(dy.dtype) if used is None else used
         with without_autocast(dy):
             dx = dy @ (used.mH if ctx.wide else used.conj()) if need_x or ctx.orthogonal else None
             dw = _weight_gradient(ctx, w, dy, x, y, dx) if need_w else None
             db = _rows(dy).sum(0).to(w.dtype) if need_bias else None
-        return dx.to(x.dtype) if dx is not None and need_x else None, dw, db, None, None, None
+        return dx.to(x.dtype) if dx is not None and need_x else None, dw, db, None, None, None, None
 
 
 def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | None, dx: Tensor | None) -> Tensor:
@@ -85,19 +102,38 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
     most = _ANY if ctx.orthogonal else most_rows(w)
     if torch.is_grad_enabled():  # a graph of this backward is wanted
         return (dy.mT @ x.conj()).to(w.dtype)
+    if ctx.peers is not None:
+        return _mean_gradient(w, dy, x, most, ctx.peers)
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.sslkern_factored.gradient(dy, x.conj(), w, most)
+        compiled: Tensor = torch.ops.sslkern_factored.gradient(w, dy, x.conj(), most)
         return compiled
     if dy.shape[0] > most:
         return (dy.mT @ x.conj()).to(w.dtype)
     return FactoredGradient.of(w, dy, x.conj(), of_y, None if of_dx is None else of_dx.conj(), most)
 
 
+def _mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> Tensor:
+    if not torch.compiler.is_compiling():
+        return mean_gradient(w, dy, x, most, peers)
+    transport = "" if peers.transport is None else short(peers.transport)
+    name, size, rank, _, even = peers
+    mean: Tensor = torch.ops.sslkern_factored.mean_gradient(w, dy, x, most, name, size, rank, transport, even)
+    return mean
+
+
 def _rows(t: Tensor) -> Tensor:
     return t.flatten(0, -2) if t.dim() > 1 else t[None]
 
 
-def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, orthogonal: bool = False, wide: bool = False) -> Tensor:
+def linear(
+    x: Tensor,
+    w: Tensor,
+    bias: Tensor | None = None,
+    *,
+    orthogonal: bool = False,
+    wide: bool = False,
+    peers: Peers | None = None,
+) -> Tensor:
     """The product x W' + b for x (..., p), W (q, p) and b (q,), or x W for W (p, q) with `wide`.
 
     The gradient of W is a `FactoredGradient`, if W is a contiguous leaf tensor of at least 32 bits a number and if this
@@ -105,13 +141,14 @@ def linear(x: Tensor, w: Tensor, bias: Tensor | None = None, *, orthogonal: bool
     `orthogonal`, the factors are never formed for their number, and the output and the gradient of the input are kept
     beside them: optimizers of orthogonal matrices save products by these. Autocast applies as to `F.linear`, but the
     factors are not rounded further: the sum over them is in the dtype of W.
+    With `peers`, the gradient of W is the mean of those of the ranks; see `core.factor_exchange`.
     """
     plain = not (torch.is_grad_enabled() and w.requires_grad and w.is_leaf)
     if plain or internals.transforms_active() or internals.forward_mode():
         return F.linear(x, w.mT if wide else w, bias)
     if w.dtype.itemsize < 4 or not w.is_contiguous():
         return F.linear(x, w.mT if wide else w, bias)
-    return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide)[0]
+    return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 
 
 def _autocast(x: Tensor, w: Tensor) -> torch.dtype | None:

@@ -1,0 +1,60 @@
+"""The mean over ranks of the gradients of a weight, from the factors of each rank.
+
+The gradient of rank r is P_r = dy_r' x_r, for n_r of the N rows of the joint batch. There are two ways to the mean:
+
+    gather    all ranks get all factors. A rank receives (N - n) (p + q) numbers and multiplies N rows, when its
+              optimizer takes the step
+    reduce    each rank forms its P_r, and these are summed. A rank receives 2 (W - 1) / W p q numbers and multiplies n
+              rows
+
+Received numbers and products are weighed by how many products a device can do while it receives a number. For p = q the
+first is chosen up to about N - n = p for few ranks on a GPU, and up to about N - n = 4 `_PRODUCTS` where products are
+what costs. Factors of more rows than the gradient may keep are not gathered.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .agreement import rows_of_all
+from .collectives import Peers, all_reduce, gather_rows
+from .dtypes import without_autocast
+from .factored_gradient import FactoredGradient
+
+_PRODUCTS = {"cpu": 100, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
+
+
+def gathers(counts: tuple[int, ...], w: Tensor, own: int) -> bool:
+    """Whether the factors are gathered, for ranks with so many rows. All ranks decide alike: `own` is the least number
+    of rows of a rank."""
+    q, p = w.shape
+    others = sum(counts) - own
+    products = _PRODUCTS.get(w.device.type, _PRODUCTS["cuda"])
+    gathered = others * (p + q) + others * p * q / products
+    return gathered <= 2 * (len(counts) - 1) / len(counts) * p * q
+
+
+def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> Tensor:
+    """The mean of the gradients dy' x of a weight w (q, p) over the ranks: factored, or formed.
+
+    Ranks may have different numbers of rows N of dy (N, q) and x (N, p). The sum is in the same order on all ranks, so
+    weights that start equal stay equal.
+    """
+    counts = rows_of_all(peers, lambda: (dy,), dim=0)[0][0]
+    if sum(counts) <= most and gathers(counts, w, min(counts)):
+        dy, x = (gather_rows(t, counts, peers, 0) for t in (dy, x))
+        grad = FactoredGradient.of(w, dy, x, most=most)
+        grad.mul_(1 / peers.size)
+        return grad
+    with without_autocast(w):
+        formed = dy.mT.to(w.dtype) @ x.to(w.dtype)
+    return all_reduce(formed, peers.name).div_(peers.size)
+
+
+def mean_gradient_by_name(
+    w: Tensor, dy: Tensor, x: Tensor, most: int, name: str, size: int, rank: int, transport: str, even: bool
+) -> Tensor:
+    """The same, with the fields of the `Peers` as an operator takes them."""
+    dtype = getattr(torch, transport) if transport else None
+    return mean_gradient(w, dy, x, most, Peers(name, size, rank, dtype, even))
