@@ -123,8 +123,8 @@ def _of_outputs(
         return projected_vicreg(x, y, weight, settings, batch)
     dtype = accumulation_dtype(x, weight)
     with without_autocast(x):
-        outputs = [z.to(dtype) @ weight.to(dtype).mT for z in (x, y)]
-    return vicreg_of(*outputs, settings, estimator, batch)
+        a, b = (z.to(dtype) @ weight.to(dtype).mT for z in (x, y))
+    return vicreg_of(a, b, settings, estimator, batch)
 
 
 def _checked(settings: Settings, x: Tensor | None) -> Settings:

@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from ..backend import pick
 from ..core.autograd import Op, first_order, or_zeros
@@ -47,34 +48,27 @@ def projected_vicreg(a: Tensor, b: Tensor, weight: Tensor, settings: Settings, b
     return loss, terms.detach()
 
 
-def _symmetric(x: Tensor, y: Tensor, out: Tensor) -> Tensor:
-    """`out` + X'Y, if it is symmetric. Of the blocks above the diagonal, nothing is computed or read."""
+def _symmetric(x: Tensor, y: Tensor) -> Tensor:
+    """X'Y, if it is symmetric, up to the blocks above its diagonal, which are zeros."""
     p = x.shape[-1]
-    for start in range(0, p, _PANEL):
-        stop = min(start + _PANEL, p)
-        out[start:stop, :stop].addmm_(x[:, start:stop].mT, y[:, :stop])
-    return out
+    bounds = [(start, min(start + _PANEL, p)) for start in range(0, p, _PANEL)]
+    blocks = [x[:, start:stop].mT @ y[:, :stop] for start, stop in bounds]
+    return torch.cat([F.pad(block, (0, p - block.shape[-1])) for block in blocks])
 
 
 def _mirrored(lower: Tensor) -> Tensor:
     return lower.tril() + lower.tril(-1).mT
 
 
-def _gram(z: Tensor, mean: Tensor | None, other: Tensor | None = None) -> Tensor:
-    """Z'Z in float64, for Z minus its mean or minus another matrix, by blocks of rows, which stay in cache."""
-    n, p = z.shape
-    out = z.new_zeros(p, p, dtype=torch.float64)
-    rows = z.new_empty(min(n, _ROWS), p, dtype=torch.float64)
-    for start in range(0, n, _ROWS):
-        stop = min(start + _ROWS, n)
-        block = rows[: stop - start]
-        block.copy_(z[start:stop])
-        if mean is not None:
-            block -= mean
-        if other is not None:
-            block -= other[start:stop]
-        _symmetric(block, block, out)
-    return _mirrored(out)
+def _gram(z: Tensor, minus: Tensor | None) -> Tensor:
+    """(Z - M)'(Z - M) in float64, by blocks of rows, for M of one row or of the rows of Z."""
+    parts = []
+    for start in range(0, max(z.shape[0], 1), _ROWS):
+        rows = z[start : start + _ROWS].double()
+        if minus is not None:
+            rows = rows - (minus if minus.dim() == 1 else minus[start : start + _ROWS])
+        parts.append(_symmetric(rows, rows))
+    return _mirrored(sum(parts[1:], parts[0]))
 
 
 def _times(z: Tensor, mean: Tensor | None, matrix: Tensor) -> Tensor:
@@ -84,10 +78,9 @@ def _times(z: Tensor, mean: Tensor | None, matrix: Tensor) -> Tensor:
     machine. They multiply M with zeros on its diagonal by 4 / (n - 1), and add the diagonal times 2 / (n - 1).
     """
     (n, p), dtype = z.shape, z.dtype
-    centre = z.new_zeros(2, p)
-    if mean is not None:
-        centre[0] = mean
-        centre[1] = mean - centre[0]
+    mean = matrix.new_zeros(p) if mean is None else mean
+    high = mean.to(dtype)
+    centre = torch.stack([high, (mean - high).to(dtype)])
     if n < 2:  # a rank may have no rows
         return (z - centre[0] - centre[1]) @ matrix.to(dtype)
     diagonal = matrix.diagonal()
@@ -100,11 +93,8 @@ def _times(z: Tensor, mean: Tensor | None, matrix: Tensor) -> Tensor:
 def _lengths(w: Tensor, factor: Tensor) -> Tensor:
     """The squared lengths of the rows of W L, for a lower triangular L."""
     p = w.shape[-1]
-    total = w.new_zeros(w.shape[0])
-    for start in range(0, p, _PANEL):
-        stop = min(start + _PANEL, p)
-        total += (w[:, start:] @ factor[start:, start:stop]).square_().sum(-1)
-    return total
+    parts = [w[:, start:] @ factor[start:, start : start + _PANEL] for start in range(0, p, _PANEL)]
+    return sum(part.square().sum(-1) for part in parts)
 
 
 def _factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
@@ -119,7 +109,7 @@ def _factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
 
 def _weighed(w: Tensor, weights: Tensor) -> Tensor:
     """W' diag(weights) W."""
-    return _mirrored(_symmetric(w, weights[:, None] * w, w.new_zeros(w.shape[-1], w.shape[-1])))
+    return _mirrored(_symmetric(w, weights[:, None] * w))
 
 
 class _Grams(Op):
@@ -129,7 +119,7 @@ class _Grams(Op):
     @staticmethod
     def forward(a: Tensor, b: Tensor, mean_a: Tensor, mean_b: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(a):
-            return torch.stack([_gram(a, mean_a), _gram(b, mean_b)]), _gram(a, None, b)
+            return torch.stack([_gram(a, mean_a), _gram(b, mean_b)]), _gram(a, b)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -145,7 +135,7 @@ class _Grams(Op):
             for k, (z, sign) in enumerate(((a, 1), (b, -1))):
                 if ctx.needs_input_grad[k]:
                     matrix = of_views[k] + of_views[k].mT
-                    grads[k] = _times(z, means[k], matrix).add_(pull, alpha=sign)
+                    grads[k] = torch.add(_times(z, means[k], matrix), pull, alpha=sign)
         return *grads, None, None
 
 
@@ -190,5 +180,5 @@ class _Projected(Op):
                 matrix = (2 * scale * (products @ covariances)).sum(0) + 2 * of_squares * difference
                 grad_w = _times(w, None, matrix)
                 for each, covariance in zip(of_variance.unbind(), covariances.unbind(), strict=True):
-                    grad_w.addcmul_(_times(w, None, covariance), each[:, None], value=2)
+                    grad_w = torch.addcmul(grad_w, _times(w, None, covariance), each[:, None], value=2)
         return grad_covariances, grad_difference, grad_w
