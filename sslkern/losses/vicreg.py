@@ -7,8 +7,10 @@ from typing import get_args
 from torch import Tensor, nn
 
 from ..core import checks, ranks
-from ..core.ranks import Group
+from ..core.dtypes import accumulation_dtype, without_autocast
+from ..core.ranks import Batch, Group
 from ..ops.covariance import Estimator, check_view, least_rows
+from ..ops.projected_vicreg import projected_vicreg, takes_narrow
 from ..ops.vicreg import Settings, vicreg_of
 from ._pairs import shown
 from ._positions import Positions, check_positions, over_slices, to_stack
@@ -21,6 +23,7 @@ def vicreg_loss(
     std_coeff: float | Tensor = 25.0,
     cov_coeff: float | Tensor = 1.0,
     *,
+    weight: Tensor | None = None,
     gamma: float | Tensor = 1.0,
     eps: float | Tensor = 1e-4,
     estimator: Estimator = "plugin",
@@ -42,12 +45,21 @@ def vicreg_loss(
     The variances are unbiased, and C(z) = Zc'Zc / (N - 1), where Zc is the centred z. The default coefficients are the
     values in the paper.
 
+    With `weight`, the loss is that of the views a W' and b W', where W (D, p) is the weight of the projector's last
+    linear layer, and a and b have p columns. The layer then belongs to the loss: pass its inputs. If p < min(N, D) / 2,
+    views of two dimensions and the plug-in estimator need neither the N x D outputs nor a D x D matrix, only p x p
+    matrices, in forward and backward; otherwise, the outputs are formed. The value does not depend on it. A bias of the
+    layer would cancel in all three terms, so there is no argument for it.
+
     Args:
         a, b: the two views, (N, D), or with more dimensions, such as (B, T, D), or (B, C, H, W) with dim=1. Both have
             the same shape, dtype and device; float32, bfloat16, float16 or float64; any strides.
         sim_coeff, std_coeff, cov_coeff, gamma, eps: finite numbers, with eps >= 0, or floating-point tensors with one
             element on the device of the views. Tensors get a gradient. `gamma` has the units of `a`, and `eps` has the
             units of the variance.
+        weight: None, or the weight (D, p) of the last linear layer, as `torch.nn.Linear` has it, in any of these dtypes
+            and on the device of the views. It gets a gradient. With a group, all ranks must have the same weight, and
+            the mean of its gradients over the ranks is that of the joint batch.
         estimator: "plugin" uses the formula above. "unbiased" uses the U-statistic of the covariance term, which is
             unbiased at any batch size and needs N >= 4. The gradient of this term, averaged over micro-batches of 16,
             then has the same expectation as its gradient for a large batch.
@@ -78,15 +90,41 @@ def vicreg_loss(
         checks.same("a", x, "b", y)
         if not (checks.numbers(*settings) and settings[-1] >= 0):
             settings = _checked(settings, x)
+        if weight is not None:
+            _check_weight(weight, x)
         return x, y
 
     batch, (x, y) = ranks.batch(group, least_rows(estimator), check)
-    loss, terms = vicreg_of(x, y, settings, estimator, batch)
+    if weight is None:
+        loss, terms = vicreg_of(x, y, settings, estimator, batch)
+    else:
+        loss, terms = _of_outputs(x, y, weight, settings, estimator, batch)
     loss = over_slices(loss)
     if not return_terms:
         return loss
     invariance, variance, covariance = terms.reshape(-1, 3).mean(0).unbind()
     return loss, {"invariance": invariance, "variance": variance, "covariance": covariance}
+
+
+def _check_weight(weight: Tensor, x: Tensor) -> None:
+    checks.matrix("weight", weight)
+    if weight.shape[-1] != x.shape[-1]:
+        raise ValueError(
+            f"weight must have shape (D, {x.shape[-1]}), with the columns of the views, got {tuple(weight.shape)}."
+        )
+    checks.beside("weight", weight, "a", x)
+
+
+def _of_outputs(
+    x: Tensor, y: Tensor, weight: Tensor, settings: Settings, estimator: str, batch: Batch
+) -> tuple[Tensor, Tensor]:
+    """`vicreg_of` the outputs of a linear layer, which are formed only if that takes less work."""
+    if x.dim() == 2 and estimator == "plugin" and takes_narrow(batch.count(x.shape[0]), *weight.shape[::-1]):
+        return projected_vicreg(x, y, weight, settings, batch)
+    dtype = accumulation_dtype(x, weight)
+    with without_autocast(x):
+        a, b = (z.to(dtype) @ weight.to(dtype).mT for z in (x, y))
+    return vicreg_of(a, b, settings, estimator, batch)
 
 
 def _checked(settings: Settings, x: Tensor | None) -> Settings:
@@ -98,7 +136,7 @@ def _checked(settings: Settings, x: Tensor | None) -> Settings:
 
 
 class VICRegLoss(nn.Module):
-    """`vicreg_loss` as a module, which stores only the settings."""
+    """`vicreg_loss` as a module, which stores only the settings. The call takes `weight` beside the views."""
 
     def __init__(
         self,
@@ -124,13 +162,14 @@ class VICRegLoss(nn.Module):
         self.dim, self.batch_dim, self.positions = dim, batch_dim, positions
         self.group = group
 
-    def forward(self, a: Tensor, b: Tensor, return_terms: bool = False):
+    def forward(self, a: Tensor, b: Tensor, return_terms: bool = False, weight: Tensor | None = None):
         return vicreg_loss(
             a,
             b,
             self.sim_coeff,
             self.std_coeff,
             self.cov_coeff,
+            weight=weight,
             gamma=self.gamma,
             eps=self.eps,
             estimator=self.estimator,
