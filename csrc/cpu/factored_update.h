@@ -1,0 +1,99 @@
+// A weight W (q, p) and its optimizer state, moved by P = dy' x in one pass. A strip of P is computed by register tiles
+// from packed factors and lives in cache only; the state is read, moved and written right after it.
+#pragma once
+
+#include <vector>
+
+#include "columns.h"
+#include "tiles.h"
+
+namespace sslkern {
+
+constexpr int64_t kDepth = 256;            // rows of the batch per product
+constexpr int64_t kGroup = 128;            // columns whose state is moved at a time
+constexpr int64_t kFactorBlock = 1 << 16;  // numbers of the packed x that stay in L2
+constexpr int kSlots = 4;                  // W and at most three tensors of state
+
+// Row-major pointers to W and its state, null where there is none.
+template <class T>
+struct Slots {
+  T* at[kSlots] = {};
+
+  Slots moved(int64_t offset) const {
+    Slots to;
+    for (int s = 0; s < kSlots; ++s) to.at[s] = at[s] == nullptr ? nullptr : at[s] + offset;
+    return to;
+  }
+};
+
+// m <- a m + b P + c w, then w <- d w + e m + f P
+template <bool HasM, class T>
+SSLKERN_INLINE double momentum_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
+  T *const w = slots.at[0], *const m = slots.at[1];
+  const T a = k[0], b = k[1], c = k[2], d = k[3], e = k[4], f = k[5];
+  double square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t j = 0; j < n; ++j) {
+    T moved = d * w[j] + f * product[j];
+    if constexpr (HasM) {
+      m[j] = a * m[j] + b * product[j] + c * w[j];
+      moved += e * m[j];
+    }
+    w[j] = moved;
+    square += static_cast<double>(moved) * static_cast<double>(moved);
+  }
+  return square;
+}
+
+// m <- m + (1 - beta1) (g - m), v <- beta2 v + (1 - beta2) g^2, w <- d w - step m / (sqrt(u) r + eps)
+template <bool HasHighest, class T>
+SSLKERN_INLINE double adam_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
+  T *const w = slots.at[0], *const m = slots.at[1], *const v = slots.at[2], *const highest = slots.at[3];
+  const T s = k[0], one_beta1 = k[1], beta2 = k[2], one_beta2 = k[3], d = k[4], step = k[5], r = k[6], eps = k[7];
+  double square = 0;
+#pragma omp simd reduction(+ : square)
+  for (int64_t j = 0; j < n; ++j) {
+    const T g = s * product[j], mean = m[j] + one_beta1 * (g - m[j]), second = beta2 * v[j] + one_beta2 * (g * g);
+    T u = second;
+    m[j] = mean;
+    v[j] = second;
+    if constexpr (HasHighest) {
+      const T old = highest[j];
+      u = second > old || second != second ? second : old;  // NaN if either is
+      highest[j] = u;
+    }
+    const T moved = d * w[j] - step * mean / (std::sqrt(u) * r + eps);
+    w[j] = moved;
+    square += static_cast<double>(moved) * static_cast<double>(moved);
+  }
+  return square;
+}
+
+// Moves `rows` rows of W and its state, (rows, n) with row stride ld, by the product (rows, n) with row stride
+// product_ld. Returns the squared norm of what is written to W.
+#define SSLKERN_KERNELS(T)                                                                                         \
+  SSLKERN_CLONES static double move_momentum(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld, \
+                                             int64_t rows, int64_t n, const T* k) {                                \
+    double square = 0;                                                                                             \
+    for (int64_t i = 0; i < rows; ++i) {                                                                           \
+      const Slots<T> row = at.moved(i * ld);                                                                       \
+      const T* from = product + i * product_ld;                                                                    \
+      square += at.at[1] != nullptr ? momentum_row<true>(row, from, n, k) : momentum_row<false>(row, from, n, k);  \
+    }                                                                                                              \
+    return square;                                                                                                 \
+  }                                                                                                                \
+  SSLKERN_CLONES static double move_adam(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,     \
+                                         int64_t rows, int64_t n, const T* k) {                                    \
+    double square = 0;                                                                                             \
+    for (int64_t i = 0; i < rows; ++i) {                                                                           \
+      const Slots<T> row = at.moved(i * ld);                                                                       \
+      const T* from = product + i * product_ld;                                                                    \
+      square += at.at[3] != nullptr ? adam_row<true>(row, from, n, k) : adam_row<false>(row, from, n, k);          \
+    }                                                                                                              \
+    return square;                                                                                                 \
+  }
+SSLKERN_KERNELS(float)
+SSLKERN_KERNELS(double)
+#undef SSLKERN_KERNELS
+
+}  // namespace sslkern
