@@ -34,7 +34,7 @@ def samples(kernel, dtype, device):
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
-    yield from factored_samples(kernel, device) if kernel.startswith("factored_") and dtype == torch.float32 else ()
+    yield from factored_samples(kernel, dtype, device) if kernel.startswith("factored_") else ()
     yield from turned_samples(kernel, dtype, device) if kernel.startswith("characteristic_") else ()
     yield from low_rank_samples(device) if kernel == "low_rank_residual" and dtype == torch.float32 else ()
     yield from contrastive_samples(device) if kernel == "contrastive_fwd" and dtype == torch.float32 else ()
@@ -61,11 +61,11 @@ def samples(kernel, dtype, device):
                 yield (a, b, *settings) if kernel.endswith("_fwd") else (*backward, *next(turn))
 
 
-def factored_samples(kernel, device):
-    """Of factors in the dtype of the weight and in 16 bits, with and without the state that may be missing."""
-    for n, factors, whole in ((3, torch.float32, True), (4, torch.bfloat16, False)):
+def factored_samples(kernel, dtype, device):
+    """Of a weight in fp32 and factors in this dtype, with and without the state that may be missing."""
+    for n, whole in ((3, True), (4, False)):
         w, m, v, highest = (torch.rand(6, 5, device=device) for _ in range(4))
-        dy, x = (torch.randn(n, columns, device=device).to(factors) for columns in (6, 5))
+        dy, x = (torch.randn(n, columns, device=device).to(dtype) for columns in (6, 5))
         coefficients = torch.full((6 if kernel == "factored_momentum_" else 8,), 0.5, device=device)
         moments = (m if whole else None,) if kernel == "factored_momentum_" else (m, v, highest if whole else None)
         yield w, *moments, dy, x, coefficients

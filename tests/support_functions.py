@@ -362,8 +362,9 @@ STEP = (0.9, 0.7, 0.01, 0.99, -0.1, 0.02)
 
 
 def factored_update(w: Tensor, m: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-    k = torch.tensor(STEP, dtype=w.dtype, device=w.device)
-    return ops.factored_update_(w, (m,), dy, x, k), w, m
+    k = torch.stack([w.new_full((), c) for c in STEP])
+    w, m = (t.clone() if t.is_contiguous() else t for t in (w, m))  # what is refused must reach it
+    return ops.factored_update_(w, (m,), dy, x, k).to(w.dtype), w, m
 
 
 add_op(
