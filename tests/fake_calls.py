@@ -130,6 +130,16 @@ for momentum in ("number", "tensor"):
 for retraction in ("tangent", "direct", "cayley"):
     call = lambda u, a, b, r=retraction: ops.rank_k_update_(u, a, b, r)  # noqa: E731
     add(f"rank_k_update_ ({retraction}, complex)", call, *COMPLEX, grad=False)
+WEIGHT = Leaf((D, 4))
+for count in (0, 2, 3):
+
+    def updated(w, *rest, count=count):
+        *state, dy, x = rest
+        k = w.new_full((8 if count else 6,), 0.5)
+        return ops.factored_update_(w, state, dy, x, k, "adam" if count else "momentum"), w, *state
+
+    leaves = WEIGHT, *[Leaf((D, 4), "variance")] * count, A, Leaf((ROWS, 4))
+    add(f"factored_update_ ({count} of the state)", updated, *leaves, grad=False)
 add("skinny_products (right)", lambda x, r: ops.skinny_products(x, r)[0], A, Leaf((D, 2)), grad=False)
 add("skinny_products (complex)", ops.skinny_products, *COMPLEX, grad=False)
 

@@ -30,17 +30,11 @@ def samples(kernel, dtype, device):
             u, a = (torch.randn(*shape[:-1], p, device=device, dtype=kind) for p in (shape[-1], 2))
             b = torch.randn(*shape[:-2], shape[-1], 2, device=device, dtype=kind)
             yield from ((torch.linalg.qr(u)[0].contiguous(), a, b, retraction) for retraction in (1, 2))
-    for n in (3, 0) if kernel.startswith("factored_") and dtype == torch.float32 else ():
-        w, m, v, highest = torch.rand(4, 6, 5, device=device).unbind()
-        dy, x = (torch.randn(n, side, device=device) for side in w.shape)
-        if kernel == "factored_momentum_":
-            yield from ((w, state, dy, x, torch.rand(6, device=device)) for state in (m, None))
-        else:
-            yield from ((w, m, v, state, dy, x, torch.rand(8, device=device)) for state in (highest, None))
     for shape in ((6, 4), (2, 5, 7)) if kernel == "skinny_products" else ():
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
+    yield from factored_samples(kernel, dtype, device) if kernel.startswith("factored_") else ()
     yield from turned_samples(kernel, dtype, device) if kernel.startswith("characteristic_") else ()
     yield from low_rank_samples(device) if kernel == "low_rank_residual" and dtype == torch.float32 else ()
     yield from contrastive_samples(device) if kernel == "contrastive_fwd" and dtype == torch.float32 else ()
@@ -65,6 +59,16 @@ def samples(kernel, dtype, device):
                 loss, _, *saved = reference.vicreg_fwd(a, b, *settings)
                 backward = (loss, a, b, *saved, *settings)
                 yield (a, b, *settings) if kernel.endswith("_fwd") else (*backward, *next(turn))
+
+
+def factored_samples(kernel, dtype, device):
+    """Of a weight in fp32 and factors in this dtype, with and without the state that may be missing."""
+    for n, whole in ((3, True), (4, False)):
+        w, m, v, highest = (torch.rand(6, 5, device=device) for _ in range(4))
+        dy, x = (torch.randn(n, columns, device=device).to(dtype) for columns in (6, 5))
+        coefficients = torch.full((6 if kernel == "factored_momentum_" else 8,), 0.5, device=device)
+        moments = (m if whole else None,) if kernel == "factored_momentum_" else (m, v, highest if whole else None)
+        yield w, *moments, dy, x, coefficients
 
 
 def turned_samples(kernel, dtype, device):

@@ -131,6 +131,24 @@ REASONS = [
     Reason(REFUSED, "vmapped", "TiCoLoss", "all slices would update the same `covariance`"),
     Reason(
         REFUSED,
+        "strided, expanded",
+        "factored_update_",
+        "the weight and its state are written in place, and must be contiguous; the factors may have any strides",
+    ),
+    Reason(
+        REFUSED,
+        "stack, vmapped",
+        "factored_update_",
+        "moves the weight of one layer, which is a matrix",
+    ),
+    Reason(
+        REFUSED,
+        "bf16, fp16",
+        "factored_update_",
+        "the weight and its state must be float32 or float64; the factors may be bfloat16 or float16",
+    ),
+    Reason(
+        REFUSED,
         "expanded",
         "init.*",
         "the tensor is written in place, but several elements of an expanded tensor share one address",

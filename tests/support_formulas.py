@@ -73,6 +73,13 @@ def cp_residual(m: Tensor, u: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return F.huber_loss(torch.einsum("ir,jr,kr->ijk", u, v, w), m, reduction="sum")
 
 
+def factored_update(w: Tensor, m: Tensor, dy: Tensor, x: Tensor, coefficients: tuple[float, ...]) -> tuple[Tensor, ...]:
+    a, b, c, d, e, f = coefficients
+    m = a * m + b * dy.T @ x + c * w
+    w = d * w + e * m + f * dy.T @ x
+    return w.square().sum(), w, m
+
+
 def cross_correlation(a: Tensor, b: Tensor, eps=1e-5) -> tuple[Tensor, Tensor]:
     a, b = ((z - z.mean(0)) / (z.var(0, correction=0) + eps).sqrt() for z in (a, b))
     c = a.T @ b / len(a)

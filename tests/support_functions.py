@@ -358,6 +358,25 @@ for retraction, leaves in (("direct", TALL), ("tangent", MOVED), ("cayley", TALL
     formula = getattr(plain, retraction)
     call = partial(ops.rank_k_update_, retraction=retraction)
     add_op(ops.rank_k_update_, formula, *leaves, setting=retraction, call=call, **IN_PLACE)
+STEP = (0.9, 0.7, 0.01, 0.99, -0.1, 0.02)
+
+
+def factored_update(w: Tensor, m: Tensor, dy: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+    k = torch.stack([w.new_full((), c) for c in STEP])
+    w, m = (t.clone() if t.is_contiguous() else t for t in (w, m))  # what is refused must reach it
+    return ops.factored_update_(w, (m,), dy, x, k).to(w.dtype), w, m
+
+
+add_op(
+    ops.factored_update_,
+    partial(plain.factored_update, coefficients=STEP),
+    Leaf((D, 4)),
+    Leaf((D, 4)),
+    A,
+    Leaf((ROWS, 4)),
+    call=factored_update,
+    **{**IN_PLACE, "more": None},
+)
 add_op(
     ops.skinny_products,
     lambda x, right, left: (x @ right, x.mH @ left),

@@ -292,7 +292,6 @@ HELD = {  # public names that compute nothing on tensors, and where they are tes
     "OrthogonalModule": "a base class",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",
-    "factored_update_": "moves a weight and its state, in test_factored_update",
     "exchange_factors_": "names the ranks of layers, in test_factored_ranks",
     "factored_": "switches layers, in test_factored_linear",
     "SGD": "an optimizer, in test_factored_optimizers",

@@ -28,8 +28,8 @@ class Panels {
   void write(int64_t first, int64_t last) const {
     std::vector<T> scratch;
     int64_t ld = 0;
-    for (int64_t t0 = first; t0 < last; t0 += kGroup / kTile) {
-      const int64_t t1 = std::min(last, t0 + kGroup / kTile), j0 = t0 * kTile, j1 = std::min(from_.cols, t1 * kTile);
+    for (int64_t t0 = first; t0 < last; t0 += kPacked / kTile) {
+      const int64_t t1 = std::min(last, t0 + kPacked / kTile), j0 = t0 * kTile, j1 = std::min(from_.cols, t1 * kTile);
       for (int64_t k0 = 0; k0 < from_.rows; k0 += kDepth) {
         const int64_t k1 = std::min(from_.rows, k0 + kDepth);
         const T* x = tile(from_, k0, k1, j0, j1, scratch, ld);
@@ -57,8 +57,8 @@ class FactoredUpdate {
         left_(dy, w),
         right_(x, w),
         height_(depth_ <= kDepth ? kTile : kDepth / 2),
-        width_(std::clamp(kFactorBlock / std::clamp<int64_t>(depth_, 1, kDepth) / kGroup * kGroup, kGroup,
-                          round_up(p_, kGroup))) {}
+        width_(std::min(round_up(p_, kTile),
+                        std::min(kWidth, kFactorBlock / std::clamp<int64_t>(depth_, 1, kDepth) / kTile * kTile))) {}
 
   // The squared norm of the new W.
   double run() const {
@@ -91,30 +91,17 @@ class FactoredUpdate {
       for (int64_t i = 0; i < rows; i += kTile)
         for (int64_t j = 0; j < cols; j += kTile) add(i0 + i, j0 + j, k0, kDepth, sums + i * width_ + j);
     double square = 0;
-    for (int64_t i = 0; i < rows; i += kTile)
-      for (int64_t g = 0; g < cols; g += kGroup) {
-        const int64_t n = std::min(kGroup, cols - g), height = std::min(kTile, rows - i);
-        for (int64_t j = g; j < g + n; j += kTile) {
-          g + kGroup < cols ? fetch(i0 + i, j0 + j + kGroup) : fetch(i0 + i + kTile, j0 + j - g);
-          add(i0 + i, j0 + j, k0, depth_ - k0, sums + i * width_ + j);
-        }
-        square += move_(slots_.moved((i0 + i) * p_ + j0 + g), p_, sums + i * width_ + g, width_, height, n, k_);
-      }
+    for (int64_t i = 0; i < rows; i += kTile) {
+      for (int64_t j = 0; j < cols; j += kTile) add(i0 + i, j0 + j, k0, depth_ - k0, sums + i * width_ + j);
+      square +=
+          move_(slots_.moved((i0 + i) * p_ + j0), p_, sums + i * width_, width_, std::min(kTile, rows - i), cols, k_);
+    }
     return square;
   }
 
   // Writes or adds a tile of the product of rows k0 ... of the factors.
   void add(int64_t i, int64_t j, int64_t k0, int64_t depth, T* to) const {
     product_(left_.at(i / kTile, k0), 1, kTile, right_.at(j / kTile, k0), depth, to, width_, k0 > 0);
-  }
-
-  // Prefetches a tile of W and its state.
-  SSLKERN_INLINE void fetch(int64_t i0, int64_t j) const {
-    if (j >= p_) return;
-    for (int64_t i = i0; i < std::min(q_, i0 + kTile); ++i)
-      for (const T* const memory : slots_.at)
-        if (memory != nullptr)
-          for (int64_t c = 0; c < kTile; c += 64 / sizeof(T)) __builtin_prefetch(memory + i * p_ + j + c, 0, 2);
   }
 
   const TileProduct<T> product_;

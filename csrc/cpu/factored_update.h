@@ -10,7 +10,8 @@
 namespace sslkern {
 
 constexpr int64_t kDepth = 256;            // rows of the batch per product
-constexpr int64_t kGroup = 128;            // columns whose state is moved at a time
+constexpr int64_t kPacked = 128;           // columns of a factor that are packed at a time
+constexpr int64_t kWidth = 1024;           // columns of a strip, at most
 constexpr int64_t kFactorBlock = 1 << 16;  // numbers of the packed x that stay in L2
 constexpr int kSlots = 4;                  // W and at most three tensors of state
 
