@@ -9,6 +9,7 @@ from . import characteristic_sums as characteristic_sums
 from . import contrastive as contrastive
 from . import covariance as covariance
 from . import cross_correlation as cross_correlation
+from . import factored_update as factored_update
 from . import low_rank_residual as low_rank_residual
 from . import pairwise_reduce as pairwise_reduce
 from . import vicreg as vicreg

@@ -94,6 +94,38 @@ def rotations() -> Iterator[Check]:
         )
 
 
+MOVES = {  # the rule, the coefficients, and how many tensors the state has
+    "momentum": ("momentum", (0.9, 1.0, 0.01, 1.0, -0.1, 0.0), 1),
+    "plain": ("momentum", (0.0, 0.0, 0.0, 0.99, 0.0, -0.1), 0),
+    "adam": ("adam", (0.5, 0.1, 0.99, 0.01, 0.999, 0.03, 1.2, 1e-3), 2),
+    "amsgrad": ("adam", (0.5, 0.1, 0.99, 0.01, 0.999, 0.03, 1.2, 1e-3), 3),
+}
+
+
+def factored() -> Iterator[Check]:
+    """Weights moved by the factors of their gradients; by those of 16 bits, which every precision has as they are."""
+    for (n, q, p), move, short in itertools.product(
+        ((5, 33, 17), (70, 130, 300), (256, 2048, 1024)), MOVES, (None, torch.bfloat16, torch.float16)
+    ):
+        rule, coefficients, size = MOVES[move]
+
+        def call(*given, rule=rule, short=short):
+            w, *state, dy, x, numbers = given
+            w, state = w.clone(), [t.clone() for t in state]
+            if short is not None:
+                dy, x = dy.to(short), x.to(short)
+            with torch.no_grad():
+                square = ops.factored_update_(w, state, dy, x, numbers, rule)
+            return w, *state, square
+
+        def inputs(n=n, q=q, p=p, size=size, coefficients=coefficients):
+            state = [normal(q, p, seed=1), *(normal(q, p, seed=k).square() for k in (2, 3))][:size]
+            return [normal(q, p), *state, normal(n, q) / n**0.5, normal(n, p, seed=1), torch.tensor(coefficients)]
+
+        name = f"factored_update_ {move}{'' if short is None else f' {str(short)[6:]}'}"
+        yield Check(name, (n, q, p), call, inputs, FULL, False, captured=True)
+
+
 def module_check(name: str, module: nn.Module, shape: tuple[int, ...]) -> Check:
     """A layer as a function of input and parameters: a copy of it in their precision, with them in their places."""
     names = [key for key, _ in module.named_parameters()]

@@ -18,6 +18,7 @@ from conftest import available
 
 from bench.gpu import smoke
 from bench.gpu.check import FULL, view
+from bench.gpu.layer_checks import factored
 from bench.gpu.loss_checks import columns, contrastive, low_rank, measures, pair_ops, projections
 from bench.gpu.machine import Device
 from sslkern import backend
@@ -33,7 +34,7 @@ def checks() -> list[smoke.Check]:
     """The smallest of every name, number of dimensions and side of 256 columns, beyond which other kernels run; and
     tall columns, whose partial sums are merged."""
     smallest = {}
-    for group in (columns, pair_ops, low_rank, projections, contrastive, measures):
+    for group in (columns, pair_ops, low_rank, projections, contrastive, measures, factored):
         for check in group():
             if check.tiny:
                 smallest.setdefault((check.name, len(check.shape), check.shape[-1] > 256), check)
