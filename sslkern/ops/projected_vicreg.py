@@ -93,8 +93,8 @@ def _times(z: Tensor, mean: Tensor | None, matrix: Tensor) -> Tensor:
 def _lengths(w: Tensor, factor: Tensor) -> Tensor:
     """The squared lengths of the rows of W L, for a lower triangular L."""
     p = w.shape[-1]
-    parts = [w[:, start:] @ factor[start:, start : start + _PANEL] for start in range(0, p, _PANEL)]
-    return sum(part.square().sum(-1) for part in parts)
+    parts = (w[:, start:] @ factor[start:, start : start + _PANEL] for start in range(0, p, _PANEL))
+    return torch.stack([part.square().sum(-1) for part in parts]).sum(0)
 
 
 def _factor(covariance: Tensor) -> tuple[Tensor, Tensor]:
