@@ -23,6 +23,7 @@ from .sigreg import VIEWS, sigreg_case
 from .sigreg_all import ALL_DIRECTIONS, all_directions_case
 from .steps import RECIPES, step_case
 from .variants import by_reference, compiled, onednn
+from .vicreg_weight import PROJECTED, projected_case
 
 
 def views(n: int, d: int, device: str) -> list[Tensor]:
@@ -154,6 +155,9 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
     for family in ("vicreg", "barlow"):
         for n, d in grid:
             cases.append((f"{family} {n} {d}", lambda f=family, n=n, d=d: loss_case(f, n, d, device)))
+    for shape, note, also in PROJECTED:
+        label = f"vicreg_weight {' '.join(map(str, shape))} {note}"
+        cases.append((label, lambda s=shape, w=note, c=also: projected_case(s, w, c, device)))
     for n, d in ((256, 2048), (256, 8192), (1024, 4096), (4096, 1024)):
         cases.append((f"unbiased {n} {d}", lambda n=n, d=d: unbiased_case(n, d, device)))
     for n, d in ((64, 2048), (256, 1024), (4096, 512)):

@@ -24,6 +24,7 @@ TITLES = {
     "sigreg_all": "SIGReg over all directions, 17 knots, forward + backward (ms)",
     "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
+    "vicreg_weight": "VICReg with the last linear layer inside, `vicreg_loss(a, b, weight=W)`, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
     "moments": "`ops.batch_moments`, forward (ms)",
@@ -121,6 +122,7 @@ ERRORS: Column = (
         _error(row, "grad_error") for row in (c.row("published") or c.row("plug-in"), c.row("sslkern"))
     ),
 )
+NARROW = ("published", "p x p", "sslkern")
 BARLOW = [SHAPE, PUBLISHED, COMPILED, THREE_LINE, OURS, FASTER, FASTER_THAN_BEST, MEMORY, ERRORS]
 COLUMNS: dict[str, list[Column]] = {
     "step": [
@@ -186,6 +188,13 @@ COLUMNS: dict[str, list[Column]] = {
             lambda c: " / ".join(mebibytes(c.row(n)) for n in ("published", "three-line", "sslkern")),
         ),
         ERRORS,
+    ],
+    "vicreg_weight": [
+        ("N, p, D", lambda c: ", ".join(map(str, c.first["shape"]))),
+        *(_note("weight"), PUBLISHED, THREE_LINE, _time("p x p, by autograd", "p x p"), OURS),
+        *(FASTER, FASTER_THAN_BEST, _step_of("p x p")),
+        ("extra MiB, published / p x p / sslkern", lambda c: " / ".join(mebibytes(c.row(n)) for n in NARROW)),
+        ("gradient error, the same", lambda c: " / ".join(_error(c.row(n), "grad_error") for n in NARROW)),
     ],
     "unbiased": [
         SHAPE,
