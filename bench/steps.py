@@ -36,14 +36,14 @@ class IntoMomentum(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w: Tensor, momentum: Tensor, fresh: list[bool]) -> Tensor:
-        ctx.save_for_backward(x, w, momentum)
-        ctx.fresh = fresh
+        ctx.save_for_backward(x, w)
+        ctx.momentum, ctx.fresh = momentum, fresh  # not saved: each view's backward writes to the momentum
         return x @ w.T
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, None, None, None]:
-        x, w, momentum = ctx.saved_tensors
-        torch.addmm(momentum, dy.T, x, beta=MOMENTUM if ctx.fresh[0] else 1.0, out=momentum)
+        x, w = ctx.saved_tensors
+        torch.addmm(ctx.momentum, dy.T, x, beta=MOMENTUM if ctx.fresh[0] else 1.0, out=ctx.momentum)
         ctx.fresh[0] = False  # the second view of the step
         return dy @ w if ctx.needs_input_grad[0] else None, None, None, None
 
@@ -55,7 +55,7 @@ class IntoMomentumLinear(nn.Module):
         self.momentum, self.fresh = torch.zeros_like(layer.weight), [True]
 
     def forward(self, x: Tensor) -> Tensor:
-        y = IntoMomentum.apply(x.requires_grad_(), self.weight.detach(), self.momentum, self.fresh)
+        y = IntoMomentum.apply(x, self.weight, self.momentum, self.fresh)
         return y if self.bias is None else y + self.bias
 
     def step(self, lr: float) -> None:

@@ -220,6 +220,8 @@ def test_what_stays_factored():
     close(other + grad, other + dense)
     close(torch.add(grad, other, alpha=3), dense + 3 * other)
     assert grad.factored
+    for odd in (lambda x: x.div_(0), lambda x: x * torch.inf, lambda x: x / 0.0):
+        close(odd(gradient()[0]), odd(gradient()[1]))
     grad.zero_()
     assert grad.factored and not grad.clone().any() and grad.square() == 0
     assert "formed" in repr(gradient()[0].add_(other))

@@ -100,7 +100,7 @@ def test_float32_is_as_near_to_the_truth(name, cpu_backend):
     assert errors[0] < 2 * errors[1] + 1e-7, errors
 
 
-@pytest.mark.parametrize("name", ("momentum", "adamw", "lars"))
+@pytest.mark.parametrize("name", ("momentum", "adamw", "adamw fused", "lars"))
 def test_what_trainers_do(name, cpu_backend):
     """Accumulation, clipping, a scaler, a scheduler, hooks, a shared and a frozen weight, checkpointing: in one run."""
     results = []
@@ -235,6 +235,20 @@ def test_a_weight_changed_by_hand_has_a_new_norm(cpu_backend):
             with torch.no_grad():
                 model[0].weight.mul_(3)
     assert distance(factored, plain) < 1e-12
+
+
+@pytest.mark.parametrize("name", ("momentum", "adamw", "lars"))
+def test_nothing_moves_if_one_input_was_changed(name):
+    model, optimizer = pair(name)[1]
+    start, x = copy.deepcopy(model.state_dict()), batch(0)
+    hidden = model[:3](x)
+    model[3](hidden).square().sum().backward()
+    with torch.no_grad():
+        hidden.add_(1)
+    with pytest.raises(RuntimeError, match=r"^The input of a factored layer, or the gradient of its output"):
+        optimizer.step()
+    assert all(torch.equal(p, start[key]) for key, p in model.named_parameters()) and not optimizer.state
+    assert isinstance(model[0].weight.grad, FactoredGradient)
 
 
 def test_gradients_by_hand():

@@ -154,7 +154,17 @@ def check_exchange_refused():
         exchange_factors_(3)
     with pytest.raises(TypeError, match=r"^group must be None, 'world'"):
         exchange_factors_(factored_(nn.Linear(2, 3)), 3)
-    layer = exchange_factors_(factored_(nn.Linear(64, 64)))
+    layer, x = exchange_factors_(factored_(nn.Linear(64, 64))), torch.ones(2, 64)
+    for refused in (
+        lambda: torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=True),
+        lambda: torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, x).sum())(layer.weight),
+        lambda: torch.func.functional_call(layer, {"weight": layer.weight * 1}, x),
+        lambda: exchange_factors_(factored_(nn.Linear(64, 64).bfloat16()))(x.bfloat16()),
+    ):
+        with pytest.raises(RuntimeError, match=r"^A layer that exchanges its factors has gradients of the joint batch"):
+            refused()
+    with torch.no_grad():
+        layer(x)
     assert exchange_factors_(layer, None).group is None
 
 
@@ -171,5 +181,5 @@ def test_rule_of_the_exchange():
     """Few rows are gathered, many are formed and summed; a GPU weighs products less."""
     w = torch.empty(8192, 8192, device="meta")
     with patch.dict(exchange._PRODUCTS, cuda=100):  # a meta tensor counts as one on a GPU
-        assert exchange.gathers((32,) * 4, w, 32) and not exchange.gathers((64,) * 8, w, 64)
-    assert exchange.gathers((64,) * 8, w, 64) and not exchange.gathers((256,) * 64, w, 256)
+        assert exchange.gathers((32,) * 4, w) and not exchange.gathers((64,) * 8, w)
+    assert exchange.gathers((64,) * 8, w) and not exchange.gathers((256,) * 64, w)

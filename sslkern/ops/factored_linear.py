@@ -15,10 +15,14 @@ from ..core.collectives import Peers
 from ..core.dtypes import short, without_autocast
 from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
 from ..core.factored_gradient import FactoredGradient
+from ..core.factored_tensor import ANY
 
-_ANY = 1 << 62  # rows
 SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
 
+_ALONE = (
+    "A layer that exchanges its factors has gradients of the joint batch only for a contiguous float32 or float64 "
+    "parameter, without torch.func and create_graph: end the exchange by exchange_factors_(model, None)."
+)
 _library = torch.library.Library("sslkern_factored", "DEF")
 
 
@@ -99,8 +103,10 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
     if ctx.wide:  # the gradient is x^H dy
         dy, x = x.conj(), dy.conj()
         of_y, of_dx = (None if t is None else t.conj() for t in (of_dx, of_y))
-    most = _ANY if ctx.orthogonal else most_rows(w)
+    most = ANY if ctx.orthogonal else most_rows(w)
     if torch.is_grad_enabled():  # a graph of this backward is wanted
+        if ctx.peers is not None:
+            raise RuntimeError(_ALONE)
         return (dy.mT @ x.conj()).to(w.dtype)
     if ctx.peers is not None:
         return _mean_gradient(w, dy, x, most, ctx.peers)
@@ -143,10 +149,11 @@ def linear(
     factors are not rounded further: the sum over them is in the dtype of W.
     With `peers`, the gradient of W is the mean of those of the ranks; see `core.factor_exchange`.
     """
-    plain = not (torch.is_grad_enabled() and w.requires_grad and w.is_leaf)
-    if plain or internals.transforms_active() or internals.forward_mode():
-        return F.linear(x, w.mT if wide else w, bias)
-    if w.dtype.itemsize < 4 or not w.is_contiguous():
+    asked = torch.is_grad_enabled() and w.requires_grad
+    transformed = internals.transforms_active() or internals.forward_mode()
+    if not asked or transformed or not w.is_leaf or w.dtype.itemsize < 4 or not w.is_contiguous():
+        if peers is not None and (asked or transformed):
+            raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 

@@ -11,14 +11,7 @@ from torch import Tensor
 
 from ..core import internals
 from ..core.factored_gradient import FactoredGradient
-
-
-def closure_of(closure: Callable[[], Any] | None) -> Any:
-    """The value of the closure of a step, run with grad, or None."""
-    if closure is None:
-        return None
-    with torch.enable_grad():
-        return closure()
+from ._checked import value_of
 
 
 def usable(p: Tensor, state: dict[str, Any]) -> bool:
@@ -31,28 +24,44 @@ def usable(p: Tensor, state: dict[str, Any]) -> bool:
     return p.is_contiguous() and all(t.is_contiguous() and t.dtype == p.dtype for t in slots)
 
 
-def step(
-    optimizer: torch.optim.Optimizer,
-    kind: type[torch.optim.Optimizer],
-    move: Callable[[dict[str, Any], Tensor, FactoredGradient], None],
-    closure: Callable[[], Any] | None,
-) -> Any:
-    """A step of an optimizer of torch, of the class `kind`, in which `move` updates the parameters with a `usable`
-    gradient."""
-    loss = closure_of(closure)
-    moved: list[tuple[Tensor, FactoredGradient]] = []
-    for group in optimizer.param_groups:
-        for p in group["params"]:
-            if not group["differentiable"] and usable(p, optimizer.state.get(p, {})):
-                move(group, p, p.grad)
-                moved.append((p, p.grad))
+class FactoredSteps(torch.optim.Optimizer):
+    """What an optimizer of torch needs to take factored gradients: `move`, in a class that derives from this one and
+    then from that of torch. Its other parameters take torch's own step."""
+
+    _of_torch: type[torch.optim.Optimizer]
+
+    def move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
+        """Update a parameter whose gradient is `usable`."""
+        raise NotImplementedError
+
+    @property
+    def _step_supports_amp_scaling(self) -> bool:
+        """Whether a GradScaler leaves unscaling to `step`, as torch's fused optimizers ask: here it never does."""
+        return False
+
+    @_step_supports_amp_scaling.setter
+    def _step_supports_amp_scaling(self, _: bool) -> None: ...
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
+        loss = value_of(closure)
+        moving: list[tuple[dict[str, Any], Tensor, FactoredGradient]] = []
+        for group in self.param_groups:
+            for p in group["params"]:
+                if not group["differentiable"] and usable(p, self.state.get(p, {})):
+                    moving.append((group, p, p.grad))
+        for _, _, grad in moving:
+            grad.check()  # before anything moves
+        try:
+            for group, p, grad in moving:
+                self.move(group, p, grad)
                 p.grad = None
-    try:
-        internals.step_of(kind)(optimizer)
-    finally:
-        for p, grad in moved:
-            p.grad = grad
-    return loss
+            internals.step_of(self._of_torch)(self)
+        finally:
+            for _, p, grad in moving:
+                p.grad = grad
+        return loss
 
 
 def coefficients(p: Tensor, numbers: Sequence[float | Tensor]) -> Tensor:

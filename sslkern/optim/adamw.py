@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..ops.factored_update import factored_update_
 from . import _factored_steps as steps
 
 
-class AdamW(torch.optim.AdamW):
+class AdamW(steps.FactoredSteps, torch.optim.AdamW):
     r"""torch.optim.AdamW, which also takes the factored gradients of `sslkern.nn.FactoredLinear`.
 
         m <- beta1 m + (1 - beta1) P              P is the gradient, or its negative with `maximize`
@@ -27,16 +26,10 @@ class AdamW(torch.optim.AdamW):
     Source: Loshchilov and Hutter, Decoupled weight decay regularization (1711.05101).
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._step_supports_amp_scaling = False  # a GradScaler unscales before a fused step too
+    _of_torch = torch.optim.AdamW
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
-        return steps.step(self, torch.optim.AdamW, self._move, closure)
-
-    def _move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
+    def move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
+        """Update a parameter by the factors of its gradient."""
         dy, x, scale = grad.stacked()
         state = self.state[p]
         if not state:

@@ -14,11 +14,12 @@ from ..core.factored_gradient import FactoredGradient
 from ..core.factors import Factors
 from ..ops.factored_update import factored_update_
 from . import _factored_steps as steps
+from ._checked import CheckedOptimizer, check_decay, check_lr, value_of
 
 Filter: TypeAlias = "bool | Callable[[Tensor], bool] | None"
 
 
-class LARS(torch.optim.Optimizer):
+class LARS(CheckedOptimizer):
     r"""Layer-wise adaptive rate scaling, by the rule of the trainers of Barlow Twins and VICReg.
 
         g  <- P + weight_decay W                  P is the gradient
@@ -74,25 +75,31 @@ class LARS(torch.optim.Optimizer):
         super().__setstate__(state)
         self._squares = WeakTensorKeyDictionary()
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The same as in torch.optim.Optimizer. A group that raises an error is not added."""
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    def check(self, group: dict[str, Any]) -> None:
+        """Check the options of a group."""
+        check_lr(group["lr"])
+        check_decay("momentum", group["momentum"])
+        checks.non_negative("weight_decay", group["weight_decay"])
+        checks.positive_number("eta", group["eta"])
+        for name in ("weight_decay_filter", "lars_adaptation_filter"):
+            chosen = group[name]
+            if not (chosen is None or isinstance(chosen, bool) or callable(chosen)):
+                raise TypeError(f"{name} must be None, a bool or a function of a parameter, got {checks.got(chosen)}.")
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
-        loss = steps.closure_of(closure)
+        loss = value_of(closure)
+        grads = [p.grad for group in self.param_groups for p in group["params"] if p.grad is not None]
+        for grad in grads:  # before anything moves
+            if grad.layout != torch.strided:
+                raise RuntimeError(f"LARS does not support sparse gradients, got layout {grad.layout}.")
+            if isinstance(grad, FactoredGradient):
+                grad.check()
         for group in self.param_groups:
             for p in group["params"]:
                 if p.grad is None:
                     continue
-                if p.grad.layout != torch.strided:
-                    raise RuntimeError(f"LARS does not support sparse gradients, got layout {p.grad.layout}.")
                 state = self.state[p]
                 if "mu" not in state:
                     state["mu"] = torch.zeros_like(p)
@@ -162,19 +169,3 @@ def _step(group: dict[str, Any], p: Tensor, mu: Tensor, decay: float, scaled: bo
 
 def _holds(chosen: Filter, p: Tensor) -> bool:
     return p.dim() == 1 if chosen is True else callable(chosen) and bool(chosen(p))
-
-
-def _check(group: dict[str, Any]) -> None:
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}.")
-    if not isinstance(lr, Tensor):
-        checks.non_negative("lr", lr)
-    checks.non_negative("weight_decay", group["weight_decay"])
-    checks.positive_number("eta", group["eta"])
-    momentum = group["momentum"]
-    if isinstance(momentum, bool) or not isinstance(momentum, (int, float)) or not 0 <= momentum < 1:
-        raise ValueError(f"momentum must be a number in [0, 1), got {momentum!r}.")
-    for name in ("weight_decay_filter", "lars_adaptation_filter"):
-        if not (group[name] is None or isinstance(group[name], bool) or callable(group[name])):
-            raise TypeError(f"{name} must be None, a bool or a function of a parameter, got {checks.got(group[name])}.")

@@ -14,6 +14,7 @@ from ..core.dtypes import FULL, HALF
 from ..core.factored_gradient import FactoredGradient
 from ..ops.rank_k_update import Retraction, rank_k_update_
 from . import _layer_factors as layer_factors
+from ._checked import CheckedOptimizer, check_decay, check_lr, value_of
 from .factors import Method, low_rank_factors
 from .moments import AGES, SecondMoment, directions_of
 from .orthogonality import off_orthonormal, reorthogonalize_
@@ -23,7 +24,7 @@ _STACKED = 128 * 128  # matrices with more elements are not stacked: the call ov
 _NEAR = 1e-5  # up to this, an orthogonality error counts as rounding drift
 
 
-class ProjUNN(torch.optim.Optimizer):
+class ProjUNN(CheckedOptimizer):
     r"""An optimizer that keeps the columns of its parameters orthonormal, in O(k n p) per step.
 
         m <- momentum m + g                                 momentum as in torch.optim.SGD; g is the gradient
@@ -122,27 +123,21 @@ class ProjUNN(torch.optim.Optimizer):
         }
         super().__init__(params, defaults)
 
-    def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """The same as in torch.optim.Optimizer. A group that raises an error is not added."""
-        super().add_param_group(param_group)
-        try:
-            _check(self.param_groups[-1])
-        except (TypeError, ValueError):
-            self.param_groups.pop()
-            raise
+    def check(self, group: dict[str, Any]) -> None:
+        """Check the options and the parameters of a group."""
+        _check(group)
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
         """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
-        loss = None
-        if closure is not None:
-            with torch.enable_grad():
-                loss = closure()
+        loss = value_of(closure)
         moving = [[p for p in group["params"] if p.grad is not None] for group in self.param_groups]
         for group, params in zip(self.param_groups, moving, strict=True):
             for p in params:
                 if p.grad.layout != torch.strided:
                     raise RuntimeError(f"ProjUNN does not support sparse gradients, got layout {p.grad.layout}.")
+                if isinstance(p.grad, FactoredGradient):
+                    p.grad.check()
                 self._initialize(group, p)
         for group, params in zip(self.param_groups, moving, strict=True):
             for together in self._stacks(group, params):
@@ -245,15 +240,10 @@ def _formed(p: Tensor) -> Any:
 
 def _check(group: dict[str, Any]) -> None:
     """Check the options and the parameters of a group."""
-    lr = group["lr"]
-    if isinstance(lr, Tensor) and lr.numel() != 1:
-        raise ValueError(f"lr must be a number or a tensor of one element, got shape {tuple(lr.shape)}.")
-    if not isinstance(lr, Tensor):
-        checks.non_negative("lr", lr)
+    check_lr(group["lr"])
     checks.non_negative("eps", group["eps"])
     for name in ("momentum", "beta2"):
-        if isinstance(group[name], bool) or not isinstance(group[name], (int, float)) or not 0 <= group[name] < 1:
-            raise ValueError(f"{name} must be a number in [0, 1), got {group[name]!r}.")
+        check_decay(name, group[name])
     if group["nesterov"] and not group["momentum"]:
         raise ValueError("nesterov=True needs momentum > 0.")
     checks.one_of("retraction", group["retraction"], get_args(Retraction))

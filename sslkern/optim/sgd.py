@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,7 +12,7 @@ from ..ops.factored_update import factored_update_
 from . import _factored_steps as steps
 
 
-class SGD(torch.optim.SGD):
+class SGD(steps.FactoredSteps, torch.optim.SGD):
     r"""torch.optim.SGD, which also takes the factored gradients of `sslkern.nn.FactoredLinear`.
 
         g <- P + weight_decay W                   P is the gradient, or its negative with `maximize`
@@ -28,16 +27,10 @@ class SGD(torch.optim.SGD):
     torch.optim.SGD has it.
     """
 
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self._step_supports_amp_scaling = False  # a GradScaler unscales before a fused step too
+    _of_torch = torch.optim.SGD
 
-    @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """Update all parameters that have a gradient. Return the value of `closure`, run with grad."""
-        return steps.step(self, torch.optim.SGD, self._move, closure)
-
-    def _move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
+    def move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
+        """Update a parameter by the factors of its gradient."""
         dy, x, scale = grad.stacked()
         s = steps.one_number(scale)
         s, lr, decay, momentum = -s if group["maximize"] else s, group["lr"], group["weight_decay"], group["momentum"]

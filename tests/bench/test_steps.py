@@ -1,0 +1,47 @@
+"""The steps that the bench compares do the same."""
+
+import pytest
+import torch
+
+from bench import steps
+from bench.run import _call
+
+
+@pytest.mark.parametrize("recipe", ("small", "small, LARS"))
+def test_all_implementations_have_the_same_gradients_and_leave_the_features(recipe):
+    case = steps.step_case(recipe, "vicreg", 16, (160, 192, 160), "cpu")
+    weights = case.inputs()
+    found = {}
+    for name in case.implementations:
+        for _ in range(2):  # the features have no gradients, whoever ran before
+            for p in weights:
+                p.grad = None
+            _call(case, name, weights)()
+        found[name] = [p.grad.clone() for p in weights]
+        assert getattr(weights[0].grad, "factored", False) == (name == "sslkern")
+        for grad, expected in zip(found[name], found["published"], strict=True):
+            torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
+    for floor in case.floors.values():
+        floor()
+
+
+def test_the_rival_adds_the_gradient_to_the_momentum():
+    """Over two views and two steps, as SGD of torch does."""
+    torch.manual_seed(0)
+    plain = steps.projector_of((6, 8, 5)).double()
+    rival = steps.rival_of(steps.copy.deepcopy(plain))
+    optimizer = torch.optim.SGD(plain.parameters(), lr=0.1, momentum=steps.MOMENTUM)
+    for _ in range(2):
+        views = torch.randn(2, 7, 6, dtype=torch.float64)
+        optimizer.zero_grad()
+        for model in (plain, rival):
+            sum(model(x).sin().sum() for x in views).backward()
+        optimizer.step()
+        for layer in rival:
+            if isinstance(layer, steps.IntoMomentumLinear):
+                layer.step(0.1)
+        rival[3].bias.data.copy_(plain[3].bias)
+        for k in (1,):
+            rival[k].load_state_dict(plain[k].state_dict())
+        for k in (0, 3):
+            torch.testing.assert_close(rival[k].weight, plain[k].weight)
