@@ -94,6 +94,18 @@ def test_gradients_that_are_asked_for():
     assert type(half.weight.grad) is torch.Tensor
 
 
+def test_batched_gradients():
+    """By vmap over the backward, as torch.autograd.functional.jacobian(vectorize=True) takes them."""
+    plain, ours = layers()
+    x = torch.randn(3, 32, dtype=DOUBLE)
+    found = []
+    for layer in (plain, ours):
+        y, vectors = layer(x), torch.randn(4, 3, 40, dtype=DOUBLE, generator=torch.Generator().manual_seed(0))
+        found.append(torch.autograd.grad(y, [layer.weight, layer.bias], vectors, is_grads_batched=True))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_a_dense_use_of_the_same_weight_is_added():
     plain, ours = layers()
     x = torch.randn(3, 32, dtype=DOUBLE)

@@ -82,6 +82,15 @@ def test_private_parts_are_what_they_are_said_to_be():
     assert internals.has_kernel("aten::mm", "CPU") and not internals.has_kernel("aten::mm", "FPGA")
 
 
+def test_batches_of_gradients_are_seen():
+    seen, x = [], torch.zeros(2, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(internals.batched(grad)))
+    y = x * 1
+    torch.autograd.grad(y, x, torch.eye(2), is_grads_batched=True, retain_graph=True)
+    torch.autograd.grad(y, x, torch.ones(2))
+    assert seen == [True, False]
+
+
 def test_whether_a_backward_keeps_its_graph():
     seen = []
     x = torch.zeros(2, requires_grad=True)

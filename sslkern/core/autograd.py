@@ -174,11 +174,18 @@ def vmapped(rule: Callable, namespace: str, name: str, _: Any, *args: Any) -> An
     return internals.call_vmapped(kernel, partial(rule, kernel), *args)
 
 
-def opaque(library: torch.library.Library, schema: str, function: Callable, fake: Callable, rule: Callable) -> Callable:
+def opaque(
+    library: torch.library.Library,
+    schema: str,
+    function: Callable,
+    fake: Callable,
+    rule: Callable,
+    tags: tuple[torch.Tag, ...] = (),
+) -> Callable:
     """Define an operator of a library. Compilers do not trace `function`, such as its loops over blocks: they see one
     operator, with the results of `fake`. `rule` is its vmap rule, for example a result of `stacked`."""
     name = schema.split("(")[0]
-    library.define(schema)
+    library.define(schema, tags=tags)
     library.impl(name, function, "CompositeExplicitAutograd")
     library.impl(name, partial(vmapped, rule, library.ns, name), "FuncTorchBatched", with_keyset=True)
     torch.library.register_fake(f"{library.ns}::{name}", fake, lib=library)

@@ -92,6 +92,12 @@ def while_tracing(function: Callable) -> Callable:
     return function
 
 
+def batched(tensor: Tensor) -> bool:
+    """Whether a tensor is a batch of gradients, as `torch.autograd.grad(is_grads_batched=True)` makes them: by an older
+    vmap than that of torch.func, which `transforms_active` does not see. (torch >= 1.13)"""
+    return "Batched" in torch._C._dispatch_key_set(tensor)
+
+
 def version(tensor: Tensor) -> int:
     """How often a tensor was modified in place. Autograd compares this number to see whether a saved tensor has
     changed. (torch >= 1.0)"""

@@ -3,14 +3,15 @@
 
 from __future__ import annotations
 
-from typing import Any
+from functools import partial
+from typing import Any, NoReturn
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from ..core import internals
-from ..core.autograd import Op
+from ..core.autograd import Op, opaque
 from ..core.collectives import Peers
 from ..core.dtypes import short, without_autocast
 from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
@@ -33,19 +34,20 @@ def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
     return FactoredGradient.of(w, dy.clone(), x.clone(), most=most)
 
 
+def _no_vmap(*_: Any) -> NoReturn:
+    raise NotImplementedError("A compiled factored layer has no batched gradients: differentiate it outside of vmap.")
+
+
 # Compilers see one operator. It copies the factors, because a compiled graph uses the memory of its tensors again
-for _schema, _function in (
-    ("gradient(Tensor w, Tensor dy, Tensor x, int most) -> Tensor", _gradient),
-    (
-        "mean_gradient(Tensor w, Tensor dy, Tensor x, int most, str name, int size, int rank, str transport, bool even)"
-        " -> Tensor",
-        mean_gradient_by_name,
-    ),
-):
-    _name = _schema.split("(")[0]
-    _library.define(_schema, tags=(torch.Tag.cudagraph_unsafe,))
-    _library.impl(_name, _function, "CompositeExplicitAutograd")
-    torch.library.register_fake(f"{_library.ns}::{_name}", lambda w, *_: torch.empty_like(w), lib=_library)
+_define = partial(
+    opaque, _library, fake=lambda w, *_: torch.empty_like(w), rule=_no_vmap, tags=(torch.Tag.cudagraph_unsafe,)
+)
+_compiled_gradient = _define("gradient(Tensor w, Tensor dy, Tensor x, int most) -> Tensor", _gradient)
+_compiled_mean = _define(
+    "mean_gradient(Tensor w, Tensor dy, Tensor x, int most, str name, int size, int rank, str transport, bool even)"
+    " -> Tensor",
+    mean_gradient_by_name,
+)
 
 
 def most_rows(w: Tensor) -> int:
@@ -104,14 +106,15 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
         dy, x = x.conj(), dy.conj()
         of_y, of_dx = (None if t is None else t.conj() for t in (of_dx, of_y))
     most = ANY if ctx.orthogonal else most_rows(w)
-    if torch.is_grad_enabled():  # a graph of this backward is wanted
+    dense = torch.is_grad_enabled() or internals.transforms_active()  # for a derivative of this backward
+    if dense or (not torch.compiler.is_compiling() and internals.batched(dy)):
         if ctx.peers is not None:
             raise RuntimeError(_ALONE)
         return (dy.mT @ x.conj()).to(w.dtype)
     if ctx.peers is not None:
         return _mean_gradient(w, dy, x, most, ctx.peers)
     if torch.compiler.is_compiling():
-        compiled: Tensor = torch.ops.sslkern_factored.gradient(w, dy, x.conj(), most)
+        compiled: Tensor = _compiled_gradient(w, dy, x.conj(), most)
         return compiled
     if dy.shape[0] > most:
         return (dy.mT @ x.conj()).to(w.dtype)
@@ -123,12 +126,12 @@ def _mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) ->
         return mean_gradient(w, dy, x, most, peers)
     transport = "" if peers.transport is None else short(peers.transport)
     name, size, rank, _, even = peers
-    mean: Tensor = torch.ops.sslkern_factored.mean_gradient(w, dy, x, most, name, size, rank, transport, even)
+    mean: Tensor = _compiled_mean(w, dy, x, most, name, size, rank, transport, even)
     return mean
 
 
 def _rows(t: Tensor) -> Tensor:
-    return t.flatten(0, -2) if t.dim() > 1 else t[None]
+    return t.reshape(-1, t.shape[-1]) if t.numel() else t.new_empty(0, t.shape[-1])
 
 
 def linear(
