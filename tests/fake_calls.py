@@ -232,6 +232,45 @@ add("low_rank_factors (samples)", lambda g: optim.low_rank_factors(g, 2, "column
 add("linear_factors (warm)", lambda y, x, r: optim.linear_factors(y, x, 2, r), A, B, SMALL, grad=False)
 add("reorthogonalize_ (directions)", lambda u: optim.reorthogonalize_(u, 2), SQUARE, grad=False)
 
+# steps by gradients that are factors
+
+
+def trained(kind: Callable, rows: int | None = None, clip: bool = False, formed: bool = False, **settings: Any) -> Any:
+    """A call that makes two steps of a factored layer."""
+
+    def call(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
+        layer = layers.factored_(nn.Linear(*w.shape, device=w.device, dtype=w.dtype))
+        layer.weight = nn.Parameter(w.detach())
+        on_device = {"capturable": w.is_cuda} if kind is optim.AdamW else {}  # otherwise torch's own reads numbers
+        optimizer = kind(layer.parameters(), lr=0.1, **settings, **on_device)
+        for _ in range(2):
+            optimizer.zero_grad()
+            layer(x[:rows]).square().sum().backward()
+            if clip:
+                optim.clip_grad_norm_(layer.parameters(), 1.0)
+            if formed:
+                optim.materialize_grads_(layer.parameters())
+            optimizer.step()
+        return tuple(p.detach() for p in layer.parameters())
+
+    return call
+
+
+FEW = 1  # rows, of which the gradient stays factored
+for name, kind, settings in (
+    ("SGD", optim.SGD, {}),
+    ("SGD (momentum)", optim.SGD, {"momentum": 0.9, "nesterov": True, "weight_decay": 0.1}),
+    ("SGD (clipped)", optim.SGD, {"momentum": 0.9, "clip": True}),
+    ("SGD (materialize_grads_)", optim.SGD, {"momentum": 0.9, "formed": True}),
+    ("SGD (formed)", optim.SGD, {"momentum": 0.9, "rows": None}),
+    ("LARS", optim.LARS, {"momentum": 0.9, "weight_decay": 0.1}),
+    ("AdamW", optim.AdamW, {}),
+):
+    add(name, trained(kind, **{"rows": FEW, **settings}), Leaf((D, D)), A, grad=False)
+add("clip_grad_norm_", trained(optim.LARS, FEW, clip=True), Leaf((D, D)), A, grad=False)
+add("factored_", trained(optim.AdamW, FEW, clip=True), Leaf((D, D)), A, grad=False)
+add("materialize_grads_", trained(optim.LARS, FEW, formed=True), Leaf((D, D)), A, grad=False)
+
 # layers that are made on the device
 
 

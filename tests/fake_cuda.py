@@ -161,6 +161,7 @@ def machine(capability: tuple[int, int], watch: Watch) -> Iterator[None]:
         "device": Device,
         "get_device_capability": lambda device=None: capability,
         "get_rng_state": rng_state,
+        "is_current_stream_capturing": lambda: False,
         "set_rng_state": lambda new, device="cuda": None,
     }
     before = {name: getattr(torch.cuda, name) for name in stubs}

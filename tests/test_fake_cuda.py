@@ -58,6 +58,7 @@ NOT_CAPTURED = (
 NOT_CALLED = {
     "OrthogonalModule": "a base class, whose layers are called",
     "dino_center": "DINOLoss calls it",
+    "exchange_factors_": "names the ranks of layers",
     "init.one_of_dtypes": "checks a dtype",
     "orthogonal_parameters": "lists parameters",
     "other_parameters": "lists parameters",

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from functools import lru_cache
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -12,6 +12,8 @@ from torch import Tensor
 from ..core import internals
 from ..core.factored_gradient import FactoredGradient
 from ._checked import value_of
+
+_KEPT = 64  # vectors of numbers of an optimizer
 
 
 def usable(p: Tensor, state: dict[str, Any]) -> bool:
@@ -29,6 +31,11 @@ class FactoredSteps(torch.optim.Optimizer):
     then from that of torch. Its other parameters take torch's own step."""
 
     _of_torch: type[torch.optim.Optimizer]
+
+    @cached_property
+    def numbers(self) -> Numbers:
+        """The coefficients of its updates, as tensors."""
+        return Numbers()
 
     def move(self, group: dict[str, Any], p: Tensor, grad: FactoredGradient) -> None:
         """Update a parameter whose gradient is `usable`."""
@@ -64,17 +71,36 @@ class FactoredSteps(torch.optim.Optimizer):
         return loss
 
 
-def coefficients(p: Tensor, numbers: Sequence[float | Tensor]) -> Tensor:
-    """Numbers as the tensor that `sslkern.ops.factored_update_` takes for p. None of them is read on the host."""
-    if any(isinstance(number, Tensor) for number in numbers):
-        each = (torch.as_tensor(number, dtype=torch.float64, device=p.device).reshape(()) for number in numbers)
-        return torch.stack(list(each)).to(p.dtype)
-    return _constant(tuple(map(float, numbers)), p.dtype, p.device)
+class Numbers:
+    """Numbers as the tensors that `sslkern.ops.factored_update_` takes. An optimizer holds one of these, and the same
+    numbers, which come back for many weights and steps, cost nothing after the first time. The host reads none of them,
+    and copies none, so that a CUDA graph can capture the step."""
 
+    def __init__(self) -> None:
+        self._kept: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
 
-@lru_cache(maxsize=256)  # the same numbers come back for many weights and steps, and need no new copy to the GPU
-def _constant(numbers: tuple[float, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    return torch.tensor(numbers, dtype=dtype, device=device)
+    def __call__(self, p: Tensor, numbers: Sequence[float | Tensor]) -> Tensor:
+        """The tensor for a weight, in its dtype and on its device."""
+        tensors = {k: number for k, number in enumerate(numbers) if isinstance(number, Tensor)}
+        fixed = self._fixed(tuple(0.0 if k in tensors else float(number) for k, number in enumerate(numbers)), p)
+        if tensors:
+            fixed = fixed.clone()
+            for k, number in tensors.items():
+                fixed[k].copy_(number.reshape(()))
+        return fixed
+
+    def _fixed(self, numbers: tuple[float, ...], p: Tensor) -> Tensor:
+        found = self._kept.get((numbers, p.dtype, p.device))
+        if found is None:
+            found = torch.empty(len(numbers), dtype=p.dtype, device=p.device)
+            for slot, number in zip(found, numbers, strict=True):
+                slot.fill_(number)
+            if p.is_cuda and torch.cuda.is_current_stream_capturing():
+                return found  # it belongs to the graph
+            if len(self._kept) == _KEPT:
+                del self._kept[next(iter(self._kept))]
+            self._kept[numbers, p.dtype, p.device] = found
+        return found
 
 
 def one_number(x: float | Tensor | None) -> float | Tensor:

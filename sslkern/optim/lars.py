@@ -68,12 +68,15 @@ class LARS(CheckedOptimizer):
             "weight_decay_filter": weight_decay_filter,
             "lars_adaptation_filter": lars_adaptation_filter,
         }
-        self._squares = WeakTensorKeyDictionary()
+        self._forget()
         super().__init__(params, defaults)
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        self._squares = WeakTensorKeyDictionary()
+        self._forget()
+
+    def _forget(self) -> None:
+        self._squares, self._numbers = WeakTensorKeyDictionary(), steps.Numbers()
 
     def check(self, group: dict[str, Any]) -> None:
         """Check the options of a group."""
@@ -125,7 +128,7 @@ class LARS(CheckedOptimizer):
                 of_g = (of_g + 2 * decay * along + decay**2 * square).clamp_min(0)
             trust = _trust(square.sqrt(), of_g.sqrt(), group["eta"])
         numbers = (group["momentum"], trust * s, trust * decay, 1, -group["lr"], 0)
-        square = factored_update_(p, [mu], dy, x, steps.coefficients(p, numbers))
+        square = factored_update_(p, [mu], dy, x, self._numbers(p, numbers))
         self._squares[p] = internals.version(p), square
 
     def _square(self, p: Tensor) -> Tensor:
@@ -134,7 +137,7 @@ class LARS(CheckedOptimizer):
         version, square = self._squares.get(p, (None, None))
         if version != internals.version(p):
             dy, x = (p.new_empty(0, size) for size in p.shape)
-            square = factored_update_(p, [], dy, x, steps.coefficients(p, (0, 0, 0, 1, 0, 0)))
+            square = factored_update_(p, [], dy, x, self._numbers(p, (0, 0, 0, 1, 0, 0)))
         result: Tensor = square
         return result
 
