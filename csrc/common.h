@@ -8,6 +8,7 @@
 #include <torch/headeronly/util/Exception.h>
 
 #include <algorithm>
+#include <atomic>
 #include <cmath>
 #include <cstdint>
 #include <memory>
@@ -46,11 +47,28 @@ std::unique_ptr<T[]> room_for(int64_t numbers) {
   return std::unique_ptr<T[]>(new T[numbers]);
 }
 
-// Calls f(begin, end) over [0, count), where each item costs `work` multiplications. Runs serially inside another
-// parallel region, or where waking the threads would take longer than the work.
+// Calls f(first, last) over parts of [begin, end), each of at least `grain` items. There are a few parts for every
+// thread, and a free thread takes the next one: if another process uses a core, the threads on the other cores take
+// over. Runs serially inside another parallel region, or if there are no more items than `grain`.
+template <class F>
+void in_turns(int64_t begin, int64_t end, int64_t grain, const F& f) {
+  constexpr int64_t turns = 4;
+  const int64_t count = end - begin, threads = stable::get_num_threads();
+  if (count <= 0) return;
+  const int64_t step = threads == 1 ? count : std::max({int64_t{1}, grain, ceil_div(count, turns * threads)});
+  const int64_t parts = ceil_div(count, step);
+  if (parts == 1) return f(begin, end);
+  std::atomic<int64_t> next{0};
+  stable::parallel_for(0, std::min(threads, parts), 1, [&](int64_t, int64_t) {
+    for (int64_t part = next++; part < parts; part = next++)
+      f(begin + part * step, std::min(end, begin + (part + 1) * step));
+  });
+}
+
+// The same over [0, count), where each item costs `work` multiplications and waking the threads costs as much as 2^18.
 template <class F>
 void in_parallel(int64_t count, int64_t work, const F& f) {
-  stable::parallel_for(0, count, std::max<int64_t>(1, (1 << 18) / std::max<int64_t>(1, work)), f);
+  in_turns(0, count, (1 << 18) / std::max<int64_t>(1, work), f);
 }
 
 inline double sum_of(const std::vector<double>& x) {
@@ -157,7 +175,7 @@ void for_slices(int64_t count, int64_t numbers, const F& f) {
     for (int64_t s = 0; s < count; ++s) f(s);
     return;
   }
-  stable::parallel_for(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
+  in_turns(0, std::max<int64_t>(count, 2), 1, [&](int64_t begin, int64_t end) {
     for (int64_t s = begin; s < std::min(end, count); ++s) f(s);
   });
 }

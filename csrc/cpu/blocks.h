@@ -78,8 +78,8 @@ void for_blocks(const Tensor& like, const Cut& cut, int64_t across, int count, G
     for (int64_t begin = first; begin < last; begin += cut.block)
       f(Span{part, begin, std::min(last, begin + cut.block), begin == first}, memory, products);
   };
-  if (parts == 1) return run(0);  // not in parallel_for: parallel regions do not nest
-  stable::parallel_for(0, parts, 1, [&](int64_t begin, int64_t end) {
+  if (parts == 1) return run(0);  // not in in_turns: parallel regions do not nest
+  in_turns(0, parts, 1, [&](int64_t begin, int64_t end) {
     for (int64_t part = begin; part < end; ++part) run(part);
   });
 }
@@ -111,7 +111,7 @@ void for_row_blocks(const Tensor& like, int64_t d, const Cut& cut, int count, Ge
 template <class F>
 void for_column_parts(int64_t begin, int64_t end, int64_t rows, const F& f) {
   const int64_t grain = ceil_div(16384, rows * kBlockCols);
-  stable::parallel_for(0, ceil_div(end - begin, kBlockCols), grain, [&](int64_t first, int64_t last) {
+  in_turns(0, ceil_div(end - begin, kBlockCols), grain, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
       const int64_t j0 = begin + part * kBlockCols;
       f(part, j0, std::min(end, j0 + kBlockCols));
@@ -123,7 +123,7 @@ void for_column_parts(int64_t begin, int64_t end, int64_t rows, const F& f) {
 template <class F>
 void for_row_parts(int64_t begin, int64_t end, int64_t cols, const F& f) {
   const int64_t first_part = begin / kBlockRows, grain = ceil_div(16384, cols * kBlockRows);
-  stable::parallel_for(first_part, ceil_div(end, kBlockRows), grain, [&](int64_t first, int64_t last) {
+  in_turns(first_part, ceil_div(end, kBlockRows), grain, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part)
       f(part, std::max(begin, part * kBlockRows), std::min(end, (part + 1) * kBlockRows));
   });

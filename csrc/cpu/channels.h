@@ -71,7 +71,7 @@ template <class F>
 void for_ranges(const Layout& v, const F& f) {
   const int64_t step = v.part_rows(), units = v.units(), unit = v.unit();
   const int64_t numbers = std::min(step, v.rows) * unit * (v.planes ? v.length : 1);
-  stable::parallel_for(0, v.parts() * units, ceil_div(16384, numbers), [&](int64_t first, int64_t last) {
+  in_turns(0, v.parts() * units, ceil_div(16384, numbers), [&](int64_t first, int64_t last) {
     for (int64_t task = first; task < last; ++task) {
       const int64_t part = task / units, begin = task % units * unit;
       f(Range{part, part * step, std::min(v.rows, (part + 1) * step), begin, std::min(v.sums(), begin + unit)});
@@ -86,7 +86,7 @@ bool for_whole_channels(const Layout& v, int64_t bytes, const F& f) {
   const int64_t unit = v.planes ? 1 : std::min(kBlockCols, round_up(ceil_div(v.channels, 8), kLine));
   const int64_t units = ceil_div(v.channels, unit);
   if (!(v.planes || v.length == 1) || units < 4 || v.count() * v.channels * bytes > kFused) return false;
-  stable::parallel_for(0, units, ceil_div(16384, v.count() * unit), [&](int64_t first, int64_t last) {
+  in_turns(0, units, ceil_div(16384, v.count() * unit), [&](int64_t first, int64_t last) {
     for (int64_t k = first; k < last; ++k) f(Range{0, 0, v.rows, k * unit, std::min(v.channels, (k + 1) * unit)});
   });
   return true;
@@ -122,7 +122,7 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
   if (v.length == 1) {
     const int64_t fold = v.fold(), width = fold * v.channels, rows = v.rows / fold;
     const int64_t grain = std::max<int64_t>(1, kInOrder / (kMapRows * width * bytes));
-    stable::parallel_for(0, ceil_div(rows, kMapRows), grain, [&](int64_t first, int64_t last) {
+    in_turns(0, ceil_div(rows, kMapRows), grain, [&](int64_t first, int64_t last) {
       for (int64_t i = first * kMapRows; i < std::min(rows, last * kMapRows); i += kMapRows)
         for (int64_t j = 0; j < width; j += kBlockCols)
           f(Piece{i * width + j, std::min(kMapRows, rows - i), std::min(kBlockCols, width - j), width}, j);
@@ -132,7 +132,7 @@ void for_pieces_in_order(const Layout& v, int64_t bytes, const F& f) {
     return;
   }
   const int64_t grain = std::max<int64_t>(1, kInOrder / (v.length * bytes));
-  stable::parallel_for(0, v.rows * v.channels, grain, [&](int64_t first, int64_t last) {
+  in_turns(0, v.rows * v.channels, grain, [&](int64_t first, int64_t last) {
     for (int64_t run = first; run < last;) {
       const int64_t channel = run % v.channels, runs = std::max<int64_t>(1, kPiece / v.length);
       const int64_t rows = std::min({last - run, v.channels - channel, runs});

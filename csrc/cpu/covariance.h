@@ -162,7 +162,7 @@ template <class T>
 void write_gradient(const ColumnSlice<T>& s, const Epilogue<T>& e, const Pull* pull, int64_t i0, int64_t i1, int64_t j0,
                     int64_t j1, const T* product, const T* block, const Matrix& grad) {
   const int64_t ld = j1 - j0;
-  stable::parallel_for(i0, i1, ceil_div(8192, ld), [&](int64_t begin, int64_t end) {
+  in_turns(i0, i1, ceil_div(8192, ld), [&](int64_t begin, int64_t end) {
     std::vector<T> scratch;
     TileWriter<T> writer(grad);
     for_tiles(begin, end, j0, j1, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {

@@ -80,7 +80,7 @@ double dual_forward(const Tensor& like, const Pair<T>& p, double eps) {
 template <class T>
 double finish_correlation(const Pair<T>& p) {
   std::vector<double> partial(p.d);
-  stable::parallel_for(0, p.d, ceil_div(16384, p.d), [&](int64_t begin, int64_t end) {
+  in_turns(0, p.d, ceil_div(16384, p.d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       T* row = p.gram[0] + i * p.d;
       const T scale = p.inv_std[0][i] / p.n;
@@ -192,7 +192,7 @@ void primal_backward(const Operand<T>& gram, const Pair<T>& p, const Gradient<T>
       if (!g.needed[k]) continue;
       const T* product = products.nt(block[1 - k], k == 0 ? gram : gram.t());
       const T *z = block[k].data, *other = block[1 - k].data;
-      stable::parallel_for(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
+      in_turns(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
         TileWriter<T> writer(g.out[k]);
         for_tiles(begin, end, 0, p.d, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
           const int64_t at = (i - i0) * p.d + j;

@@ -92,16 +92,27 @@ class FactoredUpdate {
         for (int64_t j = 0; j < cols; j += kTile) add(i0 + i, j0 + j, k0, kDepth, sums + i * width_ + j);
     double square = 0;
     for (int64_t i = 0; i < rows; i += kTile) {
-      for (int64_t j = 0; j < cols; j += kTile) add(i0 + i, j0 + j, k0, depth_ - k0, sums + i * width_ + j);
+      for (int64_t j = 0; j < cols; j += kTile)
+        add(i0 + i, j0 + j, k0, depth_ - k0, sums + i * width_ + j, moved_soon(i0 + i, j0 + j));
       square +=
           move_(slots_.moved((i0 + i) * p_ + j0), p_, sums + i * width_, width_, std::min(kTile, rows - i), cols, k_);
     }
     return square;
   }
 
+  // A tile of W and its state.
+  Lines<T> moved_soon(int64_t i, int64_t j) const {
+    Lines<T> lines;
+    lines.ld = p_;
+    lines.rows = std::min(kTile, q_ - i);
+    for (T* from : slots_.at)
+      if (from != nullptr) lines.at[lines.count++] = from + i * p_ + j;
+    return lines;
+  }
+
   // Writes or adds a tile of the product of rows k0 ... of the factors.
-  void add(int64_t i, int64_t j, int64_t k0, int64_t depth, T* to) const {
-    product_(left_.at(i / kTile, k0), 1, kTile, right_.at(j / kTile, k0), depth, to, width_, k0 > 0);
+  void add(int64_t i, int64_t j, int64_t k0, int64_t depth, T* to, const Lines<T>& ahead = {}) const {
+    product_(left_.at(i / kTile, k0), 1, kTile, right_.at(j / kTile, k0), depth, to, width_, k0 > 0, ahead);
   }
 
   const TileProduct<T> product_;

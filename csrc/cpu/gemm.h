@@ -139,7 +139,7 @@ void add_panels(const Tensor& x, const Tensor& y, T* gram, bool symmetric, bool 
     const int64_t i1 = std::min(m, i0 + step), cols = symmetric ? i1 : m;
     const Tensor panel = matmul_nt(row_range(x, i0, i1), row_range(y, 0, cols), onednn);
     const T* from = data<T>(panel);
-    stable::parallel_for(i0, i1, ceil_div(16384, cols), [=](int64_t begin, int64_t end) {
+    in_turns(i0, i1, ceil_div(16384, cols), [=](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i) {
         const T* p = from + (i - i0) * cols;
         T* g = gram + i * m;
@@ -211,7 +211,7 @@ class PartialGrams {
 
   void add_up(bool symmetric) {
     if (parts_ == 1) return;
-    stable::parallel_for(0, m_, ceil_div(16384, m_ * parts_), [&](int64_t begin, int64_t end) {
+    in_turns(0, m_, ceil_div(16384, m_ * parts_), [&](int64_t begin, int64_t end) {
       for (int64_t i = begin; i < end; ++i)
         for (int64_t part = 1; part < parts_; ++part) {
           const T* row = at(part) + i * m_;
@@ -258,7 +258,7 @@ double finish_gram(T* gram, const T* other, int64_t m, T scale, bool zero_diagon
   };
   // each task takes a short strip and a long one, so tasks are equal
   const int64_t pairs = ceil_div(strips, 2);
-  stable::parallel_for(0, pairs, ceil_div(16, pairs), [&](int64_t begin, int64_t end) {
+  in_turns(0, pairs, ceil_div(16, pairs), [&](int64_t begin, int64_t end) {
     for (int64_t p = begin; p < end; ++p) {
       finish_strip(p);
       if (strips - 1 - p != p) finish_strip(strips - 1 - p);

@@ -13,46 +13,55 @@ bool asked(const char* name) {
 
 // A tile keeps the sums of R rows in registers, in vectors of `Bytes`. There is one pointer for every four rows, hidden
 // from the compiler, which would otherwise run out of registers for addresses. With two panels, each element of `a` is
-// read half as often, which matters with 64-byte vectors, where loads cost as much as products.
-#define SSLKERN_TILE(name, arch, T, Bytes, R, P)                                                                     \
-  __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
-                                                                 int64_t b_panel, int64_t depth, T* out, int64_t ld, \
-                                                                 bool add) {                                         \
-    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                                  \
-    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4;                                             \
-    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                           \
-      V acc[R][P * C] = {};                                                                                          \
-      const T *x[Q], *y = b;                                                                                         \
-      for (int q = 0; q < Q; ++q) {                                                                                  \
-        x[q] = a + 4 * q * a_row;                                                                                    \
-        __asm__("" : "+r"(x[q]));                                                                                    \
-      }                                                                                                              \
-      for (int64_t k = 0; k < depth; ++k, y += kTile) {                                                              \
-        V right[P * C];                                                                                              \
-        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                          \
-            *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                            \
-        _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                       \
-          const T s = x[r / 4][r % 4 * a_row];                                                                       \
-          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                        \
-        }                                                                                                            \
-        for (int q = 0; q < Q; ++q) x[q] += a_k;                                                                     \
-      }                                                                                                              \
-      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                         \
-        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                                   \
-          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                        \
-          *to = add ? *to + acc[r][c] : acc[r][c];                                                                   \
-        }                                                                                                            \
-      }                                                                                                              \
-    }                                                                                                                \
+// read half as often, which matters with 64-byte vectors, where loads cost as much as products. With `Ahead`, lines of
+// `ahead` are asked for between the products: more than a few at once would make the core wait.
+#define SSLKERN_TILE(name, arch, T, Bytes, R, P, Ahead)                                                               \
+  __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b,  \
+                                                                 int64_t b_panel, int64_t depth, T* out, int64_t ld,  \
+                                                                 bool add, [[maybe_unused]] const Lines<T>& ahead) {  \
+    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                                   \
+    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4, Parts = Ahead ? R : 1;                       \
+    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                            \
+      V acc[R][P * C] = {};                                                                                           \
+      const T *x[Q], *y = b;                                                                                          \
+      for (int q = 0; q < Q; ++q) {                                                                                   \
+        x[q] = a + 4 * q * a_row;                                                                                     \
+        __asm__("" : "+r"(x[q]));                                                                                     \
+      }                                                                                                               \
+      for (int part = 0; part < Parts; ++part) {                                                                      \
+        if (Ahead && r0 + part < ahead.rows)                                                                          \
+          for (int s = 0; s < ahead.count; ++s) __builtin_prefetch(ahead.at[s] + (r0 + part) * ahead.ld, 1, 2);       \
+        for (int64_t k = depth * part / Parts; k < depth * (part + 1) / Parts; ++k, y += kTile) {                     \
+          V right[P * C];                                                                                             \
+          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                         \
+              *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                           \
+          _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                      \
+            const T s = x[r / 4][r % 4 * a_row];                                                                      \
+            _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                       \
+          }                                                                                                           \
+          for (int q = 0; q < Q; ++q) x[q] += a_k;                                                                    \
+        }                                                                                                             \
+      }                                                                                                               \
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                          \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                                    \
+          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                         \
+          *to = add ? *to + acc[r][c] : acc[r][c];                                                                    \
+        }                                                                                                             \
+      }                                                                                                               \
+    }                                                                                                                 \
   }
 
 // target_clones would not work: GCC lowers wide vectors before it makes the clones, for the weakest target.
 #if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__)
-SSLKERN_TILE(tile_avx512, "skylake-avx512", float, 64, 16, 1)
-SSLKERN_TILE(wide_avx512, "skylake-avx512", float, 64, 8, 2)
-SSLKERN_TILE(tile_avx512, "skylake-avx512", double, 64, 8, 1)
-SSLKERN_TILE(tile_avx2, "haswell", float, 32, 4, 1)
-SSLKERN_TILE(tile_avx2, "haswell", double, 32, 2, 1)
+SSLKERN_TILE(tile_avx512, "skylake-avx512", float, 64, 16, 1, false)
+SSLKERN_TILE(ahead_avx512, "skylake-avx512", float, 64, 16, 1, true)
+SSLKERN_TILE(wide_avx512, "skylake-avx512", float, 64, 8, 2, false)
+SSLKERN_TILE(tile_avx512, "skylake-avx512", double, 64, 8, 1, false)
+SSLKERN_TILE(ahead_avx512, "skylake-avx512", double, 64, 8, 1, true)
+SSLKERN_TILE(tile_avx2, "haswell", float, 32, 4, 1, false)
+SSLKERN_TILE(ahead_avx2, "haswell", float, 32, 4, 1, true)
+SSLKERN_TILE(tile_avx2, "haswell", double, 32, 2, 1, false)
+SSLKERN_TILE(ahead_avx2, "haswell", double, 32, 2, 1, true)
 
 template <class T>
 Tiles<T> tiles_of_processor() {
@@ -60,14 +69,14 @@ Tiles<T> tiles_of_processor() {
   if constexpr (sizeof(T) == 4) wide = wide_avx512;
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512vl") && !asked("avx2"))
-    return {"AVX-512", tile_avx512, wide};
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", tile_avx2, nullptr};
-  return {"", nullptr, nullptr};
+    return {"AVX-512", tile_avx512, wide, ahead_avx512};
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return {"AVX2", tile_avx2, nullptr, ahead_avx2};
+  return {"", nullptr, nullptr, nullptr};
 }
 #else
 template <class T>
 Tiles<T> tiles_of_processor() {
-  return {"", nullptr, nullptr};
+  return {"", nullptr, nullptr, nullptr};
 }
 #endif
 #undef SSLKERN_TILE
@@ -75,13 +84,13 @@ Tiles<T> tiles_of_processor() {
 template <class T>
 const Tiles<T>& tiles() {
   static const Tiles<T> chosen =
-      asked("mm") || asked("onednn") ? Tiles<T>{"", nullptr, nullptr} : tiles_of_processor<T>();
+      asked("mm") || asked("onednn") ? Tiles<T>{"", nullptr, nullptr, nullptr} : tiles_of_processor<T>();
   return chosen;
 }
 
 template <class T>
 void portable_tile(const T* a, int64_t a_row, int64_t a_k, const T* b, int64_t, int64_t depth, T* out, int64_t ld,
-                   bool add) {
+                   bool add, const Lines<T>&) {
   T sum[kTile][kTile] = {};
   for (int64_t k = 0; k < depth; ++k)
     for (int64_t r = 0; r < kTile; ++r)
@@ -138,13 +147,13 @@ void multiply(const Strided<T>& a, const Strided<T>& b, int64_t rows, int64_t co
 
 template const Tiles<float>& tiles<float>();
 template void portable_tile<float>(const float*, int64_t, int64_t, const float*, int64_t, int64_t, float*, int64_t,
-                                   bool);
+                                   bool, const Lines<float>&);
 template void pack<float>(const float*, int64_t, int64_t, int64_t, int64_t, float*);
 template void multiply<float>(const Strided<float>&, const Strided<float>&, int64_t, int64_t, int64_t, float*, int64_t,
                               bool, bool, float*);
 template const Tiles<double>& tiles<double>();
 template void portable_tile<double>(const double*, int64_t, int64_t, const double*, int64_t, int64_t, double*, int64_t,
-                                    bool);
+                                    bool, const Lines<double>&);
 template void pack<double>(const double*, int64_t, int64_t, int64_t, int64_t, double*);
 template void multiply<double>(const Strided<double>&, const Strided<double>&, int64_t, int64_t, int64_t, double*,
                                int64_t, bool, bool, double*);

@@ -9,7 +9,7 @@ template <class T>
 double squared_distance(const Matrix& a, const Matrix& b) {
   const int64_t height = std::clamp<int64_t>(16384 / a.cols, 1, kBlockRows);
   std::vector<double> partial(ceil_div(a.rows, height));
-  stable::parallel_for(0, ceil_div(a.rows, height), 1, [&](int64_t first, int64_t last) {
+  in_turns(0, ceil_div(a.rows, height), 1, [&](int64_t first, int64_t last) {
     std::vector<T> scratch_a, scratch_b;
     for (int64_t part = first; part < last; ++part) {
       const int64_t i0 = part * height, rows = std::min(height, a.rows - i0);
