@@ -4,8 +4,10 @@ import pytest
 import torch
 from torch import nn
 
+from sslkern import backend
 from sslkern.core.factored_gradient import FactoredGradient
 from sslkern.nn import FactoredLinear, factored_
+from sslkern.ops import factored_linear
 
 DOUBLE = torch.float64
 
@@ -34,6 +36,62 @@ def test_output_and_gradients(shape, bias):
         torch.testing.assert_close(a.clone(), b)
     rows = x.numel() // 32
     assert isinstance(ours.weight.grad, FactoredGradient) == (rows <= 8)
+
+
+@pytest.mark.parametrize("dtype", (torch.float32, DOUBLE), ids=str)
+@pytest.mark.parametrize("rows", (8, 15, 16, 33, 64, 128))
+def test_the_kernel_of_few_rows(rows, dtype):
+    """Against float64: sides that end within a tile, a large weight and a small one, and one that is narrow."""
+    for q, p in ((521, 777), (2100, 2051), (3, 90000), (70001, 5)):
+        x, w = torch.randn(rows, p, dtype=dtype), torch.randn(q, p, dtype=dtype)
+        truth = x.double() @ w.double().mT
+        plain, ours = x @ w.mT, torch.ops.sslkern_native.factored_linear(x, w)
+        limit = 4 * (plain - truth).abs().max() + (1e-13 if dtype == DOUBLE else 1e-6) * truth.abs().max()
+        assert ours.shape == truth.shape and (ours - truth).abs().max() <= limit
+
+
+def test_bits_of_the_kernel():
+    """They do not depend on the number of threads, nor, for a row, on the other rows. NaN and inf stay in theirs."""
+    x, w = torch.randn(40, 700), torch.randn(600, 700)
+    x[3, 5], w[7, 9] = torch.nan, torch.inf
+    before, found = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            found.append(torch.ops.sslkern_native.factored_linear(x, w))
+    finally:
+        torch.set_num_threads(before)
+    assert all(torch.equal(found[0].nan_to_num(), other.nan_to_num()) for other in found)
+    few = torch.ops.sslkern_native.factored_linear(x[:9].contiguous(), w)
+    assert torch.equal(found[0][:9].nan_to_num(), few.nan_to_num())
+    plain = x @ w.mT
+    assert torch.equal(found[0].isfinite(), plain.isfinite()) and not plain.isfinite().all()
+
+
+@pytest.mark.parametrize("rows", (7, 8, 64, 65, 128, 129))
+def test_a_layer_takes_it_where_it_wins(rows, monkeypatch):
+    """By shape; with any strides of the input, and a bias."""
+    taken = []
+    pick = factored_linear.pick
+    monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
+    for q, p in ((100, 100), (600, 500), (2048, 2048)):
+        plain, ours = layers(p, q, dtype=torch.float32)
+        x = torch.randn(p, rows).mT
+        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
+        most = {100: 0, 600: 64, 2048: 128}[q]
+        assert taken == ["factored_linear"] * (8 <= rows <= most)
+        taken.clear()
+    with backend.use("reference"):
+        ours(x)
+    assert not taken
+
+
+def test_wrong_shapes_are_those_of_torch():
+    ours = FactoredLinear(600, 500)
+    for x in (torch.randn(16, 500), torch.randn(16, 600, dtype=DOUBLE), torch.tensor(1.0)):
+        with pytest.raises(RuntimeError):
+            ours(x)
+    assert ours(torch.randn(2, 8, 600)).shape == (2, 8, 500)
 
 
 def test_autocast_keeps_the_sum_in_float32():

@@ -64,7 +64,8 @@ def test_agrees_with_the_dense_rules(shape, rule, count, backend):
 @pytest.mark.parametrize(("rule", "count"), CASES)
 @pytest.mark.parametrize("factors", (torch.float32, torch.bfloat16, torch.float16), ids=str)
 def test_single_precision(factors, rule, count, backend):
-    """Within twice the error of plain torch in fp32, for factors of any dtype; the norm is summed in fp64."""
+    """Within twice the error of plain torch in fp32, for factors of any dtype; the norm is summed in fp64 but for short
+    pieces."""
     for shape in SHAPES:
         inputs = (*given(*shape, count, torch.float32, factors), coefficients(rule, torch.float32), rule)
         square, found = moved(*inputs)
@@ -74,7 +75,7 @@ def test_single_precision(factors, rule, count, backend):
         for y, z, right in zip(found, plain, expected, strict=True):
             limit = 2 * (z - right).abs().max() + 2 * eps * right.abs().max()
             assert (y - right).abs().max() <= limit, shape
-        assert abs(float(square / found[0].double().square().sum()) - 1) < 1e-12
+        assert abs(float(square / found[0].double().square().sum()) - 1) < 1e-6
 
 
 @pytest.mark.parametrize("dtype", (torch.float32, torch.bfloat16, torch.float16), ids=str)

@@ -8,42 +8,6 @@ template <class T>
 using Move = double (*)(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld, int64_t rows, int64_t n,
                         const T* k);
 
-// A factor (N, columns), in panels of 16 columns (N, 16) that are padded with zeros.
-template <class T>
-class Panels {
- public:
-  Panels(const Tensor& factor, const Tensor& like)
-      : from_(slice(factor, 0)), memory_(fresh(like, {count() * kTile * from_.rows}, dtype_of<T>())) {}
-
-  int64_t count() const {
-    return ceil_div(from_.cols, kTile);
-  }
-
-  // Panel t from row k on.
-  T* at(int64_t t, int64_t k) const {
-    return data<T>(memory_) + (t * from_.rows + k) * kTile;
-  }
-
-  // Writes some panels, a stretch of rows at a time.
-  void write(int64_t first, int64_t last) const {
-    std::vector<T> scratch;
-    int64_t ld = 0;
-    for (int64_t t0 = first; t0 < last; t0 += kPacked / kTile) {
-      const int64_t t1 = std::min(last, t0 + kPacked / kTile), j0 = t0 * kTile, j1 = std::min(from_.cols, t1 * kTile);
-      for (int64_t k0 = 0; k0 < from_.rows; k0 += kDepth) {
-        const int64_t k1 = std::min(from_.rows, k0 + kDepth);
-        const T* x = tile(from_, k0, k1, j0, j1, scratch, ld);
-        for (int64_t t = t0; t < t1; ++t)
-          pack(x + (t - t0) * kTile, 1, ld, std::min(kTile, j1 - t * kTile), k1 - k0, at(t, k0));
-      }
-    }
-  }
-
- private:
-  const Matrix from_;
-  const Tensor memory_;
-};
-
 template <class T>
 class FactoredUpdate {
  public:
@@ -54,8 +18,8 @@ class FactoredUpdate {
         depth_(dy.size(0)),
         k_(k),
         move_(move),
-        left_(dy, w),
-        right_(x, w),
+        left_(slice(dy, 0), w),
+        right_(slice(x, 0), w),
         height_(depth_ <= kDepth ? kTile : kDepth / 2),
         width_(std::min(round_up(p_, kTile),
                         std::min(kWidth, kFactorBlock / std::clamp<int64_t>(depth_, 1, kDepth) / kTile * kTile))) {}

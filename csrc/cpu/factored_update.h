@@ -2,17 +2,14 @@
 // from packed factors and lives in cache only; the state is read, moved and written right after it.
 #pragma once
 
-#include <vector>
-
-#include "columns.h"
-#include "tiles.h"
+#include "panels.h"
 
 namespace sslkern {
 
 constexpr int64_t kDepth = 256;            // rows of the batch per product
-constexpr int64_t kPacked = 128;           // columns of a factor that are packed at a time
 constexpr int64_t kWidth = 1024;           // columns of a strip, at most
 constexpr int64_t kFactorBlock = 1 << 16;  // numbers of the packed x that stay in L2
+constexpr int64_t kSummed = 256;           // elements of a row, whose squares are summed in T
 constexpr int kSlots = 4;                  // W and at most three tensors of state
 
 // Row-major pointers to W and its state, null where there is none.
@@ -29,10 +26,10 @@ struct Slots {
 
 // m <- a m + b P + c w, then w <- d w + e m + f P
 template <bool HasM, class T>
-SSLKERN_INLINE double momentum_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
+SSLKERN_INLINE T momentum_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
   T *const w = slots.at[0], *const m = slots.at[1];
   const T a = k[0], b = k[1], c = k[2], d = k[3], e = k[4], f = k[5];
-  double square = 0;
+  T square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t j = 0; j < n; ++j) {
     T moved = d * w[j] + f * product[j];
@@ -41,17 +38,17 @@ SSLKERN_INLINE double momentum_row(const Slots<T>& slots, const T* product, int6
       moved += e * m[j];
     }
     w[j] = moved;
-    square += static_cast<double>(moved) * static_cast<double>(moved);
+    square += moved * moved;
   }
   return square;
 }
 
 // m <- m + (1 - beta1) (g - m), v <- beta2 v + (1 - beta2) g^2, w <- d w - step m / (sqrt(u) r + eps)
 template <bool HasHighest, class T>
-SSLKERN_INLINE double adam_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
+SSLKERN_INLINE T adam_row(const Slots<T>& slots, const T* product, int64_t n, const T* k) {
   T *const w = slots.at[0], *const m = slots.at[1], *const v = slots.at[2], *const highest = slots.at[3];
   const T s = k[0], one_beta1 = k[1], beta2 = k[2], one_beta2 = k[3], d = k[4], step = k[5], r = k[6], eps = k[7];
-  double square = 0;
+  T square = 0;
 #pragma omp simd reduction(+ : square)
   for (int64_t j = 0; j < n; ++j) {
     const T g = s * product[j], mean = m[j] + one_beta1 * (g - m[j]), second = beta2 * v[j] + one_beta2 * (g * g);
@@ -65,33 +62,37 @@ SSLKERN_INLINE double adam_row(const Slots<T>& slots, const T* product, int64_t 
     }
     const T moved = d * w[j] - step * mean / (std::sqrt(u) * r + eps);
     w[j] = moved;
-    square += static_cast<double>(moved) * static_cast<double>(moved);
+    square += moved * moved;
   }
   return square;
 }
 
 // Moves `rows` rows of W and its state, (rows, n) with row stride ld, by the product (rows, n) with row stride
-// product_ld. Returns the squared norm of what is written to W.
-#define SSLKERN_KERNELS(T)                                                                                         \
-  SSLKERN_CLONES static double move_momentum(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld, \
-                                             int64_t rows, int64_t n, const T* k) {                                \
-    double square = 0;                                                                                             \
-    for (int64_t i = 0; i < rows; ++i) {                                                                           \
-      const Slots<T> row = at.moved(i * ld);                                                                       \
-      const T* from = product + i * product_ld;                                                                    \
-      square += at.at[1] != nullptr ? momentum_row<true>(row, from, n, k) : momentum_row<false>(row, from, n, k);  \
-    }                                                                                                              \
-    return square;                                                                                                 \
-  }                                                                                                                \
-  SSLKERN_CLONES static double move_adam(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,     \
-                                         int64_t rows, int64_t n, const T* k) {                                    \
-    double square = 0;                                                                                             \
-    for (int64_t i = 0; i < rows; ++i) {                                                                           \
-      const Slots<T> row = at.moved(i * ld);                                                                       \
-      const T* from = product + i * product_ld;                                                                    \
-      square += at.at[3] != nullptr ? adam_row<true>(row, from, n, k) : adam_row<false>(row, from, n, k);          \
-    }                                                                                                              \
-    return square;                                                                                                 \
+// product_ld. Returns the squared norm of what is written to W, summed in T over short pieces and in fp64 across them.
+template <class T, class Row>
+SSLKERN_INLINE double move_rows(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld, int64_t rows,
+                                int64_t n, const Row& row) {
+  double square = 0;
+  for (int64_t i = 0; i < rows; ++i)
+    for (int64_t j = 0; j < n; j += kSummed)
+      square += row(at.moved(i * ld + j), product + i * product_ld + j, std::min(kSummed, n - j));
+  return square;
+}
+
+#define SSLKERN_KERNELS(T)                                                                                           \
+  SSLKERN_CLONES static double move_momentum(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,   \
+                                             int64_t rows, int64_t n, const T* k) {                                  \
+    const auto row = [&](const Slots<T>& to, const T* from, int64_t count) SSLKERN_LAMBDA {                          \
+      return to.at[1] != nullptr ? momentum_row<true>(to, from, count, k) : momentum_row<false>(to, from, count, k); \
+    };                                                                                                               \
+    return move_rows(at, ld, product, product_ld, rows, n, row);                                                     \
+  }                                                                                                                  \
+  SSLKERN_CLONES static double move_adam(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,       \
+                                         int64_t rows, int64_t n, const T* k) {                                      \
+    const auto row = [&](const Slots<T>& to, const T* from, int64_t count) SSLKERN_LAMBDA {                          \
+      return to.at[3] != nullptr ? adam_row<true>(to, from, count, k) : adam_row<false>(to, from, count, k);         \
+    };                                                                                                               \
+    return move_rows(at, ld, product, product_ld, rows, n, row);                                                     \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)

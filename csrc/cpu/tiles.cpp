@@ -15,40 +15,40 @@ bool asked(const char* name) {
 // from the compiler, which would otherwise run out of registers for addresses. With two panels, each element of `a` is
 // read half as often, which matters with 64-byte vectors, where loads cost as much as products. With `Ahead`, lines of
 // `ahead` are asked for between the products: more than a few at once would make the core wait.
-#define SSLKERN_TILE(name, arch, T, Bytes, R, P, Ahead)                                                               \
-  __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b,  \
-                                                                 int64_t b_panel, int64_t depth, T* out, int64_t ld,  \
-                                                                 bool add, [[maybe_unused]] const Lines<T>& ahead) {  \
-    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                                   \
-    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4, Parts = Ahead ? R : 1;                       \
-    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                            \
-      V acc[R][P * C] = {};                                                                                           \
-      const T *x[Q], *y = b;                                                                                          \
-      for (int q = 0; q < Q; ++q) {                                                                                   \
-        x[q] = a + 4 * q * a_row;                                                                                     \
-        __asm__("" : "+r"(x[q]));                                                                                     \
-      }                                                                                                               \
-      for (int part = 0; part < Parts; ++part) {                                                                      \
-        if (Ahead && r0 + part < ahead.rows)                                                                          \
-          for (int s = 0; s < ahead.count; ++s) __builtin_prefetch(ahead.at[s] + (r0 + part) * ahead.ld, 1, 2);       \
-        for (int64_t k = depth * part / Parts; k < depth * (part + 1) / Parts; ++k, y += kTile) {                     \
-          V right[P * C];                                                                                             \
-          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                         \
-              *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                           \
-          _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                      \
-            const T s = x[r / 4][r % 4 * a_row];                                                                      \
-            _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                       \
-          }                                                                                                           \
-          for (int q = 0; q < Q; ++q) x[q] += a_k;                                                                    \
-        }                                                                                                             \
-      }                                                                                                               \
-      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                          \
-        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                                    \
-          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                         \
-          *to = add ? *to + acc[r][c] : acc[r][c];                                                                    \
-        }                                                                                                             \
-      }                                                                                                               \
-    }                                                                                                                 \
+#define SSLKERN_TILE(name, arch, T, Bytes, R, P, Ahead)                                                              \
+  __attribute__((unused, target("arch=" arch))) static void name(const T* a, int64_t a_row, int64_t a_k, const T* b, \
+                                                                 int64_t b_panel, int64_t depth, T* out, int64_t ld, \
+                                                                 bool add, [[maybe_unused]] const Lines<T>& ahead) { \
+    typedef T V __attribute__((vector_size(Bytes), aligned(sizeof(T)), may_alias));                                  \
+    constexpr int W = Bytes / sizeof(T), C = kTile / W, Q = (R + 3) / 4, Parts = Ahead ? R : 1;                      \
+    for (int r0 = 0; r0 < kTile; r0 += R, a += R * a_row, out += R * ld) {                                           \
+      V acc[R][P * C] = {};                                                                                          \
+      const T *x[Q], *y = b;                                                                                         \
+      for (int q = 0; q < Q; ++q) {                                                                                  \
+        x[q] = a + 4 * q * a_row;                                                                                    \
+        __asm__("" : "+r"(x[q]));                                                                                    \
+      }                                                                                                              \
+      for (int part = 0; part < Parts; ++part) {                                                                     \
+        if (Ahead && r0 + part < ahead.rows)                                                                         \
+          for (int s = 0; s < ahead.count; ++s) __builtin_prefetch(ahead.at[s] + (r0 + part) * ahead.ld, 1, 2);      \
+        for (int64_t k = depth * part / Parts; k < depth * (part + 1) / Parts; ++k, y += kTile) {                    \
+          V right[P * C];                                                                                            \
+          _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) right[c] =                                        \
+              *reinterpret_cast<const V*>(y + c / C * b_panel + c % C * W);                                          \
+          _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                     \
+            const T s = x[r / 4][r % 4 * a_row];                                                                     \
+            _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) acc[r][c] += s * right[c];                      \
+          }                                                                                                          \
+          for (int q = 0; q < Q; ++q) x[q] += a_k;                                                                   \
+        }                                                                                                            \
+      }                                                                                                              \
+      _Pragma("GCC unroll 16") for (int r = 0; r < R; ++r) {                                                         \
+        _Pragma("GCC unroll 16") for (int c = 0; c < P * C; ++c) {                                                   \
+          V* to = reinterpret_cast<V*>(out + r * ld + W * c);                                                        \
+          *to = add ? *to + acc[r][c] : acc[r][c];                                                                   \
+        }                                                                                                            \
+      }                                                                                                              \
+    }                                                                                                                \
   }
 
 // target_clones would not work: GCC lowers wide vectors before it makes the clones, for the weakest target.

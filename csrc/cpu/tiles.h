@@ -13,9 +13,10 @@ constexpr int64_t kTile = 16;
 bool asked(const char* name);
 
 // Memory that is needed soon: the first `rows` rows of `count` matrices with row stride ld, a line of each.
+constexpr int64_t kLines = 8;
 template <class T>
 struct Lines {
-  const T* at[4] = {};
+  const T* at[kLines] = {};
   int64_t count = 0, ld = 0, rows = 0;
 };
 

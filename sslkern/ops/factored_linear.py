@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..backend import declare, forced, pick
 from ..core import internals
 from ..core.autograd import Op, opaque
 from ..core.collectives import Peers
@@ -17,7 +18,11 @@ from ..core.dtypes import short, without_autocast
 from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
 from ..core.factored_gradient import FactoredGradient
 from ..core.factored_tensor import ANY
+from ..reference import factored_linear as _reference
 
+_FULL = (torch.float32, torch.float64)
+_FEW = (8, 64, 128)  # rows of x from which and up to which our kernel for x W' wins on a CPU; up to 128 for a large W
+_NUMBERS = (1 << 18, 1 << 22)  # numbers of W, at least, and of a large one
 SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
 
 _ALONE = (
@@ -25,6 +30,7 @@ _ALONE = (
     "parameter, without torch.func and create_graph: end the exchange by exchange_factors_(model, None)."
 )
 _library = torch.library.Library("sslkern_factored", "DEF")
+declare("factored_linear(Tensor x, Tensor w) -> Tensor", _reference.factored_linear, dtypes=_FULL)
 
 
 def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
@@ -55,6 +61,20 @@ def most_rows(w: Tensor) -> int:
     return min(w.shape) // SHARE
 
 
+def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+    """F.linear. On a CPU, our kernel runs a product of few rows, unless another back-end is forced."""
+    size = x.shape[-1] if x.dim() else 0
+    fits = x.device.type == w.device.type == "cpu" and x.dtype == w.dtype and size == w.shape[1] and x.numel()
+    if not fits or torch.compiler.is_compiling() or forced() not in (None, "native"):
+        return F.linear(x, w, bias)
+    most = _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
+    if w.dtype not in _FULL or w.numel() < _NUMBERS[0] or not _FEW[0] <= x.numel() // size <= most:
+        return F.linear(x, w, bias)
+    rows = _rows(x).contiguous()
+    y: Tensor = pick("factored_linear", rows)(rows, w)
+    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], w.shape[0])
+
+
 class _Linear(Op):
     """y = x W' + b, for `orthogonal` optimizers with y and dx among the factors. With `wide`, y = x W."""
 
@@ -74,7 +94,7 @@ class _Linear(Op):
         if dtype is not None:
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         with without_autocast(x):
-            return F.linear(x, used, bias), None if used is w else used
+            return _product(x, used, bias), None if used is w else used
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
