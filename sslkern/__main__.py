@@ -39,7 +39,7 @@ def _left_to_the_reference() -> dict[str, list[str]]:
     forced = backend.forced()
     better = backend.NAMES[:-1] if forced is None else (forced,)
     for device in backend.devices():
-        for kernel in backend.declared():
+        for kernel in backend.declared(device):
             told: set[str] = set()
             for call in CALLS:
                 if _where(kernel, device, **call) not in ("reference", "none"):
@@ -83,7 +83,10 @@ def main() -> None:
     print()
     _print_row("kernel", *(f"{device} tensor" for device in backend.devices()))
     for kernel in backend.declared():
-        _print_row(kernel, *(_where(kernel, device) for device in backend.devices()))
+        _print_row(
+            kernel,
+            *(_where(kernel, device) if kernel in backend.declared(device) else "-" for device in backend.devices()),
+        )
     left = _left_to_the_reference()
     print("\nleft to the reference, or refused where a back-end is forced" if left else "")
     for reason, kernels in left.items():

@@ -39,7 +39,7 @@ def on_the_reference(device: str) -> list[str]:
     """The kernels that would run on the plain-torch reference there, and should not."""
     from sslkern import backend
 
-    return [k for k in backend.declared() if backend.choice(k, device) == "reference"]
+    return [k for k in backend.declared(device) if backend.choice(k, device) == "reference"]
 
 
 def main() -> int:

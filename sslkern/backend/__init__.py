@@ -30,6 +30,7 @@ from .registry import first as _first
 from .registry import kernels as _kernels
 from .registry import missing as _missing
 from .registry import notes as _notes
+from .registry import only as _only
 from .registry import strict as _strict
 from .registry import unasked as _unasked
 
@@ -74,9 +75,9 @@ def missing() -> dict[str, str]:
     return dict(_missing)
 
 
-def declared() -> tuple[str, ...]:
-    """The names of the kernels, in the order of their declaration."""
-    return tuple(_declared)
+def declared(device: str | None = None) -> tuple[str, ...]:
+    """The names of the kernels, in the order of their declaration; or of those that ops ask for on a device type."""
+    return tuple(name for name in _declared if device is None or device in _only.get(name, (device,)))
 
 
 def forced() -> str | None:

@@ -31,6 +31,7 @@ class Kernel(NamedTuple):
 libraries = {name: torch.library.Library(f"sslkern_{name}", "DEF") for name in NAMES}
 missing: dict[str, str] = {}  # back-end -> why it is missing
 declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that its op accepts
+only: dict[str, tuple[str, ...]] = {}  # kernel -> the device types on which its op asks for it, if not on all
 kernels: dict[tuple[str, str, str], Kernel] = {}  # by (back-end, kernel, device type)
 first: dict[tuple[str | None, str, str], Kernel] = {}  # the first to try, by (forced back-end or None, kernel, device)
 notes: dict[tuple[str, str], str] = {}  # (back-end, device type) -> why kernels may be missing, as " (...)"
@@ -41,6 +42,7 @@ def declare(
     reference: Callable,
     vmap: Callable = stacked(),  # noqa: B008
     dtypes: tuple[torch.dtype, ...] = FLOATS,
+    devices: tuple[str, ...] = (),
 ) -> None:
     """Define a kernel in every back-end.
 
@@ -51,6 +53,7 @@ def declare(
         vmap: the rule of the kernel for `torch.func.vmap`, for example a result of `stacked`.
         dtypes: the dtypes that the op accepts for its key tensor. The key tensor is the argument whose device, dtype
             and shape decide which back-end `pick` takes.
+        devices: the device types on which the op asks for the kernel, if not on all: elsewhere a library is faster.
     """
     name = schema.split("(")[0]
     for backend, library in libraries.items():
@@ -59,6 +62,8 @@ def declare(
         library.impl(name, partial(vmapped, vmap, f"sslkern_{backend}", name), "FuncTorchBatched", with_keyset=True)
     libraries["reference"].impl(name, reference, "CompositeExplicitAutograd")
     declared[name] = dtypes
+    if devices:
+        only[name] = devices
     for device in ("cpu", "cuda"):  # on other devices `pick` finds the reference too, but more slowly
         add("reference", name, device)
 

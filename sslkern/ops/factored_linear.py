@@ -30,7 +30,7 @@ _ALONE = (
     "parameter, without torch.func and create_graph: end the exchange by exchange_factors_(model, None)."
 )
 _library = torch.library.Library("sslkern_factored", "DEF")
-declare("factored_linear(Tensor x, Tensor w) -> Tensor", _reference.factored_linear, dtypes=_FULL)
+declare("factored_linear(Tensor x, Tensor w) -> Tensor", _reference.factored_linear, dtypes=_FULL, devices=("cpu",))
 
 
 def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
