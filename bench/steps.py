@@ -22,6 +22,7 @@ from .variants import by_reference, onednn
 OFFICIAL = (2048, 8192, 8192, 8192)
 RECIPES = (
     ("VICReg, official, per device", "vicreg", 64, OFFICIAL),
+    ("VICReg, official, all biases", "vicreg", 64, OFFICIAL),
     ("VICReg, official, LARS", "vicreg", 64, OFFICIAL),
     ("VICReg, solo-learn, CIFAR", "vicreg", 256, (512, 2048, 2048, 2048)),
     ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
@@ -63,10 +64,11 @@ class IntoMomentumLinear(nn.Module):
         self.fresh[0] = True
 
 
-def projector_of(widths: tuple[int, ...]) -> nn.Sequential:
+def projector_of(widths: tuple[int, ...], biases: bool = False) -> nn.Sequential:
+    """Linear layers, batch norms and ReLUs. The last linear layer has a bias, and with `biases` all have one."""
     layers: list[nn.Module] = []
     for k, (before, after) in enumerate(pairwise(widths)):
-        layers.append(nn.Linear(before, after, bias=k + 2 == len(widths)))
+        layers.append(nn.Linear(before, after, bias=biases or k + 2 == len(widths)))
         if k + 2 < len(widths):
             layers += [nn.BatchNorm1d(after), nn.ReLU()]
     return nn.Sequential(*layers)
@@ -84,7 +86,8 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
     alone. The rival is a plain projector whose backward adds to the momentum.
     """
     torch.manual_seed(0)
-    plain = projector_of(widths).to(device)
+    biases = "biases" in recipe
+    plain = projector_of(widths, biases).to(device)
     factored = factored_(shared(plain))
     generator = torch.Generator().manual_seed(1)
     base = torch.randn(n, widths[0], generator=generator)
@@ -100,7 +103,7 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
         return lambda *_: loss(projector(features[0]), projector(features[1]))
 
     def truth(*doubles: Tensor) -> Tensor:
-        double = projector_of(widths).double().to(device)
+        double = projector_of(widths, biases).double().to(device)
         names = [name for name, _ in double.named_parameters()]
         a, b = (
             torch.func.functional_call(double, dict(zip(names, doubles, strict=True)), (x.double(),)) for x in features

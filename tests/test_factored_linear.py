@@ -1,13 +1,16 @@
 """Linear layers with factored gradients: torch.nn.Linear in all but the form of the gradient."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
-from sslkern import backend
+from sslkern import backend, vicreg_loss
 from sslkern.core.factored_gradient import FactoredGradient
 from sslkern.nn import FactoredLinear, factored_
 from sslkern.ops import factored_linear
+from sslkern.train.large_batch import large_batch
 
 DOUBLE = torch.float64
 
@@ -207,3 +210,14 @@ def test_switched_over_and_back():
         factored_(3)
     with pytest.raises(TypeError, match="enabled must be"):
         factored_(model, 1)
+
+
+def test_large_batch():
+    """Each chunk leaves its factors."""
+    plain = nn.Sequential(nn.Linear(160, 200), nn.Tanh(), nn.Linear(200, 160)).double()
+    ours, views = factored_(copy.deepcopy(plain)), torch.randn(2, 12, 160, dtype=DOUBLE)
+    for network in (plain, ours):
+        vicreg_loss(*large_batch(network, *views, chunk_size=5)).backward()
+    for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
+        assert isinstance(a.grad, FactoredGradient) == (a.dim() == 2)
+        torch.testing.assert_close(a.grad.clone(), b.grad, rtol=1e-12, atol=1e-14)

@@ -7,7 +7,7 @@ from bench import steps
 from bench.run import _call
 
 
-@pytest.mark.parametrize("recipe", ("small", "small, LARS"))
+@pytest.mark.parametrize("recipe", ("small", "small, all biases", "small, LARS"))
 def test_all_implementations_have_the_same_gradients_and_leave_the_features(recipe):
     case = steps.step_case(recipe, "vicreg", 16, (160, 192, 160), "cpu")
     weights = case.inputs()
