@@ -221,3 +221,26 @@ def test_large_batch():
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):
         assert isinstance(a.grad, FactoredGradient) == (a.dim() == 2)
         torch.testing.assert_close(a.grad.clone(), b.grad, rtol=1e-12, atol=1e-14)
+
+
+@pytest.mark.parametrize(
+    "make",
+    (
+        torch.zeros_like,
+        lambda x: torch.ones_like(x, dtype=torch.float32),
+        lambda x: torch.full_like(x, 2.5, memory_format=torch.preserve_format),
+        lambda x: x.new_zeros(()).expand(3),
+        lambda x: x.new_ones(2, device="cpu"),
+        lambda x: x.new_full((2, 3), 7, dtype=torch.int64),
+        lambda x: x.new_tensor([1.0, 2.0]),
+    ),
+)
+def test_a_tensor_that_is_made_like_it_is_ordinary(make):
+    """And the gradient stays factored."""
+    _, layer = layers()
+    layer(torch.randn(5, 32, dtype=DOUBLE)).sum().backward()
+    grad, dense = layer.weight.grad, layer.weight.grad.clone()
+    made, expected = make(grad), make(dense)
+    assert grad.factored and type(made) is torch.Tensor and torch.equal(made, expected)
+    assert (made.dtype, made.stride(), made.device) == (expected.dtype, expected.stride(), expected.device)
+    assert torch.empty_like(grad).stride() == dense.stride() and grad.new_empty(2, 3).shape == (2, 3) and grad.factored

@@ -180,6 +180,21 @@ def _unscale_(tensors: list[Tensor], found_inf: Tensor, inverse_scale: Tensor) -
         on_formed(_aten._amp_foreach_non_finite_check_and_unscale_.default, (rest, found_inf, inverse_scale), {})
 
 
+def _made(operator: Any) -> Callable:
+    """An operator that makes a new tensor, and reads of another one only its shape, strides, dtype and device."""
+
+    def handler(x: FactoredTensor, *args: Any, device: Any = None, **options: Any) -> Tensor:
+        like = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="meta")
+        made: Tensor = operator(like, *args, device=x.device if device is None else device, **options)
+        return made
+
+    return handler
+
+
+MAKERS = (
+    *(_aten.new_empty, _aten.new_empty_strided, _aten.new_zeros, _aten.new_ones, _aten.new_full),
+    *(_aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like),
+)
 HANDLERS: dict[Any, Callable] = {
     _aten.detach.default: _alias,
     _aten.alias.default: _alias,
@@ -202,4 +217,5 @@ HANDLERS: dict[Any, Callable] = {
     _aten._foreach_div_.Tensor: _each(_divided_, _aten._foreach_div_.Tensor),
     _aten._foreach_div_.Scalar: _each(_divided_, _aten._foreach_div_.Scalar),
     _aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale_,
+    **{maker.default: _made(maker.default) for maker in MAKERS},
 }
