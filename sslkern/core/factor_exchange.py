@@ -25,12 +25,13 @@ from .factored_gradient import FactoredGradient
 _PRODUCTS = {"cpu": 100, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
 
 
-def gathers(counts: tuple[int, ...], w: Tensor) -> bool:
-    """Whether the factors are gathered, for ranks with so many rows. All ranks decide alike, for the rank that receives
-    most."""
+def gathers(counts: tuple[int, ...], w: Tensor, device: str | None = None) -> bool:
+    """Whether the factors are gathered, for ranks with so many rows, on the device type of w or another one. All ranks
+    decide alike, for the rank that receives most."""
     q, p = w.shape
+    device = w.device.type if device is None else device
     others = sum(counts) - min(counts)
-    products = _PRODUCTS.get(w.device.type, _PRODUCTS["cuda"])
+    products = _PRODUCTS.get(device, _PRODUCTS["cuda"])
     gathered = others * (p + q) + others * p * q / products
     return gathered <= 2 * (len(counts) - 1) / len(counts) * p * q
 

@@ -1,0 +1,17 @@
+"""The counts of a projector's exchange in several processes."""
+
+from bench import exchange
+
+
+def test_counts():
+    """By hand, for one layer of 32 inputs and 64 outputs, of 4 ranks with 6 rows each: floats are 4 bytes, and a rank
+    has a quarter of what it gathers. The rule takes what the exchange would."""
+    (row,) = exchange.count((32, 64), (4,), 6)
+    products, part = 2 * 6 * 32 * 64, 3 / 4 * 4
+    assert row["reduce"] == {"flops": products, "bytes": 2 * part * 32 * 64}
+    assert row["gather"] == {"flops": 4 * products, "bytes": part * 24 * (32 + 64)}
+    assert row["share"] == {"flops": products, "bytes": part * (24 * 32 + 6 * 64 + 32 * 64)}
+    assert row["cpu"] == row["cuda"] == ["reduce"]  # 24 rows are more than a quarter of 32
+    (row,) = exchange.count((64, 64), (2,), 2)
+    assert row["cpu"] == row["cuda"] == ["gather"]
+    assert exchange.table([row]).splitlines()[-1].endswith("| gather | gather |")
