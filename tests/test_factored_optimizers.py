@@ -284,7 +284,7 @@ def test_one_step_forms_no_matrix():
 
 def test_numbers_are_made_once():
     """And those that are tensors are written into a copy."""
-    numbers, p = SGD([torch.zeros(1)], lr=0.1).numbers, torch.zeros(2, 2, dtype=torch.float64)
+    numbers, p = SGD([torch.zeros(1)], lr=0.1)._numbers, torch.zeros(2, 2, dtype=torch.float64)
     fixed = numbers(p, (0.5, 2.0))
     assert numbers(p, (0.5, 2.0)) is fixed and fixed.dtype == torch.float64 and fixed.tolist() == [0.5, 2]
     assert numbers(p, (0.0, torch.tensor([3.0]))).tolist() == [0, 3] == numbers(p.float(), (0, 3)).tolist()

@@ -33,7 +33,7 @@ class FactoredSteps(torch.optim.Optimizer):
     _of_torch: type[torch.optim.Optimizer]
 
     @cached_property
-    def numbers(self) -> Numbers:
+    def _numbers(self) -> Numbers:
         """The coefficients of its updates, as tensors."""
         return Numbers()
 

@@ -53,4 +53,4 @@ class AdamW(steps.FactoredSteps, torch.optim.AdamW):
             group["eps"],
         )
         names = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")[: 3 if group["amsgrad"] else 2]
-        factored_update_(p, [state[name] for name in names], dy, x, self.numbers(p, numbers), "adam")
+        factored_update_(p, [state[name] for name in names], dy, x, self._numbers(p, numbers), "adam")

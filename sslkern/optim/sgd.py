@@ -35,7 +35,7 @@ class SGD(steps.FactoredSteps, torch.optim.SGD):
         s = steps.one_number(scale)
         s, lr, decay, momentum = -s if group["maximize"] else s, group["lr"], group["weight_decay"], group["momentum"]
         if momentum == 0:
-            factored_update_(p, [], dy, x, self.numbers(p, (0, 0, 0, 1 - lr * decay, 0, -lr * s)))
+            factored_update_(p, [], dy, x, self._numbers(p, (0, 0, 0, 1 - lr * decay, 0, -lr * s)))
             return
         state = self.state[p]
         old, new = momentum, 1 - group["dampening"]
@@ -43,4 +43,4 @@ class SGD(steps.FactoredSteps, torch.optim.SGD):
             state["momentum_buffer"], old, new = torch.zeros_like(p), 0.0, 1.0
         of_w, of_m, of_p = (1 - lr * decay, -lr * momentum, -lr * s) if group["nesterov"] else (1.0, -lr, 0.0)
         numbers = (old, new * s, new * decay, of_w, of_m, of_p)
-        factored_update_(p, [state["momentum_buffer"]], dy, x, self.numbers(p, numbers))
+        factored_update_(p, [state["momentum_buffer"]], dy, x, self._numbers(p, numbers))
