@@ -69,10 +69,9 @@ FORMS: dict[str, Callable[..., None]] = {"reduce": reduced, "gather": gathered, 
 
 
 def taken(size: int, rows: int, p: int, q: int, device: str) -> str:
-    """The form that the package takes for a weight on a kind of device: all layers of these widths take the same."""
+    """The form that the package takes for a weight on a kind of device."""
     w = torch.empty(q, p, device="meta")
-    fits = rows * size <= most_rows(w)
-    return "gather" if fits and factor_exchange.gathers((rows,) * size, w, device) else "reduce"
+    return "gather" if factor_exchange.gathers((rows,) * size, w, most_rows(w), device) else "reduce"
 
 
 def count(widths: tuple[int, ...] = OFFICIAL, sizes: tuple[int, ...] = RANKS, rows: int = ROWS) -> list[dict[str, Any]]:

@@ -7,7 +7,8 @@ from functools import partial
 import support_pair_formulas as plain
 import torch
 from support import MEAN, ROWS, A, B, D, Leaf
-from support_functions import OTHER, PAIRED, add_loss, add_metric
+from support_functions import OTHER, add_metric
+from support_losses import PAIRED, add_loss
 from torch import Tensor
 
 from sslkern import losses, metrics

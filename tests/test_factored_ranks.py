@@ -11,6 +11,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from sslkern.core import factor_exchange as exchange
 from sslkern.core.factored_gradient import FactoredGradient
+from sslkern.core.factored_tensor import ANY
 from sslkern.nn import exchange_factors_, factored_
 from sslkern.optim import LARS, SGD, AdamW, clip_grad_norm_
 
@@ -181,5 +182,7 @@ def test_rule_of_the_exchange():
     """Few rows are gathered, many are formed and summed; a GPU weighs products less."""
     w = torch.empty(8192, 8192, device="meta")
     with patch.dict(exchange._PRODUCTS, cuda=100):  # a meta tensor counts as one on a GPU
-        assert exchange.gathers((32,) * 4, w) and not exchange.gathers((64,) * 8, w)
-    assert exchange.gathers((64,) * 8, w) and not exchange.gathers((256,) * 64, w)
+        assert exchange.gathers((32,) * 4, w, ANY) and not exchange.gathers((64,) * 8, w, ANY)
+    assert exchange.gathers((64,) * 8, w, ANY) and not exchange.gathers((256,) * 64, w, ANY)
+    assert exchange.gathers((64,) * 8, w, 512) and not exchange.gathers((64,) * 8, w, 511)
+    assert not exchange.gathers((64,) * 8, w, ANY, "cpu")

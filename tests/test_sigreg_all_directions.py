@@ -10,6 +10,7 @@ import torch
 from memory import allocated
 
 from sslkern.core.autograd import differentiated
+from sslkern.core.kept import Kept
 from sslkern.losses import LeJEPALoss, SIGRegLoss, lejepa_loss, sigreg_loss
 from sslkern.ops import _direction_blocks as blocks
 from sslkern.ops import _radial_tables as tables
@@ -217,14 +218,14 @@ def test_it_compiles_and_vmaps():
 def test_tables_are_kept():
     """A few, also those that are first used where no tensor may need a gradient."""
     z = normal(4, 19)
-    with patch.dict(tables._tables, clear=True), patch.object(tables, "_KEPT", 3):
+    with patch.object(tables, "_tables", Kept(3)) as kept:
         with torch.inference_mode():
             expected = unsliced(z)
-        assert len(tables._tables) == 2
+        assert len(kept._found) == 2
         torch.testing.assert_close(both(unsliced, z)[0], expected)
-        assert len(tables._tables) == 2
+        assert len(kept._found) == 2
         unsliced(normal(4, 21))
-        assert len(tables._tables) == 3
+        assert len(kept._found) == 3
 
 
 def test_lejepa():

@@ -79,23 +79,19 @@ SSLKERN_INLINE double move_rows(const Slots<T>& at, int64_t ld, const T* product
   return square;
 }
 
-#define SSLKERN_KERNELS(T)                                                                                           \
-  SSLKERN_CLONES static double move_momentum(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,   \
-                                             int64_t rows, int64_t n, const T* k) {                                  \
-    const auto row = [&](const Slots<T>& to, const T* from, int64_t count) SSLKERN_LAMBDA {                          \
-      return to.at[1] != nullptr ? momentum_row<true>(to, from, count, k) : momentum_row<false>(to, from, count, k); \
-    };                                                                                                               \
-    return move_rows(at, ld, product, product_ld, rows, n, row);                                                     \
-  }                                                                                                                  \
-  SSLKERN_CLONES static double move_adam(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,       \
-                                         int64_t rows, int64_t n, const T* k) {                                      \
-    const auto row = [&](const Slots<T>& to, const T* from, int64_t count) SSLKERN_LAMBDA {                          \
-      return to.at[3] != nullptr ? adam_row<true>(to, from, count, k) : adam_row<false>(to, from, count, k);         \
-    };                                                                                                               \
-    return move_rows(at, ld, product, product_ld, rows, n, row);                                                     \
+// `last` is the slot that may be empty.
+#define SSLKERN_MOVE(name, move_row, last, T)                                                                   \
+  SSLKERN_CLONES static double name(const Slots<T>& at, int64_t ld, const T* product, int64_t product_ld,       \
+                                    int64_t rows, int64_t n, const T* k) {                                      \
+    const auto row = [&](const Slots<T>& to, const T* from, int64_t count) SSLKERN_LAMBDA {                     \
+      return to.at[last] != nullptr ? move_row<true>(to, from, count, k) : move_row<false>(to, from, count, k); \
+    };                                                                                                          \
+    return move_rows(at, ld, product, product_ld, rows, n, row);                                                \
   }
-SSLKERN_KERNELS(float)
-SSLKERN_KERNELS(double)
-#undef SSLKERN_KERNELS
+SSLKERN_MOVE(move_momentum, momentum_row, 1, float)
+SSLKERN_MOVE(move_momentum, momentum_row, 1, double)
+SSLKERN_MOVE(move_adam, adam_row, 3, float)
+SSLKERN_MOVE(move_adam, adam_row, 3, double)
+#undef SSLKERN_MOVE
 
 }  // namespace sslkern

@@ -25,15 +25,15 @@ from .factored_gradient import FactoredGradient
 _PRODUCTS = {"cpu": 100, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
 
 
-def gathers(counts: tuple[int, ...], w: Tensor, device: str | None = None) -> bool:
-    """Whether the factors are gathered, for ranks with so many rows, on the device type of w or another one. All ranks
-    decide alike, for the rank that receives most."""
+def gathers(counts: tuple[int, ...], w: Tensor, most: int, device: str | None = None) -> bool:
+    """Whether the factors are gathered, for ranks with so many rows and a gradient of at most `most` rows, on the
+    device type of w or another one. All ranks decide alike, for the rank that receives most."""
     q, p = w.shape
     device = w.device.type if device is None else device
     others = sum(counts) - min(counts)
     products = _PRODUCTS.get(device, _PRODUCTS["cuda"])
     gathered = others * (p + q) + others * p * q / products
-    return gathered <= 2 * (len(counts) - 1) / len(counts) * p * q
+    return sum(counts) <= most and gathered <= 2 * (len(counts) - 1) / len(counts) * p * q
 
 
 def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> Tensor:
@@ -43,7 +43,7 @@ def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> 
     weights that start equal stay equal.
     """
     counts = rows_of_all(peers, lambda: (dy,), dim=0)[0][0]
-    if sum(counts) <= most and gathers(counts, w):
+    if gathers(counts, w, most):
         dy, x = (gather_rows(t, counts, peers, 0) for t in (dy, x))
         grad = FactoredGradient.of(w, dy, x, most=most)
         grad.mul_(1 / peers.size)

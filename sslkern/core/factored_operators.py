@@ -191,7 +191,7 @@ def _made(operator: Any) -> Callable:
     return handler
 
 
-MAKERS = (
+_MAKERS = (
     *(_aten.new_empty, _aten.new_empty_strided, _aten.new_zeros, _aten.new_ones, _aten.new_full),
     *(_aten.empty_like, _aten.zeros_like, _aten.ones_like, _aten.full_like),
 )
@@ -217,5 +217,5 @@ HANDLERS: dict[Any, Callable] = {
     _aten._foreach_div_.Tensor: _each(_divided_, _aten._foreach_div_.Tensor),
     _aten._foreach_div_.Scalar: _each(_divided_, _aten._foreach_div_.Scalar),
     _aten._amp_foreach_non_finite_check_and_unscale_.default: _unscale_,
-    **{maker.default: _made(maker.default) for maker in MAKERS},
+    **{maker.default: _made(maker.default) for maker in _MAKERS},
 }

@@ -16,6 +16,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..core.kept import Kept
+
 _NEGLIGIBLE = 1e-15  # a smaller mean of cosines is 0 in the table
 
 
@@ -43,7 +45,7 @@ GRIDS = {
 }
 _FINE = GRIDS[torch.float64]
 _KEPT = 32  # tables
-_tables: dict[tuple[Radial, torch.dtype, torch.device], list[Tensor]] = {}
+_tables: Kept[list[Tensor]] = Kept(_KEPT)
 
 
 def unit_of(radial: Radial) -> float:
@@ -60,16 +62,7 @@ def octaves_of(radial: Radial) -> int:
 def table(radial: Radial, dtype: torch.dtype, device: torch.device) -> list[Tensor]:
     """For each power, the coefficients of (v - start of the piece)^power for all pieces, in `dtype`; in float64 for
     power 0. They are computed on the device, without a copy or a wait, and kept."""
-    found = _tables.get((radial, dtype, device))
-    if found is None:
-        with torch.inference_mode(False), torch.no_grad():
-            found = _made(radial, dtype, device)
-        if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
-            return found  # it belongs to the graph
-        if len(_tables) == _KEPT:
-            del _tables[next(iter(_tables))]
-        _tables[radial, dtype, device] = found
-    return found
+    return _tables.get((radial, dtype, device), device, lambda: _made(radial, dtype, device))
 
 
 def _made(radial: Radial, dtype: torch.dtype, device: torch.device) -> list[Tensor]:

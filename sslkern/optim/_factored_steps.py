@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ..core import internals
 from ..core.factored_gradient import FactoredGradient
+from ..core.kept import Kept
 from ._checked import value_of
 
 _KEPT = 64  # vectors of numbers of an optimizer
@@ -77,7 +78,7 @@ class Numbers:
     and copies none, so that a CUDA graph can capture the step."""
 
     def __init__(self) -> None:
-        self._kept: dict[tuple[tuple[float, ...], torch.dtype, torch.device], Tensor] = {}
+        self._kept: Kept[Tensor] = Kept(_KEPT)
 
     def __call__(self, p: Tensor, numbers: Sequence[float | Tensor]) -> Tensor:
         """The tensor for a weight, in its dtype and on its device."""
@@ -90,17 +91,13 @@ class Numbers:
         return fixed
 
     def _fixed(self, numbers: tuple[float, ...], p: Tensor) -> Tensor:
-        found = self._kept.get((numbers, p.dtype, p.device))
-        if found is None:
-            found = torch.empty(len(numbers), dtype=p.dtype, device=p.device)
-            for slot, number in zip(found, numbers, strict=True):
+        def make() -> Tensor:
+            made = torch.empty(len(numbers), dtype=p.dtype, device=p.device)
+            for slot, number in zip(made, numbers, strict=True):
                 slot.fill_(number)
-            if p.is_cuda and torch.cuda.is_current_stream_capturing():
-                return found  # it belongs to the graph
-            if len(self._kept) == _KEPT:
-                del self._kept[next(iter(self._kept))]
-            self._kept[numbers, p.dtype, p.device] = found
-        return found
+            return made
+
+        return self._kept.get((numbers, p.dtype, p.device), p.device, make)
 
 
 def one_number(x: float | Tensor | None) -> float | Tensor:

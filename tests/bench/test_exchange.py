@@ -1,6 +1,15 @@
 """The counts of a projector's exchange in several processes."""
 
+import json
+
+from conftest import ROOT
+
 from bench import exchange
+
+
+def test_the_document_has_the_table_of_the_results():
+    rows = json.loads((ROOT / exchange.PATH).read_text())["rows"]
+    assert exchange.table(rows) in (ROOT / exchange.DOCUMENT).read_text()
 
 
 def test_counts():
