@@ -21,7 +21,7 @@ from .pairwise import PAIRS, pairs_case
 from .prototypes import HEADS, heads_case
 from .sigreg import VIEWS, sigreg_case
 from .sigreg_all import ALL_DIRECTIONS, all_directions_case
-from .steps import RECIPES, step_case
+from .steps import LINEARS, RECIPES, linear_case, step_case
 from .variants import by_reference, compiled, onednn
 from .vicreg_weight import PROJECTED, projected_case
 
@@ -186,6 +186,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"low_rank {' '.join(map(str, sizes))}", lambda s=sizes: low_rank_case(s, device)))
     for sizes in LAYERS:
         cases.append((f"rotation {' '.join(map(str, sizes))}", lambda s=sizes: rotation_case(*s, device)))
+    for sizes in LINEARS if device == "cpu" else ():
+        cases.append((f"linear {' '.join(map(str, sizes))}", lambda s=sizes: linear_case(*s)))
     for shape, k, retraction in ROTATIONS:
         label = f"rank_k {' '.join(map(str, shape))} {k} {retraction}"
         cases.append((label, lambda s=shape, k=k, r=retraction: rank_k_case(s, k, r, device)))

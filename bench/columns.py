@@ -26,6 +26,7 @@ TITLES = {
     "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
     "rank_k": "Orthogonal step: sketch of a dense gradient, then `ops.rank_k_update_` (ms)",
     "low_rank": "`ops.low_rank_residual`, the loss of a low-rank model of a matrix, forward + backward (ms)",
+    "linear": "Forward of a factored layer, x W' for x (N, p) and W (q, p), on a CPU (ms)",
     "covariance": "`ops.covariance` of tall matrices and of a stack, forward + backward (ms)",
 }
 
@@ -218,6 +219,15 @@ COLUMNS: dict[str, list[Column]] = {
         _time("kernels only", "kernels alone"),
         ("time / 8 memory passes at copy bandwidth", lambda c: _ratio(c.over_floor("copy", 4))),
         *(MEMORY, ERRORS),
+    ],
+    "linear": [
+        ("N, p, q", SHAPE[1]),
+        *(_time("torch.mm", "published"), _time("oneDNN", "three-line"), OURS),
+        *(_faster("vs torch.mm", "published"), ("vs the best", FASTER_THAN_BEST[1])),
+        (
+            "error, torch.mm / sslkern",
+            lambda c: " / ".join(_error(c.row(n), "loss_error") for n in ("published", "sslkern")),
+        ),
     ],
     "moments": [
         *(SHAPE, _note("layout"), _time("torch.var_mean", "published"), _time("mean and square", "three-line"), OURS),

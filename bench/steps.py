@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 import sslkern
+from sslkern.backend import pick
 from sslkern.nn import factored_
 from sslkern.optim import LARS, SGD
 
@@ -28,6 +29,7 @@ RECIPES = (
     ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
     ("SimCLR, batch of 2048", "nt_xent", 2048, (2048, 2048, 128)),
 )
+LINEARS = tuple((n, p, q) for p, q in ((512, 2048), (2048, 2048), (2048, 8192), (8192, 8192)) for n in (16, 64, 128))
 MOMENTUM = 0.9
 
 
@@ -140,6 +142,19 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
         "step", (n, *widths), lambda: weights, implementations, truth, afters=afters, floors=floors, note=recipe,
         huge=("three-line", "three-line, fused", "sslkern"),
     )  # fmt: skip
+
+
+def linear_case(n: int, p: int, q: int) -> Case:
+    """x W' for a batch of few rows on a CPU, forward alone: by torch.mm, by oneDNN, and by the kernel of factored
+    layers."""
+    x, w = torch.randn(n, p), torch.randn(q, p) / p**0.5
+    kernel = pick("factored_linear", x)
+    implementations: dict[str, Loss] = {
+        "published": lambda x, w: nn.functional.linear(x, w).square().mean(),
+        "three-line": lambda x, w: onednn(x, w).square().mean(),
+        "sslkern": lambda x, w: kernel(x, w).square().mean(),
+    }
+    return Case("linear", (n, p, q), lambda: [x, w], implementations, implementations["published"], backward=False)
 
 
 def rival_of(projector: nn.Sequential) -> nn.Sequential:

@@ -1,5 +1,5 @@
 // The product of a batch of few rows with the transpose of a weight. A vendor library packs the weight for it, which
-// takes up to as long as the product. Here W is read once, from where it is.
+// can take as long as the product. Here W is read once, from where it is.
 #include "panels.h"
 
 namespace sslkern {
