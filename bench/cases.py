@@ -21,7 +21,7 @@ from .pairwise import PAIRS, pairs_case
 from .prototypes import HEADS, heads_case
 from .sigreg import VIEWS, sigreg_case
 from .sigreg_all import ALL_DIRECTIONS, all_directions_case
-from .steps import LINEARS, RECIPES, linear_case, step_case
+from .steps import LINEARS, RECIPES, SINGLE_LAYERS, layer_case, linear_case, step_case
 from .variants import by_reference, compiled, onednn
 from .vicreg_weight import PROJECTED, projected_case
 
@@ -188,6 +188,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         cases.append((f"rotation {' '.join(map(str, sizes))}", lambda s=sizes: rotation_case(*s, device)))
     for sizes in LINEARS if device == "cpu" else ():
         cases.append((f"linear {' '.join(map(str, sizes))}", lambda s=sizes: linear_case(*s)))
+    for n, width in SINGLE_LAYERS if device == "cpu" else ():
+        cases.append((f"layer {n} {width}", lambda n=n, width=width: layer_case(n, width)))
     for shape, k, retraction in ROTATIONS:
         label = f"rank_k {' '.join(map(str, shape))} {k} {retraction}"
         cases.append((label, lambda s=shape, k=k, r=retraction: rank_k_case(s, k, r, device)))

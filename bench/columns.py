@@ -26,7 +26,8 @@ TITLES = {
     "rotation": "Training step of `nn.OrthogonalLinear(factored=True)`: forward, backward, ProjUNN (ms)",
     "rank_k": "Orthogonal step: sketch of a dense gradient, then `ops.rank_k_update_` (ms)",
     "low_rank": "`ops.low_rank_residual`, the loss of a low-rank model of a matrix, forward + backward (ms)",
-    "linear": "Forward of a factored layer, x W' for x (N, p) and W (q, p), on a CPU (ms)",
+    "layer": "Step of one square linear layer: forward, both gradients, SGD with momentum (ms)",
+    "linear": "Products of a factored layer with W (q, p), x W' in the forward and dy W in the backward, on a CPU (ms)",
     "covariance": "`ops.covariance` of tall matrices and of a stack, forward + backward (ms)",
 }
 
@@ -220,7 +221,13 @@ COLUMNS: dict[str, list[Column]] = {
         ("time / 8 memory passes at copy bandwidth", lambda c: _ratio(c.over_floor("copy", 4))),
         *(MEMORY, ERRORS),
     ],
+    "layer": [
+        ("rows x width", SHAPE[1]),
+        *(_note("gradient"), _time("torch", "published"), _time("torch, fused optimizer", "three-line"), OURS),
+        *(("vs the best", FASTER_THAN_BEST[1]), MEMORY, ERRORS),
+    ],
     "linear": [
+        _note("product"),
         ("N, p, q", SHAPE[1]),
         *(_time("torch.mm", "published"), _time("oneDNN", "three-line"), OURS),
         *(_faster("vs torch.mm", "published"), ("vs the best", FASTER_THAN_BEST[1])),

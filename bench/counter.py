@@ -81,7 +81,8 @@ KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "cross_correlation_fwd": lambda told: _columns(told, 2 if told["dual"] else 1),
     "cross_correlation_bwd": lambda told: _columns(told, 2),
     "batch_moments_fwd": lambda told: 0.0,
-    "factored_linear": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
+    "factored_linear_fwd": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
+    "factored_linear_bwd": lambda told: 2.0 * told["dy"].shape[0] * told["w"].numel(),
     "factored_momentum_": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
     "factored_adam_": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
 }

@@ -6,37 +6,46 @@
               share of the rows of W, and W is gathered. The package does not have this form, which never receives least
 
 Flops of matrix products that make gradients, and bytes that reach a rank, are counted call by call on one simulated
-rank, with the optimizer's step. The backward's other products are the same in all forms. `--docs` writes the table.
+rank, with the optimizer's step. The backward's other products are the same in all forms. `--time` measures whole steps
+of a smaller projector in processes of this machine instead. `--docs` writes the tables into the document.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
+import time
 from collections.abc import Callable
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from sslkern.core import factor_exchange, ranks
 from sslkern.distributed import over
+from sslkern.nn import exchange_factors_, factored_
 from sslkern.ops import factored_update_
 from sslkern.ops.factored_linear import most_rows
+from sslkern.optim import SGD
 
 from .counter import Counter
-from .ranks import simulated
+from .ranks import processes, simulated
 from .ranks_report import number
 from .report import into_document
-from .run import _commit
-from .steps import OFFICIAL
+from .run import _commit, machine, wait_for_quiet
+from .steps import MOMENTUM, OFFICIAL, projector_of
 
 PATH, DOCUMENT = Path("bench/results/exchange.json"), Path("docs/projectors.md")
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
 ROWS = 128  # of a rank: two views of 64 images
+TIMED = (1024, 4096, 4096, 4096)  # widths of the projector that processes of one machine have room for
+PROCESSES = ((2, 16), (2, 64), (4, 16), (4, 64), (4, 128))  # ranks, and rows of each
 
 
 def reduced(w: Tensor, m: Tensor, dy: Tensor, x: Tensor) -> None:
@@ -113,16 +122,123 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def _steps(rows: int, rounds: int) -> list[dict[str, Any]]:
+    """Steps that all ranks begin together, all ways in turn; a step takes as long as its slowest rank."""
+    torch.manual_seed(dist.get_rank())
+    x = torch.randn(rows, TIMED[0])
+    rule = factor_exchange.gathers
+    forms = {"DDP": rule, "taken": rule, "gather": lambda *_: True, "reduce": lambda *_: False}
+    steps = {name: _step_by(DistributedDataParallel(_network(name != "DDP")), x, name != "DDP") for name in forms}
+    widest = max(p * q for p, q in pairwise(TIMED))
+    sent, products = torch.ones(widest), [torch.randn(512, TIMED[1]) for _ in range(2)]
+    steps |= {"sum": lambda: dist.all_reduce(sent), "product": lambda: products[0].T @ products[1]}
+    seconds: dict[str, list[float]] = {name: [] for name in steps}
+    for k in range(rounds + 2):
+        for name, step in steps.items():
+            with patch.object(factor_exchange, "gathers", forms.get(name, rule)):
+                dist.barrier()
+                start = time.perf_counter()
+                step()
+                longest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(longest, dist.ReduceOp.MAX)
+            if k >= 2:  # the first two warm up
+                seconds[name].append(float(longest))
+    size, numbers = dist.get_world_size(), sum(p * q for p, q in pairwise(TIMED))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    by_byte = medians["sum"] / (2 * (size - 1) / size * 4 * widest)
+    by_flop = medians["product"] / (2 * 512 * TIMED[1] ** 2)
+    others = 4 * rows * numbers - 2 * rows * TIMED[0] * TIMED[1]  # the products that make no gradient of a weight
+    return [
+        {
+            "way": name,
+            "ranks": size,
+            "rows": rows,
+            "widths": list(TIMED),
+            "median": medians[name],
+            "p20": statistics.quantiles(seconds[name], n=5)[0],
+            "p80": statistics.quantiles(seconds[name], n=5)[-1],
+            "rounds": rounds,
+            "floor": by_byte * received + by_flop * (others + 2 * multiplied * numbers),
+            "forms": [taken(size, rows, p, q, "cpu") for p, q in pairwise(TIMED)],
+        }
+        for name, received, multiplied in (
+            *((name, 2 * (size - 1) / size * 4 * numbers, rows) for name in ("DDP", "taken", "reduce")),
+            ("gather", (size - 1) * rows * 4 * sum(p + q for p, q in pairwise(TIMED)), size * rows),
+        )
+    ]
+
+
+def _network(factored: bool) -> nn.Module:
+    torch.manual_seed(0)
+    network = projector_of(TIMED)
+    return exchange_factors_(factored_(network), over("world", even=True)) if factored else network
+
+
+def _step_by(model: nn.Module, x: Tensor, factored: bool) -> Callable[[], None]:
+    optimizer = (SGD if factored else torch.optim.SGD)(model.parameters(), lr=1e-4, momentum=MOMENTUM, fused=True)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        model(x).square().mean().backward()
+        optimizer.step()
+
+    return step
+
+
+def timed(rounds: int = 7) -> dict[str, Any]:
+    """Whole steps of a projector in several processes of this machine, by DistributedDataParallel and by our forms."""
+    busy = wait_for_quiet()
+    found = [processes(size, _steps, rows, rounds)[0] for size, rows in PROCESSES]
+    rows = [row for rows in found for row in rows]
+    return {"machine": machine("cpu"), "busy": round(busy, 3), "commit": _commit(), "rows": rows}
+
+
+def table_of_times(results: dict[str, Any]) -> str:
+    cells: dict[tuple[int, int], dict[str, dict[str, Any]]] = {}
+    for row in results["rows"]:
+        cells.setdefault((row["ranks"], row["rows"]), {})[row["way"]] = row
+    told = results["machine"]
+    lines = [
+        f"A step of a projector {'-'.join(map(str, results['rows'][0]['widths']))} in processes that share "
+        f"{told['device']}, {told['threads']} threads (ms; the slowest rank, 20th to 80th percentile). A floor is "
+        "computed from the bytes and the products of a form, and from the rates of one sum and of one product in these "
+        "processes.",
+        "",
+        "| ranks | rows a rank | DDP | sslkern | taken | vs DDP | always reduce | always gather | floor of reduce | "
+        "floor of gather |",
+        "| " + " | ".join(["---"] * 10) + " |",
+    ]
+    for (ranks_, rows), cell in cells.items():
+        ddp, ours = cell["DDP"], cell["taken"]
+        times = [
+            f"{1e3 * r['median']:.0f} ({1e3 * r['p20']:.0f}-{1e3 * r['p80']:.0f})"
+            for r in (ddp, ours, cell["reduce"], cell["gather"])
+        ]
+        overlap = ours["p20"] <= ddp["p80"] and ddp["p20"] <= ours["p80"]
+        ratio = f"{ddp['median'] / ours['median']:.2f}x{' ~' if overlap else ''}"
+        floors = [f"{1e3 * cell[name]['floor']:.0f}" for name in ("reduce", "gather")]
+        forms = ", ".join(dict.fromkeys(ours["forms"]))
+        row = [str(ranks_), str(rows), *times[:2], forms, ratio, *times[2:], *floors]
+        lines.append(f"| {' | '.join(row)} |")
+    return "\n".join(lines) + "\n"
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.exchange", description=__doc__)
+    parser.add_argument("--time", action="store_true", help="measure times, and count nothing")
     parser.add_argument("--docs", action="store_true", help=f"also write the table into {DOCUMENT}")
     args = parser.parse_args()
-    rows = count()
-    PATH.write_text(json.dumps({"commit": _commit(), "rows": rows}, indent=1) + "\n")
-    text = table(rows)
+    results = json.loads(PATH.read_text()) if PATH.exists() else {}
+    if args.time:
+        results["times"] = timed()
+        name, text = "exchange_times", table_of_times(results["times"])
+    else:
+        results |= {"commit": _commit(), "rows": (rows := count())}
+        name, text = "exchange", table(rows)
+    PATH.write_text(json.dumps(results, indent=1) + "\n")
     print(text)
     if args.docs:
-        into_document(DOCUMENT, "exchange", text)
+        into_document(DOCUMENT, name, text)
 
 
 if __name__ == "__main__":

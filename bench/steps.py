@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import sslkern
 from sslkern.backend import pick
-from sslkern.nn import factored_
+from sslkern.nn import FactoredLinear, factored_
+from sslkern.ops.factored_linear import kept
 from sslkern.optim import LARS, SGD
 
 from . import baselines
@@ -29,7 +30,15 @@ RECIPES = (
     ("Barlow Twins, global batch of 256", "barlow", 256, (2048, 4096, 4096, 4096)),
     ("SimCLR, batch of 2048", "nt_xent", 2048, (2048, 2048, 128)),
 )
-LINEARS = tuple((n, p, q) for p, q in ((512, 2048), (2048, 2048), (2048, 8192), (8192, 8192)) for n in (16, 64, 128))
+PRODUCTS = ("x W'", "dy W")
+LINEARS = tuple(
+    (product, n, p, q)
+    for product, least in zip(PRODUCTS, (512, 2048), strict=True)
+    for p, q in ((512, 2048), (2048, 2048), (2048, 8192), (8192, 8192))
+    for n in (16, 64, 128)
+    if p >= least and (product == PRODUCTS[0] or n <= min(p, q) // 32)  # those that the layer takes
+)
+SINGLE_LAYERS = tuple((n, p) for p in (256, 1024, 2048, 4096, 8192) for n in (16, 64, 128, 256, 512) if n <= p // 16)
 MOMENTUM = 0.9
 
 
@@ -144,17 +153,41 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
     )  # fmt: skip
 
 
-def linear_case(n: int, p: int, q: int) -> Case:
-    """x W' for a batch of few rows on a CPU, forward alone: by torch.mm, by oneDNN, and by the kernel of factored
-    layers."""
-    x, w = torch.randn(n, p), torch.randn(q, p) / p**0.5
-    kernel = pick("factored_linear", x)
+def linear_case(product: str, n: int, p: int, q: int) -> Case:
+    """x W' or dy W for a batch of few rows on a CPU: by torch.mm, by oneDNN, and by the kernel of factored layers."""
+    forward = product == PRODUCTS[0]
+    x, w = torch.randn(n, p if forward else q), torch.randn(q, p) / p**0.5
+    kernel = pick("factored_linear_fwd" if forward else "factored_linear_bwd", x)
     implementations: dict[str, Loss] = {
-        "published": lambda x, w: nn.functional.linear(x, w).square().mean(),
-        "three-line": lambda x, w: onednn(x, w).square().mean(),
+        "published": lambda x, w: (x @ (w.T if forward else w)).square().mean(),
+        "three-line": lambda x, w: onednn(x, w if forward else w.T).square().mean(),
         "sslkern": lambda x, w: kernel(x, w).square().mean(),
     }
-    return Case("linear", (n, p, q), lambda: [x, w], implementations, implementations["published"], backward=False)
+    truth = implementations["published"]
+    return Case("linear", (n, p, q), lambda: [x, w], implementations, truth, backward=False, note=product)
+
+
+def layer_case(n: int, width: int) -> Case:
+    """A step of one square layer, by SGD with momentum: forward, both gradients, and the optimizer."""
+    torch.manual_seed(0)
+    plain = nn.Linear(width, width, bias=False)
+    factored = factored_(copy.deepcopy(plain, {id(plain.weight): plain.weight}))
+    x = torch.randn(n, width, requires_grad=True)
+
+    def run(layer: nn.Module) -> Loss:
+        return lambda *_: layer(x).square().mean()
+
+    implementations = {"published": run(plain), "three-line": run(plain), "sslkern": run(factored)}
+    settings: dict[str, Any] = {"lr": 0.0, "momentum": MOMENTUM}
+    afters = {
+        "published": torch.optim.SGD([plain.weight], **settings).step,
+        "three-line": torch.optim.SGD([plain.weight], **settings, fused=True).step,
+        "sslkern": SGD([plain.weight], **settings, fused=True).step,
+    }
+    note = "factored" if isinstance(factored, FactoredLinear) else "left alone"
+    note = note if kept(n, plain.weight) else "formed"
+    truth: Loss = lambda x, w: (x @ w.T).square().mean()  # noqa: E731
+    return Case("layer", (n, width), lambda: [x, plain.weight], implementations, truth, afters=afters, note=note)
 
 
 def rival_of(projector: nn.Sequential) -> nn.Sequential:

@@ -14,7 +14,7 @@ PLAIN = ("published", "published, compiled", "three-line", "three-line, compiled
 FAMILIES = (  # in the order of the tables
     *("step", "vicreg", "barlow", "pairs", "pair_losses", "view_losses", "sigreg", "sigreg_all", "unbiased"),
     *("vicreg_weight", "info_vicreg", "batch_norm", "prototypes", "moments", "rotation", "rank_k", "covariance"),
-    *("linear", "low_rank"),
+    *("layer", "linear", "low_rank"),
 )
 LOSSES = FAMILIES[:4]  # the families from which the README shows the worst case
 FIRST = ("step VICReg, official, per device", "vicreg 256 8192")  # the first cases in the README, on each machine

@@ -239,7 +239,7 @@ def trained(kind: Callable, rows: int | None = None, clip: bool = False, formed:
     """A call that makes two steps of a factored layer."""
 
     def call(w: Tensor, x: Tensor) -> tuple[Tensor, ...]:
-        layer = layers.factored_(nn.Linear(*w.shape, device=w.device, dtype=w.dtype))
+        layer = layers.factored_(nn.Linear(*w.shape, device=w.device, dtype=w.dtype), least=0)
         layer.weight = nn.Parameter(w.detach())
         on_device = {"capturable": w.is_cuda} if kind is optim.AdamW else {}  # otherwise torch's own reads numbers
         optimizer = kind(layer.parameters(), lr=0.1, **settings, **on_device)

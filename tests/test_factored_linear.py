@@ -13,6 +13,7 @@ from sslkern.ops import factored_linear
 from sslkern.train.large_batch import large_batch
 
 DOUBLE = torch.float64
+KERNELS = (("factored_linear_fwd", lambda x, w: x @ w.mT), ("factored_linear_bwd", lambda dy, w: dy @ w))
 
 
 def layers(p=32, q=40, bias=True, dtype=DOUBLE):
@@ -43,50 +44,74 @@ def test_output_and_gradients(shape, bias):
 
 @pytest.mark.parametrize("dtype", (torch.float32, DOUBLE), ids=str)
 @pytest.mark.parametrize("rows", (8, 15, 16, 33, 64, 128))
-def test_the_kernel_of_few_rows(rows, dtype):
+def test_the_kernels_of_few_rows(rows, dtype):
     """Against float64: sides that end within a tile, a large weight and a small one, and one that is narrow."""
     for q, p in ((521, 777), (2100, 2051), (3, 90000), (70001, 5)):
-        x, w = torch.randn(rows, p, dtype=dtype), torch.randn(q, p, dtype=dtype)
-        truth = x.double() @ w.double().mT
-        plain, ours = x @ w.mT, torch.ops.sslkern_native.factored_linear(x, w)
-        limit = 4 * (plain - truth).abs().max() + (1e-13 if dtype == DOUBLE else 1e-6) * truth.abs().max()
-        assert ours.shape == truth.shape and (ours - truth).abs().max() <= limit
+        w = torch.randn(q, p, dtype=dtype)
+        for kernel, multiplied in KERNELS:
+            x = torch.randn(rows, p if kernel.endswith("fwd") else q, dtype=dtype)
+            truth, plain = multiplied(x.double(), w.double()), multiplied(x, w)
+            ours = getattr(torch.ops.sslkern_native, kernel)(x, w)
+            limit = 4 * (plain - truth).abs().max() + (1e-13 if dtype == DOUBLE else 1e-6) * truth.abs().max()
+            assert ours.shape == truth.shape and (ours - truth).abs().max() <= limit
 
 
-def test_bits_of_the_kernel():
+@pytest.mark.parametrize(("kernel", "multiplied"), KERNELS)
+def test_bits_of_the_kernels(kernel, multiplied):
     """They do not depend on the number of threads, nor, for a row, on the other rows. NaN and inf stay in theirs."""
-    x, w = torch.randn(40, 700), torch.randn(600, 700)
+    w = torch.randn(600, 700)
+    x = torch.randn(40, 700 if kernel.endswith("fwd") else 600)
     x[3, 5], w[7, 9] = torch.nan, torch.inf
+    call = getattr(torch.ops.sslkern_native, kernel)
     before, found = torch.get_num_threads(), []
     try:
         for threads in (1, 2, 3):
             torch.set_num_threads(threads)
-            found.append(torch.ops.sslkern_native.factored_linear(x, w))
+            found.append(call(x, w))
     finally:
         torch.set_num_threads(before)
     assert all(torch.equal(found[0].nan_to_num(), other.nan_to_num()) for other in found)
-    few = torch.ops.sslkern_native.factored_linear(x[:9].contiguous(), w)
+    few = call(x[:9].contiguous(), w)
     assert torch.equal(found[0][:9].nan_to_num(), few.nan_to_num())
-    plain = x @ w.mT
+    plain = multiplied(x, w)
     assert torch.equal(found[0].isfinite(), plain.isfinite()) and not plain.isfinite().all()
 
 
 @pytest.mark.parametrize("rows", (7, 8, 64, 65, 128, 129))
-def test_a_layer_takes_it_where_it_wins(rows, monkeypatch):
-    """By shape; with any strides of the input, and a bias."""
+def test_a_layer_takes_them_where_they_win(rows, monkeypatch):
+    """By shape; with any strides of the input and of the gradient, and a bias."""
     taken = []
     pick = factored_linear.pick
     monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
-    for q, p in ((100, 100), (600, 500), (2048, 2048)):
+    for (q, p), forward, backward in (((100, 100), 0, 0), ((600, 500), 64, 0), ((2048, 2048), 128, 64)):
         plain, ours = layers(p, q, dtype=torch.float32)
-        x = torch.randn(p, rows).mT
-        torch.testing.assert_close(ours(x), plain(x), rtol=1e-4, atol=1e-4)
-        most = {100: 0, 600: 64, 2048: 128}[q]
-        assert taken == ["factored_linear"] * (8 <= rows <= most)
+        x, dy, found = torch.randn(p, rows).mT.requires_grad_(), torch.randn(1).expand(rows, q), []
+        for layer in (plain, ours):
+            y = layer(x)
+            found.append((y, *torch.autograd.grad(y, (x, layer.bias), dy)))
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+        ends = [("fwd", forward), ("bwd", backward)]
+        assert taken == [f"factored_linear_{end}" for end, most in ends if 8 <= rows <= most]
         taken.clear()
     with backend.use("reference"):
-        ours(x)
+        ours(x).sum().backward()
     assert not taken
+
+
+def test_rows_from_which_the_gradient_is_formed():
+    """By memory, and for a large weight on a CPU by time, but not for a sum. Then the layer has torch's own nodes."""
+    for size, most in ((64, 16), (1024, 256), (2048, 128)):
+        layer = FactoredLinear(size, size, bias=False)
+        for rows in (most, most + 1):
+            y = layer(torch.randn(rows, size))
+            (grad,) = torch.autograd.grad(y.sum(), layer.weight)
+            assert isinstance(grad, FactoredGradient) == (rows == most)
+            assert type(y.grad_fn).__name__ == ("_LinearBackward" if rows == most else "MmBackward0")
+        for _ in range(2):
+            layer(torch.randn(most, size)).sum().backward()
+        assert layer.weight.grad.factored == (size == 2048)
+        assert factored_linear.kept(size // 4, layer.weight.to("meta"))
 
 
 def test_wrong_shapes_are_those_of_torch():
@@ -181,7 +206,9 @@ def test_compiled_as_one_graph(dynamic):
     """Also with batches of changing size; the factors are copies, which a compiled graph does not overwrite."""
     torch._dynamo.reset()
     model = nn.Sequential(nn.Linear(32, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 36)).double()
-    ours = factored_(nn.Sequential(nn.Linear(32, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 36)).double())
+    ours = factored_(
+        nn.Sequential(nn.Linear(32, 40), nn.BatchNorm1d(40), nn.ReLU(), nn.Linear(40, 36)).double(), least=0
+    )
     ours.load_state_dict(model.state_dict())
     step = torch.compile(lambda x: ours(x).sin().sum(), fullgraph=True, dynamic=dynamic)
     for rows in (5, 6, 8) if dynamic else (5, 5):
@@ -200,22 +227,26 @@ def test_switched_over_and_back():
     kept = model[2]
     hook = model[0].register_forward_hook(lambda *_: None)
     parameters = list(model.parameters())
-    assert factored_(model) is model and type(model[0]) is FactoredLinear and type(model[2]) is type(kept)
+    assert factored_(model, least=0) is model and type(model[0]) is FactoredLinear and type(model[2]) is type(kept)
     assert all(map(lambda a, b: a is b, model.parameters(), parameters)) and hook.id in model[0]._forward_hooks
-    assert factored_(model) is model
-    assert type(factored_(model, False)[0]) is nn.Linear and type(factored_(nn.Linear(2, 3))) is FactoredLinear
+    assert factored_(model, least=0) is model
+    assert type(factored_(model, False)[0]) is nn.Linear and type(factored_(nn.Linear(2, 3), least=0)) is FactoredLinear
+    layers = factored_(nn.ModuleList([nn.Linear(1024, 1024), nn.Linear(1024, 2048)]))
+    assert [type(layer) for layer in layers] == [nn.Linear, FactoredLinear]
     with pytest.raises(ValueError, match=r"^module must have a torch.nn.Linear to switch, got ReLU without one\.$"):
         factored_(nn.ReLU())
     with pytest.raises(TypeError, match=r"^module must be a torch.nn.Module, got int\.$"):
         factored_(3)
     with pytest.raises(TypeError, match="enabled must be"):
         factored_(model, 1)
+    with pytest.raises(ValueError, match=r"^least must be a number >= 0, got -1\.$"):
+        factored_(model, least=-1)
 
 
 def test_large_batch():
     """Each chunk leaves its factors."""
     plain = nn.Sequential(nn.Linear(160, 200), nn.Tanh(), nn.Linear(200, 160)).double()
-    ours, views = factored_(copy.deepcopy(plain)), torch.randn(2, 12, 160, dtype=DOUBLE)
+    ours, views = factored_(copy.deepcopy(plain), least=0), torch.randn(2, 12, 160, dtype=DOUBLE)
     for network in (plain, ours):
         vicreg_loss(*large_batch(network, *views, chunk_size=5)).backward()
     for a, b in zip(ours.parameters(), plain.parameters(), strict=True):

@@ -51,7 +51,7 @@ def batch(k, dtype=DOUBLE, rows=8):
 def pair(name, dtype=DOUBLE):
     """(model, optimizer) with torch's layers, and with factored ones."""
     ours, theirs, settings = OPTIMIZERS[name]
-    plain, factored = network(dtype), factored_(network(dtype))
+    plain, factored = network(dtype), factored_(network(dtype), least=0)
     return (plain, theirs(plain.parameters(), **settings)), (factored, ours(factored.parameters(), **settings))
 
 
@@ -114,7 +114,7 @@ def test_what_trainers_do(name, cpu_backend):
         optimizer.register_step_post_hook(lambda *_, calls=calls: calls.append(1))
         frozen = nn.Linear(SIZES[0], SIZES[0]).to(DOUBLE).requires_grad_(False)
         frozen.load_state_dict({"weight": torch.eye(SIZES[0]), "bias": torch.zeros(SIZES[0])})
-        frozen = factored_(frozen) if isinstance(model[0], FactoredLinear) else frozen
+        frozen = factored_(frozen, least=0) if isinstance(model[0], FactoredLinear) else frozen
         for k in range(6):
             optimizer.zero_grad(set_to_none=k % 2 == 0)
             for part in range(2):  # each weight is used twice in the second part
@@ -180,7 +180,7 @@ def test_every_optimizer_of_torch(cpu_backend):
     """With their own ways of reading a gradient, they take the same steps. LBFGS reads it as one vector."""
     tried = 0
     for name, kind, setting in every_optimizer():
-        models = network(), factored_(network())
+        models = network(), factored_(network(), least=0)
         try:
             optimizers = [kind([m for m in model.parameters() if m.dim() == 2], lr=0.01, **setting) for model in models]
             for model, optimizer in zip(models, optimizers, strict=True):
@@ -191,7 +191,7 @@ def test_every_optimizer_of_torch(cpu_backend):
         assert distance(models[1], models[0]) < 1e-12, name
         tried += 1
     assert tried >= 25, tried
-    models = network(), factored_(network())
+    models = network(), factored_(network(), least=0)
     for model in models:
         optimizer = torch.optim.LBFGS(model.parameters(), max_iter=3)
 
@@ -252,7 +252,7 @@ def test_nothing_moves_if_one_input_was_changed(name):
 
 
 def test_gradients_by_hand():
-    model = factored_(network())
+    model = factored_(network(), least=0)
     loss_of(model, batch(0)).backward()
     with pytest.raises(ValueError, match=r"^norm_type must be 2 for a factored gradient, got inf"):
         clip_grad_norm_(model.parameters(), 1.0, float("inf"))

@@ -54,12 +54,12 @@ def check_data_parallel():
         plain = network()
         expected = train(plain, make(plain.parameters()), batch)
         for settings in ({}, {"gradient_as_bucket_view": True}, {"static_graph": True}):
-            model = DistributedDataParallel(factored_(network()), **settings)
+            model = DistributedDataParallel(factored_(network(), least=0), **settings)
             norms = train(model, make(model.parameters()), lambda step: batch(step).chunk(size)[rank])
             torch.testing.assert_close(norms, expected)
             for p, q in zip(model.parameters(), plain.parameters(), strict=True):
                 torch.testing.assert_close(p, q)
-    model = DistributedDataParallel(factored_(network()))
+    model = DistributedDataParallel(factored_(network(), least=0))
     with model.no_sync():  # the first of two batches stays on its rank, as factors
         loss_of(model, batch(0).chunk(size)[rank]).backward()
         assert model.module[0].weight.grad.factored
@@ -73,7 +73,7 @@ def check_data_parallel():
 def check_collectives():
     """What a script does by hand with gradients."""
     rank, size = dist.get_rank(), dist.get_world_size()
-    model, plain = factored_(network()), network()
+    model, plain = factored_(network(), least=0), network()
     loss_of(plain, batch(0)).backward()
     for reduce in ("all_reduce", "coalesced"):
         model.zero_grad()
@@ -99,7 +99,7 @@ def check_fully_sharded():
     rank, size = dist.get_rank(), dist.get_world_size()
     mesh = init_device_mesh("cpu", (size,))
     for make in OPTIMIZERS[:2]:
-        plain, model = network(), factored_(network())
+        plain, model = network(), factored_(network(), least=0)
         for layer in model:
             fully_shard(layer, mesh=mesh)
         fully_shard(model, mesh=mesh)
@@ -121,22 +121,24 @@ def check_exchange():
     def joint_loss(model, x):  # the mean over the ranks of such losses is that of the joint batch
         return model(x).sin().sum() * size / 6
 
-    for products, compiled in ((100, False), (1e-9, False), (100, True)):
+    for products, compiled in ((100, False), (1e-9, False), (100, True), (1e-9, True)):
         for make in OPTIMIZERS[:1] if compiled else OPTIMIZERS:
             plain, ours = network(), network()
             with torch.no_grad():
                 for p in ours.parameters():
                     p.add_(rank)  # all start from the first rank's
             with patch.dict(exchange._PRODUCTS, cpu=products):
-                model = DistributedDataParallel(exchange_factors_(factored_(ours)))
+                model = DistributedDataParallel(exchange_factors_(factored_(ours, least=0)))
                 run = torch.compile(model, backend="aot_eager") if compiled else model
                 optimizer, other = make(model.parameters()), make(plain.parameters())
                 for step in range(3):
                     optimizer.zero_grad()
                     other.zero_grad()
-                    joint_loss(run, batch(step).split(rows)[rank]).backward()
-                    loss_of(plain, batch(step)).backward()
-                    assert isinstance(ours[0].weight.grad, FactoredGradient) == (products == 100)
+                    for accumulated in range(step % 2 + 1):
+                        x = batch(step + 7 * accumulated)
+                        joint_loss(run, x.split(rows)[rank]).backward()
+                        loss_of(plain, x).backward()
+                    assert ours[0].weight.grad.factored == (products == 100)
                     norms = [clip_grad_norm_(m.parameters(), 0.1) for m in (model, plain)]
                     torch.testing.assert_close(*norms)
                     optimizer.step()
@@ -154,13 +156,13 @@ def check_exchange_refused():
     with pytest.raises(TypeError, match=r"^model must be a torch.nn.Module, got int\.$"):
         exchange_factors_(3)
     with pytest.raises(TypeError, match=r"^group must be None, 'world'"):
-        exchange_factors_(factored_(nn.Linear(2, 3)), 3)
-    layer, x = exchange_factors_(factored_(nn.Linear(64, 64))), torch.ones(2, 64)
+        exchange_factors_(factored_(nn.Linear(2, 3), least=0), 3)
+    layer, x = exchange_factors_(factored_(nn.Linear(64, 64), least=0)), torch.ones(2, 64)
     for refused in (
         lambda: torch.autograd.grad(layer(x).sum(), layer.weight, create_graph=True),
         lambda: torch.func.grad(lambda w: torch.func.functional_call(layer, {"weight": w}, x).sum())(layer.weight),
         lambda: torch.func.functional_call(layer, {"weight": layer.weight * 1}, x),
-        lambda: exchange_factors_(factored_(nn.Linear(64, 64).bfloat16()))(x.bfloat16()),
+        lambda: exchange_factors_(factored_(nn.Linear(64, 64).bfloat16(), least=0))(x.bfloat16()),
     ):
         with pytest.raises(RuntimeError, match=r"^A layer that exchanges its factors has gradients of the joint batch"):
             refused()

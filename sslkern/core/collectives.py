@@ -1,7 +1,7 @@
 """Collectives: sums, gathers and scatters over the ranks of a group.
 
 They use torch's functional collectives for gloo and NCCL, which `torch.compile(fullgraph=True)` traces. A collective is
-waited for where it is called, because its result is needed there.
+waited for where it is called, because its result is needed there; `start_sum` is the one that is not.
 
 The backward of a differentiable collective adds gradients over the ranks: if several ranks use a number, its gradient
 is the sum of the gradients of their losses. So if the mean of the ranks' losses is the loss of the joint batch, then
@@ -41,6 +41,12 @@ def all_reduce(values: Tensor, group_name: str, reduction: Literal["sum", "max"]
     """The elementwise sum or maximum of `values` over the ranks. Not differentiable."""
     ops = internals.collectives
     return ops.wait_tensor(ops.all_reduce(values.contiguous(), reduction, group_name))
+
+
+def start_sum(values: Tensor, group_name: str) -> Any:
+    """Start to sum contiguous `values` over the ranks, in place. Return what `wait` is called on before they are
+    read."""
+    return dist.all_reduce(values, group=internals.group_of(group_name), async_op=True)
 
 
 def of_first(x: Tensor, peers: Peers) -> Tensor:

@@ -7,9 +7,10 @@ The gradient of rank r is P_r = dy_r' x_r, for n_r of the N rows of the joint ba
     reduce    each rank forms its P_r, and these are summed. A rank receives 2 (W - 1) / W p q numbers and multiplies n
               rows
 
-Received numbers and products are weighed by how many products a device does while it receives a number. These are
-estimates, not measurements. Factors are gathered up to about N - n = 2 `_PRODUCTS` rows of other ranks: 200 on a CPU
-and 8000 on a GPU. Factors of more rows than the gradient may keep, min(p, q) / 4, are not gathered.
+Received numbers and products are weighed by how many products a device does while it receives a number: on a CPU, about
+as many as in processes of one machine (`python -m bench.exchange --time`); on a GPU, by an estimate. Factors are
+gathered up to about N - n = 2 `_PRODUCTS` rows of other ranks: 400 on a CPU and 8000 on a GPU. Factors of more rows
+than the gradient may keep, min(p, q) / 4, are not gathered.
 """
 
 from __future__ import annotations
@@ -18,11 +19,10 @@ import torch
 from torch import Tensor
 
 from .agreement import rows_of_all
-from .collectives import Peers, all_reduce, gather_rows
-from .dtypes import without_autocast
+from .collectives import Peers, gather_rows, start_sum
 from .factored_gradient import FactoredGradient
 
-_PRODUCTS = {"cpu": 100, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
+_PRODUCTS = {"cpu": 200, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
 
 
 def gathers(counts: tuple[int, ...], w: Tensor, most: int, device: str | None = None) -> bool:
@@ -43,14 +43,14 @@ def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> 
     weights that start equal stay equal.
     """
     counts = rows_of_all(peers, lambda: (dy,), dim=0)[0][0]
-    if gathers(counts, w, most):
+    together = gathers(counts, w, most)
+    if together:
         dy, x = (gather_rows(t, counts, peers, 0) for t in (dy, x))
-        grad = FactoredGradient.of(w, dy, x, most=most)
-        grad.mul_(1 / peers.size)
-        return grad
-    with without_autocast(w):
-        formed = dy.mT.to(w.dtype) @ x.to(w.dtype)
-    return all_reduce(formed, peers.name).div_(peers.size)
+    grad = FactoredGradient.of(w, dy, x, most=most)
+    grad.mul_(1 / peers.size)
+    if not together:  # the rest of the backward runs while the ranks sum
+        grad.form_then_(lambda formed: start_sum(formed, peers.name))
+    return grad
 
 
 def mean_gradient_by_name(

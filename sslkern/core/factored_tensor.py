@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from numbers import Real
 from typing import Any
 
@@ -16,14 +17,16 @@ ANY = 1 << 62  # rows: as many as there are
 
 
 class _State:
-    """What a gradient and its aliases share: the factors with the most rows that they may have, or the matrix."""
+    """What a gradient and its aliases share: the factors with the most rows that they may have, or the matrix, and what
+    is still changing it."""
 
-    __slots__ = ("blocks", "formed", "most")
+    __slots__ = ("blocks", "coming", "formed", "most")
 
     def __init__(self, blocks: list[Factors], most: int) -> None:
         self.blocks = blocks
         self.most = most
         self.formed: Tensor | None = None
+        self.coming: Any = None
 
 
 class FactoredTensor(Tensor):
@@ -104,7 +107,15 @@ class FactoredTensor(Tensor):
                 add_product(formed, block, 0 if k == 0 else 1)
             self._state.formed = formed if self.blocks else formed.zero_()
             self._state.blocks = []
+        if self._state.coming is not None:
+            self._state.coming.wait()
+            self._state.coming = None
         return self._state.formed
+
+    def form_then_(self, start: Callable[[Tensor], Any]) -> None:
+        """Form the matrix, and start something that changes it in place, such as a sum over ranks. `start` returns an
+        object with a method `wait`, which is called when the matrix is needed."""
+        self._state.coming = start(self.form_())
 
     def square(self) -> Tensor:
         """||P||^2, (), float64."""

@@ -25,6 +25,8 @@ class FactoredLinear(nn.Linear):
     Anything else that takes gradients works too. Norms, multiples and sums, as in clipping, in GradScaler and in the
     accumulation of several batches, use the factors; any other operation, such as the step of another optimizer, forms
     the matrix first. It is also formed if there are more than min(p, q) / 4 rows, where factors would not save enough.
+    On a CPU, a batch of more than min(p, q) / 16 rows forms it for 2^21 weights or more, because the step would not be
+    faster with factors.
 
     The input and the gradient of the output must not be modified in place between the backward and the optimizer's
     step; the step raises RuntimeError if they were. For factors, W must be contiguous, in float32, float64 or complex.
@@ -39,34 +41,39 @@ class FactoredLinear(nn.Linear):
         return factored_linear.linear(input, self.weight, self.bias, peers=peers)
 
 
-def factored_(module: M, enabled: bool = True) -> M:
-    """Make every torch.nn.Linear of a model a `FactoredLinear`, in place.
+def factored_(module: M, enabled: bool = True, *, least: float = factored_linear.LEAST) -> M:
+    """Make every large torch.nn.Linear of a model a `FactoredLinear`, in place.
 
     Parameters, hooks and state_dict stay as they are. Subclasses of torch.nn.Linear, and layers with parametrisations,
-    are left alone.
+    are left alone. So are layers with weights of less than 2^21 numbers, such as 1024 x 1024: there Python takes more
+    time for the factors than they save.
 
         projector = sslkern.nn.factored_(projector)
         optimizer = sslkern.optim.SGD(projector.parameters(), lr=0.1, momentum=0.9)
 
     Args:
         module: a model, or one layer.
-        enabled: False turns every `FactoredLinear` back into a torch.nn.Linear.
+        enabled: False turns every `FactoredLinear` back into a torch.nn.Linear, whatever its size.
+        least: the numbers of the smallest weight that is switched; 0 switches all.
 
     Returns:
         The module itself.
 
     Raises:
-        TypeError: module is not a torch.nn.Module, or enabled is not a bool. ValueError: the model has no such layer.
+        TypeError: module is not a torch.nn.Module, or enabled is not a bool. ValueError: least is not a number >= 0, or
+            the model has no torch.nn.Linear.
     """
     if not isinstance(module, nn.Module):
         raise TypeError(f"module must be a torch.nn.Module, got {type(module).__name__}.")
     checks.flag("enabled", enabled)
+    checks.non_negative("least", least)
     old, new = (nn.Linear, FactoredLinear) if enabled else (FactoredLinear, nn.Linear)
     layers = [m for m in module.modules() if type(m) is old]
     if not layers and not any(type(m) is new for m in module.modules()):
         raise ValueError(f"module must have a torch.nn.Linear to switch, got {type(module).__name__} without one.")
     for layer in layers:
-        layer.__class__ = new
+        if not enabled or layer.weight.numel() >= least:
+            layer.__class__ = new
     return module
 
 

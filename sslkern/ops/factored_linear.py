@@ -23,14 +23,19 @@ from ..reference import factored_linear as _reference
 _FULL = (torch.float32, torch.float64)
 _FEW = (8, 64, 128)  # rows of x from which and up to which our kernel for x W' wins on a CPU; up to 128 for a large W
 _NUMBERS = (1 << 18, 1 << 22)  # numbers of W, at least, and of a large one
-SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
+_NARROW = 32  # our kernel for dy W wins for a large W with up to min(p, q) / 32 rows, and up to 128
+LEAST = 1 << 21  # numbers of W from which factors pay for the time that Python takes for them
+_SHARE = 4  # the factors of more than min(p, q) / 4 rows would not save enough: the gradient is formed
+_FAST = 16  # a CPU is no faster with more than min(p, q) / 16 rows
 
 _ALONE = (
     "A layer that exchanges its factors has gradients of the joint batch only for a contiguous float32 or float64 "
     "parameter, without torch.func and create_graph: end the exchange by exchange_factors_(model, None)."
 )
 _library = torch.library.Library("sslkern_factored", "DEF")
-declare("factored_linear(Tensor x, Tensor w) -> Tensor", _reference.factored_linear, dtypes=_FULL, devices=("cpu",))
+_products = partial(declare, dtypes=_FULL, devices=("cpu",))
+_products("factored_linear_fwd(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_fwd)
+_products("factored_linear_bwd(Tensor dy, Tensor w) -> Tensor", _reference.factored_linear_bwd)
 
 
 def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
@@ -57,22 +62,46 @@ _compiled_mean = _define(
 
 
 def most_rows(w: Tensor) -> int:
-    """The most rows N of the factors of a gradient of w (q, p)."""
-    return min(w.shape) // SHARE
+    """The most rows N of the factors of a gradient of w (q, p), all uses of w together."""
+    return min(w.shape) // _SHARE
+
+
+def kept(rows: int, w: Tensor) -> bool:
+    """Whether the gradient of w for one batch with so many rows is kept as factors. A small weight has them only
+    because its layer was made so: they are kept as long as they save memory."""
+    fast = w.device.type == "cpu" and w.numel() >= LEAST
+    return rows <= min(w.shape) // (_FAST if fast else _SHARE)
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear. On a CPU, our kernel runs a product of few rows, unless another back-end is forced."""
-    size = x.shape[-1] if x.dim() else 0
-    fits = x.device.type == w.device.type == "cpu" and x.dtype == w.dtype and size == w.shape[1] and x.numel()
-    if not fits or torch.compiler.is_compiling() or forced() not in (None, "native"):
-        return F.linear(x, w, bias)
-    most = _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
-    if w.dtype not in _FULL or w.numel() < _NUMBERS[0] or not _FEW[0] <= x.numel() // size <= most:
+    """F.linear. On a CPU, our kernel runs a product of few rows."""
+    if not _ours(x, w, 1, _NUMBERS[0], _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]):
         return F.linear(x, w, bias)
     rows = _rows(x).contiguous()
-    y: Tensor = pick("factored_linear", rows)(rows, w)
+    y: Tensor = pick("factored_linear_fwd", rows)(rows, w)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], w.shape[0])
+
+
+def _product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
+    """dy conj(W). On a CPU, our kernel runs a product of few rows."""
+    if not _ours(dy, w, 0, _NUMBERS[1], min(_FEW[2], min(w.shape) // _NARROW)):
+        return dy @ w.conj()
+    rows = _rows(dy).contiguous()
+    dx: Tensor = pick("factored_linear_bwd", rows)(rows, w)
+    return dx.view(*dy.shape[:-1], w.shape[1])
+
+
+def _ours(x: Tensor, w: Tensor, axis: int, least: int, most: int) -> bool:
+    """Whether our kernel runs the product of x with an axis of w, if it wins from `least` numbers of w on and up to
+    `most` rows of x. Not if another back-end is forced, and not if the product is an error."""
+    if x.device.type != "cpu" or w.device.type != "cpu" or not x.numel() or not x.dim():
+        return False
+    size = x.shape[-1]
+    if x.dtype != w.dtype or w.dtype not in _FULL or w.numel() < least or size != w.shape[axis]:
+        return False
+    if torch.compiler.is_compiling() or forced() not in (None, "native"):
+        return False
+    return _FEW[0] <= x.numel() // size <= most
 
 
 class _Linear(Op):
@@ -113,7 +142,9 @@ class _Linear(Op):
         need_x, need_w, need_bias = ctx.needs_input_grad[:3]
         used = w if used is None and w.dtype == dy.dtype else w.to(dy.dtype) if used is None else used
         with without_autocast(dy):
-            dx = dy @ (used.mH if ctx.wide else used.conj()) if need_x or ctx.orthogonal else None
+            dx = None
+            if need_x or ctx.orthogonal:
+                dx = dy @ used.mH if ctx.wide else _product_of_gradient(dy, used)
             dw = _weight_gradient(ctx, w, dy, x, y, dx) if need_w else None
             db = _rows(dy).sum(0).to(w.dtype) if need_bias else None
         return dx.to(x.dtype) if dx is not None and need_x else None, dw, db, None, None, None, None
@@ -178,6 +209,9 @@ def linear(
         if peers is not None and (asked or transformed):
             raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
+    by_size = not orthogonal and peers is None and not torch.compiler.is_compiling()
+    if by_size and not kept(x.numel() // max(1, w.shape[1]), w):
+        return F.linear(x, w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 
 

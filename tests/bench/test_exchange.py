@@ -7,9 +7,10 @@ from conftest import ROOT
 from bench import exchange
 
 
-def test_the_document_has_the_table_of_the_results():
-    rows = json.loads((ROOT / exchange.PATH).read_text())["rows"]
-    assert exchange.table(rows) in (ROOT / exchange.DOCUMENT).read_text()
+def test_the_document_has_the_tables_of_the_results():
+    results = json.loads((ROOT / exchange.PATH).read_text())
+    document = (ROOT / exchange.DOCUMENT).read_text()
+    assert exchange.table(results["rows"]) in document and exchange.table_of_times(results["times"]) in document
 
 
 def test_counts():
