@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable
@@ -133,8 +134,11 @@ def _steps(rows: int, rounds: int) -> list[dict[str, Any]]:
     sent, products = torch.ones(widest), [torch.randn(512, TIMED[1]) for _ in range(2)]
     steps |= {"sum": lambda: dist.all_reduce(sent), "product": lambda: products[0].T @ products[1]}
     seconds: dict[str, list[float]] = {name: [] for name in steps}
+    order, rng = list(steps), random.Random(0)  # on every rank the same
     for k in range(rounds + 2):
-        for name, step in steps.items():
+        rng.shuffle(order)
+        for name in order:
+            step = steps[name]
             with patch.object(factor_exchange, "gathers", forms.get(name, rule)):
                 dist.barrier()
                 start = time.perf_counter()
@@ -148,23 +152,25 @@ def _steps(rows: int, rounds: int) -> list[dict[str, Any]]:
     by_byte = medians["sum"] / (2 * (size - 1) / size * 4 * widest)
     by_flop = medians["product"] / (2 * 512 * TIMED[1] ** 2)
     others = 4 * rows * numbers - 2 * rows * TIMED[0] * TIMED[1]  # the products that make no gradient of a weight
+    summed = 2 * (size - 1) / size * 4 * numbers, rows  # bytes that a rank receives, rows that it multiplies
+    joint = (size - 1) * rows * 4 * sum(p + q for p, q in pairwise(TIMED)), size * rows
+    form = taken(size, rows, TIMED[1], TIMED[1], "cpu")
+    owed = {"DDP": summed, "reduce": summed, "gather": joint, "taken": summed if form == "reduce" else joint}
     return [
         {
             "way": name,
             "ranks": size,
             "rows": rows,
             "widths": list(TIMED),
+            "threads": torch.get_num_threads(),
             "median": medians[name],
             "p20": statistics.quantiles(seconds[name], n=5)[0],
             "p80": statistics.quantiles(seconds[name], n=5)[-1],
             "rounds": rounds,
-            "floor": by_byte * received + by_flop * (others + 2 * multiplied * numbers),
             "forms": [taken(size, rows, p, q, "cpu") for p, q in pairwise(TIMED)],
+            "estimate": by_byte * received + by_flop * (others + 2 * multiplied * numbers),
         }
-        for name, received, multiplied in (
-            *((name, 2 * (size - 1) / size * 4 * numbers, rows) for name in ("DDP", "taken", "reduce")),
-            ("gather", (size - 1) * rows * 4 * sum(p + q for p, q in pairwise(TIMED)), size * rows),
-        )
+        for name, (received, multiplied) in owed.items()
     ]
 
 
@@ -185,7 +191,7 @@ def _step_by(model: nn.Module, x: Tensor, factored: bool) -> Callable[[], None]:
     return step
 
 
-def timed(rounds: int = 7) -> dict[str, Any]:
+def timed(rounds: int = 9) -> dict[str, Any]:
     """Whole steps of a projector in several processes of this machine, by DistributedDataParallel and by our forms."""
     busy = wait_for_quiet()
     found = [processes(size, _steps, rows, rounds)[0] for size, rows in PROCESSES]
@@ -200,12 +206,12 @@ def table_of_times(results: dict[str, Any]) -> str:
     told = results["machine"]
     lines = [
         f"A step of a projector {'-'.join(map(str, results['rows'][0]['widths']))} in processes that share "
-        f"{told['device']}, {told['threads']} threads (ms; the slowest rank, 20th to 80th percentile). A floor is "
-        "computed from the bytes and the products of a form, and from the rates of one sum and of one product in these "
-        "processes.",
+        f"the {told['threads']} cores of {told['device']} (ms; the slowest rank, 20th to 80th percentile). An estimate "
+        "is computed from the bytes and the products of a form, at the rates of one `all_reduce` and of one `torch.mm` "
+        "in these processes.",
         "",
-        "| ranks | rows a rank | DDP | sslkern | taken | vs DDP | always reduce | always gather | floor of reduce | "
-        "floor of gather |",
+        "| ranks | rows a rank | DDP | sslkern | taken | vs DDP | always reduce | always gather | "
+        "estimate for reduce | for gather |",
         "| " + " | ".join(["---"] * 10) + " |",
     ]
     for (ranks_, rows), cell in cells.items():
@@ -216,9 +222,9 @@ def table_of_times(results: dict[str, Any]) -> str:
         ]
         overlap = ours["p20"] <= ddp["p80"] and ddp["p20"] <= ours["p80"]
         ratio = f"{ddp['median'] / ours['median']:.2f}x{' ~' if overlap else ''}"
-        floors = [f"{1e3 * cell[name]['floor']:.0f}" for name in ("reduce", "gather")]
+        estimates = [f"{1e3 * cell[name]['estimate']:.0f}" for name in ("reduce", "gather")]
         forms = ", ".join(dict.fromkeys(ours["forms"]))
-        row = [str(ranks_), str(rows), *times[:2], forms, ratio, *times[2:], *floors]
+        row = [str(ranks_), str(rows), *times[:2], forms, ratio, *times[2:], *estimates]
         lines.append(f"| {' | '.join(row)} |")
     return "\n".join(lines) + "\n"
 

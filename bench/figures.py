@@ -17,15 +17,17 @@ COLOURS, SLOWER = ("#0072b2", "#e69f00"), "#c00000"
 BEST = "best plain-torch version"
 
 
-def plot(path: Path, target: Path) -> None:
-    """The training steps and losses of a result file of `python -m bench`."""
+def plot(path: Path, target: Path) -> bool:
+    """Draw the training steps and losses of a result file of `python -m bench`. Return whether it has any."""
     shown = [
         (_cell_label(family, c), c.ratio("published"), c.best()[0])
         for family, found in cells(json.loads(path.read_text())["rows"]).items()
         if family in LOSSES
         for c in found
     ]
-    bars(shown, BEST, "times faster, forward + backward (log scale)", target)
+    if shown:
+        bars(shown, BEST, "times faster, forward + backward (log scale)", target)
+    return bool(shown)
 
 
 def bars(shown: list[Bar], second: str, label: str, target: Path) -> None:

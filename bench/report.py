@@ -20,8 +20,8 @@ def table(path: Path) -> str:
     m = results["machine"]
     commits = ", ".join(dict.fromkeys(row["commit"] for row in results["rows"]))
     lines = [
-        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32, commits {commits}",
-        f"(`{path}`).",
+        f"{m['device']}, {m['threads']} threads, torch {m['torch']}, fp32 unless told, commits {commits}",
+        f"(`{path}`). {instructions(results['rows'])}".strip(),
         "",
         "- Times are medians in ms, with p20-p80 in brackets. The implementations of a case alternate in one process.",
         "- *Extra MiB* is the peak memory, not counting the inputs but counting gradients: published / sslkern.",
@@ -43,13 +43,24 @@ def table(path: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
+def instructions(rows: list[dict]) -> str:
+    """With which vector instructions the rows were measured, by table: machines of one name can differ in them."""
+    families: dict[str, dict[str, None]] = {}
+    for row in rows:
+        families.setdefault(row.get("instructions", ""), {})[row["op"]] = None
+    if set(families) == {""}:
+        return ""
+    told = [f"{name or 'not recorded'} ({', '.join(ops)})" for name, ops in sorted(families.items(), reverse=True)]
+    return f"Vector instructions, by table: {'; '.join(told)}."
+
+
 def write(path: Path, readme: bool = False) -> None:
     """Print the tables and draw the figure; write the documents if `readme` is set."""
     if not path.exists():
         raise SystemExit(f"There are no results at {path}: run `python -m bench` first.")
     print(table(path))
-    plot(path, path.with_suffix(".png"))
-    print(f"{path}, {path.with_suffix('.png')}")
+    drawn = plot(path, path.with_suffix(".png"))
+    print(f"{path}, {path.with_suffix('.png')}" if drawn else path)
     if readme:
         documents(path)
 

@@ -144,6 +144,7 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False, patience:
             "note": case.note,
             "reason": case.reason,
             "commit": commit,
+            "instructions": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
         }
         row["first_call"] = _seconds(case, call, inputs, device)
         if name in case.implementations:
@@ -179,7 +180,7 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False, patience:
             p80=high,
             rounds=len(seconds),
             busy=round(busy, 3),
-            dtype="float32",
+            dtype=str(inputs[0].dtype).removeprefix("torch."),
             mode="forward+backward" if case.backward else "forward",
             bytes=inputs[0].numel() * inputs[0].element_size(),
             precision=torch.get_float32_matmul_precision(),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -13,7 +14,6 @@ from torch import Tensor, nn
 import sslkern
 from sslkern.backend import pick
 from sslkern.nn import FactoredLinear, factored_
-from sslkern.ops.factored_linear import kept
 from sslkern.optim import LARS, SGD
 
 from . import baselines
@@ -131,7 +131,9 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
     # a rate of 0 does all the work and leaves the weights, so every call and every implementation sees the same ones
     if "LARS" in recipe:
         del implementations["three-line, fused"]
-        afters = {name: LARS(weights, lr=0.0, weight_decay=1e-6).step for name in ("published", "sslkern")}
+        optimizer, lars = (LARS(weights, lr=0.0, weight_decay=1e-6) for _ in range(2))
+        afters = {"published": optimizer.step, "sslkern": lars.step}
+        before = partial(_know_norms, lars)
         floors: dict[str, Callable[[], None]] = {}
     else:
         optimizers = {
@@ -140,6 +142,7 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
             "sslkern": SGD(weights, lr=0.0, momentum=MOMENTUM),
         }
         afters = {name: optimizer.step for name, optimizer in optimizers.items()}
+        before = _nothing
         floors = {"into the momentum": _rival(run(smart, rival := rival_of(plain)), rival)}
     for name in ("three-line", "sslkern, plain projector"):
         afters[name] = afters["published"]
@@ -148,9 +151,21 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
         floors["bare GEMMs, oneDNN"] = _gemms(onednn, n, widths, device)
     floors["16 bytes per weight"] = _copies(widths, device)
     return Case(
-        "step", (n, *widths), lambda: weights, implementations, truth, afters=afters, floors=floors, note=recipe,
-        huge=("three-line", "three-line, fused", "sslkern"),
+        "step", (n, *widths), lambda: weights, implementations, truth, before=before, afters=afters,
+        floors=floors, note=recipe, huge=("three-line", "three-line, fused", "sslkern"),
     )  # fmt: skip
+
+
+def _nothing() -> None: ...
+
+
+@torch.no_grad()
+def _know_norms(optimizer: LARS) -> None:
+    """In training, no other optimizer moves the weights, so this one knows their norms from its last step."""
+    for group in optimizer.param_groups:
+        for p in group["params"]:
+            if p.dim() == 2:
+                optimizer._square(p)
 
 
 def linear_case(product: str, n: int, p: int, q: int) -> Case:
@@ -185,7 +200,6 @@ def layer_case(n: int, width: int) -> Case:
         "sslkern": SGD([plain.weight], **settings, fused=True).step,
     }
     note = "factored" if isinstance(factored, FactoredLinear) else "left alone"
-    note = note if kept(n, plain.weight) else "formed"
     truth: Loss = lambda x, w: (x @ w.T).square().mean()  # noqa: E731
     return Case("layer", (n, width), lambda: [x, plain.weight], implementations, truth, afters=afters, note=note)
 

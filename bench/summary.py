@@ -12,7 +12,7 @@ EPS = 2.0**-23
 GPU = Path("bench/results/nvidia-h200.json")
 PLAIN = ("published", "published, compiled", "three-line", "three-line, compiled", "three-line, fused")
 FAMILIES = (  # in the order of the tables
-    *("step", "vicreg", "barlow", "pairs", "pair_losses", "view_losses", "sigreg", "sigreg_all", "unbiased"),
+    *("step", "vicreg", "barlow", "pairs", "pair_losses", "view_losses", "sigreg", "sigreg_all", "unbiased", "bf16"),
     *("vicreg_weight", "info_vicreg", "batch_norm", "prototypes", "moments", "rotation", "rank_k", "covariance"),
     *("layer", "linear", "low_rank"),
 )

@@ -30,6 +30,7 @@ PROFILED = (  # (name of a check, shape that a profile takes)
     ("batch_norm", (4096, 8192)),
     ("covariance plugin", (1_000_000, 16)),
     ("rank_k_update_ tangent", (4096, 4096, 16)),
+    ("factored_update_ momentum", (128, 8192, 8192)),
 )
 
 
@@ -39,6 +40,10 @@ def inputs_of(name: str, shape: tuple[int, ...]) -> list[torch.Tensor]:
     if name.startswith("rank_k"):  # how far U is from orthogonal changes no time
         n, p, k = shape
         return [torch.randn(n, p) / n**0.5, torch.randn(n, k) / n, torch.randn(p, k) / p**0.5]
+    if name.startswith("factored"):
+        n, q, p = shape
+        state = [torch.randn(q, p), torch.zeros(q, p)]
+        return [*state, torch.randn(n, q), torch.randn(n, p), torch.tensor((0.9, 1.0, 0.0, 1.0, -1e-3, 0.0))]
     return [torch.randn(shape) for _ in range(1 if name.startswith("covariance") else 2)]
 
 

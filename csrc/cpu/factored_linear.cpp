@@ -150,12 +150,14 @@ class InputGradient {
     write(next, row(steps - 1), next.rows, later);
   }
 
-  // Lines of some rows of a piece.
+  // Lines of some rows of a piece, as many as a tile asks for.
   Lines<T> soon(const Piece& piece, int64_t first, int64_t last) const {
     Lines<T> lines;
     lines.ld = p_;
-    lines.rows = last - first;
-    for (int64_t c = 0; c < piece.cols; c += kLine) lines.at[lines.count++] = w_ + (piece.i + first) * p_ + piece.j + c;
+    lines.rows = std::min(kTile, last - first);
+    for (; first < last && lines.count + ceil_div(piece.cols, kLine) <= kLines; first += kTile)
+      for (int64_t c = 0; c < piece.cols; c += kLine)
+        lines.at[lines.count++] = w_ + (piece.i + first) * p_ + piece.j + c;
     return lines;
   }
 
@@ -175,6 +177,8 @@ class InputGradient {
 
 template <template <class> class Product>
 Tensor multiplied(const Tensor& x, const Tensor& w, int64_t columns) {
+  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.size(0) > 0 && w.numel() > 0, "a batch and a weight with numbers");
+  STD_TORCH_CHECK(x.size(1) == w.numel() / columns, "the sides that are summed over must be the same");
   Tensor y = fresh(x, {x.size(0), columns}, x.scalar_type());
   if (is_double(x)) {
     Product<double>(x, w, data<double>(y)).run();

@@ -1,7 +1,7 @@
 """Collectives: sums, gathers and scatters over the ranks of a group.
 
 They use torch's functional collectives for gloo and NCCL, which `torch.compile(fullgraph=True)` traces. A collective is
-waited for where it is called, because its result is needed there; `start_sum` is the one that is not.
+waited for where it is called, because its result is needed there, except for `start_sum`.
 
 The backward of a differentiable collective adds gradients over the ranks: if several ranks use a number, its gradient
 is the sum of the gradients of their losses. So if the mean of the ranks' losses is the loss of the joint batch, then

@@ -8,9 +8,10 @@ The gradient of rank r is P_r = dy_r' x_r, for n_r of the N rows of the joint ba
               rows
 
 Received numbers and products are weighed by how many products a device does while it receives a number: on a CPU, about
-as many as in processes of one machine (`python -m bench.exchange --time`); on a GPU, by an estimate. Factors are
-gathered up to about N - n = 2 `_PRODUCTS` rows of other ranks: 400 on a CPU and 8000 on a GPU. Factors of more rows
-than the gradient may keep, min(p, q) / 4, are not gathered.
+as many as in processes of one machine (`python -m bench.exchange --time`); on a GPU, by an estimate. With W ranks,
+factors are gathered up to N - n = 2 (W - 1) / W `_PRODUCTS` rows of other ranks, and to fewer where p and q are small:
+from 200 to 400 on a CPU and from 4000 to 8000 on a GPU. Factors of more rows than the gradient may keep, min(p, q) / 4,
+are not gathered.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from .agreement import rows_of_all
 from .collectives import Peers, gather_rows, start_sum
 from .factored_gradient import FactoredGradient
+from .factored_tensor import FactoredTensor
 
 _PRODUCTS = {"cpu": 200, "cuda": 4000}  # multiplications and additions in the time in which a number arrives
 
@@ -36,7 +38,7 @@ def gathers(counts: tuple[int, ...], w: Tensor, most: int, device: str | None = 
     return sum(counts) <= most and gathered <= 2 * (len(counts) - 1) / len(counts) * p * q
 
 
-def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> Tensor:
+def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> FactoredTensor:
     """The mean of the gradients dy' x of a weight w (q, p) over the ranks: factored, or formed.
 
     Ranks may have different numbers of rows N of dy (N, q) and x (N, p). The sum is in the same order on all ranks, so
@@ -56,6 +58,6 @@ def mean_gradient(w: Tensor, dy: Tensor, x: Tensor, most: int, peers: Peers) -> 
 def mean_gradient_by_name(
     w: Tensor, dy: Tensor, x: Tensor, most: int, name: str, size: int, rank: int, transport: str, even: bool
 ) -> Tensor:
-    """The same, with the fields of the `Peers` as an operator takes them."""
+    """The same as a matrix, with the fields of the `Peers` as an operator takes them."""
     dtype = getattr(torch, transport) if transport else None
-    return mean_gradient(w, dy, x, most, Peers(name, size, rank, dtype, even))
+    return mean_gradient(w, dy, x, most, Peers(name, size, rank, dtype, even)).form_()

@@ -114,7 +114,8 @@ class FactoredTensor(Tensor):
 
     def form_then_(self, start: Callable[[Tensor], Any]) -> None:
         """Form the matrix, and start something that changes it in place, such as a sum over ranks. `start` returns an
-        object with a method `wait`, which is called when the matrix is needed."""
+        object with a method `wait`, which is called when the matrix is first needed. On a GPU, this orders the stream
+        that is current then, and later readers are expected on the same stream."""
         self._state.coming = start(self.form_())
 
     def square(self) -> Tensor:

@@ -25,12 +25,12 @@ class FactoredLinear(nn.Linear):
     Anything else that takes gradients works too. Norms, multiples and sums, as in clipping, in GradScaler and in the
     accumulation of several batches, use the factors; any other operation, such as the step of another optimizer, forms
     the matrix first. It is also formed if there are more than min(p, q) / 4 rows, where factors would not save enough.
-    On a CPU, a batch of more than min(p, q) / 16 rows forms it for 2^21 weights or more, because the step would not be
-    faster with factors.
+    On a CPU, the gradient of 2^21 weights or more is formed for a batch of more than min(p, q) / 16 rows, because the
+    step would not be faster with factors. Layers of `exchange_factors_` keep them up to the other limit.
 
     The input and the gradient of the output must not be modified in place between the backward and the optimizer's
     step; the step raises RuntimeError if they were. For factors, W must be contiguous, in float32, float64 or complex.
-    Under `torch.compile` the factors are copies. Arguments and state_dict are those of torch.nn.Linear.
+    Under `torch.compile` the gradient is formed. Arguments and state_dict are those of torch.nn.Linear.
     """
 
     group: Group = None  # the ranks over which `exchange_factors_` lets the backward take the mean
@@ -45,8 +45,8 @@ def factored_(module: M, enabled: bool = True, *, least: float = factored_linear
     """Make every large torch.nn.Linear of a model a `FactoredLinear`, in place.
 
     Parameters, hooks and state_dict stay as they are. Subclasses of torch.nn.Linear, and layers with parametrisations,
-    are left alone. So are layers with weights of less than 2^21 numbers, such as 1024 x 1024: there Python takes more
-    time for the factors than they save.
+    are left alone. So are layers of fewer than 2^21 weights, such as 1024 x 1024: on a CPU, Python was measured to take
+    more time for their factors than these save.
 
         projector = sslkern.nn.factored_(projector)
         optimizer = sslkern.optim.SGD(projector.parameters(), lr=0.1, momentum=0.9)
@@ -89,7 +89,8 @@ def exchange_factors_(model: M, group: Group = "world") -> M:
     Each `FactoredLinear` then takes the mean of the ranks' gradients of its weight in its backward, so everything that
     reads `.grad` sees the gradient of the joint batch. DistributedDataParallel leaves these weights out of its buckets;
     it keeps the biases and all other parameters. The weights are copied from the first rank. Ranks may have different
-    numbers of rows. `over(group, even=True)` promises that they have not, and saves a small exchange.
+    numbers of rows. `over(group, even=True)` promises that they have not. It saves an exchange in the backward of every
+    layer, for which the sums of the layers before it would have to be waited for.
 
     A rank receives (N - n) (p + q) numbers for a weight (q, p), where n of the N rows of the joint batch are its own,
     and multiplies all N rows in its optimizer. Where this costs more than to form the gradients and to sum them, which
@@ -112,7 +113,10 @@ def exchange_factors_(model: M, group: Group = "world") -> M:
         raise TypeError(f"model must be a torch.nn.Module, got {type(model).__name__}.")
     layers = {name: m for name, m in model.named_modules() if isinstance(m, FactoredLinear)}
     if not layers:
-        raise ValueError(f"model must have a FactoredLinear, got {type(model).__name__} without one.")
+        raise ValueError(
+            f"model must have a FactoredLinear, got {type(model).__name__} without one: factored_ leaves layers of "
+            "fewer than 2^21 weights alone, unless it is called with least=0."
+        )
     peers = ranks.peers_of(group)
     for layer in layers.values():
         layer.group = group

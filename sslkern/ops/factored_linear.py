@@ -33,31 +33,30 @@ _ALONE = (
     "parameter, without torch.func and create_graph: end the exchange by exchange_factors_(model, None)."
 )
 _library = torch.library.Library("sslkern_factored", "DEF")
-_products = partial(declare, dtypes=_FULL, devices=("cpu",))
+
+
+def _no_product(*_: Any) -> NoReturn:
+    raise NotImplementedError("The products of factored layers take one weight, not a stack: torch's own run in vmap.")
+
+
+_products = partial(declare, vmap=_no_product, dtypes=_FULL, devices=("cpu",))
 _products("factored_linear_fwd(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_fwd)
 _products("factored_linear_bwd(Tensor dy, Tensor w) -> Tensor", _reference.factored_linear_bwd)
-
-
-def _gradient(w: Tensor, dy: Tensor, x: Tensor, most: int) -> Tensor:
-    """The gradient dy' x of w: factors, or formed if there are more rows than `most`."""
-    if dy.shape[0] > most:
-        return torch.empty_strided(w.shape, w.stride(), dtype=w.dtype, device=w.device).copy_(dy.mT @ x)
-    return FactoredGradient.of(w, dy.clone(), x.clone(), most=most)
 
 
 def _no_vmap(*_: Any) -> NoReturn:
     raise NotImplementedError("A compiled factored layer has no batched gradients: differentiate it outside of vmap.")
 
 
-# Compilers see one operator. It copies the factors, because a compiled graph uses the memory of its tensors again
-_define = partial(
-    opaque, _library, fake=lambda w, *_: torch.empty_like(w), rule=_no_vmap, tags=(torch.Tag.cudagraph_unsafe,)
-)
-_compiled_gradient = _define("gradient(Tensor w, Tensor dy, Tensor x, int most) -> Tensor", _gradient)
-_compiled_mean = _define(
+# A compiled graph may add the gradients of two uses of a weight by code of its own, which reads their memory, so this
+# operator returns matrices
+_compiled_mean = opaque(
+    _library,
     "mean_gradient(Tensor w, Tensor dy, Tensor x, int most, str name, int size, int rank, str transport, bool even)"
     " -> Tensor",
     mean_gradient_by_name,
+    fake=lambda w, *_: torch.empty_like(w),
+    rule=_no_vmap,
 )
 
 
@@ -83,8 +82,10 @@ def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
 
 
 def _product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
-    """dy conj(W). On a CPU, our kernel runs a product of few rows."""
+    """dy conj(W). On a CPU, our kernel runs a product of few rows, unless that is differentiated or batched in turn."""
     if not _ours(dy, w, 0, _NUMBERS[1], min(_FEW[2], min(w.shape) // _NARROW)):
+        return dy @ w.conj()
+    if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
     rows = _rows(dy).contiguous()
     dx: Tensor = pick("factored_linear_bwd", rows)(rows, w)
@@ -164,9 +165,6 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
         return (dy.mT @ x.conj()).to(w.dtype)
     if ctx.peers is not None:
         return _mean_gradient(w, dy, x, most, ctx.peers)
-    if torch.compiler.is_compiling():
-        compiled: Tensor = _compiled_gradient(w, dy, x.conj(), most)
-        return compiled
     if dy.shape[0] > most:
         return (dy.mT @ x.conj()).to(w.dtype)
     return FactoredGradient.of(w, dy, x.conj(), of_y, None if of_dx is None else of_dx.conj(), most)
@@ -203,14 +201,15 @@ def linear(
     factors are not rounded further: the sum over them is in the dtype of W.
     With `peers`, the gradient of W is the mean of those of the ranks; see `core.factor_exchange`.
     """
+    if torch.compiler.is_compiling() and peers is None:
+        return F.linear(x, w.mT if wide else w, bias)
     asked = torch.is_grad_enabled() and w.requires_grad
     transformed = internals.transforms_active() or internals.forward_mode()
     if not asked or transformed or not w.is_leaf or w.dtype.itemsize < 4 or not w.is_contiguous():
         if peers is not None and (asked or transformed):
             raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
-    by_size = not orthogonal and peers is None and not torch.compiler.is_compiling()
-    if by_size and not kept(x.numel() // max(1, w.shape[1]), w):
+    if not orthogonal and peers is None and not kept(x.numel() // max(1, w.shape[1]), w):
         return F.linear(x, w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 

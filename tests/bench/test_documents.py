@@ -209,11 +209,11 @@ def test_figures_have_a_white_ground(figure):
     assert (pixels[[0, 0, -1, -1], [0, -1, 0, -1], :3] == 1).all()
 
 
-def test_a_slower_row_stays_and_is_marked(tmp_path):
-    """The worst loss is the last row of the README's table, in bold and with the word "slower"."""
+def results_of(path, *cases):
+    """A result file of cases, each an op and the times of the three implementations."""
     rows = [
         {
-            "case": case,
+            "case": f"{op}-256x8192",
             "op": op,
             "shape": [256, 8192],
             "note": "",
@@ -224,15 +224,36 @@ def test_a_slower_row_stays_and_is_marked(tmp_path):
             "median": median,
             "p20": median,
             "p80": median,
+            "bytes": 1,
             "loss_error": 0.0,
             "grad_error": 0.0,
             "peak_bytes": 0,
         }
-        for case, op, times in (("vicreg-256x8192", "vicreg", (9, 4, 1)), ("barlow-256x8192", "barlow", (9, 1, 2)))
+        for op, *times in cases
         for name, median in zip(("published", "three-line", "sslkern"), times, strict=True)
     ]
-    path = tmp_path / "results.json"
     path.write_text(json.dumps({"machine": {"device": "a CPU", "threads": 1, "torch": "2"}, "rows": rows}))
+    return rows
+
+
+def test_results_without_losses_have_no_figure(tmp_path, capsys):
+    path = tmp_path / "results.json"
+    results_of(path, ("moments", 9, 4, 1))
+    report.write(path)
+    assert capsys.readouterr().out.endswith(f"{path}\n") and not path.with_suffix(".png").exists()
+
+
+def test_vector_instructions():
+    """The report tells them by table, if any row has them."""
+    rows = [{"op": "vicreg"}, {"op": "step", "instructions": "AVX2"}, {"op": "layer", "instructions": "AVX2"}]
+    told = "Vector instructions, by table: AVX2 (step, layer); not recorded (vicreg)."
+    assert report.instructions(rows) == told and report.instructions(rows[:1]) == ""
+
+
+def test_a_slower_row_stays_and_is_marked(tmp_path):
+    """The worst loss is the last row of the README's table, in bold and with the word "slower"."""
+    path = tmp_path / "results.json"
+    results_of(path, ("vicreg", 9, 4, 1), ("barlow", 9, 1, 2))
     text = summary.readme_rows(path, tmp_path / "none.json")
     lines = [line for line in text.splitlines() if line.startswith("|")]
     assert "9.0x | 4.0x" in lines[2]
