@@ -29,17 +29,6 @@ def add_loss(function: Callable, kind: type, formula: Callable, *leaves: Leaf, n
 VICREG = {"sim_coeff": 25.0, "std_coeff": 25.0, "cov_coeff": 1.0, "gamma": 1.0, "eps": 1e-4}
 VCREG = {key: VICREG[key] for key in ("std_coeff", "cov_coeff", "gamma", "eps")}
 add_loss(losses.vicreg_loss, losses.VICRegLoss, plain.vicreg, A, B, settings=VICREG, more=POSITIONS)
-add_loss(
-    losses.vicreg_loss,
-    losses.VICRegLoss,
-    lambda a, b, w, **rest: plain.vicreg(a @ w.mT, b @ w.mT, **rest),
-    *(A, B, Leaf((11, D))),
-    name="vicreg_loss (weight)",
-    call=lambda a, b, w, **rest: losses.vicreg_loss(a, b, weight=w, **rest),
-    as_module=lambda a, b, w, **rest: losses.VICRegLoss(**rest)(a, b, weight=w),
-    settings=VICREG,
-    more=POSITIONS,
-)
 add_loss(losses.vcreg_loss, losses.VCRegLoss, plain.vcreg, A, settings=VCREG, more=POSITIONS)
 VIBCREG = {**VICREG, "cov_coeff": 200.0}
 add_loss(losses.vibcreg_loss, losses.VIbCRegLoss, spectra.vibcreg, A, B, settings=VIBCREG, more=POSITIONS)
