@@ -232,6 +232,7 @@ COLUMNS: dict[str, list[Column]] = {
     "layer": [
         ("rows x width", SHAPE[1]),
         *(_note("layer"), _time("torch", "published"), _time("torch, fused optimizer", "three-line"), OURS),
+        _time("sslkern, factored by least=0", "least=0"),
         *(("vs the best", FASTER_THAN_BEST[1]), MEMORY, ERRORS),
     ],
     "linear": [

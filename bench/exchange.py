@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import random
-import statistics
-import time
 from collections.abc import Callable
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -25,7 +23,7 @@ from unittest.mock import patch
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from sslkern.core import factor_exchange, ranks
@@ -36,7 +34,7 @@ from sslkern.ops.factored_linear import most_rows
 from sslkern.optim import SGD
 
 from .counter import Counter
-from .ranks import processes, simulated
+from .ranks import in_turn, processes, simulated
 from .ranks_report import number
 from .report import into_document
 from .run import _commit, machine, wait_for_quiet
@@ -45,7 +43,7 @@ from .steps import MOMENTUM, OFFICIAL, projector_of
 PATH, DOCUMENT = Path("bench/results/exchange.json"), Path("docs/projectors.md")
 RANKS = (2, 4, 8, 16, 32, 64, 128, 256)
 ROWS = 128  # of a rank: two views of 64 images
-TIMED = (1024, 4096, 4096, 4096)  # widths of the projector that processes of one machine have room for
+TIMED = [1024, 4096, 4096, 4096]  # widths of the projector that processes of one machine have room for
 PROCESSES = ((2, 16), (2, 64), (4, 16), (4, 64), (4, 128))  # ranks, and rows of each
 
 
@@ -123,70 +121,50 @@ def table(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _steps(rows: int, rounds: int) -> list[dict[str, Any]]:
-    """Steps that all ranks begin together, all ways in turn; a step takes as long as its slowest rank."""
+def steps(widths: list[int], rows: int, rounds: int) -> list[dict[str, Any]]:
+    """The times of steps of a projector on this rank: by DistributedDataParallel, by the form that the package takes,
+    and by each form alone."""
     torch.manual_seed(dist.get_rank())
-    x = torch.randn(rows, TIMED[0])
+    x = torch.randn(rows, widths[0])
     rule = factor_exchange.gathers
     forms = {"DDP": rule, "taken": rule, "gather": lambda *_: True, "reduce": lambda *_: False}
-    steps = {name: _step_by(DistributedDataParallel(_network(name != "DDP")), x, name != "DDP") for name in forms}
-    widest = max(p * q for p, q in pairwise(TIMED))
-    sent, products = torch.ones(widest), [torch.randn(512, TIMED[1]) for _ in range(2)]
-    steps |= {"sum": lambda: dist.all_reduce(sent), "product": lambda: products[0].T @ products[1]}
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    order, rng = list(steps), random.Random(0)  # on every rank the same
-    for k in range(rounds + 2):
-        rng.shuffle(order)
-        for name in order:
-            step = steps[name]
-            with patch.object(factor_exchange, "gathers", forms.get(name, rule)):
-                dist.barrier()
-                start = time.perf_counter()
-                step()
-                longest = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            dist.all_reduce(longest, dist.ReduceOp.MAX)
-            if k >= 2:  # the first two warm up
-                seconds[name].append(float(longest))
-    size, numbers = dist.get_world_size(), sum(p * q for p, q in pairwise(TIMED))
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    by_byte = medians["sum"] / (2 * (size - 1) / size * 4 * widest)
-    by_flop = medians["product"] / (2 * 512 * TIMED[1] ** 2)
-    others = 4 * rows * numbers - 2 * rows * TIMED[0] * TIMED[1]  # the products that make no gradient of a weight
-    summed = 2 * (size - 1) / size * 4 * numbers, rows  # bytes that a rank receives, rows that it multiplies
-    joint = (size - 1) * rows * 4 * sum(p + q for p, q in pairwise(TIMED)), size * rows
-    form = taken(size, rows, TIMED[1], TIMED[1], "cpu")
-    owed = {"DDP": summed, "reduce": summed, "gather": joint, "taken": summed if form == "reduce" else joint}
-    return [
-        {
-            "way": name,
-            "ranks": size,
-            "rows": rows,
-            "widths": list(TIMED),
-            "threads": torch.get_num_threads(),
-            "median": medians[name],
-            "p20": statistics.quantiles(seconds[name], n=5)[0],
-            "p80": statistics.quantiles(seconds[name], n=5)[-1],
-            "rounds": rounds,
-            "forms": [taken(size, rows, p, q, "cpu") for p, q in pairwise(TIMED)],
-            "estimate": by_byte * received + by_flop * (others + 2 * multiplied * numbers),
-        }
-        for name, (received, multiplied) in owed.items()
-    ]
+    calls = {name: _step_by(widths, x, name != "DDP", form) for name, form in forms.items()}
+    layers = list(pairwise(widths))
+    widest, (p, q) = max(p * q for p, q in layers), layers[-1]
+    sent, left, right = torch.ones(widest), torch.randn(512, q), torch.randn(512, p)
+    calls |= {"sum": partial(dist.all_reduce, sent), "product": partial(torch.mm, left.T, right)}
+    times = in_turn(calls, rounds, warm=2)
+    size, numbers = dist.get_world_size(), sum(p * q for p, q in layers)
+    share = 2 * (size - 1) / size * 4  # bytes that a rank receives for a number that is summed
+    by_byte, by_flop = times["sum"]["median"] / (share * widest), times["product"]["median"] / (2 * 512 * p * q)
+    others = 4 * rows * numbers - 2 * rows * widths[0] * widths[1]  # flops that make no gradient of a weight
+    joint = (size - 1) * rows * 4 * sum(p + q for p, q in layers)
+    estimates = {
+        "reduce": by_byte * share * numbers + by_flop * (others + 2 * rows * numbers),
+        "gather": by_byte * joint + by_flop * (others + 2 * size * rows * numbers),
+    }
+    told = {
+        "ranks": size,
+        "rows": rows,
+        "widths": widths,
+        "forms": [taken(size, rows, *layer, "cpu") for layer in layers],
+    }
+    return [told | {"way": name, "estimate": estimates.get(name)} | times[name] for name in forms]
 
 
-def _network(factored: bool) -> nn.Module:
+def _step_by(widths: list[int], x: Tensor, factored: bool, form: Callable[..., bool]) -> Callable[[], None]:
     torch.manual_seed(0)
-    network = projector_of(TIMED)
-    return exchange_factors_(factored_(network), over("world", even=True)) if factored else network
-
-
-def _step_by(model: nn.Module, x: Tensor, factored: bool) -> Callable[[], None]:
+    network = projector_of(tuple(widths))
+    if factored:
+        exchange_factors_(factored_(network, least=0), over("world", even=True))
+    model = DistributedDataParallel(network)
     optimizer = (SGD if factored else torch.optim.SGD)(model.parameters(), lr=1e-4, momentum=MOMENTUM, fused=True)
 
     def step() -> None:
-        optimizer.zero_grad()
-        model(x).square().mean().backward()
-        optimizer.step()
+        with patch.object(factor_exchange, "gathers", form):
+            optimizer.zero_grad()
+            model(x).square().mean().backward()
+            optimizer.step()
 
     return step
 
@@ -194,7 +172,7 @@ def _step_by(model: nn.Module, x: Tensor, factored: bool) -> Callable[[], None]:
 def timed(rounds: int = 9) -> dict[str, Any]:
     """Whole steps of a projector in several processes of this machine, by DistributedDataParallel and by our forms."""
     busy = wait_for_quiet()
-    found = [processes(size, _steps, rows, rounds)[0] for size, rows in PROCESSES]
+    found = [processes(size, steps, TIMED, rows, rounds)[0] for size, rows in PROCESSES]
     rows = [row for rows in found for row in rows]
     return {"machine": machine("cpu"), "busy": round(busy, 3), "commit": _commit(), "rows": rows}
 

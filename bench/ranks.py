@@ -13,12 +13,14 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import random
 import statistics
 import tempfile
 import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -116,44 +118,47 @@ def count(shapes: dict[str, tuple[int, int]], simulate=RANKS, run=PROCESSES) -> 
     return list(rows.values())
 
 
+def in_turn(steps: dict[str, Callable[[], object]], rounds: int, warm: int = 1) -> dict[str, dict[str, Any]]:
+    """The times of steps that all ranks begin together, in a random order; a step takes as long as its slowest rank."""
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    order, rng = list(steps), random.Random(0)  # on every rank the same
+    for k in range(warm + rounds):
+        rng.shuffle(order)
+        for name in order:
+            dist.barrier()
+            start = time.perf_counter()
+            steps[name]()
+            seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
+            dist.all_reduce(seconds, dist.ReduceOp.MAX)
+            if k >= warm:
+                times[name].append(float(seconds))
+    found = {}
+    for name, seconds_of in times.items():
+        low, *_, high = statistics.quantiles(seconds_of, n=5)
+        found[name] = {"median": statistics.median(seconds_of), "p20": low, "p80": high, "rounds": rounds}
+        found[name]["threads"] = torch.get_num_threads()
+    return found
+
+
 def _step(rounds: int) -> list[dict]:
-    """Rounds that all ranks begin together, both ways in turn; a round takes as long as its slowest rank."""
     size, n, d = STEP
     inputs = views(n, d)
     truth = _joint_gradients(inputs)
-    times: dict[str, list[float]] = {way: [] for way in WAYS}
-    errors: dict[str, float] = {}
-    for k in range(rounds + 1):
-        for way in WAYS:
-            loss = loss_of("vicreg", way)
-            dist.barrier()
-            start = time.perf_counter()
-            grads = torch.autograd.grad(loss(*inputs), inputs)
-            seconds = torch.tensor(time.perf_counter() - start, dtype=torch.float64)
-            dist.all_reduce(seconds, dist.ReduceOp.MAX)
-            if k > 0:  # the first one warms up
-                times[way].append(float(seconds))
-                continue
-            off = [(g - t).square().sum() for g, t in zip(grads, truth, strict=True)]
-            total = torch.stack([sum(off), sum(t.square().sum() for t in truth)])
-            dist.all_reduce(total)
-            errors[way] = float((total[0] / total[1]).sqrt())
-    low_high = {way: statistics.quantiles(seconds, n=5) for way, seconds in times.items()}
+    steps = {way: partial(_gradients, loss_of("vicreg", way), inputs) for way in WAYS}
+    errors = {}
+    for way, call in steps.items():
+        off = [(g - t).square().sum() for g, t in zip(call(), truth, strict=True)]
+        total = torch.stack([sum(off), sum(t.square().sum() for t in truth)])
+        dist.all_reduce(total)
+        errors[way] = float((total[0] / total[1]).sqrt())
     return [
-        {
-            "loss": "vicreg",
-            "way": way,
-            "ranks": size,
-            "shape": [n, d],
-            "median": statistics.median(seconds),
-            "p20": low_high[way][0],
-            "p80": low_high[way][-1],
-            "rounds": rounds,
-            "grad_error": errors[way],
-            "threads": torch.get_num_threads(),
-        }
-        for way, seconds in times.items()
+        {"loss": "vicreg", "way": way, "ranks": size, "shape": [n, d], "grad_error": errors[way]} | times
+        for way, times in in_turn(steps, rounds).items()
     ]
+
+
+def _gradients(loss: Callable[..., Tensor], inputs: list[Tensor]) -> tuple[Tensor, ...]:
+    return torch.autograd.grad(loss(*inputs), inputs)
 
 
 def _joint_gradients(inputs: list[Tensor]) -> list[Tensor]:

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 import sslkern
 from sslkern.backend import pick
-from sslkern.nn import FactoredLinear, factored_
+from sslkern.nn import factored_
+from sslkern.ops.factored_linear import LEAST
 from sslkern.optim import LARS, SGD
 
 from . import baselines
@@ -142,7 +143,7 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
             "sslkern": SGD(weights, lr=0.0, momentum=MOMENTUM),
         }
         afters = {name: optimizer.step for name, optimizer in optimizers.items()}
-        before = _nothing
+        before = Case.before
         floors = {"into the momentum": _rival(run(smart, rival := rival_of(plain)), rival)}
     for name in ("three-line", "sslkern, plain projector"):
         afters[name] = afters["published"]
@@ -154,9 +155,6 @@ def step_case(recipe: str, family: str, n: int, widths: tuple[int, ...], device:
         "step", (n, *widths), lambda: weights, implementations, truth, before=before, afters=afters,
         floors=floors, note=recipe, huge=("three-line", "three-line, fused", "sslkern"),
     )  # fmt: skip
-
-
-def _nothing() -> None: ...
 
 
 @torch.no_grad()
@@ -186,20 +184,22 @@ def layer_case(n: int, width: int) -> Case:
     """A step of one square layer, by SGD with momentum: forward, both gradients, and the optimizer."""
     torch.manual_seed(0)
     plain = nn.Linear(width, width, bias=False)
-    factored = factored_(copy.deepcopy(plain, {id(plain.weight): plain.weight}))
+    ours, factored = (factored_(copy.deepcopy(plain, {id(plain.weight): plain.weight}), least=k) for k in (LEAST, 0))
     x = torch.randn(n, width, requires_grad=True)
 
     def run(layer: nn.Module) -> Loss:
         return lambda *_: layer(x).square().mean()
 
-    implementations = {"published": run(plain), "three-line": run(plain), "sslkern": run(factored)}
+    implementations = {"published": run(plain), "three-line": run(plain), "sslkern": run(ours)}
     settings: dict[str, Any] = {"lr": 0.0, "momentum": MOMENTUM}
     afters = {
         "published": torch.optim.SGD([plain.weight], **settings).step,
         "three-line": torch.optim.SGD([plain.weight], **settings, fused=True).step,
         "sslkern": SGD([plain.weight], **settings, fused=True).step,
     }
-    note = "factored" if isinstance(factored, FactoredLinear) else "left alone"
+    note = "factored"
+    if type(ours) is nn.Linear:
+        note, implementations["least=0"], afters["least=0"] = "left alone", run(factored), afters["sslkern"]
     truth: Loss = lambda x, w: (x @ w.T).square().mean()  # noqa: E731
     return Case("layer", (n, width), lambda: [x, plain.weight], implementations, truth, afters=afters, note=note)
 

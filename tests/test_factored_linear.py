@@ -53,7 +53,7 @@ def test_rows_from_which_the_gradient_is_formed():
         for _ in range(2):
             layer(torch.randn(most, size)).sum().backward()
         assert layer.weight.grad.factored == (size == 2048)
-        assert factored_linear.kept(size // 4, layer.weight.to("meta"))
+        assert factored_linear.stays_factored(size // 4, layer.weight.to("meta"))
 
 
 def test_wrong_shapes_are_those_of_torch():

@@ -128,7 +128,7 @@ class InputGradient {
       const int64_t i = b / beside * kRows, j = j0 + b % beside * kColumns;
       return b < count ? Piece{i, std::min(kRows, q_ - i), j, std::min(kColumns, j1 - j)} : Piece{};
     };
-    write(piece(0), 0, kRows, packed);
+    write(piece(0), 0, piece(0).rows, packed);
     for (int64_t b = 0; b < count; ++b) {
       T *const now = packed + b % 2 * kRows * kColumns, *const later = packed + (b + 1) % 2 * kRows * kColumns;
       multiply(piece(b), now, sums + piece(b).j - j0, piece(b + 1), later);
@@ -163,15 +163,9 @@ class InputGradient {
 
   // Packs some rows of a piece in panels of 16 columns that are padded with zeros.
   void write(const Piece& piece, int64_t first, int64_t last, T* to) const {
-    for (int64_t k = first; k < std::min(last, piece.rows); ++k) {
-      const T* const from = w_ + (piece.i + k) * p_ + piece.j;
-      for (int64_t c = 0; c < piece.cols; c += kTile) {
-        T* const line = to + c * kRows + k * kTile;
-        const int64_t count = std::min(kTile, piece.cols - c);
-        std::copy_n(from + c, count, line);
-        std::fill(line + count, line + kTile, T(0));
-      }
-    }
+    for (int64_t c = 0; c < piece.cols; c += kTile)
+      pack(w_ + (piece.i + first) * p_ + piece.j + c, 1, p_, std::min(kTile, piece.cols - c), last - first,
+           to + c * kRows + first * kTile);
   }
 };
 

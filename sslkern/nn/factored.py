@@ -45,8 +45,8 @@ def factored_(module: M, enabled: bool = True, *, least: float = factored_linear
     """Make every large torch.nn.Linear of a model a `FactoredLinear`, in place.
 
     Parameters, hooks and state_dict stay as they are. Subclasses of torch.nn.Linear, and layers with parametrisations,
-    are left alone. So are layers of fewer than 2^21 weights, such as 1024 x 1024: on a CPU, Python was measured to take
-    more time for their factors than these save.
+    are left alone. So are layers of fewer than 2^21 weights, such as 1024 x 1024: Python takes more time for their
+    factors than these save.
 
         projector = sslkern.nn.factored_(projector)
         optimizer = sslkern.optim.SGD(projector.parameters(), lr=0.1, momentum=0.9)

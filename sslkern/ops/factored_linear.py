@@ -57,6 +57,7 @@ _compiled_mean = opaque(
     mean_gradient_by_name,
     fake=lambda w, *_: torch.empty_like(w),
     rule=_no_vmap,
+    tags=(torch.Tag.cudagraph_unsafe,),
 )
 
 
@@ -65,7 +66,7 @@ def most_rows(w: Tensor) -> int:
     return min(w.shape) // _SHARE
 
 
-def kept(rows: int, w: Tensor) -> bool:
+def stays_factored(rows: int, w: Tensor) -> bool:
     """Whether the gradient of w for one batch with so many rows is kept as factors. A small weight has them only
     because its layer was made so: they are kept as long as they save memory."""
     fast = w.device.type == "cpu" and w.numel() >= LEAST
@@ -195,10 +196,10 @@ def linear(
     """The product x W' + b for x (..., p), W (q, p) and b (q,), or x W for W (p, q) with `wide`.
 
     The gradient of W is a `FactoredGradient`, if W is a contiguous leaf tensor of at least 32 bits a number and if this
-    backward keeps no graph for another derivative. Otherwise, and inside torch.func, this is torch's own product. With
-    `orthogonal`, the factors are never formed for their number, and the output and the gradient of the input are kept
-    beside them: optimizers of orthogonal matrices save products by these. Autocast applies as to `F.linear`, but the
-    factors are not rounded further: the sum over them is in the dtype of W.
+    backward keeps no graph for another derivative. Otherwise, and inside torch.func or compiled code, this is torch's
+    own product. With `orthogonal`, the factors are never formed for their number, and the output and the gradient of
+    the input are kept beside them: optimizers of orthogonal matrices save products by these. Autocast applies as to
+    `F.linear`, but the factors are not rounded further: the sum over them is in the dtype of W.
     With `peers`, the gradient of W is the mean of those of the ranks; see `core.factor_exchange`.
     """
     if torch.compiler.is_compiling() and peers is None:
@@ -209,7 +210,7 @@ def linear(
         if peers is not None and (asked or transformed):
             raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
-    if not orthogonal and peers is None and not kept(x.numel() // max(1, w.shape[1]), w):
+    if not orthogonal and peers is None and not stays_factored(x.numel() // max(1, w.shape[1]), w):
         return F.linear(x, w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 

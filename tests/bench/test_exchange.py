@@ -4,13 +4,22 @@ import json
 
 from conftest import ROOT
 
-from bench import exchange
+from bench import exchange, ranks
 
 
 def test_the_document_has_the_tables_of_the_results():
     results = json.loads((ROOT / exchange.PATH).read_text())
     document = (ROOT / exchange.DOCUMENT).read_text()
     assert exchange.table(results["rows"]) in document and exchange.table_of_times(results["times"]) in document
+
+
+def test_times():
+    """In two processes, of a projector that is small; the estimates are of the two forms."""
+    (one, _) = ranks.processes(2, exchange.steps, [8, 12, 8], 1, 5)
+    assert [row["way"] for row in one] == ["DDP", "taken", "gather", "reduce"]
+    assert all(row["p20"] <= row["median"] <= row["p80"] and row["threads"] == 1 for row in one)
+    assert [row["estimate"] is not None for row in one] == [False, False, True, True]
+    assert one[0]["forms"] == ["gather", "gather"] and one[0]["widths"] == [8, 12, 8]
 
 
 def test_counts():

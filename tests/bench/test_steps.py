@@ -5,8 +5,9 @@ from functools import partial
 import pytest
 import torch
 
-from bench import steps
+from bench import cases, run, steps
 from bench.run import _call
+from sslkern.core.factored_gradient import FactoredGradient
 
 
 @pytest.mark.parametrize("recipe", ("small", "small, all biases", "small, LARS"))
@@ -27,6 +28,31 @@ def test_all_implementations_have_the_same_gradients_and_leave_the_features(reci
             torch.testing.assert_close(grad, expected, rtol=1e-4, atol=1e-5)
     for floor in case.floors.values():
         floor()
+
+
+@pytest.mark.parametrize(
+    "case",
+    (
+        lambda: steps.layer_case(3, 32),
+        lambda: steps.linear_case("x W'", 9, 40, 24),
+        lambda: steps.linear_case("dy W", 9, 40, 24),
+        lambda: cases.bf16_case(9, 24),
+        lambda: cases.bf16_case(24, 9),
+    ),
+)
+def test_implementations_agree(case):
+    """With the truth in float64, as far as their inputs have digits."""
+    made = case()
+    inputs = made.inputs()
+    truth, tolerance = run._truth(made, inputs), {torch.float32: 1e-5, torch.bfloat16: 0.1}[inputs[0].dtype]
+    for name in made.implementations:
+        for x in inputs:
+            x.grad = None
+        value = run._call(made, name, inputs)()
+        assert max(run._errors(value, inputs, truth)) < tolerance, name
+    if made.family == "layer":
+        assert list(made.implementations)[-1] == "least=0" and made.note == "left alone"
+        assert isinstance(inputs[1].grad, FactoredGradient)
 
 
 def test_the_rival_adds_the_gradient_to_the_momentum():
