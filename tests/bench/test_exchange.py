@@ -15,11 +15,11 @@ def test_the_document_has_the_tables_of_the_results():
 
 def test_times():
     """In two processes, of a projector that is small; the estimates are of the two forms."""
-    (one, _) = ranks.processes(2, exchange.steps, [8, 12, 8], 1, 5)
+    (one, _) = ranks.processes(2, exchange.steps, [16, 24, 16], 2, 5)
     assert [row["way"] for row in one] == ["DDP", "taken", "gather", "reduce"]
     assert all(row["p20"] <= row["median"] <= row["p80"] and row["threads"] == 1 for row in one)
     assert [row["estimate"] is not None for row in one] == [False, False, True, True]
-    assert one[0]["forms"] == ["gather", "gather"] and one[0]["widths"] == [8, 12, 8]
+    assert one[0]["forms"] == ["gather", "gather"] and one[0]["widths"] == [16, 24, 16]
 
 
 def test_counts():
