@@ -103,20 +103,22 @@ print(*found, sep="\\n")
 
 @pytest.mark.parametrize("route", backends.CPU_GEMMS[1:])
 def test_every_product_route_follows_fp64(route, native):
-    """SSLKERN_CPU_GEMM=avx2, =mm and =onednn say so and pass the tests of values and gradients, of NaN and of fp16's
+    """SSLKERN_CPU_GEMM=avx2, =mm, =onednn, =bf16 say so and pass the tests of values and gradients, of NaN and of fp16's
     range: every shape and layout with every op, in one of the dtypes, and in fp32 in the form "auto" would not take."""
     done = python("-c", ROUTE, timeout=600, SSLKERN_CPU_GEMM=route)
     assert done.returncode == 0, done.stderr[-3000:]
     told, _, found = done.stdout.partition("\n")
     expected = {"avx2": ("AVX2 tiles", "oneDNN", "torch.mm"), "mm": ("torch.mm",), "onednn": ("oneDNN", "torch.mm")}
-    assert told.startswith(expected[route]) and not found.strip(), done.stdout[-3000:]
+    assert told.startswith(expected.get(route, "")) and ("bf16" in told) >= (route == "bf16")
+    assert not found.strip(), done.stdout[-3000:]
 
 
 def test_an_unknown_product_route_is_refused():
     """One sentence, before any work."""
     bad = python("-c", "import sslkern", SSLKERN_CPU_GEMM="mkl")
     assert bad.returncode != 0
-    assert bad.stderr.strip().endswith("ValueError: SSLKERN_CPU_GEMM must be one of 'avx2', 'mm', 'onednn', got 'mkl'.")
+    told = "SSLKERN_CPU_GEMM must be one of 'avx2', 'mm', 'onednn', 'bf16', got 'mkl'."
+    assert bad.stderr.strip().endswith(f"ValueError: {told}")
 
 
 def test_use_restores_what_was():

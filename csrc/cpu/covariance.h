@@ -1,6 +1,7 @@
 // Covariance of one slice: moments in the forward, the gradient in the backward. Shared by covariance and VICReg.
 #pragma once
 
+#include "bfloat_covariance.h"
 #include "column_blocks.h"
 #include "gradient_tiles.h"
 #include "row_pass.h"
@@ -83,19 +84,41 @@ double unbiased_offdiag(const ColumnSlice<T>& s, double plugin, double fourth_po
          ((n - 1.) * (n - 2.) * plugin + trace * trace - square - n / (n - 1.) * (norms - fourth_powers));
 }
 
+// The moments of a wide matrix and its Gram matrix, which is the whole or its lower triangle.
 template <class T>
-double dual_moments(const Tensor& like, const ColumnSlice<T>& s) {
+void dual_gram(const Tensor& like, const ColumnSlice<T>& s, std::optional<RowPowers<T>>& powers) {
   const int64_t n = s.z.rows, d = s.z.cols;
+  const auto start = [&](const Cut& cut) {
+    if (s.unbiased) powers.emplace(n, cut);
+  };
+  const auto centre = [&](const Span& span, const auto& block) {
+    centre_block(s.z, span.begin, span.end, s.high, s.low, s.variance, block[0].data, powers ? &*powers : nullptr);
+  };
+  if constexpr (std::is_same_v<T, float>) {
+    if (takes_pairs(s.z, n)) {
+      const Cut cut = columns_for_pairs(d);
+      start(cut);
+      for_column_blocks<T>(like, n, cut, 1, Gemm::tiles,
+                           [&](const Span& span, const auto& block, Products<T>&) { centre(span, block); });
+      if (nearly_centred(s.high, s.variance, d)) return gram_of_rows(s.z, s.high, s.gram);
+    }
+  }
   const Gemm gemm = gemm_for<T>(n, d);
   const Cut cut = cut_columns(n, d, gemm);
   PartialGrams<T> grams(like, s.gram, n, cut.parts());
-  std::optional<RowPowers<T>> powers;
-  if (s.unbiased) powers.emplace(n, cut);
+  start(cut);
   for_column_blocks<T>(like, n, cut, 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
-    centre_block(s.z, span.begin, span.end, s.high, s.low, s.variance, block[0].data, powers ? &*powers : nullptr);
+    centre(span, block);
     products.add(block[0], block[0], grams.at(span.part), span.first);
   });
   grams.add_up(true);
+}
+
+template <class T>
+double dual_moments(const Tensor& like, const ColumnSlice<T>& s) {
+  const int64_t n = s.z.rows, d = s.z.cols;
+  std::optional<RowPowers<T>> powers;
+  dual_gram(like, s, powers);
   if (powers) {  // also as the diagonal of the Gram: the estimator subtracts one from the other, and their rounding
                  // must agree
     powers->squares(s.row_sq);
@@ -108,14 +131,21 @@ double dual_moments(const Tensor& like, const ColumnSlice<T>& s) {
   return s.unbiased ? unbiased_offdiag(s, plugin, powers->fourth_powers()) : plugin;
 }
 
+// The same for a tall matrix.
 template <class T>
-double primal_moments(const Tensor& like, const ColumnSlice<T>& s) {
+void primal_gram(const Tensor& like, const ColumnSlice<T>& s, RowPass<T>& pass) {
   const int64_t n = s.z.rows, d = s.z.cols;
+  pass.means();
+  if constexpr (std::is_same_v<T, float>) {
+    if (takes_pairs(s.z, d)) {
+      pass.squares(s.unbiased ? s.row_sq : nullptr);
+      pass.variances(s.variance);
+      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(s.z, s.high, s.gram);
+    }
+  }
   const Gemm gemm = gemm_for<T>(d, n);
   const Cut cut = cut_rows(n, d, gemm);
   PartialGrams<T> grams(like, s.gram, d, cut.parts());
-  RowPass<T> pass(like, s.z, s.high, s.low);
-  pass.means();
   const bool transposed = gemm == Gemm::onednn;
   for_row_blocks<T>(like, d, cut, 1, gemm, transposed, [&](const Span& span, const auto& block, Products<T>& products) {
     pass.centre(span.begin, span.end, nullptr, block[0], s.unbiased ? s.row_sq : nullptr);
@@ -123,6 +153,13 @@ double primal_moments(const Tensor& like, const ColumnSlice<T>& s) {
   });
   grams.add_up(true);
   pass.variances(s.variance);
+}
+
+template <class T>
+double primal_moments(const Tensor& like, const ColumnSlice<T>& s) {
+  const int64_t n = s.z.rows, d = s.z.cols;
+  RowPass<T> pass(like, s.z, s.high, s.low);
+  primal_gram(like, s, pass);
   const double plugin = finish_gram(s.gram, s.gram, d, static_cast<T>(1. / (n - 1)), true);
   return s.unbiased ? unbiased_offdiag(s, plugin, pass.fourth_powers()) : plugin;
 }
@@ -186,31 +223,79 @@ void write_gradient(const ColumnSlice<T>& s, const Epilogue<T>& e, const Pull* p
   });
 }
 
+// The products of the gradient of one slice with its Gram matrix, block by block.
+template <class T>
+class GramProducts {
+ public:
+  GramProducts(const Tensor& grams, int64_t index, const ColumnSlice<T>& s)
+      : s_(s), n_(s.z.rows), d_(s.z.cols), gemm_(s.dual ? gemm_for<T>(n_, d_) : gemm_for<T>(d_, n_)) {
+    const int64_t m = s.dual ? n_ : d_;
+    if constexpr (std::is_same_v<T, float>) {
+      if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_)) {
+        gemm_ = Gemm::tiles;
+        rounded_.emplace(s.gram, m, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
+        return;
+      }
+    }
+    gram_ = square_of<T>(grams, index, m, gemm_);
+  }
+
+  Gemm gemm() const {
+    return gemm_;
+  }
+
+  Cut cut() const {
+    if (s_.dual) return rounded_ ? columns_for_pairs(d_) : cut_columns(n_, d_, gemm_);
+    return rounded_ ? rows_for_pairs(n_, d_) : cut_rows(n_, d_, gemm_);
+  }
+
+  // The product with a block of centred columns or rows.
+  const T* operator()(const Span& span, const Operand<T>& block, Products<T>& products) const {
+    if constexpr (std::is_same_v<T, float>) {
+      if (rounded_) {
+        float* out = products.result(block.rows * block.cols);
+        s_.dual ? rounded_->times_columns(s_.z, span.begin, span.end, s_.high, block.data, out)
+                : rounded_->times_rows(s_.z, span.begin, span.end, out);
+        return out;
+      }
+    }
+    return s_.dual ? products.nt(*gram_, block.t()) : products.nt(block, *gram_);
+  }
+
+ private:
+  const ColumnSlice<T>& s_;
+  const int64_t n_, d_;
+  Gemm gemm_;
+  std::optional<Operand<T>> gram_;
+  std::optional<RoundedGram> rounded_;
+};
+
 // The gradient of one slice, given the gradients of its variances and of its offdiag.
 template <class T>
 void input_gradient(const Tensor& grams, int64_t index, const ColumnSlice<T>& s,
                     const std::vector<double>& grad_variance, double grad_offdiag, const Pull* pull,
                     const Matrix& grad) {
-  const int64_t n = s.z.rows, d = s.z.cols, m = s.dual ? n : d;
-  const Gemm gemm = gemm_for<T>(m, s.dual ? d : n);
-  const Operand<T> gram = square_of<T>(grams, index, m, gemm);
+  const int64_t n = s.z.rows, d = s.z.cols;
+  const GramProducts<T> product(grams, index, s);
+  const Gemm gemm = product.gemm();
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {
-    const Cut cut = cut_columns(n, d, gemm);
-    for_column_blocks<T>(grams, n, cut, 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
-      T* z = block[0].data;
-      recentre_block<T>(s.z, span.begin, span.end, s.high, s.low, nullptr, z);
-      if (s.unbiased) cubic_means(z, n, span.end - span.begin, s.row_sq, e.shift.data() + span.begin);
-      write_gradient(s, e, pull, 0, n, span.begin, span.end, products.nt(gram, block[0].t()), z, grad);
-    });
+    for_column_blocks<T>(
+        grams, n, product.cut(), 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+          T* z = block[0].data;
+          recentre_block<T>(s.z, span.begin, span.end, s.high, s.low, nullptr, z);
+          if (s.unbiased) cubic_means(z, n, span.end - span.begin, s.row_sq, e.shift.data() + span.begin);
+          write_gradient(s, e, pull, 0, n, span.begin, span.end, product(span, block[0], products), z, grad);
+        });
   } else {
-    const Cut cut = cut_rows(n, d, gemm);
     RowPass<T> pass(grams, s.z, s.high, s.low);
     if (s.unbiased) pass.cubic_means(s.row_sq, e.shift.data());
-    for_row_blocks<T>(grams, d, cut, 1, gemm, false, [&](const Span& span, const auto& block, Products<T>& products) {
-      pass.centre(span.begin, span.end, nullptr, block[0], nullptr);
-      write_gradient(s, e, pull, span.begin, span.end, 0, d, products.nt(block[0], gram), block[0].data, grad);
-    });
+    for_row_blocks<T>(grams, d, product.cut(), 1, gemm, false,
+                      [&](const Span& span, const auto& block, Products<T>& products) {
+                        pass.centre(span.begin, span.end, nullptr, block[0], nullptr);
+                        write_gradient(s, e, pull, span.begin, span.end, 0, d, product(span, block[0], products),
+                                       block[0].data, grad);
+                      });
   }
 }
 

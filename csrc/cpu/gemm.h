@@ -5,6 +5,7 @@
 #include <string>
 
 #include "../common.h"
+#include "bfloat_products.h"
 #include "tiles.h"
 
 namespace sslkern {
@@ -74,8 +75,12 @@ Gemm gemm_for(int64_t m, int64_t other) {
 template <class T>
 std::string products_of() {
   const std::string library = gemm_for<T>(kTiled + 1, kTiled + 1) == Gemm::onednn ? "oneDNN" : "torch.mm";
-  if (tiles<T>().one == nullptr) return library;
-  return tiles<T>().name + (" tiles up to a side of " + std::to_string(kTiled)) + ", " + library + " above";
+  const std::string above = ", " + library + " above", pairs = bfloat_products();
+  const std::string told = tiles<T>().one == nullptr
+                               ? library
+                               : tiles<T>().name + (" tiles up to a side of " + std::to_string(kTiled)) + above;
+  return pairs.empty() ? told
+                       : told + "; covariance of bf16 by " + pairs + " from a side of " + std::to_string(kPairSide);
 }
 
 // A (rows, cols) matrix that is contiguous in `memory`, or the transpose of a contiguous one.
@@ -167,7 +172,7 @@ class Products {
       result_ = matmul_nt(x.tensor(), w.tensor(), gemm_ == Gemm::onednn);
       return data<T>(result_);
     }
-    T* out = grow(result_, result_size_, x.rows * w.rows);
+    T* out = result(x.rows * w.rows);
     multiply(x.strided(), w.t().strided(), x.rows, w.rows, x.cols, out, w.rows, false, false, room(w));
     return out;
   }
@@ -178,6 +183,11 @@ class Products {
     const bool symmetric = x.data == y.data;
     if (gemm_ != Gemm::tiles) return add_panels(x.tensor(), y.tensor(), gram, symmetric, first, gemm_ == Gemm::onednn);
     multiply(x.strided(), y.t().strided(), x.rows, x.rows, x.cols, gram, x.rows, symmetric, !first, room(y));
+  }
+
+  // Memory for a result, which is valid until the next product.
+  T* result(int64_t numbers) {
+    return grow(result_, result_size_, numbers);
   }
 
  private:
@@ -238,17 +248,19 @@ double finish_gram(T* gram, const T* other, int64_t m, T scale, bool zero_diagon
     double total = 0;
     const int64_t i0 = s * strip, i1 = std::min(m, i0 + strip);
     for (int64_t j0 = 0; j0 < i1; j0 += strip) {
+      T square[strip * strip];  // written to the other triangle by its rows: down its columns, each line is a miss
       for (int64_t i = i0; i < i1; ++i) {
         T sum = 0;
-        T* row = gram + i * m;
+        T *row = gram + i * m, *copy = square + (i - i0) * strip - j0;
         const T* with = other + i * m;
         const int64_t j1 = std::min(j0 + strip, i);
-        for (int64_t j = j0; j < j1; ++j) row[j] *= scale;
+        for (int64_t j = j0; j < j1; ++j) copy[j] = row[j] *= scale;
 #pragma omp simd reduction(+ : sum)
         for (int64_t j = j0; j < j1; ++j) sum += row[j] * with[j];
-        for (int64_t j = j0; j < j1; ++j) gram[j * m + i] = row[j];
         total += 2. * sum;
       }
+      for (int64_t j = j0; j < std::min(j0 + strip, i1); ++j)
+        for (int64_t i = std::max(i0, j + 1); i < i1; ++i) gram[j * m + i] = square[(i - i0) * strip + (j - j0)];
     }
     for (int64_t i = i0; i < i1; ++i) {
       T& diagonal = gram[i * m + i];

@@ -41,15 +41,20 @@ class RowPass {
       T* out = transpose ? small : block.data + (i - i0) * d + j0;
       const int64_t out_ld = transpose ? cols : d;
       sslkern::centre(x, ld, rows, cols, high_ + j0, low_ + j0, out, out_ld, sum);
-      for (int64_t r = 0; row_sq != nullptr && r < rows; ++r) {
-        const Powers<T> sums = powers(out + r * out_ld, cols);
-        row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + sums.second;
-        fourth_[i / kBlockRows] += sums.fourth;
-      }
+      if (row_sq != nullptr) add_powers(out, out_ld, rows, cols, i, j0, row_sq);
       if (scale != nullptr) scale_rows(out, out_ld, rows, cols, scale + j0);
       if (!transpose) return;
       for (int64_t j = 0; j < cols; ++j)
         for (int64_t r = 0; r < rows; ++r) block.data[(j0 + j) * height + (i - i0) + r] = small[r * cols + j];
+    });
+  }
+
+  // The sums of `centre` for all rows, whose centred values are not kept.
+  void squares(T* row_sq) {
+    each_tile(0, z_.rows, [&](const T* x, int64_t ld, int64_t i, int64_t rows, int64_t j0, int64_t cols, T* sum) {
+      T small[kTileNumbers];
+      sslkern::centre(x, ld, rows, cols, high_ + j0, low_ + j0, small, cols, sum);
+      if (row_sq != nullptr) add_powers(small, cols, rows, cols, i, j0, row_sq);
     });
   }
 
@@ -75,6 +80,15 @@ class RowPass {
  private:
   int64_t parts() const {
     return ceil_div(z_.rows, kBlockRows);
+  }
+
+  // Adds the powers of a tile to those of its rows, which its first columns start.
+  void add_powers(const T* x, int64_t ld, int64_t rows, int64_t cols, int64_t i, int64_t j0, T* row_sq) {
+    for (int64_t r = 0; r < rows; ++r) {
+      const Powers<T> sums = powers(x + r * ld, cols);
+      row_sq[i + r] = (j0 == 0 ? T(0) : row_sq[i + r]) + sums.second;
+      fourth_[i / kBlockRows] += sums.fourth;
+    }
   }
 
   // Calls f(x, ld, i, rows, j0, cols, sum) over tiles. `sum` belongs to the part and is zeroed at its first row.

@@ -34,7 +34,7 @@ from .registry import only as _only
 from .registry import strict as _strict
 from .registry import unasked as _unasked
 
-CPU_GEMMS = ("", "avx2", "mm", "onednn")  # the values of SSLKERN_CPU_GEMM; empty: the processor decides
+CPU_GEMMS = ("", "avx2", "mm", "onednn", "bf16")  # the values of SSLKERN_CPU_GEMM; empty: the processor decides
 ORDINARY = (2, 2, 2)  # a shape that no kernel refuses
 _forced: str | None = None
 

@@ -1,0 +1,174 @@
+// The products of a covariance of bf16 values, from the values themselves. With x = z + mean, the products of z follow
+// from those of x by terms of rank one: Z Z' = X X' - a 1' - 1 a' + |mean|^2, where a = X mean, and Z'Z = X'X - N mean
+// mean'. The products of x are exact in fp32, whereas z would have to be rounded or kept in fp32.
+#pragma once
+
+#include "bfloat_products.h"
+#include "blocks.h"
+
+namespace sslkern {
+
+constexpr int64_t kPairNumbers = 1 << 22;  // numbers of the matrix that are packed at a time
+constexpr int64_t kPairBlock = 64;         // columns of a gradient that one thread writes at a time
+constexpr int64_t kPairRows = 1 << 16;     // numbers of a gradient that one thread writes at a time, by rows
+
+// Whether the products run on pairs of bf16, for a Gram matrix (m, m).
+inline bool takes_pairs(const Matrix& z, int64_t m) {
+  return z.dtype == ScalarType::BFloat16 && m >= kPairSide && has_bfloat_products();
+}
+
+// Whether the terms of rank one leave enough digits: their sum has at most 64 times the size of the result. NaN is not
+// near.
+inline bool nearly_centred(const float* mean, const float* variance, int64_t d) {
+  double square = 0, total = 0;
+  for (int64_t j = 0; j < d; ++j) {
+    square += static_cast<double>(mean[j]) * mean[j];
+    total += variance[j];
+  }
+  return square <= 64 * total;
+}
+
+// Blocks of columns, with all rows: each thread multiplies its own.
+inline Cut columns_for_pairs(int64_t d) {
+  return {d, round_up(ceil_div(d, 64), kPairBlock), kPairBlock};
+}
+
+// Blocks of rows, with all columns. A part has whole kBlockRows, which share their sums.
+inline Cut rows_for_pairs(int64_t n, int64_t d) {
+  const int64_t rows = std::clamp<int64_t>(kPairRows / d / Pairs::kLines * Pairs::kLines, Pairs::kLines, kBlockRows);
+  return {n, round_up(ceil_div(n, 64), kBlockRows), rows};
+}
+
+// Packs rows or columns of z, those between k0 and k1 of the other, in parallel.
+inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, Pairs& pairs) {
+  const int64_t lines = rows ? z.rows : z.cols, across = rows ? z.row_stride : z.col_stride;
+  const int64_t along = rows ? z.col_stride : z.row_stride;
+  pairs.shorten(k1 - k0);
+  in_turns(0, ceil_div(lines, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
+    for (int64_t part = first; part < last; ++part) {
+      const int64_t begin = part * Pairs::kLines, end = std::min(lines, begin + Pairs::kLines);
+      const char* from = rows ? z.at(begin, k0) : z.at(k0, begin);
+      pairs.pack(reinterpret_cast<const BFloatBits*>(from), across, along, begin, end, k1 - k0);
+    }
+  });
+}
+
+// gram (m, m) = x x' for rows x of z, or x'x for its columns; only the lower triangle.
+inline void gram_of_pairs(const Matrix& z, bool rows, float* gram) {
+  const int64_t m = rows ? z.rows : z.cols, depth = rows ? z.cols : z.rows;
+  const int64_t step = std::min(depth, round_up(ceil_div(kPairNumbers, m), 512)), sides = ceil_div(m, kPairSide);
+  Pairs pairs(m, step);
+  for (int64_t k0 = 0; k0 < depth; k0 += step) {
+    pack_lines(z, rows, k0, std::min(depth, k0 + step), pairs);
+    in_turns(0, sides * (sides + 1) / 2, 1, [&](int64_t first, int64_t last) {
+      for (int64_t part = first; part < last; ++part) {
+        int64_t i = 0;
+        while ((i + 1) * (i + 2) / 2 <= part) ++i;
+        const int64_t i0 = i * kPairSide, j0 = (part - i * (i + 1) / 2) * kPairSide;
+        multiply(pairs, i0, std::min(m, i0 + kPairSide), pairs, j0, std::min(m, j0 + kPairSide), gram + i0 * m + j0, m,
+                 i0 == j0, k0 > 0);
+      }
+    });
+  }
+}
+
+// x_i mean, for every row of x.
+inline std::vector<double> products_with_mean(const Matrix& z, const float* mean) {
+  std::vector<double> out(z.rows);
+  in_turns(0, z.rows, ceil_div(16384, z.cols), [&](int64_t begin, int64_t end) {
+    std::vector<float> scratch;
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j0 = 0; j0 < z.cols; j0 += 1024) {
+        const int64_t j1 = std::min(z.cols, j0 + 1024);
+        int64_t ld;
+        out[i] += inner(tile(z, i, i + 1, j0, j1, scratch, ld), mean + j0, j1 - j0);
+      }
+  });
+  return out;
+}
+
+// The lower triangle of Z Z', for z centred by its means.
+inline void gram_of_rows(const Matrix& z, const float* mean, float* gram) {
+  const int64_t n = z.rows;
+  const std::vector<double> along = products_with_mean(z, mean);
+  double square = 0;
+  for (int64_t j = 0; j < z.cols; ++j) square += static_cast<double>(mean[j]) * mean[j];
+  std::vector<float> shift(n);
+  for (int64_t i = 0; i < n; ++i) shift[i] = static_cast<float>(along[i] - square / 2);
+  gram_of_pairs(z, true, gram);
+  in_turns(0, n, ceil_div(16384, n), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i)
+      for (int64_t j = 0; j <= i; ++j) gram[i * n + j] -= shift[i] + shift[j];
+  });
+}
+
+// The lower triangle of Z'Z.
+inline void gram_of_columns(const Matrix& z, const float* mean, float* gram) {
+  const int64_t d = z.cols;
+  gram_of_pairs(z, false, gram);
+  in_turns(0, d, ceil_div(16384, d), [&](int64_t begin, int64_t end) {
+    for (int64_t i = begin; i < end; ++i) {
+      const float scale = static_cast<float>(z.rows) * mean[i];
+      for (int64_t j = 0; j <= i; ++j) gram[i * d + j] -= scale * mean[j];
+    }
+  });
+}
+
+// out = diagonal z - sum mean
+SSLKERN_CLONES static void rank_one_row(const float* z, float diagonal, const float* mean, float sum, int64_t n,
+                                        float* out) {
+#pragma omp simd
+  for (int64_t j = 0; j < n; ++j) out[j] = diagonal * z[j] - sum * mean[j];
+}
+
+// A symmetric matrix whose off-diagonal part is rounded to bf16, for products with centred values. Its diagonal stays
+// in fp32. The product with the means is subtracted as the rounded matrix has it, so that large means add no error.
+class RoundedGram {
+ public:
+  // `weights` are those of the sums over a row: 1 where the means belong to the columns of the product, else the means.
+  RoundedGram(const float* gram, int64_t m, const float* weights) : pairs_(m, m), diagonal_(m), sums_(m) {
+    in_turns(0, ceil_div(m, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
+      const auto rounded = room_for<BFloatBits>(Pairs::kLines * m);
+      std::vector<float> row(m);
+      for (int64_t part = first; part < last; ++part) {
+        const int64_t begin = part * Pairs::kLines, end = std::min(m, begin + Pairs::kLines);
+        for (int64_t i = begin; i < end; ++i) {
+          BFloatBits* to = rounded.get() + (i - begin) * m;
+          convert(gram + i * m, m, to);
+          diagonal_[i] = gram[i * m + i];
+          to[i] = {0};
+          convert(to, m, row.data());
+          sums_[i] = inner(row.data(), weights, m);
+        }
+        pairs_.pack(rounded.get(), m, 1, begin, end, m);
+      }
+    });
+  }
+
+  // out (N, j1 - j0) = this (N, N) times columns of z, of which `centred` has the centred values.
+  void times_columns(const Matrix& z, int64_t j0, int64_t j1, const float* mean, const float* centred,
+                     float* out) const {
+    const int64_t cols = j1 - j0;
+    Pairs columns(cols, z.rows);
+    columns.pack(reinterpret_cast<const BFloatBits*>(z.at(0, j0)), z.col_stride, z.row_stride, 0, cols, z.rows);
+    for (int64_t i = 0; i < z.rows; ++i)
+      rank_one_row(centred + i * cols, diagonal_[i], mean + j0, sums_[i], cols, out + i * cols);
+    multiply(pairs_, 0, z.rows, columns, 0, cols, out, cols, false, true);
+  }
+
+  // out (i1 - i0, D) = rows of z, centred, times this (D, D), whose diagonal is zero.
+  void times_rows(const Matrix& z, int64_t i0, int64_t i1, float* out) const {
+    const int64_t rows = i1 - i0;
+    Pairs packed(rows, z.cols);
+    packed.pack(reinterpret_cast<const BFloatBits*>(z.at(i0, 0)), z.row_stride, z.col_stride, 0, rows, z.cols);
+    for (int64_t i = 0; i < rows; ++i)
+      for (int64_t j = 0; j < z.cols; ++j) out[i * z.cols + j] = -sums_[j];
+    multiply(packed, 0, rows, pairs_, 0, z.cols, out, z.cols, false, true);
+  }
+
+ private:
+  Pairs pairs_;
+  std::vector<float> diagonal_, sums_;
+};
+
+}  // namespace sslkern
