@@ -78,18 +78,17 @@ def loss_case(family: str, n: int, d: int, device: str) -> Case:
     return Case(family, (n, d), lambda: views(n, d, device), implementations, by_reference(ours), floors=floors)
 
 
-def bf16_case(n: int, d: int) -> Case:
-    """VICReg of bfloat16 views. For D above 2048, the D x D products of the published formula would take minutes on a
+def bf16_case(family: str, n: int, d: int) -> Case:
+    """A loss of bfloat16 views. For D above 2048, the D x D products of the published formula would take minutes on a
     processor without instructions for bfloat16."""
-    smart = baselines.vicreg_dual if n < d else baselines.vicreg_primal
-    implementations: dict[str, Callable] = {} if d > 2048 else {"published": baselines.vicreg_published}
-    implementations |= {"three-line": smart, "sslkern": sslkern.vicreg_loss}
-    truth = by_reference(sslkern.vicreg_loss)
+    loss = loss_case(family, n, d, "cpu")
+    chosen = (*(("published",) if d <= 2048 else ()), "three-line", "sslkern")
 
     def inputs() -> list[Tensor]:
         return [z.detach().bfloat16().requires_grad_() for z in views(n, d, "cpu")]
 
-    return Case("bf16", (n, d), inputs, implementations, truth)
+    note = {"vicreg": "VICReg", "barlow": "Barlow Twins"}[family]
+    return Case("bf16", (n, d), inputs, {name: loss.implementations[name] for name in chosen}, loss.truth, note=note)
 
 
 def unbiased_case(n: int, d: int, device: str) -> Case:
@@ -170,7 +169,8 @@ def all_cases(device: str) -> list[tuple[str, Callable[[], Case]]]:
         for n, d in grid:
             cases.append((f"{family} {n} {d}", lambda f=family, n=n, d=d: loss_case(f, n, d, device)))
     for n, d in ((256, 2048), (1024, 4096), (4096, 1024)) if device == "cpu" else ():
-        cases.append((f"bf16 {n} {d}", lambda n=n, d=d: bf16_case(n, d)))
+        for family in ("vicreg", "barlow"):
+            cases.append((f"bf16 {family} {n} {d}", lambda f=family, n=n, d=d: bf16_case(f, n, d)))
     for shape, note, also in PROJECTED:
         label = f"vicreg_weight {' '.join(map(str, shape))} {note}"
         cases.append((label, lambda s=shape, w=note, c=also: projected_case(s, w, c, device)))

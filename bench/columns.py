@@ -19,7 +19,7 @@ TITLES = {
     "sigreg_all": "SIGReg over all directions, 17 knots, forward + backward (ms)",
     "prototypes": "Losses over prototypes, two views (N, D) and K prototypes, forward + backward (ms)",
     "unbiased": "VICReg with the unbiased and with the plug-in estimator, forward + backward (ms)",
-    "bf16": "VICReg of bfloat16 views on a CPU, forward + backward (ms)",
+    "bf16": "Losses of bfloat16 views on a CPU, forward + backward (ms)",
     "vicreg_weight": "VICReg with the last linear layer inside, `vicreg_loss(a, b, weight=W)`, forward + backward (ms)",
     "info_vicreg": "VICReg with the coding rate as its entropy, forward + backward (ms)",
     "batch_norm": "Batch norm, training, forward + backward (ms)",
@@ -161,6 +161,7 @@ COLUMNS: dict[str, list[Column]] = {
     "barlow": BARLOW,
     "info_vicreg": BARLOW,
     "bf16": [
+        _note("loss"),
         *(SHAPE, PUBLISHED, THREE_LINE, OURS, FASTER, FASTER_THAN_BEST, MEMORY),
         (
             "gradient error, three-line / sslkern",

@@ -144,7 +144,6 @@ def run_case(case: Case, device: str, rounds: int, huge: bool = False, patience:
             "note": case.note,
             "reason": case.reason,
             "commit": commit,
-            "instructions": torch.backends.cpu.get_cpu_capability() if device == "cpu" else "",
         }
         row["first_call"] = _seconds(case, call, inputs, device)
         if name in case.implementations:
@@ -205,6 +204,8 @@ def machine(device: str) -> dict:
     if Path("/proc/cpuinfo").exists():
         lines = Path("/proc/cpuinfo").read_text().splitlines()
         name = next((line.split(":")[1].strip() for line in lines if line.startswith("model name")), name)
+    if device == "cpu":  # processors of one name differ in it
+        name += f", {torch.backends.cpu.get_cpu_capability()}"
     return {
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "threads": torch.get_num_threads(),

@@ -1,6 +1,7 @@
-// The products of a covariance of bf16 values, from the values themselves. With x = z + mean, the products of z follow
-// from those of x by terms of rank one: Z Z' = X X' - a 1' - 1 a' + |mean|^2, where a = X mean, and Z'Z = X'X - N mean
-// mean'. The products of x are exact in fp32, whereas z would have to be rounded or kept in fp32.
+// The products of covariances and cross-correlations of bf16 values, from the values themselves. With x = z + mean, the
+// products of z follow from those of x by terms of rank one: Z Z' = X X' - a 1' - 1 a' + |mean|^2, where a = X mean,
+// and Z'Z = X'X - N mean mean'. The products of x are exact in fp32, whereas z would have to be rounded or kept in
+// fp32.
 #pragma once
 
 #include "bfloat_products.h"
@@ -10,7 +11,7 @@ namespace sslkern {
 
 constexpr int64_t kPairNumbers = 1 << 22;  // numbers of the matrix that are packed at a time
 constexpr int64_t kPairBlock = 64;         // columns of a gradient that one thread writes at a time
-constexpr int64_t kPairRows = 1 << 16;     // numbers of a gradient that one thread writes at a time, by rows
+constexpr int64_t kPairRows = 1 << 17;     // numbers of a gradient that one thread writes at a time, by rows
 
 // Whether the products run on pairs of bf16, for a Gram matrix (m, m).
 inline bool takes_pairs(const Matrix& z, int64_t m) {
@@ -26,6 +27,13 @@ inline bool nearly_centred(const float* mean, const float* variance, int64_t d) 
     total += variance[j];
   }
   return square <= 64 * total;
+}
+
+// The same where each column is divided by its own standard deviation.
+inline bool nearly_standard(const float* mean, const float* inv_std, int64_t d) {
+  for (int64_t j = 0; j < d; ++j)
+    if (!(std::abs(mean[j]) * inv_std[j] <= 8)) return false;
+  return true;
 }
 
 // Blocks of columns, with all rows: each thread multiplies its own.
@@ -53,20 +61,24 @@ inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, Pairs
   });
 }
 
-// gram (m, m) = x x' for rows x of z, or x'x for its columns; only the lower triangle.
-inline void gram_of_pairs(const Matrix& z, bool rows, float* gram) {
-  const int64_t m = rows ? z.rows : z.cols, depth = rows ? z.cols : z.rows;
-  const int64_t step = std::min(depth, round_up(ceil_div(kPairNumbers, m), 512)), sides = ceil_div(m, kPairSide);
-  Pairs pairs(m, step);
+// gram (m, m) = x y' for rows x and y of a and b, or x'y for their columns. With `lower`, for a = b, only the lower
+// triangle.
+inline void gram_of_pairs(const Matrix& a, const Matrix& b, bool rows, bool lower, float* gram) {
+  const int64_t m = rows ? a.rows : a.cols, depth = rows ? a.cols : a.rows, sides = ceil_div(m, kPairSide);
+  const int64_t step = std::min(depth, round_up(ceil_div(kPairNumbers, m), 512));
+  Pairs left(m, step), other(lower ? 0 : m, step);
+  const Pairs& right = lower ? left : other;
   for (int64_t k0 = 0; k0 < depth; k0 += step) {
-    pack_lines(z, rows, k0, std::min(depth, k0 + step), pairs);
-    in_turns(0, sides * (sides + 1) / 2, 1, [&](int64_t first, int64_t last) {
+    const int64_t k1 = std::min(depth, k0 + step);
+    pack_lines(a, rows, k0, k1, left);
+    if (!lower) pack_lines(b, rows, k0, k1, other);
+    in_turns(0, lower ? sides * (sides + 1) / 2 : sides * sides, 1, [&](int64_t first, int64_t last) {
       for (int64_t part = first; part < last; ++part) {
-        int64_t i = 0;
-        while ((i + 1) * (i + 2) / 2 <= part) ++i;
-        const int64_t i0 = i * kPairSide, j0 = (part - i * (i + 1) / 2) * kPairSide;
-        multiply(pairs, i0, std::min(m, i0 + kPairSide), pairs, j0, std::min(m, j0 + kPairSide), gram + i0 * m + j0, m,
-                 i0 == j0, k0 > 0);
+        int64_t i = lower ? 0 : part / sides, j = part - i * sides;
+        for (; lower && j > i; ++i) j -= i + 1;
+        const int64_t i0 = i * kPairSide, j0 = j * kPairSide;
+        multiply(left, i0, std::min(m, i0 + kPairSide), right, j0, std::min(m, j0 + kPairSide), gram + i0 * m + j0, m,
+                 lower && i == j, k0 > 0);
       }
     });
   }
@@ -95,68 +107,82 @@ inline void gram_of_rows(const Matrix& z, const float* mean, float* gram) {
   for (int64_t j = 0; j < z.cols; ++j) square += static_cast<double>(mean[j]) * mean[j];
   std::vector<float> shift(n);
   for (int64_t i = 0; i < n; ++i) shift[i] = static_cast<float>(along[i] - square / 2);
-  gram_of_pairs(z, true, gram);
+  gram_of_pairs(z, z, true, true, gram);
   in_turns(0, n, ceil_div(16384, n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j <= i; ++j) gram[i * n + j] -= shift[i] + shift[j];
   });
 }
 
-// The lower triangle of Z'Z.
-inline void gram_of_columns(const Matrix& z, const float* mean, float* gram) {
-  const int64_t d = z.cols;
-  gram_of_pairs(z, false, gram);
+// The product of the columns of two centred views; with `lower`, for a = b, its lower triangle.
+inline void gram_of_columns(const Matrix& a, const Matrix& b, const float* mean_a, const float* mean_b, bool lower,
+                            float* gram) {
+  const int64_t d = a.cols;
+  gram_of_pairs(a, b, false, lower, gram);
   in_turns(0, d, ceil_div(16384, d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
-      const float scale = static_cast<float>(z.rows) * mean[i];
-      for (int64_t j = 0; j <= i; ++j) gram[i * d + j] -= scale * mean[j];
+      const float scale = static_cast<float>(a.rows) * mean_a[i];
+      for (int64_t j = 0; j < (lower ? i + 1 : d); ++j) gram[i * d + j] -= scale * mean_b[j];
     }
   });
 }
 
-// out = diagonal z - sum mean
-SSLKERN_CLONES static void rank_one_row(const float* z, float diagonal, const float* mean, float sum, int64_t n,
-                                        float* out) {
+// product = (product - sum mean) scale + diagonal z
+SSLKERN_CLONES static void finish_row(float* product, float sum, const float* mean, const float* scale, float diagonal,
+                                      const float* z, int64_t n) {
 #pragma omp simd
-  for (int64_t j = 0; j < n; ++j) out[j] = diagonal * z[j] - sum * mean[j];
+  for (int64_t j = 0; j < n; ++j) product[j] = (product[j] - sum * mean[j]) * scale[j] + diagonal * z[j];
 }
 
-// A symmetric matrix whose off-diagonal part is rounded to bf16, for products with centred values. Its diagonal stays
-// in fp32. The product with the means is subtracted as the rounded matrix has it, so that large means add no error.
+// A square matrix whose off-diagonal part is rounded to bf16, for products with centred values. Its diagonal stays in
+// fp32. The product with the means is subtracted as the rounded matrix has it, so that large means add no error.
 class RoundedGram {
  public:
-  // `weights` are those of the sums over a row: 1 where the means belong to the columns of the product, else the means.
-  RoundedGram(const float* gram, int64_t m, const float* weights) : pairs_(m, m), diagonal_(m), sums_(m) {
+  // Takes (i, k) from gram[i * row + k * col], times scale[k] if there is a scale. `weights` are those of the sums over
+  // a row: 1 where the means belong to the columns of the product, else the means.
+  RoundedGram(const float* gram, int64_t row, int64_t col, int64_t m, const float* scale, const float* weights)
+      : pairs_(m, m), diagonal_(m), sums_(m) {
     in_turns(0, ceil_div(m, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
+      const auto lines = room_for<float>(Pairs::kLines * m);
       const auto rounded = room_for<BFloatBits>(Pairs::kLines * m);
-      std::vector<float> row(m);
       for (int64_t part = first; part < last; ++part) {
         const int64_t begin = part * Pairs::kLines, end = std::min(m, begin + Pairs::kLines);
+        if (col == 1) {
+          std::copy_n(gram + begin * m, (end - begin) * m, lines.get());
+        } else {
+          for (int64_t k0 = 0; k0 < m; k0 += 8)  // more lines at a time would share a set of L1
+            for (int64_t i = begin; i < end; ++i)
+              for (int64_t k = k0; k < std::min(m, k0 + 8); ++k) lines[(i - begin) * m + k] = gram[i * row + k * col];
+        }
         for (int64_t i = begin; i < end; ++i) {
+          float* line = lines.get() + (i - begin) * m;
           BFloatBits* to = rounded.get() + (i - begin) * m;
-          convert(gram + i * m, m, to);
-          diagonal_[i] = gram[i * m + i];
-          to[i] = {0};
-          convert(to, m, row.data());
-          sums_[i] = inner(row.data(), weights, m);
+          diagonal_[i] = line[i];
+          line[i] = 0;
+          if (scale != nullptr) scale_rows(line, m, 1, m, scale);
+          convert(line, m, to);
+          convert(to, m, line);
+          sums_[i] = inner(line, weights, m);
         }
         pairs_.pack(rounded.get(), m, 1, begin, end, m);
       }
     });
   }
 
-  // out (N, j1 - j0) = this (N, N) times columns of z, of which `centred` has the centred values.
-  void times_columns(const Matrix& z, int64_t j0, int64_t j1, const float* mean, const float* centred,
+  // out (N, j1 - j0) = this (N, N) times columns of z, centred and scaled; `block` has these values in fp32.
+  void times_columns(const Matrix& z, int64_t j0, int64_t j1, const float* mean, const float* scale, const float* block,
                      float* out) const {
     const int64_t cols = j1 - j0;
+    const std::vector<float> ones(cols, 1.f);
     Pairs columns(cols, z.rows);
     columns.pack(reinterpret_cast<const BFloatBits*>(z.at(0, j0)), z.col_stride, z.row_stride, 0, cols, z.rows);
+    multiply(pairs_, 0, z.rows, columns, 0, cols, out, cols, false, false);
     for (int64_t i = 0; i < z.rows; ++i)
-      rank_one_row(centred + i * cols, diagonal_[i], mean + j0, sums_[i], cols, out + i * cols);
-    multiply(pairs_, 0, z.rows, columns, 0, cols, out, cols, false, true);
+      finish_row(out + i * cols, sums_[i], mean + j0, scale == nullptr ? ones.data() : scale + j0, diagonal_[i],
+                 block + i * cols, cols);
   }
 
-  // out (i1 - i0, D) = rows of z, centred, times this (D, D), whose diagonal is zero.
+  // out (i1 - i0, D) = rows of z, centred, times the transpose of this (D, D), whose diagonal is zero.
   void times_rows(const Matrix& z, int64_t i0, int64_t i1, float* out) const {
     const int64_t rows = i1 - i0;
     Pairs packed(rows, z.cols);

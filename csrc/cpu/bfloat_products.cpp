@@ -12,7 +12,8 @@ namespace sslkern {
 namespace {
 
 constexpr int64_t kRows = 8, kCols = 32;
-constexpr int64_t kDepth = 128;  // pairs in a step: two panels of b are 16 KB, and stay in L1
+constexpr int64_t kDepth = 128;     // pairs in a step: two panels of b are 16 KB, and stay in L1
+constexpr int64_t kLeft = 1 << 16;  // pairs of a that stay in L2 for all of b: 256 KB
 
 #ifdef SSLKERN_BFLOAT
 // out (8, 32) = or += a b', for half a panel of a and two panels of b.
@@ -122,26 +123,24 @@ void multiply(const Pairs& a, int64_t i0, int64_t i1, const Pairs& b, int64_t j0
               bool lower, bool add) {
   static const PairTile tile = tile_of_processor();
   const int64_t pairs = a.pairs(), panel = Pairs::kPanel * pairs;
-  for (int64_t k0 = 0; k0 < pairs; k0 += kDepth, add = true) {
-    const int64_t depth = std::min(kDepth, pairs - k0);
-    for (int64_t j = j0; j < j1; j += kCols) {
-      const uint32_t* right = b.at(j) + k0 * Pairs::kPanel;
-      for (int64_t i = lower ? i0 + (j - j0) : i0; i < i1; i += kRows) {
-        const int64_t first = i / Pairs::kPanel * Pairs::kPanel;
-        const uint32_t* left = a.at(first) + k0 * Pairs::kPanel + (i - first);
-        float* to = out + (i - i0) * ld + (j - j0);
-        if (i + kRows <= i1 && j + kCols <= j1) {
-          tile(left, right, panel, depth, to, ld, add);
-          continue;
-        }
-        float corner[kRows * kCols];
-        tile(left, right, panel, depth, corner, kCols, false);
-        for (int64_t r = 0; r < std::min(kRows, i1 - i); ++r)
-          for (int64_t c = 0; c < std::min(kCols, j1 - j); ++c)
-            to[r * ld + c] = (add ? to[r * ld + c] : 0.f) + corner[r * kCols + c];
-      }
-    }
-  }
+  const int64_t chunk = std::max(kDepth, kLeft / (i1 - i0) / kDepth * kDepth);
+  const auto one = [&](int64_t i, int64_t j, int64_t k, int64_t depth, bool more) {
+    const int64_t first = i / Pairs::kPanel * Pairs::kPanel;
+    const uint32_t* left = a.at(first) + k * Pairs::kPanel + (i - first);
+    const uint32_t* right = b.at(j) + k * Pairs::kPanel;
+    float* to = out + (i - i0) * ld + (j - j0);
+    if (i + kRows <= i1 && j + kCols <= j1) return tile(left, right, panel, depth, to, ld, more);
+    float corner[kRows * kCols];
+    tile(left, right, panel, depth, corner, kCols, false);
+    for (int64_t r = 0; r < std::min(kRows, i1 - i); ++r)
+      for (int64_t c = 0; c < std::min(kCols, j1 - j); ++c)
+        to[r * ld + c] = (more ? to[r * ld + c] : 0.f) + corner[r * kCols + c];
+  };
+  for (int64_t k0 = 0; k0 < pairs; k0 += chunk)
+    for (int64_t j = j0; j < j1; j += kCols)
+      for (int64_t k = k0; k < std::min(pairs, k0 + chunk); k += kDepth)
+        for (int64_t i = lower ? i0 + (j - j0) : i0; i < i1; i += kRows)
+          one(i, j, k, std::min(kDepth, pairs - k), add || k > 0);
 }
 
 }  // namespace sslkern

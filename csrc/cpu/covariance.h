@@ -140,7 +140,7 @@ void primal_gram(const Tensor& like, const ColumnSlice<T>& s, RowPass<T>& pass) 
     if (takes_pairs(s.z, d)) {
       pass.squares(s.unbiased ? s.row_sq : nullptr);
       pass.variances(s.variance);
-      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(s.z, s.high, s.gram);
+      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(s.z, s.z, s.high, s.high, true, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(d, n);
@@ -233,7 +233,7 @@ class GramProducts {
     if constexpr (std::is_same_v<T, float>) {
       if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_)) {
         gemm_ = Gemm::tiles;
-        rounded_.emplace(s.gram, m, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
+        rounded_.emplace(s.gram, m, 1, m, nullptr, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
         return;
       }
     }
@@ -254,7 +254,7 @@ class GramProducts {
     if constexpr (std::is_same_v<T, float>) {
       if (rounded_) {
         float* out = products.result(block.rows * block.cols);
-        s_.dual ? rounded_->times_columns(s_.z, span.begin, span.end, s_.high, block.data, out)
+        s_.dual ? rounded_->times_columns(s_.z, span.begin, span.end, s_.high, nullptr, block.data, out)
                 : rounded_->times_rows(s_.z, span.begin, span.end, out);
         return out;
       }

@@ -1,39 +1,13 @@
 // Cross-correlation on the CPU. Blocks of both views are standardised in cache and multiplied there, by our tiles or
 // the vendor library. The standardised matrices are never formed as a whole.
+#include "cross_correlation.h"
+
 #include "column_blocks.h"
 #include "gradient_tiles.h"
 #include "row_pass.h"
 
 namespace sslkern {
 namespace {
-
-// Inputs, and the tensors that the forward saves for the backward.
-struct Views {
-  Tensor input[2];
-  Tensor centre, inv_std, diagonal, gram;
-  int64_t n, d, stack;
-  bool dual;
-};
-
-// One slice of both views. gram[1] is null in the primal.
-template <class T>
-struct Pair {
-  Matrix z[2];
-  T *high[2], *low[2], *inv_std[2], *gram[2], *diagonal;
-  int64_t n, d;
-
-  Pair(const Views& v, int64_t s) : diagonal(data<T>(v.diagonal) + s * v.d), n(v.n), d(v.d) {
-    const int64_t m = v.dual ? v.n : v.d;
-    for (int64_t k = 0; k < 2; ++k) {
-      const int64_t index = k * v.stack + s;
-      z[k] = slice(v.input[k], s);
-      high[k] = data<T>(v.centre) + index * 2 * d;
-      low[k] = high[k] + d;
-      inv_std[k] = data<T>(v.inv_std) + index * d;
-      gram[k] = k == 0 || v.dual ? data<T>(v.gram) + index * m * m : nullptr;
-    }
-  }
-};
 
 // Turns unbiased variances into 1 / sqrt(biased + eps), in place.
 template <class T>
@@ -97,20 +71,33 @@ template <class T>
 double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
   const Gemm gemm = gemm_for<T>(p.d, p.n);
   const Cut cut = cut_rows(p.n, p.d, gemm);
+  RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
+  const auto invert = [&] {
+    for (int k = 0; k < 2; ++k) {
+      pass[k].variances(p.inv_std[k]);
+      invert_std(p.inv_std[k], 0, p.d, p.n, eps);
+    }
+  };
+  for (auto& view : pass) view.means();
+  if constexpr (std::is_same_v<T, float>) {
+    if (takes_pairs(p.z[0], p.d) && takes_pairs(p.z[1], p.d)) {
+      for (auto& view : pass) view.squares(nullptr);
+      invert();
+      if (by_pairs(p, p.d)) {
+        gram_of_columns(p.z[0], p.z[1], p.high[0], p.high[1], false, p.gram[0]);
+        return finish_correlation(p);
+      }
+    }
+  }
   PartialGrams<T> grams(like, p.gram[0], p.d, cut.parts());
   const bool transposed = gemm == Gemm::onednn;
-  RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
-  for (auto& view : pass) view.means();
   for_row_blocks<T>(like, p.d, cut, 2, gemm, transposed,
                     [&](const Span& span, const auto& block, Products<T>& products) {
                       for (int k = 0; k < 2; ++k) pass[k].centre(span.begin, span.end, nullptr, block[k], nullptr);
                       products.add(block[0].t(), block[1].t(), grams.at(span.part), span.first);
                     });
   grams.add_up(false);
-  for (int k = 0; k < 2; ++k) {
-    pass[k].variances(p.inv_std[k]);
-    invert_std(p.inv_std[k], 0, p.d, p.n, eps);
-  }
+  invert();
   return finish_correlation(p);
 }
 
@@ -124,33 +111,31 @@ struct Gradient {
 };
 
 template <class T>
-void dual_backward(const Operand<T>* gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gemm_for<T>(p.n, p.d);
-  const Cut cut = cut_columns(p.n, p.d, gemm);
-  for_column_blocks<T>(
-      gram[0].memory, p.n, cut, 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
-        const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
-        for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], block[k].data);
-        for (int k = 0; k < 2; ++k) {
-          if (!g.needed[k]) continue;
-          const T *product = products.nt(gram[1 - k], block[k].t()), *z = block[k].data, *other = block[1 - k].data;
-          for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
-            const int64_t cols = k1 - k0, offset = k0 - j0;
-            T along[kBlockCols];
-            column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
-            for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
-            TileWriter<T> writer(g.out[k]);
-            for_tiles(0, p.n, k0, k1, [&](int64_t i, int64_t j, int64_t rows, int64_t) {
-              const int64_t at = i * ld + offset;
-              int64_t out_ld;
-              T* out = writer.at(i, j, rows, cols, out_ld);
-              standard_rows(product + at, z + at, other + at, ld, rows, cols, g.alpha, g.column.data() + j, along,
-                            p.inv_std[k] + j, out, out_ld);
-              writer.flush(i, j, rows, cols);
-            });
-          });
-        }
+void dual_backward(const Tensor& like, const GramProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
+  const Gemm gemm = gram.gemm();
+  for_column_blocks<T>(like, p.n, gram.cut(), 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+    const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
+    for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], block[k].data);
+    for (int k = 0; k < 2; ++k) {
+      if (!g.needed[k]) continue;
+      const T *product = gram(k, span, block, products), *z = block[k].data, *other = block[1 - k].data;
+      for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
+        const int64_t cols = k1 - k0, offset = k0 - j0;
+        T along[kBlockCols];
+        column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
+        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
+        TileWriter<T> writer(g.out[k]);
+        for_tiles(0, p.n, k0, k1, [&](int64_t i, int64_t j, int64_t rows, int64_t) {
+          const int64_t at = i * ld + offset;
+          int64_t out_ld;
+          T* out = writer.at(i, j, rows, cols, out_ld);
+          standard_rows(product + at, z + at, other + at, ld, rows, cols, g.alpha, g.column.data() + j, along,
+                        p.inv_std[k] + j, out, out_ld);
+          writer.flush(i, j, rows, cols);
+        });
       });
+    }
+  });
 }
 
 // mean_i of x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj. The sum runs over rows of C for a, and
@@ -177,34 +162,33 @@ std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
 }
 
 template <class T>
-void primal_backward(const Operand<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gemm_for<T>(p.d, p.n);
-  const Cut cut = cut_rows(p.n, p.d, gemm);
-  const Tensor& like = gram.memory;
+void primal_backward(const Tensor& like, const GramProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
+  const Gemm gemm = gram.gemm();
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   std::vector<T> along[2];
   for (int k = 0; k < 2; ++k)
     if (g.needed[k]) along[k] = along_view(p, g, k);
-  for_row_blocks<T>(like, p.d, cut, 2, gemm, false, [&](const Span& span, const auto& block, Products<T>& products) {
-    const int64_t i0 = span.begin, i1 = span.end;
-    for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], block[k], nullptr);
-    for (int k = 0; k < 2; ++k) {
-      if (!g.needed[k]) continue;
-      const T* product = products.nt(block[1 - k], k == 0 ? gram : gram.t());
-      const T *z = block[k].data, *other = block[1 - k].data;
-      in_turns(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
-        TileWriter<T> writer(g.out[k]);
-        for_tiles(begin, end, 0, p.d, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
-          const int64_t at = (i - i0) * p.d + j;
-          int64_t out_ld;
-          T* out = writer.at(i, j, rows, cols, out_ld);
-          standard_rows(product + at, z + at, other + at, p.d, rows, cols, g.alpha, g.column.data() + j,
-                        along[k].data() + j, p.inv_std[k] + j, out, out_ld);
-          writer.flush(i, j, rows, cols);
-        });
-      });
-    }
-  });
+  for_row_blocks<T>(like, p.d, gram.cut(), 2, gemm, false,
+                    [&](const Span& span, const auto& block, Products<T>& products) {
+                      const int64_t i0 = span.begin, i1 = span.end;
+                      for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], block[k], nullptr);
+                      for (int k = 0; k < 2; ++k) {
+                        if (!g.needed[k]) continue;
+                        const T* product = gram(k, span, block, products);
+                        const T *z = block[k].data, *other = block[1 - k].data;
+                        in_turns(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
+                          TileWriter<T> writer(g.out[k]);
+                          for_tiles(begin, end, 0, p.d, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
+                            const int64_t at = (i - i0) * p.d + j;
+                            int64_t out_ld;
+                            T* out = writer.at(i, j, rows, cols, out_ld);
+                            standard_rows(product + at, z + at, other + at, p.d, rows, cols, g.alpha,
+                                          g.column.data() + j, along[k].data() + j, p.inv_std[k] + j, out, out_ld);
+                            writer.flush(i, j, rows, cols);
+                          });
+                        });
+                      }
+                    });
 }
 
 template <class T>
@@ -218,8 +202,6 @@ void forward(const Views& v, double eps, Tensor& offdiag) {
 template <class T>
 void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_offdiag, const bool* needed,
               const Tensor* grads) {
-  const int64_t m = v.dual ? v.n : v.d;
-  const Gemm gemm = gemm_for<T>(m, v.dual ? v.d : v.n);
   for_slices(v.stack, v.n * v.d, [&](int64_t s) {
     const Pair<T> p(v, s);
     const double n = v.n, g = data<T>(grad_offdiag)[s];
@@ -229,10 +211,8 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
           static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
     for (int k = 0; k < 2; ++k)
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
-    const Operand<T> first = square_of<T>(v.gram, s, m, gemm);
-    if (!v.dual) return primal_backward(first, p, gradient);
-    const Operand<T> both[2] = {first, square_of<T>(v.gram, v.stack + s, m, gemm)};
-    dual_backward(both, p, gradient);
+    const GramProducts<T> gram(v, s, p, needed);
+    v.dual ? dual_backward(v.gram, gram, p, gradient) : primal_backward(v.gram, gram, p, gradient);
   });
 }
 
