@@ -1,7 +1,7 @@
 """`python -m bench`: measure sslkern against plain torch; write a result file and a figure, and print the tables.
 
 `--readme` also writes docs/benchmarks.md and the table and figure of README.md. `--report` measures nothing and reads
-the result file: `python -m bench --report --readme --out bench/results/amd-epyc-2t.json`.
+the result file: `python -m bench --report --readme --out bench/results/amd-epyc-avx512-2t.json`.
 
 Every case runs in its own process. On a CPU it runs twice, without and with THP_MEM_ALLOC_ENABLE=1: huge pages make the
 plain-torch versions faster, and the setting holds for a whole process.

@@ -7,7 +7,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .summary import GPU, LOSSES, Cell, Line, cells, lines_of, shape_of, speedup
+from .summary import GPU, LOSSES, Cell, Line, cells, cpu_lines, gpu_lines, shape_of, speedup
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -37,7 +37,8 @@ def bars(shown: list[Bar], second: str, label: str, target: Path) -> None:
 
 def overview(path: Path, target: Path, gpu: Path = GPU) -> None:
     """The cases that were measured on both machines, side by side."""
-    own, other = lines_of(path, gpu)
+    own = cpu_lines(path)
+    other = gpu_lines(gpu, {line.case: line.title for line in own}) if gpu.exists() else []
     theirs = {line.case: line for line in other}
     both = [line for line in own if line.case in theirs and any(line.ratios) and any(theirs[line.case].ratios)]
     if both:

@@ -191,17 +191,17 @@ def _gpu_line(line: gpu_table.Line, titles: dict[str, str], machine: str) -> Lin
     )
 
 
-def lines_of(path: Path, gpu: Path) -> tuple[list[Line], list[Line]]:
-    """The cases of a CPU and of a GPU."""
-    own = cpu_lines(path)
-    return own, gpu_lines(gpu, {line.case: line.title for line in own}) if gpu.exists() else []
+def lines_of(paths: list[Path], gpu: Path) -> list[Line]:
+    """The cases of CPUs and of a GPU."""
+    own = [line for path in paths for line in cpu_lines(path)]
+    return own + gpu_lines(gpu, {line.case: line.title for line in own}) if gpu.exists() else own
 
 
-def readme_rows(path: Path, gpu: Path = GPU) -> str:
-    """The README's table: one training step and one loss on both machines, then the worst of all steps and losses."""
-    own, other = lines_of(path, gpu)
-    chosen = [line for case in FIRST for line in own + other if line.case == case]
-    rest = [line for line in own + other if line.family in LOSSES and any(line.ratios) and line not in chosen]
+def readme_rows(paths: list[Path], gpu: Path = GPU) -> str:
+    """The README's table: one training step and one loss on every machine, then the worst of all steps and losses."""
+    found = lines_of(paths, gpu)
+    chosen = [line for case in FIRST for line in found if line.case == case]
+    rest = [line for line in found if line.family in LOSSES and any(line.ratios) and line not in chosen]
     chosen += sorted(rest, key=lambda line: min(ratio for ratio in line.ratios if ratio))[:1]
     lines = [
         "| fp32, forward + backward | machine | published formula, ms | three-line torch, ms | sslkern, ms "
@@ -212,7 +212,7 @@ def readme_rows(path: Path, gpu: Path = GPU) -> str:
         times = " | ".join(map(_milliseconds, line.medians))
         ratios = f"{speedup(line.ratios[0])} | {marked(line.ratios[1], line.overlap)}"
         lines.append(f"| {line.title} | {line.machine} | {times} | {ratios} | {line.memory} | {line.errors} |")
-    return "\n".join(lines) + f"\n\n{_sources(path, gpu)}\n"
+    return "\n".join(lines) + f"\n\n{_sources([*paths, gpu])}\n"
 
 
 def _milliseconds(seconds: float | None) -> str:
@@ -222,10 +222,10 @@ def _milliseconds(seconds: float | None) -> str:
     return f"{ms:,.{0 if ms >= 100 else 1 if ms >= 10 else 2 if ms >= 1 else 3}f}"
 
 
-def _sources(path: Path, gpu: Path) -> str:
+def _sources(paths: list[Path]) -> str:
     """The machine, versions, commits and path of each result file."""
     found = []
-    for source in (path, gpu):
+    for source in paths:
         if not source.exists():
             continue
         results = json.loads(source.read_text())

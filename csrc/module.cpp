@@ -8,6 +8,10 @@ static PyObject* products(PyObject*, PyObject*) {
   return PyUnicode_FromString(sslkern::products_of<float>().c_str());
 }
 
+static PyObject* onednn(PyObject*, PyObject*) {
+  return PyBool_FromLong(sslkern::use_onednn());
+}
+
 static PyObject* cuda(PyObject*, PyObject*) {
   return PyUnicode_FromString(SSLKERN_CUDA_NOTE);
 }
@@ -15,6 +19,7 @@ static PyObject* cuda(PyObject*, PyObject*) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"products", products, METH_NOARGS, "The implementation of fp32 matrix products."},
+      {"onednn", onednn, METH_NOARGS, "Whether oneDNN multiplies fp32 matrices faster than torch.mm."},
       {"cuda", cuda, METH_NOARGS, "The architectures of the CUDA kernels, or why there are none."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

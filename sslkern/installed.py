@@ -42,13 +42,16 @@ def load_native() -> None:
     """Load the C++ extension. Its kernels register themselves."""
     global _cuda_note
     try:
-        _cuda_note = importlib.import_module("sslkern._C").cuda()
+        extension = importlib.import_module("sslkern._C")
     except ImportError as error:
         raise MissingError(
             f"the C++ extension does not load ({error}); `make build`, or "
             "`pip install --no-build-isolation .` with torch installed, compiles it",
             broken=not _absent(error, "sslkern._C"),
         ) from error
+    _cuda_note = extension.cuda()
+    if extension.onednn():
+        backend.faster_products("cpu", "oneDNN")
     backend.note("native", "cuda", _cuda_note)
     backend.compiled("native", "cpu", "cuda")
     if torch.version.cuda and targets(_cuda_note):

@@ -53,10 +53,54 @@ def test_bits_of_the_kernels(kernel, multiplied):
     assert torch.equal(found[0].isfinite(), plain.isfinite()) and not plain.isfinite().all()
 
 
+def test_products_by_the_fastest_library():
+    """Of matrices and of whole transposed views, in both dtypes."""
+    for dtype in (torch.float32, DOUBLE):
+        x, w = torch.randn(70, 300, dtype=dtype), torch.randn(200, 300, dtype=dtype)
+        for a in (x, x.mT.contiguous().mT):
+            for b in (w, w.mT.contiguous().mT):
+                ours = torch.ops.sslkern_native.factored_linear_product(a, b)
+                torch.testing.assert_close(ours, (x.double() @ w.double().mT).to(dtype), rtol=1e-5, atol=1e-4)
+        for shapes in (((0, 3), (3, 3)), ((2, 4), (3, 3)), ((2, 3, 3), (3, 3)), ((2, 0), (0, 0))):
+            with pytest.raises(RuntimeError):
+                torch.ops.sslkern_native.factored_linear_product(*(torch.randn(s, dtype=dtype) for s in shapes))
+
+
+@pytest.mark.parametrize("rows", (7, 64, 128, 129, 600))
+def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
+    """Where it is not torch's own, for all three products but those of our kernels; the values are torch's."""
+    taken = []
+    pick = factored_linear.pick
+    monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
+    monkeypatch.setattr(factored_linear, "vendors", {"cpu": "some"})
+    for p, q in ((2048, 2048), (1000, 2100)):
+        plain, ours = layers(p, q)
+        x, dy, found = torch.randn(p, rows).mT.requires_grad_(), torch.randn(1).expand(rows, q), []
+        for layer in (plain, ours):
+            y = layer(x)
+            y.backward(dy)
+            weight = layer.weight.grad
+            found.append((y, x.grad, layer.bias.grad, weight if layer is plain else weight.clone()))
+            x.grad = None
+        for a, b in zip(*found, strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3)
+        formed = rows > min(p, q) // 16
+        few = (128 if p * q >= 1 << 22 else 64, 64 if p * q >= 1 << 22 else 0)
+        expected = ["fwd" if rows <= few[0] else "product", "bwd" if rows <= few[1] else "product"]
+        expected = [f"factored_linear_{name}" for name in [*expected, *(["product"] if formed else [])]]
+        assert taken == (expected if rows >= 8 else [])
+        taken.clear()
+    with torch.autocast("cpu", torch.bfloat16):
+        ours(x).sum().backward()
+    ours.double()(x.double()).sum().backward()
+    assert "factored_linear_product" not in taken
+
+
 @pytest.mark.parametrize("rows", (7, 8, 64, 65, 128, 129))
 def test_a_layer_takes_them_where_they_win(rows, monkeypatch):
     """By shape; with any strides of the input and of the gradient, and a bias."""
     taken = []
+    monkeypatch.setattr(factored_linear, "vendors", {})
     pick = factored_linear.pick
     monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
     for (q, p), forward, backward in (((100, 100), 0, 0), ((600, 500), 64, 0), ((2048, 2048), 128, 64)):

@@ -63,10 +63,10 @@ inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, Pairs
 
 // gram (m, m) = x y' for rows x and y of a and b, or x'y for their columns. With `lower`, for a = b, only the lower
 // triangle.
-inline void gram_of_pairs(const Matrix& a, const Matrix& b, bool rows, bool lower, float* gram) {
+inline void gram_of_pairs(const Tensor& like, const Matrix& a, const Matrix& b, bool rows, bool lower, float* gram) {
   const int64_t m = rows ? a.rows : a.cols, depth = rows ? a.cols : a.rows, sides = ceil_div(m, kPairSide);
   const int64_t step = std::min(depth, round_up(ceil_div(kPairNumbers, m), 512));
-  Pairs left(m, step), other(lower ? 0 : m, step);
+  Pairs left(like, m, step), other(like, lower ? 0 : m, step);
   const Pairs& right = lower ? left : other;
   for (int64_t k0 = 0; k0 < depth; k0 += step) {
     const int64_t k1 = std::min(depth, k0 + step);
@@ -100,14 +100,14 @@ inline std::vector<double> products_with_mean(const Matrix& z, const float* mean
 }
 
 // The lower triangle of Z Z', for z centred by its means.
-inline void gram_of_rows(const Matrix& z, const float* mean, float* gram) {
+inline void gram_of_rows(const Tensor& like, const Matrix& z, const float* mean, float* gram) {
   const int64_t n = z.rows;
   const std::vector<double> along = products_with_mean(z, mean);
   double square = 0;
   for (int64_t j = 0; j < z.cols; ++j) square += static_cast<double>(mean[j]) * mean[j];
   std::vector<float> shift(n);
   for (int64_t i = 0; i < n; ++i) shift[i] = static_cast<float>(along[i] - square / 2);
-  gram_of_pairs(z, z, true, true, gram);
+  gram_of_pairs(like, z, z, true, true, gram);
   in_turns(0, n, ceil_div(16384, n), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i)
       for (int64_t j = 0; j <= i; ++j) gram[i * n + j] -= shift[i] + shift[j];
@@ -115,10 +115,10 @@ inline void gram_of_rows(const Matrix& z, const float* mean, float* gram) {
 }
 
 // The product of the columns of two centred views; with `lower`, for a = b, its lower triangle.
-inline void gram_of_columns(const Matrix& a, const Matrix& b, const float* mean_a, const float* mean_b, bool lower,
-                            float* gram) {
+inline void gram_of_columns(const Tensor& like, const Matrix& a, const Matrix& b, const float* mean_a,
+                            const float* mean_b, bool lower, float* gram) {
   const int64_t d = a.cols;
-  gram_of_pairs(a, b, false, lower, gram);
+  gram_of_pairs(like, a, b, false, lower, gram);
   in_turns(0, d, ceil_div(16384, d), [&](int64_t begin, int64_t end) {
     for (int64_t i = begin; i < end; ++i) {
       const float scale = static_cast<float>(a.rows) * mean_a[i];
@@ -140,8 +140,9 @@ class RoundedGram {
  public:
   // Takes (i, k) from gram[i * row + k * col], times scale[k] if there is a scale. `weights` are those of the sums over
   // a row: 1 where the means belong to the columns of the product, else the means.
-  RoundedGram(const float* gram, int64_t row, int64_t col, int64_t m, const float* scale, const float* weights)
-      : pairs_(m, m), diagonal_(m), sums_(m) {
+  RoundedGram(const Tensor& like, const float* gram, int64_t row, int64_t col, int64_t m, const float* scale,
+              const float* weights)
+      : like_(like), pairs_(like, m, m), diagonal_(m), sums_(m) {
     in_turns(0, ceil_div(m, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
       const auto lines = room_for<float>(Pairs::kLines * m);
       const auto rounded = room_for<BFloatBits>(Pairs::kLines * m);
@@ -174,7 +175,7 @@ class RoundedGram {
                      float* out) const {
     const int64_t cols = j1 - j0;
     const std::vector<float> ones(cols, 1.f);
-    Pairs columns(cols, z.rows);
+    Pairs columns(like_, cols, z.rows);
     columns.pack(reinterpret_cast<const BFloatBits*>(z.at(0, j0)), z.col_stride, z.row_stride, 0, cols, z.rows);
     multiply(pairs_, 0, z.rows, columns, 0, cols, out, cols, false, false);
     for (int64_t i = 0; i < z.rows; ++i)
@@ -185,7 +186,7 @@ class RoundedGram {
   // out (i1 - i0, D) = rows of z, centred, times the transpose of this (D, D), whose diagonal is zero.
   void times_rows(const Matrix& z, int64_t i0, int64_t i1, float* out) const {
     const int64_t rows = i1 - i0;
-    Pairs packed(rows, z.cols);
+    Pairs packed(like_, rows, z.cols);
     packed.pack(reinterpret_cast<const BFloatBits*>(z.at(i0, 0)), z.row_stride, z.col_stride, 0, rows, z.cols);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < z.cols; ++j) out[i * z.cols + j] = -sums_[j];
@@ -193,6 +194,7 @@ class RoundedGram {
   }
 
  private:
+  const Tensor like_;
   Pairs pairs_;
   std::vector<float> diagonal_, sums_;
 };

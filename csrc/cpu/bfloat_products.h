@@ -24,10 +24,10 @@ class Pairs {
  public:
   static constexpr int64_t kPanel = 16, kLines = 32;
 
-  Pairs(int64_t lines, int64_t depth)
-      : pairs_(ceil_div(depth, 2)), memory_(room_for<uint32_t>(round_up(lines, kLines) * pairs_)) {
-    prepare_pages(memory_.get(), round_up(lines, kLines) * pairs_ * sizeof(uint32_t));
-  }
+  Pairs(const Tensor& like, int64_t lines, int64_t depth)
+      : pairs_(ceil_div(depth, 2)),
+        memory_(fresh(like, {round_up(lines, kLines) * pairs_}, ScalarType::Int)),
+        data_(data<uint32_t>(memory_)) {}
 
   // Makes the lines shorter.
   void shorten(int64_t depth) {
@@ -40,7 +40,7 @@ class Pairs {
 
   // The panel of a line that is a multiple of 16.
   uint32_t* at(int64_t line) const {
-    return memory_.get() + line * pairs_;
+    return data_ + line * pairs_;
   }
 
   // Packs lines [begin, end), where begin is a multiple of 32 and end too, or the last line. Element k of line r is at
@@ -49,7 +49,8 @@ class Pairs {
 
  private:
   int64_t pairs_;
-  const std::unique_ptr<uint32_t[]> memory_;
+  const Tensor memory_;
+  uint32_t* const data_;
 };
 
 // out = or += a b', for lines [i0, i1) of a and [j0, j1) of b; i0 and j0 are multiples of 16. `out` points to the

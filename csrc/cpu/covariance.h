@@ -100,7 +100,7 @@ void dual_gram(const Tensor& like, const ColumnSlice<T>& s, std::optional<RowPow
       start(cut);
       for_column_blocks<T>(like, n, cut, 1, Gemm::tiles,
                            [&](const Span& span, const auto& block, Products<T>&) { centre(span, block); });
-      if (nearly_centred(s.high, s.variance, d)) return gram_of_rows(s.z, s.high, s.gram);
+      if (nearly_centred(s.high, s.variance, d)) return gram_of_rows(like, s.z, s.high, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(n, d);
@@ -140,7 +140,7 @@ void primal_gram(const Tensor& like, const ColumnSlice<T>& s, RowPass<T>& pass) 
     if (takes_pairs(s.z, d)) {
       pass.squares(s.unbiased ? s.row_sq : nullptr);
       pass.variances(s.variance);
-      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(s.z, s.z, s.high, s.high, true, s.gram);
+      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(like, s.z, s.z, s.high, s.high, true, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(d, n);
@@ -233,7 +233,7 @@ class GramProducts {
     if constexpr (std::is_same_v<T, float>) {
       if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_)) {
         gemm_ = Gemm::tiles;
-        rounded_.emplace(s.gram, m, 1, m, nullptr, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
+        rounded_.emplace(grams, s.gram, m, 1, m, nullptr, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
         return;
       }
     }

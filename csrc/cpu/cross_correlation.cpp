@@ -84,7 +84,7 @@ double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
       for (auto& view : pass) view.squares(nullptr);
       invert();
       if (by_pairs(p, p.d)) {
-        gram_of_columns(p.z[0], p.z[1], p.high[0], p.high[1], false, p.gram[0]);
+        gram_of_columns(like, p.z[0], p.z[1], p.high[0], p.high[1], false, p.gram[0]);
         return finish_correlation(p);
       }
     }

@@ -60,7 +60,7 @@ class GramProducts {
         if (!pairs_ || !needed[k]) continue;
         const T *scale = dual_ ? nullptr : p.inv_std[1 - k], *weights = dual_ ? ones.data() : p.high[1 - k];
         const auto from = (dual_ ? *gram_[1 - k] : *gram_[k]).strided();
-        rounded_[k].emplace(from.data, from.row, from.col, m, scale, weights);
+        rounded_[k].emplace(v.gram, from.data, from.row, from.col, m, scale, weights);
       }
     }
   }

@@ -34,6 +34,7 @@ declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that i
 only: dict[str, tuple[str, ...]] = {}  # kernel -> the device types on which its op asks for it, if not on all
 kernels: dict[tuple[str, str, str], Kernel] = {}  # by (back-end, kernel, device type)
 first: dict[tuple[str | None, str, str], Kernel] = {}  # the first to try, by (forced back-end or None, kernel, device)
+vendors: dict[str, str] = {}  # device type -> the library whose fp32 products are faster than torch.mm's, if any
 notes: dict[tuple[str, str], str] = {}  # (back-end, device type) -> why kernels may be missing, as " (...)"
 
 
@@ -160,6 +161,11 @@ def absent(backend: str, reason: str) -> None:
     for key in [key for key in kernels if key[0] == backend]:  # there are some if only a part of it was loaded
         del kernels[key]
     sort()
+
+
+def faster_products(device: str, library: str) -> None:
+    """Set the library whose float32 products are faster than those of `torch.mm` on a device type."""
+    vendors[device] = library
 
 
 def note(backend: str, device: str, text: str) -> None:

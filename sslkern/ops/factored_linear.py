@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import declare, forced, pick
+from ..backend import declare, forced, pick, vendors
 from ..core import internals
 from ..core.autograd import Op, opaque
 from ..core.collectives import Peers
@@ -42,6 +42,7 @@ def _no_product(*_: Any) -> NoReturn:
 _products = partial(declare, vmap=_no_product, dtypes=_FULL, devices=("cpu",))
 _products("factored_linear_fwd(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_fwd)
 _products("factored_linear_bwd(Tensor dy, Tensor w) -> Tensor", _reference.factored_linear_bwd)
+_products("factored_linear_product(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_product)
 
 
 def _no_vmap(*_: Any) -> NoReturn:
@@ -74,23 +75,40 @@ def stays_factored(rows: int, w: Tensor) -> bool:
 
 
 def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
-    """F.linear. On a CPU, our kernel runs a product of few rows."""
-    if not _ours(x, w, 1, _NUMBERS[0], _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]):
+    """F.linear. On a CPU, our kernel runs a product of few rows, and the fastest library others."""
+    few = _ours(x, w, 1, _NUMBERS[0], _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1])
+    if not few and not _elsewhere(x, w, 1):
         return F.linear(x, w, bias)
     rows = _rows(x).contiguous()
-    y: Tensor = pick("factored_linear_fwd", rows)(rows, w)
+    y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", rows)(rows, w)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], w.shape[0])
 
 
 def _product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
-    """dy conj(W). On a CPU, our kernel runs a product of few rows, unless that is differentiated or batched in turn."""
-    if not _ours(dy, w, 0, _NUMBERS[1], min(_FEW[2], min(w.shape) // _NARROW)):
+    """dy conj(W). On a CPU as in `_product`, unless it is differentiated or batched in turn."""
+    few = _ours(dy, w, 0, _NUMBERS[1], min(_FEW[2], min(w.shape) // _NARROW))
+    if not few and not _elsewhere(dy, w, 0):
         return dy @ w.conj()
     if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
     rows = _rows(dy).contiguous()
-    dx: Tensor = pick("factored_linear_bwd", rows)(rows, w)
+    kernel = pick("factored_linear_bwd" if few else "factored_linear_product", rows)
+    dx: Tensor = kernel(rows, w if few else w.mT)
     return dx.view(*dy.shape[:-1], w.shape[1])
+
+
+def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
+    """The gradient dy' x as a matrix, from rows (N, q) and (N, p), where it is not differentiated in turn."""
+    if w.dtype == dy.dtype and _elsewhere(dy, w, 0):
+        formed: Tensor = pick("factored_linear_product", dy)(dy.contiguous().mT, x.contiguous().mT)
+        return formed
+    return (dy.mT @ x.conj()).to(w.dtype)
+
+
+def _elsewhere(x: Tensor, w: Tensor, axis: int) -> bool:
+    """Whether another library than torch's own runs the product of x with an axis of w, for a batch that is no vector
+    and a weight that is worth the call."""
+    return vendors.get(x.device.type) is not None and w.dtype == torch.float32 and _ours(x, w, axis, LEAST, x.numel())
 
 
 def _ours(x: Tensor, w: Tensor, axis: int, least: int, most: int) -> bool:
@@ -166,8 +184,8 @@ def _weight_gradient(ctx: Any, w: Tensor, dy: Tensor, x: Tensor, y: Tensor | Non
         return (dy.mT @ x.conj()).to(w.dtype)
     if ctx.peers is not None:
         return _mean_gradient(w, dy, x, most, ctx.peers)
-    if dy.shape[0] > most:
-        return (dy.mT @ x.conj()).to(w.dtype)
+    if dy.shape[0] > most or (not ctx.orthogonal and not stays_factored(dy.shape[0], w)):
+        return _formed(w, dy, x)
     return FactoredGradient.of(w, dy, x.conj(), of_y, None if of_dx is None else of_dx.conj(), most)
 
 
@@ -211,7 +229,8 @@ def linear(
             raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
     if not orthogonal and peers is None and not stays_factored(x.numel() // max(1, w.shape[1]), w):
-        return F.linear(x, w, bias)
+        if wide or not _elsewhere(x, w, 1) or _autocast(x, w) is not None:
+            return F.linear(x, w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 
 
