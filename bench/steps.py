@@ -12,9 +12,8 @@ import torch
 from torch import Tensor, nn
 
 import sslkern
-from sslkern.backend import pick
 from sslkern.nn import factored_
-from sslkern.ops.factored_linear import LEAST
+from sslkern.ops.factored_linear import LEAST, product, product_of_gradient
 from sslkern.optim import LARS, SGD
 
 from . import baselines
@@ -166,18 +165,18 @@ def _know_norms(optimizer: LARS) -> None:
                 optimizer._square(p)
 
 
-def linear_case(product: str, n: int, p: int, q: int) -> Case:
-    """x W' or dy W for a batch of few rows on a CPU: by torch.mm, by oneDNN, and by the kernel of factored layers."""
-    forward = product == PRODUCTS[0]
+def linear_case(which: str, n: int, p: int, q: int) -> Case:
+    """x W' or dy W for a batch of few rows on a CPU: by torch.mm, by oneDNN, and as factored layers take it."""
+    forward = which == PRODUCTS[0]
     x, w = torch.randn(n, p if forward else q), torch.randn(q, p) / p**0.5
-    kernel = pick("factored_linear_fwd" if forward else "factored_linear_bwd", x)
+    ours = product if forward else product_of_gradient
     implementations: dict[str, Loss] = {
         "published": lambda x, w: (x @ (w.T if forward else w)).square().mean(),
         "three-line": lambda x, w: onednn(x, w if forward else w.T).square().mean(),
-        "sslkern": lambda x, w: kernel(x, w).square().mean(),
+        "sslkern": lambda x, w: ours(x, w).square().mean(),
     }
     truth = implementations["published"]
-    return Case("linear", (n, p, q), lambda: [x, w], implementations, truth, backward=False, note=product)
+    return Case("linear", (n, p, q), lambda: [x, w], implementations, truth, backward=False, note=which)
 
 
 def layer_case(n: int, width: int) -> Case:

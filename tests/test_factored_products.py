@@ -66,7 +66,7 @@ def test_products_by_the_fastest_library():
                 torch.ops.sslkern_native.factored_linear_product(*(torch.randn(s, dtype=dtype) for s in shapes))
 
 
-@pytest.mark.parametrize("rows", (7, 64, 128, 129, 600))
+@pytest.mark.parametrize("rows", (7, 16, 17, 64, 65, 129, 600))
 def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
     """Where it is not torch's own, for all three products but those of our kernels; the values are torch's."""
     taken = []
@@ -85,7 +85,7 @@ def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
         for a, b in zip(*found, strict=True):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3)
         formed = rows > min(p, q) // 16
-        few = (128 if p * q >= 1 << 22 else 64, 64 if p * q >= 1 << 22 else 0)
+        few = (16, 64 if p * q >= 1 << 22 else 0)
         expected = ["fwd" if rows <= few[0] else "product", "bwd" if rows <= few[1] else "product"]
         expected = [f"factored_linear_{name}" for name in [*expected, *(["product"] if formed else [])]]
         assert taken == (expected if rows >= 8 else [])

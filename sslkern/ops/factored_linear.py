@@ -22,6 +22,7 @@ from ..reference import factored_linear as _reference
 
 _FULL = (torch.float32, torch.float64)
 _FEW = (8, 64, 128)  # rows of x from which and up to which our kernel for x W' wins on a CPU; up to 128 for a large W
+_FASTER = (16, 64)  # rows up to which our kernels for x W' and dy W win against a library that is faster than torch's
 _NUMBERS = (1 << 18, 1 << 22)  # numbers of W, at least, and of a large one
 _NARROW = 32  # our kernel for dy W wins for a large W with up to min(p, q) / 32 rows, and up to 128
 LEAST = 1 << 21  # numbers of W from which factors pay for the time that Python takes for them
@@ -74,20 +75,23 @@ def stays_factored(rows: int, w: Tensor) -> bool:
     return rows <= min(w.shape) // (_FAST if fast else _SHARE)
 
 
-def _product(x: Tensor, w: Tensor, bias: Tensor | None) -> Tensor:
+def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. On a CPU, our kernel runs a product of few rows, and the fastest library others."""
-    few = _ours(x, w, 1, _NUMBERS[0], _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1])
-    if not few and not _elsewhere(x, w, 1):
+    other = _elsewhere(x, w, 1)
+    most = _FASTER[0] if other else _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
+    few = _ours(x, w, 1, _NUMBERS[0], most)
+    if not few and not other:
         return F.linear(x, w, bias)
     rows = _rows(x).contiguous()
     y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", rows)(rows, w)
     return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], w.shape[0])
 
 
-def _product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
-    """dy conj(W). On a CPU as in `_product`, unless it is differentiated or batched in turn."""
-    few = _ours(dy, w, 0, _NUMBERS[1], min(_FEW[2], min(w.shape) // _NARROW))
-    if not few and not _elsewhere(dy, w, 0):
+def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
+    """dy conj(W). On a CPU as in `product`, unless it is differentiated or batched in turn."""
+    other = _elsewhere(dy, w, 0)
+    few = _ours(dy, w, 0, _NUMBERS[1], min(_FASTER[1] if other else _FEW[2], min(w.shape) // _NARROW))
+    if not few and not other:
         return dy @ w.conj()
     if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
@@ -143,7 +147,7 @@ class _Linear(Op):
         if dtype is not None:
             x, bias = x.to(dtype), None if bias is None else bias.to(dtype)
         with without_autocast(x):
-            return _product(x, used, bias), None if used is w else used
+            return product(x, used, bias), None if used is w else used
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor | None]) -> None:
@@ -164,7 +168,7 @@ class _Linear(Op):
         with without_autocast(dy):
             dx = None
             if need_x or ctx.orthogonal:
-                dx = dy @ used.mH if ctx.wide else _product_of_gradient(dy, used)
+                dx = dy @ used.mH if ctx.wide else product_of_gradient(dy, used)
             dw = _weight_gradient(ctx, w, dy, x, y, dx) if need_w else None
             db = _rows(dy).sum(0).to(w.dtype) if need_bias else None
         return dx.to(x.dtype) if dx is not None and need_x else None, dw, db, None, None, None, None
