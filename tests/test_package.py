@@ -103,8 +103,8 @@ print(*found, sep="\\n")
 
 @pytest.mark.parametrize("route", backends.CPU_GEMMS[1:])
 def test_every_product_route_follows_fp64(route, native):
-    """SSLKERN_CPU_GEMM=avx2, =mm, =onednn, =bf16 say so and pass the tests of values and gradients, of NaN and of fp16's
-    range: every shape and layout with every op, in one of the dtypes, and in fp32 in the form "auto" would not take."""
+    """SSLKERN_CPU_GEMM=avx2, =mm, =onednn, =bf16 say so and pass the tests of values, gradients, NaN and fp16's range:
+    every shape and layout with every op, in one of the dtypes, and in fp32 in the form "auto" would not take."""
     done = python("-c", ROUTE, timeout=600, SSLKERN_CPU_GEMM=route)
     assert done.returncode == 0, done.stderr[-3000:]
     told, _, found = done.stdout.partition("\n")

@@ -232,9 +232,9 @@ def linear(
         if peers is not None and (asked or transformed):
             raise RuntimeError(_ALONE)
         return F.linear(x, w.mT if wide else w, bias)
-    if not orthogonal and peers is None and not stays_factored(x.numel() // max(1, w.shape[1]), w):
-        if wide or not _elsewhere(x, w, 1) or _autocast(x, w) is not None:
-            return F.linear(x, w, bias)
+    formed = not orthogonal and peers is None and not stays_factored(x.numel() // max(1, w.shape[1]), w)
+    if formed and (wide or not _elsewhere(x, w, 1) or _autocast(x, w) is not None):
+        return F.linear(x, w, bias)
     return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
 
 
