@@ -85,11 +85,17 @@ def test_columns(scale, wide, monkeypatch):
 
 def test_several_tiles_per_program(monkeypatch):
     """Programs that go through several tiles, as those of large inputs do."""
-    from sslkern.triton_kernels import pairwise_argmax, pairwise_gram, pairwise_logsumexp, pairwise_matmul
+    from sslkern.triton_kernels import (
+        pairwise_argmax,
+        pairwise_gram,
+        pairwise_gram_backward,
+        pairwise_logsumexp,
+        pairwise_matmul,
+    )
 
     for module in (pairwise_argmax, pairwise_gram, pairwise_logsumexp):
         monkeypatch.setattr(module, "strips_of", lambda n, m, step: (3, -(-m // (3 * step))))
-    for module in (pairwise_gram, pairwise_matmul):
+    for module in (pairwise_gram_backward, pairwise_matmul):
         monkeypatch.setattr(module, "PROGRAMS", 1)
     cases = [*LOGSUMEXP, ("max", "dot", "offdiag"), ("matmul", "rbf", None), ("gram", "rbf", None)]
     assert not differences(cases, {"own 200": ((), 200, 0, 6)}, (0.3,))
@@ -195,3 +201,41 @@ def test_nothing_is_read_past_the_end():
     labels = torch.randint(0, 3, (300,), device=DEVICE)[100:170]
     for case in CASES:
         assert all(v.isfinite().all() for v in run(x, y, labels, case)), case
+
+
+@pytest.mark.parametrize("kernel", ("dot", "rbf"))
+@pytest.mark.parametrize("band", (1, 2))
+def test_partial_sums_of_some_rows_at_a_time(band, kernel, monkeypatch):
+    """The same results where the sums over columns are folded after every band, in both regimes of exponents."""
+    x, y = (torch.randn(2, n, 5, device=DEVICE) for n in (300, 200))
+    similarity = "dot" if kernel == "dot" else "sqeuclidean"
+    calls = [
+        lambda scale: pairwise_reduce(x, kernel=similarity, scale=scale, mask="offdiag"),
+        lambda scale: pairwise_reduce(x, y, kernel=similarity, scale=scale, both_sides=True),
+        lambda _: pairwise_reduce(torch.stack([x, x + 1, 2 * x], -3), kernel=kernel, reduction="gram"),
+        lambda _: pairwise_reduce(torch.stack([x, x.flip(-2)], -3), kernel=kernel, reduction="gram"),
+    ]
+    for scale in (0.3, 40.0):
+        for call in calls:
+            whole = call(scale)
+            with monkeypatch.context() as patch:
+                for module in ("pairwise_exponents", "pairwise_gram"):
+                    patch.setattr(f"sslkern.triton_kernels.{module}.BAND", band)
+                parts = call(scale)
+            pairs = zip(whole, parts, strict=True) if isinstance(whole, tuple) else ((whole, parts),)
+            for a, b in pairs:
+                torch.testing.assert_close(a, b, rtol=1e-6, atol=1e-6)
+
+
+def test_partial_sums_take_memory_for_the_rows_alone():
+    """No N x N / 64 of them: so many bytes per row, from 2^16 rows to 2^20."""
+    from sslkern.triton_kernels.pairwise_exponents import Bands
+    from sslkern.triton_kernels.pairwise_logsumexp import strips_of
+
+    like = torch.empty(1, device="meta")
+    for n in (1 << 16, 1 << 20):
+        tiles, strips = strips_of(n, n, 32)
+        for self_pairs in (True, False):
+            bands = Bands(like, 1, (n, n), strips, tiles * 32, None, self_pairs, True)
+            held = [t for t in vars(bands).values() if isinstance(t, torch.Tensor)]
+            assert len(held) == 4 and sum(t.numel() * t.itemsize for t in held) <= 600 * n

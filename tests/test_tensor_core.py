@@ -138,9 +138,9 @@ LONG = {  # many rows, which one program sums
 @pytest.fixture
 def one_program(monkeypatch):
     """A program takes all columns of its rows, as it does where there are many rows."""
-    from sslkern.triton_kernels import pairwise_gram, pairwise_matmul
+    from sslkern.triton_kernels import pairwise_gram_backward, pairwise_matmul
 
-    for module in (pairwise_gram, pairwise_matmul):
+    for module in (pairwise_gram_backward, pairwise_matmul):
         monkeypatch.setattr(module, "PROGRAMS", 1)
 
 

@@ -7,27 +7,23 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .pairwise_tiles import PAD, SQUARED, Operand
+from .pairwise_tiles import PAD, SQUARED, Operand, padded_rows
+
+BAND = 128  # blocks of rows that have their partial sums in memory at a time
 
 
-@triton.jit
+@launch.kernel("x_blocks", "y_blocks")
 def shifts_kernel(
-    x_squares,  # (S, padded)
-    y_squares,  # (S, padded)
+    x_peaks,  # (S, x_blocks): the largest |x|^2 of a block of rows
+    y_peaks,  # (S, y_blocks)
     scale,  # (S,)
     shifts,  # (S,): infinite where no shift serves all pairs
-    n_padded,
-    m_padded,
+    x_blocks,
+    y_blocks,
     SQUARED: tl.constexpr,
 ):
     s = tl.program_id(0).to(tl.int64)
-    at = tl.arange(0, 1024)
-    x, y = tl.zeros((1024,), tl.float32), tl.zeros((1024,), tl.float32)
-    for start in range(0, n_padded, 1024):
-        x = tl.maximum(x, tl.load(x_squares + s * n_padded + start + at, mask=start + at < n_padded, other=0.0))
-    for start in range(0, m_padded, 1024):
-        y = tl.maximum(y, tl.load(y_squares + s * m_padded + start + at, mask=start + at < m_padded, other=0.0))
-    x, y = tl.sqrt(tl.max(x, 0)), tl.sqrt(tl.max(y, 0))
+    x, y = tl.sqrt(peak(x_peaks + s * x_blocks, x_blocks)), tl.sqrt(peak(y_peaks + s * y_blocks, y_blocks))
     c = tl.load(scale + s)
     if SQUARED:
         shift = 0.5 * c * (x + y) * (x + y)
@@ -38,11 +34,22 @@ def shifts_kernel(
     tl.store(shifts + s, tl.where(spread <= 40.0, shift, float("inf")))
 
 
+@triton.jit
+def peak(peaks, blocks):
+    """The largest of some numbers that are not negative."""
+    at = tl.arange(0, 1024)
+    top = tl.zeros((1024,), tl.float32)
+    for start in range(0, blocks, 1024):
+        top = tl.maximum(top, tl.load(peaks + start + at, mask=start + at < blocks, other=0.0))
+    return tl.max(top, 0)
+
+
 def fixed_shifts(x: Operand, y: Operand, scale: Tensor, kernel: str) -> Tensor:
     """The shift of every slice (S,); infinite if no shift serves all its pairs."""
+    assert x.peaks is not None and y.peaks is not None
     out = launch.workspace(scale, scale.numel())
     shifts_kernel[(scale.numel(),)](
-        x.squares, y.squares, scale, out, x.padded, y.padded, SQUARED=kernel in SQUARED, num_warps=4
+        x.peaks, y.peaks, scale, out, x.peaks.shape[1], y.peaks.shape[1], SQUARED=kernel in SQUARED, num_warps=4
     )
     return out
 
@@ -70,59 +77,143 @@ def merge(top, total, parts, step, first, last, fixed, AT_ONCE: tl.constexpr):
     return top, total
 
 
-@launch.kernel("n")
+@launch.kernel("n", "first", "most")
 def collect_kernel(
-    parts,  # (S, strips, padded)
-    above,  # (S, padded / BLOCK, padded) or None: those of a symmetric matrix from the blocks of rows before
+    parts,  # (S, strips, most * BLOCK): rows of the band
+    above,  # (S, most, padded) or None: those of a symmetric matrix from the blocks of the band before
+    before,  # (S, padded) or None: and from the bands before
     shifts,  # (S,) or None
     out,  # (S, N)
     n,
     padded,
+    most,
     strips,
     width,  # columns per strip
+    first,  # first block of the band
+    blocks,
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    blocks = padded // BLOCK
     s = (tl.program_id(0) // blocks).to(tl.int64)
     block = tl.program_id(0) % blocks
-    i = block * BLOCK + tl.arange(0, BLOCK)
+    lane = tl.arange(0, BLOCK)
+    i = (first + block) * BLOCK + lane
     shift = float("inf")
     if shifts is not None:
         shift = tl.load(shifts + s)
     fixed = shift < float("inf")
-    first = block * BLOCK // width if above is not None else 0
+    begin = (first + block) * BLOCK // width if above is not None else 0
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
-    top, total = merge(top, total, parts + s * strips * padded + i, padded, first, strips, fixed, AT_ONCE)
+    own = parts + s * strips * most * BLOCK + block * BLOCK + lane
+    top, total = merge(top, total, own, most * BLOCK, begin, strips, fixed, AT_ONCE)
     if above is not None:
-        top, total = merge(top, total, above + s * blocks * padded + i, padded, 0, block, fixed, AT_ONCE)
+        top, total = merge(top, total, above + s * most * padded + i, padded, 0, block, fixed, AT_ONCE)
+    if before is not None:
+        top, total = merge(top, total, before + s * padded + i, padded, 0, 1, fixed, 1)
     base = tl.where(fixed, shift, finite(top))
     tl.store(out + s * n + i, base + tl.log(total), mask=i < n)
 
 
-def collect(parts: Tensor, above: Tensor | None, shifts: Tensor | None, n: int, width: int) -> Tensor:
-    """The logarithms of the sums, (S, N)."""
-    s, strips, padded = parts.shape
-    out = launch.workspace(parts, s, n)
-    collect_kernel[(s * padded // PAD,)](
-        parts, above, shifts, out, n, padded, strips, width, BLOCK=PAD, AT_ONCE=16, num_warps=2
-    )
-    return out
+@launch.kernel("first", "most", "earlier")
+def fold_kernel(
+    below,  # (S, most, padded)
+    before,  # (S, padded)
+    shifts,  # (S,) or None
+    padded,
+    most,
+    first,  # first block of columns
+    blocks,  # of the band
+    earlier,  # 0 if there is no band before
+    BLOCK: tl.constexpr,
+    AT_ONCE: tl.constexpr,
+):
+    per = padded // BLOCK - first
+    s = (tl.program_id(0) // per).to(tl.int64)
+    j = (first + tl.program_id(0) % per) * BLOCK + tl.arange(0, BLOCK)
+    shift = float("inf")
+    if shifts is not None:
+        shift = tl.load(shifts + s)
+    fixed = shift < float("inf")
+    top = tl.full((BLOCK,), float("-inf"), tl.float32)
+    total = tl.zeros((BLOCK,), tl.float32)
+    top, total = merge(top, total, before + s * padded + j, padded, 0, earlier, fixed, 1)
+    top, total = merge(top, total, below + s * most * padded + j, padded, 0, blocks, fixed, AT_ONCE)
+    tl.store(before + s * padded + j, tl.where(fixed, total, finite(top) + tl.log(total)))
+
+
+class Bands:
+    """The partial sums of rows and columns, for some blocks of rows at a time: O(N) numbers.
+
+    `run(first, blocks, rows, below)` fills those of a band: rows (S, strips, most) and, if `columns` is set, the sums
+    over a block of rows, below (S, most / PAD, padded).
+    """
+
+    def __init__(
+        self, like: Tensor, slices: int, sizes: tuple[int, int], strips: int, width: int, shifts: Tensor | None,
+        self_pairs: bool, columns: bool, most: int | None = None,
+    ) -> None:  # fmt: skip
+        self.slices, (self.n, self.m), self.strips, self.width = slices, sizes, strips, width
+        self.shifts, self.self_pairs = shifts, self_pairs
+        self.blocks, padded = padded_rows(self.n) // PAD, padded_rows(self.m)
+        self.most = min(self.blocks, BAND if most is None else most)
+        self.rows = launch.workspace(like, slices, strips, self.most * PAD)
+        self.below = launch.workspace(like, slices, self.most, padded) if self_pairs or columns else None
+        banded = self.below is not None and self.blocks > self.most
+        self.before = launch.workspace(like, slices, 1, padded) if banded else None
+        self.over_rows = launch.workspace(like, slices, self.n)
+
+    def first_strip(self, first: int) -> int:
+        """The first strip with pairs of a band: only the upper triangle of a symmetric matrix is computed."""
+        return first * PAD // self.width if self.self_pairs else 0
+
+    def collect(self, first: int, blocks: int) -> None:
+        """The results of a band's rows; its sums over columns join those of the bands before."""
+        above, before = (self.below, self.before if first else None) if self.self_pairs else (None, None)
+        self._collect(self.rows, above, before, self.over_rows, self.n, first, blocks)
+        after = first + blocks if self.self_pairs else 0
+        if self.before is not None and after < self.blocks:
+            padded = self.before.shape[2]
+            fold_kernel[(self.slices * (padded // PAD - after),)](
+                self.below, self.before, self.shifts, padded, self.most, after, blocks, min(first, 1),
+                BLOCK=PAD, AT_ONCE=16, num_warps=2,
+            )  # fmt: skip
+
+    def over_columns(self) -> Tensor | None:
+        """The results of the columns of a matrix that is not symmetric; None without them."""
+        parts = self.below if self.before is None else self.before
+        if parts is None or self.self_pairs:
+            return None
+        out = launch.workspace(parts, self.slices, self.m)
+        self._collect(parts, None, None, out, self.m, 0, parts.shape[2] // PAD)
+        return out
+
+    def _collect(self, parts, above, before, out: Tensor, n: int, first: int, blocks: int) -> None:
+        collect_kernel[(self.slices * blocks,)](
+            parts, above, before, self.shifts, out, n, padded_rows(self.m), parts.shape[2] // PAD, parts.shape[1],
+            self.width, first, blocks, BLOCK=PAD, AT_ONCE=16, num_warps=2,
+        )  # fmt: skip
 
 
 COMPILE_CASES = [
     launch.CompileCase(
         "pairwise_collect",
         collect_kernel,
-        dict.fromkeys(("parts", "above", "shifts", "out"), "*fp32"),
+        dict.fromkeys(("parts", "above", "before", "shifts", "out"), "*fp32"),
+        {"BLOCK": PAD, "AT_ONCE": 16},
+        2,
+    ),
+    launch.CompileCase(
+        "pairwise_fold",
+        fold_kernel,
+        dict.fromkeys(("below", "before", "shifts"), "*fp32"),
         {"BLOCK": PAD, "AT_ONCE": 16},
         2,
     ),
     launch.CompileCase(
         "pairwise_shifts",
         shifts_kernel,
-        dict.fromkeys(("x_squares", "y_squares", "scale", "shifts"), "*fp32"),
+        dict.fromkeys(("x_peaks", "y_peaks", "scale", "shifts"), "*fp32"),
         {"SQUARED": True},
         warps=4,
     ),

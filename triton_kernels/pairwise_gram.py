@@ -1,4 +1,4 @@
-"""Gram matrix of the kernel matrices of several groups of rows, by tiles of the upper triangle, and its gradient."""
+"""Gram matrix of the kernel matrices of several groups of rows, by tiles of the upper triangle."""
 
 from __future__ import annotations
 
@@ -9,10 +9,9 @@ from torch import Tensor
 
 from . import launch
 from .gram import block_sum, total
-from .pairwise_gather import gather
+from .pairwise_exponents import BAND
 from .pairwise_logsumexp import strips_of
-from .pairwise_matmul import PROGRAMS
-from .pairwise_tiles import CASES, PAD, SQUARED, Operand, add_weighted, distances, products_by_steps
+from .pairwise_tiles import CASES, PAD, SQUARED, Operand, distances, products_by_steps
 from .pairwise_weights import VALUES, value_of
 
 NARROWEST = 16  # least columns of a tile
@@ -47,17 +46,21 @@ def kernel_tile(
     return tl.where((i[:, None] < n) & (j[None, :] < n), k, 0.0)
 
 
-@launch.kernel("n")
+@launch.kernel("n", "most", "first_block", "first_strip")
 def gram_kernel(
     x,  # (S G, planes, padded, BD)
     squares,  # (S G, padded)
     scale,  # (S G,)
-    parts,  # (S, G, G, blocks * strips) fp64
-    rows,  # (S G, strips, padded) fp64
-    columns,  # (S G, blocks, padded)
+    parts,  # (S, G, G, most * strips) fp64
+    rows,  # (S G, strips, most * BI) fp64
+    columns,  # (S G, most, padded)
     groups,
     n,
     padded,
+    most,  # blocks of rows in `rows` and `columns`
+    first_block,  # the first of them
+    blocks,
+    first_strip,
     strips,
     tiles,
     ALONE: tl.constexpr,  # a program takes one group and its row sums; otherwise, two groups
@@ -71,10 +74,10 @@ def gram_kernel(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    blocks = padded // BI
-    per = blocks * strips
+    here = strips - first_strip
+    per = blocks * here
     part = tl.program_id(0) % per
-    block, strip = part // strips, part % strips
+    block, strip = part // here, first_strip + part % here
     pair = tl.program_id(0) // per
     s, g, h = (pair // groups).to(tl.int64), pair % groups, pair % groups
     if not ALONE:  # all ordered pairs are launched; half of them return at once
@@ -82,73 +85,86 @@ def gram_kernel(
         if g >= h:
             return
     at_g, at_h = s * groups + g, s * groups + h
-    first, last = tl.maximum(strip * tiles * BJ, block * BI), tl.minimum((strip + 1) * tiles * BJ, n)
-    i = block * BI + tl.arange(0, BI)
+    first_i, lane = (first_block + block) * BI, tl.arange(0, BI)
+    first, last = tl.maximum(strip * tiles * BJ, first_i), tl.minimum((strip + 1) * tiles * BJ, n)
     own, other, cross = tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64), tl.full((), 0.0, tl.float64)
     sum_g, sum_h = tl.zeros((BI,), tl.float64), tl.zeros((BI,), tl.float64)
     for start in tl.range(first, last, BJ, num_stages=1):
         j = start + tl.arange(0, BJ)
-        twice = tl.where(start >= block * BI + BI, 2.0, 1.0)  # tiles above the diagonal count for their mirror image
-        above = (j < n) & (j >= block * BI + BI)
+        twice = tl.where(start >= first_i + BI, 2.0, 1.0)  # tiles above the diagonal count for their mirror image
+        above = (j < n) & (j >= first_i + BI)
         a = kernel_tile(
-            x, squares, scale, at_g, block * BI, start, n, padded, FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES
+            x, squares, scale, at_g, first_i, start, n, padded, FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES
         )
         if not ALONE:
             b = kernel_tile(
-                x, squares, scale, at_h, block * BI, start, n, padded, FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES
+                x, squares, scale, at_h, first_i, start, n, padded, FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES
             )
             cross += block_sum(a * b) * twice
         if SUMS:
             own += block_sum(a * a) * twice
             sum_g += tl.sum(a, 1).to(tl.float64)
-            tl.store(columns + (at_g * blocks + block) * padded + j, tl.sum(a, 0), mask=above)
+            tl.store(columns + (at_g * most + block) * padded + j, tl.sum(a, 0), mask=above)
         if SUMS and not ALONE:
             other += block_sum(b * b) * twice
             sum_h += tl.sum(b, 1).to(tl.float64)
-            tl.store(columns + (at_h * blocks + block) * padded + j, tl.sum(b, 0), mask=above)
+            tl.store(columns + (at_h * most + block) * padded + j, tl.sum(b, 0), mask=above)
     if not ALONE:
-        tl.store(parts + (at_g * groups + h) * per + part, cross)
-        tl.store(parts + (at_h * groups + g) * per + part, cross)
+        tl.store(parts + (at_g * groups + h) * most * strips + part, cross)
+        tl.store(parts + (at_h * groups + g) * most * strips + part, cross)
     if SUMS:
-        tl.store(parts + (at_g * groups + g) * per + part, own)
-        tl.store(rows + (at_g * strips + strip) * padded + i, sum_g)
+        tl.store(parts + (at_g * groups + g) * most * strips + part, own)
+        tl.store(rows + ((at_g * strips + strip) * most + block) * BI + lane, sum_g)
     if SUMS and not ALONE:
-        tl.store(parts + (at_h * groups + h) * per + part, other)
-        tl.store(rows + (at_h * strips + strip) * padded + i, sum_h)
+        tl.store(parts + (at_h * groups + h) * most * strips + part, other)
+        tl.store(rows + ((at_h * strips + strip) * most + block) * BI + lane, sum_h)
 
 
-@launch.kernel()
+@launch.kernel("earlier")
 def collect_gram_kernel(
-    parts,  # (S G G, count) fp64
+    parts,  # (S G G, count, of which `used` hold a value) fp64
     gram,  # (S G G,) fp64
     count,
+    used,
+    earlier,  # 0 if `gram` has no sums yet
 ):
-    tl.store(gram + tl.program_id(0), total(parts + tl.program_id(0).to(tl.int64) * count, count))
+    at = tl.program_id(0).to(tl.int64)
+    lane = tl.arange(0, 1)
+    before = tl.sum(tl.load(gram + at + lane, mask=lane < earlier, other=0.0), 0)
+    tl.store(gram + at, before + total(parts + at * count, used))
 
 
-@launch.kernel("n")
+@launch.kernel("n", "known", "most", "first")
 def collect_sums_kernel(
-    rows,  # (S G, strips, padded) fp64
-    columns,  # (S G, blocks, padded)
-    sums,  # (S G, N) fp64
+    rows,  # (S G, strips, most * BLOCK) fp64
+    columns,  # (S G, most, padded)
+    sums,  # (S G, N) fp64, which the bands add to
     n,
+    known,  # 0 if `sums` has none yet, else N
     padded,
+    most,
+    first,  # first block of the band
+    blocks,
     strips,
+    width,  # columns per strip
     BLOCK: tl.constexpr,
     AT_ONCE: tl.constexpr,
 ):
-    blocks = padded // BLOCK
-    s = (tl.program_id(0) // blocks).to(tl.int64)
-    block = tl.program_id(0) % blocks
-    i = block * BLOCK + tl.arange(0, BLOCK)
-    value = tl.zeros((BLOCK,), tl.float64)
+    per = padded // BLOCK - first
+    s = (tl.program_id(0) // per).to(tl.int64)
+    block = tl.program_id(0) % per
+    lane = tl.arange(0, BLOCK)
+    i = (first + block) * BLOCK + lane
+    value = tl.load(sums + s * n + i, mask=i < known, other=0.0)
     k = tl.arange(0, AT_ONCE)[:, None]
-    for start in range(0, strips, AT_ONCE):
-        at = (s * strips + start + k) * padded + i[None, :]
-        value += tl.sum(tl.load(rows + at, mask=start + k < strips, other=0.0), 0)
-    for start in range(0, block, AT_ONCE):
-        at = (s * blocks + start + k) * padded + i[None, :]
-        value += tl.sum(tl.load(columns + at, mask=start + k < block, other=0.0).to(tl.float64), 0)
+    if block < blocks:
+        for start in range(first * BLOCK // width, strips, AT_ONCE):
+            at = ((s * strips + start + k) * most + block) * BLOCK + lane[None, :]
+            value += tl.sum(tl.load(rows + at, mask=start + k < strips, other=0.0), 0)
+    above = tl.minimum(block, blocks)
+    for start in range(0, above, AT_ONCE):
+        at = (s * most + start + k) * padded + i[None, :]
+        value += tl.sum(tl.load(columns + at, mask=start + k < above, other=0.0).to(tl.float64), 0)
     tl.store(sums + s * n + i, value, mask=i < n)
 
 
@@ -158,117 +174,44 @@ def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str)
     planes = x.planes.shape[1]
     tile = tile_of(x.width, planes)
     tiles, strips = strips_of(n, n, tile["BJ"])
-    blocks = x.padded // PAD
-    parts = launch.workspace(scale, s, groups, groups, blocks * strips, dtype=torch.float64)
-    rows = launch.workspace(scale, s * groups, strips, x.padded, dtype=torch.float64)
-    columns = launch.workspace(scale, s * groups, blocks, x.padded)
-    launches = [(False, True)] if groups == 2 else [(True, True), (False, False)][: min(groups, 2)]
-    for alone, sums in launches:
-        pairs = s * groups if alone else s * groups * groups
-        gram_kernel[(pairs * blocks * strips,)](
-            x.planes, x.squares, scale, parts, rows, columns, groups, n, x.padded, strips, tiles,
-            ALONE=alone, SUMS=sums, FUNCTION=VALUES[kernel], SQUARED=kernel in SQUARED, PLANES=planes, **tile,
-        )  # fmt: skip
+    blocks, width = x.padded // PAD, tiles * tile["BJ"]
+    most = min(blocks, BAND)
+    parts = launch.workspace(scale, s, groups, groups, most * strips, dtype=torch.float64)
+    rows = launch.workspace(scale, s * groups, strips, most * PAD, dtype=torch.float64)
+    columns = launch.workspace(scale, s * groups, most, x.padded)
     gram, over = (
         launch.workspace(scale, *shape, dtype=torch.float64) for shape in ((s, groups, groups), (s * groups, n))
     )
-    collect_gram_kernel[(gram.numel(),)](parts, gram, blocks * strips, num_warps=4)
-    collect_sums_kernel[(s * groups * blocks,)](
-        rows, columns, over, n, x.padded, strips, BLOCK=PAD, AT_ONCE=16, num_warps=2
-    )
+    launches = [(False, True)] if groups == 2 else [(True, True), (False, False)][: min(groups, 2)]
+    for first in range(0, blocks, most):
+        some, strip = min(most, blocks - first), first * PAD // width
+        for alone, sums in launches:
+            pairs = s * groups if alone else s * groups * groups
+            gram_kernel[(pairs * some * (strips - strip),)](
+                x.planes, x.squares, scale, parts, rows, columns, groups, n, x.padded, most, first, some, strip, strips,
+                tiles, ALONE=alone, SUMS=sums, FUNCTION=VALUES[kernel], SQUARED=kernel in SQUARED, PLANES=planes,
+                **tile,
+            )  # fmt: skip
+        collect_gram_kernel[(gram.numel(),)](
+            parts, gram, most * strips, some * (strips - strip), min(first, 1), num_warps=4
+        )
+        collect_sums_kernel[(s * groups * (blocks - first),)](
+            rows, columns, over, n, n * min(first, 1), x.padded, most, first, some, strips, width,
+            BLOCK=PAD, AT_ONCE=16, num_warps=2,
+        )  # fmt: skip
     return gram, over
 
 
-@launch.kernel("n")
-def gram_gradient_kernel(
-    x,  # (S G, planes, padded, BD)
-    squares,  # (S G, padded)
-    scale,  # (S G,)
-    both,  # (S, G, G): twice the gradient by the Gram and by its transpose
-    grad_sums,  # (S G, padded)
-    out,  # (splits, S G, padded, BD)
-    sums,  # (splits, S G, padded) or None
-    stacks,
-    groups,
-    n,
-    padded,
-    splits,
-    width,  # columns per split
-    FUNCTION: tl.constexpr,
-    SQUARED: tl.constexpr,
-    PLANES: tl.constexpr,
-    BI: tl.constexpr,
-    BJ: tl.constexpr,
-    BD: tl.constexpr,
-    BK: tl.constexpr,
-    STAGES: tl.constexpr,
-):
-    per = padded // BI * splits
-    here = tl.program_id(0) // per
-    s, g, at = here // groups, here % groups, here.to(tl.int64)
-    block, split = tl.program_id(0) % per // splits, tl.program_id(0) % splits
-    i = block * BI + tl.arange(0, BI)
-    acc = tl.zeros((BI, BD), tl.float32)
-    total = tl.zeros((BI,), tl.float32)
-    for start in tl.range(split * width, tl.minimum((split + 1) * width, n), BJ, num_stages=1):
-        j = start + tl.arange(0, BJ)
-        w = tl.load(grad_sums + at * padded + i)[:, None] + tl.load(grad_sums + at * padded + j)[None, :]
-        own = w
-        for step in range(0, groups):
-            h = (g + step) % groups
-            k = kernel_tile(
-                x, squares, scale, (s * groups + h).to(tl.int64), block * BI, start, n, padded,
-                FUNCTION, SQUARED, PLANES, BI, BJ, BD, BK, STAGES,
-            )  # fmt: skip
-            own = tl.where(step == 0, k, own)
-            w += tl.load(both + at * groups + h) * k
-        if FUNCTION == "exp":
-            w *= -own
-        keep = (i[:, None] < n) & (j[None, :] < n)
-        if SQUARED:  # a row's distance to itself has no gradient, but rounding would leave some
-            keep &= i[:, None] != j[None, :]
-        w = tl.where(keep, w, 0.0)
-        if sums is not None:
-            total += tl.sum(w, 1)
-        acc = add_weighted(w, x, at, start, padded, acc, BJ, BD, PLANES)
-    row = tl.arange(0, BI)
-    here = (split * stacks + at) * padded + block * BI
-    if sums is not None:
-        tl.store(sums + here + row, total)
-    tl.store(out + here * BD + row[:, None] * BD + tl.arange(0, BD)[None, :], acc)
-
-
-def backward(
-    z: Tensor, x: Operand, groups: int, scale: Tensor, grad_gram: Tensor, grad_sums: Tensor, kernel: str
-) -> Tensor:
-    """The gradient with respect to z, (S G, N, D), per unit of scale."""
-    (count, n, d), planes = z.shape, x.planes.shape[1]
-    tile = tile_of(x.width, planes, gradient=True)
-    blocks, tiles = x.padded // PAD, triton.cdiv(n, tile["BJ"])
-    each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
-    splits = triton.cdiv(tiles, each)
-    both = 2 * (grad_gram + grad_gram.mT).float()
-    over = torch.nn.functional.pad(grad_sums.float(), (0, x.padded - n))
-    parts = launch.workspace(z, splits, count, x.padded, x.width)
-    sums = launch.workspace(z, splits, count, x.padded) if kernel in SQUARED else None
-    gram_gradient_kernel[(count * blocks * splits,)](
-        x.planes, x.squares, scale, both, over, parts, sums, count, groups, n, x.padded, splits, each * tile["BJ"],
-        FUNCTION=VALUES[kernel], SQUARED=kernel in SQUARED, PLANES=planes, **tile,
-    )  # fmt: skip
-    return gather(parts, sums, z if kernel in SQUARED else None, n, d)
-
-
-_BOTH = {"x": "*bf16", **dict.fromkeys(("squares", "scale", "columns", "both", "grad_sums", "out"), "*fp32")}
-_CASE = {"FUNCTION": "exp", "SQUARED": True}
-
-
-def _case(name: str, kernel, width: int, planes: int, **more: object) -> launch.CompileCase:
-    tile = tile_of(width, planes, gradient=kernel is gram_gradient_kernel)
+def case(name: str, kernel, width: int, planes: int, tile: dict[str, int], **more: object) -> launch.CompileCase:
+    """A compile case of a kernel over tiles of kernel matrices."""
+    pointers = {
+        "x": "*bf16",
+        **dict.fromkeys(("squares", "scale", "columns", "both", "grad_sums", "out", "sums"), "*fp32"),
+        **dict.fromkeys(("parts", "rows"), "*fp64"),
+    }
     warps = tile.pop("num_warps")
-    pointers = {**_BOTH, "parts": "*fp64", "rows": "*fp64", "sums": "*fp32"}
-    return launch.CompileCase(
-        f"pairwise_gram_{name}_{width}_{planes}", kernel, pointers, {**_CASE, "PLANES": planes, **tile, **more}, warps
-    )
+    constants = {"FUNCTION": "exp", "SQUARED": True, "PLANES": planes, **tile, **more}
+    return launch.CompileCase(f"pairwise_gram_{name}_{width}_{planes}", kernel, pointers, constants, warps)
 
 
 COMPILE_CASES = [
@@ -283,12 +226,8 @@ COMPILE_CASES = [
         warps=2,
     ),
     *(
-        case
+        case("both", gram_kernel, width, planes, tile_of(width, planes), ALONE=False, SUMS=True)
         for width, planes in CASES
         if planes > 1
-        for case in (
-            _case("both", gram_kernel, width, planes, ALONE=False, SUMS=True),
-            _case("gradient", gram_gradient_kernel, width, planes),
-        )
     ),
 ]

@@ -118,7 +118,7 @@ def _forward(kernel: str, planes: int, x: Tensor, scale: Tensor) -> tuple[Tensor
     for first in range(0, padded, most):
         some = min(most, padded - first)
         kernels_kernel[(count * (some // block) * (padded // block),)](
-            *rows, scale, k, row_sums, column_sums, first, some, n, padded, width,
+            rows.planes, rows.squares, scale, k, row_sums, column_sums, first, some, n, padded, width,
             FUNCTION=VALUES[kernel], SQUARED=kernel in SQUARED, PLANES=planes, **tile,
         )  # fmt: skip
         products_kernel[(count * groups * (some // ROWS),)](
@@ -128,7 +128,7 @@ def _forward(kernel: str, planes: int, x: Tensor, scale: Tensor) -> tuple[Tensor
             row_sums, column_sums, sums, first, some, n, padded, BLOCK=block, COLS=PAD, AT_ONCE=16, num_warps=2
         )
     gram = launch.workspace(x, x.shape[0], groups, groups, dtype=torch.float64)
-    collect_gram_kernel[(gram.numel(),)](parts, gram, padded // ROWS, num_warps=4)
+    collect_gram_kernel[(gram.numel(),)](parts, gram, padded // ROWS, padded // ROWS, 0, num_warps=4)
     return gram, sums
 
 

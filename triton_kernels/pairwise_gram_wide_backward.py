@@ -140,7 +140,7 @@ def _backward(
     for first in range(0, padded, most):
         some = min(most, padded - first)
         kernels_kernel[(count * (some // block) * (padded // block),)](
-            *rows, scale, k, None, None, first, some, n, padded, width,
+            rows.planes, rows.squares, scale, k, None, None, first, some, n, padded, width,
             FUNCTION=VALUES[kernel], SQUARED=squared, PLANES=planes, **tile,
         )  # fmt: skip
         wide_weights_kernel[(count * (some // 8),)](

@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from . import launch
-from .pairwise_exponents import collect, finite, fixed_shifts
+from .pairwise_exponents import Bands, finite, fixed_shifts
 from .pairwise_tiles import (
     CASES,
     LOG2E,
@@ -29,7 +29,7 @@ from .pairwise_tiles import (
 )
 
 
-@launch.kernel("n", "m", "first_block")
+@launch.kernel("n", "m", "most", "first_block", "first_strip")
 def logsumexp_kernel(
     x,  # (S, planes, padded, BD)
     y,  # (S, planes, padded, BD)
@@ -41,14 +41,16 @@ def logsumexp_kernel(
     y_labels,  # (S, M) or None
     scale,  # (S,)
     shifts,  # (S,) or None
-    rows,  # (S, strips, padded)
-    columns,  # (S, padded / BI, padded) or None
+    rows,  # (S, strips, most * BI)
+    columns,  # (S, most, padded) or None
     n,
     m,
     n_padded,
     m_padded,
-    first_block,  # first block of rows in `raw`
+    most,  # blocks of rows in `rows` and `columns`
+    first_block,  # the first of them, and of `raw`
     blocks,
+    first_strip,
     strips,
     tiles,
     FIXED: tl.constexpr,
@@ -62,9 +64,10 @@ def logsumexp_kernel(
     BK: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    s = (tl.program_id(0) // (blocks * strips)).to(tl.int64)
-    block = first_block + tl.program_id(0) % (blocks * strips) // strips
-    strip = tl.program_id(0) % strips
+    here = strips - first_strip
+    s = (tl.program_id(0) // (blocks * here)).to(tl.int64)
+    block = first_block + tl.program_id(0) % (blocks * here) // here
+    strip = first_strip + tl.program_id(0) % here
     first, last = strip * tiles * BJ, tl.minimum((strip + 1) * tiles * BJ, m)
     if SELF_PAIRS:
         first = tl.maximum(first, block * BI)  # each pair once
@@ -110,14 +113,14 @@ def logsumexp_kernel(
             relative = finite(tl.max(t, 0))
             column = relative + tl.log(tl.sum(tl.exp(t - relative[None, :]), 0))
         if columns is not None:
-            out = columns + (s * (n_padded // BI) + block) * m_padded + j
+            out = columns + (s * most + block - first_block) * m_padded + j
             if SELF_PAIRS:
                 tl.store(out, column, mask=(j < m) & (j >= block * BI + BI))
             else:
                 tl.store(out, column, mask=j < m)
     if not FIXED:
         total = finite(top) + tl.log(total)
-    tl.store(rows + (s * strips + strip) * n_padded + i, total)
+    tl.store(rows + ((s * strips + strip) * most - first_block) * BI + i, total)
 
 
 def strips_of(n: int, m: int, step: int) -> tuple[int, int]:
@@ -143,19 +146,18 @@ def forward(
     tile = table(planes, x.width, x.width)
     assert tile is not None
     tiles, strips = strips_of(n, m, tile["BJ"])
-    blocks = x.padded // PAD
-    rows = launch.workspace(scale, s, strips, x.padded)
-    below = launch.workspace(scale, s, blocks, z.padded) if self_pairs or columns else None
     shifts = fixed_shifts(x, z, scale, kernel) if self_pairs or columns else None
-    for fixed in (True, False) if shifts is not None else (False,):
-        logsumexp_kernel[(s * blocks * strips,)](
-            x.planes, z.planes, None, 0, x.squares, z.squares, *labels, scale, shifts, rows, below,
-            n, m, x.padded, z.padded, 0, blocks, strips, tiles,
-            FIXED=fixed, SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
-        )  # fmt: skip
-    width = tiles * tile["BJ"]
-    over_rows = collect(rows, below if self_pairs else None, shifts, n, width)
-    return over_rows, None if self_pairs or below is None else collect(below, None, shifts, m, width)
+    bands = Bands(scale, s, sizes, strips, tiles * tile["BJ"], shifts, self_pairs, columns)
+    for first in range(0, bands.blocks, bands.most):
+        blocks, strip = min(bands.most, bands.blocks - first), bands.first_strip(first)
+        for fixed in (True, False) if shifts is not None else (False,):
+            logsumexp_kernel[(s * blocks * (strips - strip),)](
+                x.planes, z.planes, None, 0, x.squares, z.squares, *labels, scale, shifts, bands.rows, bands.below,
+                n, m, x.padded, z.padded, bands.most, first, blocks, strip, strips, tiles, FIXED=fixed,
+                SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=planes, BD=x.width, **tile,
+            )  # fmt: skip
+        bands.collect(first, blocks)
+    return bands.over_rows, bands.over_columns()
 
 
 def forward_of_products(
@@ -163,22 +165,23 @@ def forward_of_products(
     labels: tuple[Tensor | None, Tensor | None], mask: int, kernel: str, columns: bool,
 ) -> tuple[Tensor, Tensor | None]:  # fmt: skip
     """The same for one slice, from an iterator over (first row, products of some rows with all rows)."""
-    n, m = sizes
-    step = PAD
+    (n, m), step = sizes, PAD
     tiles, strips = strips_of(n, m, step)
-    n_padded, m_padded = padded_rows(n), padded_rows(m)
-    rows = launch.workspace(scale, 1, strips, n_padded)
-    below = launch.workspace(scale, 1, n_padded // PAD, m_padded) if self_pairs or columns else None
+    bands = None
     for start, raw in products:
-        blocks = triton.cdiv(raw.shape[0], PAD)
-        logsumexp_kernel[(blocks * strips,)](
-            None, None, raw, raw.stride(0), x_squares, y_squares, *labels, scale, None, rows, below,
-            n, m, n_padded, m_padded, start // PAD, blocks, strips, tiles,
+        first, blocks = start // PAD, triton.cdiv(raw.shape[0], PAD)
+        if bands is None:
+            bands = Bands(scale, 1, sizes, strips, tiles * step, None, self_pairs, columns, blocks)
+        strip = bands.first_strip(first)
+        logsumexp_kernel[(blocks * (strips - strip),)](
+            None, None, raw, raw.stride(0), x_squares, y_squares, *labels, scale, None, bands.rows, bands.below,
+            n, m, padded_rows(n), padded_rows(m), bands.most, first, blocks, strip, strips, tiles,
             FIXED=False, SELF_PAIRS=self_pairs, SQUARED=kernel in SQUARED, MASK=mask, PLANES=1, BI=PAD, BJ=step, BD=16,
             BK=0, STAGES=1, num_warps=4,
         )  # fmt: skip
-    over_rows = collect(rows, below if self_pairs else None, None, n, tiles * step)
-    return over_rows, None if self_pairs or below is None else collect(below, None, None, m, tiles * step)
+        bands.collect(first, blocks)
+    assert bands is not None
+    return bands.over_rows, bands.over_columns()
 
 
 _POINTERS = {

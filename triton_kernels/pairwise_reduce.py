@@ -14,6 +14,7 @@ from . import (
     launch,
     pairwise_chunks,
     pairwise_gram,
+    pairwise_gram_backward,
     pairwise_gram_wide,
     pairwise_gram_wide_backward,
     pairwise_logsumexp,
@@ -277,7 +278,7 @@ def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Te
         else:
             z = _rows(x)
             grads = over_gram, _flat(grad_sums, n)
-            grad = pairwise_gram.backward(z, operand(z, planes), groups, _flat(scale), *grads, kernel)
+            grad = pairwise_gram_backward.backward(z, operand(z, planes), groups, _flat(scale), *grads, kernel)
     return grad.view(x.shape)
 
 

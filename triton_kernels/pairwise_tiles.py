@@ -34,6 +34,7 @@ class Operand(NamedTuple):
 
     planes: Tensor  # (S, planes, padded rows, padded columns)
     squares: Tensor  # (S, padded rows)
+    peaks: Tensor | None = None  # (S, blocks): the largest square of a block of rows
 
     @property
     def padded(self) -> int:
@@ -77,6 +78,7 @@ def cut_kernel(
     z,  # (S, N, D)
     planes,  # (S, planes, padded, WIDTH)
     squares,  # (S, padded)
+    peaks,  # (S, padded / ROWS)
     n,
     d,
     padded,
@@ -90,7 +92,9 @@ def cut_kernel(
     col = tl.arange(0, WIDTH)
     inside = (row[:, None] < n) & (col[None, :] < d)
     x = tl.load(z + (s * n + row[:, None]) * d + col[None, :], mask=inside, other=0.0)
-    tl.store(squares + s * padded + row, tl.sum(x * x, 1))
+    square = tl.sum(x * x, 1)
+    tl.store(squares + s * padded + row, square)
+    tl.store(peaks + tl.program_id(0), tl.max(square, 0))
     high, middle, low = cut(x, PLANES)
     out = planes + (s * PLANES * padded + row[:, None]) * WIDTH + col[None, :]
     step = padded.to(tl.int64) * WIDTH
@@ -108,8 +112,11 @@ def operand(z: Tensor, planes: int, least: int = 16) -> Operand:
     out = launch.workspace(z, s, planes, padded, width, dtype=PLANE_DTYPE)
     squares = launch.workspace(z, s, padded)
     rows = max(8, min(32, 4096 // width))
-    cut_kernel[(s * padded // rows,)](z, out, squares, n, d, padded, PLANES=planes, ROWS=rows, WIDTH=width, num_warps=4)
-    return Operand(out, squares)
+    peaks = launch.workspace(z, s, padded // rows)
+    cut_kernel[(s * padded // rows,)](
+        z, out, squares, peaks, n, d, padded, PLANES=planes, ROWS=rows, WIDTH=width, num_warps=4
+    )
+    return Operand(out, squares, peaks)
 
 
 def has_wgmma(z: Tensor) -> bool:
@@ -263,7 +270,7 @@ COMPILE_CASES = [
     launch.CompileCase(
         f"pairwise_cut_{width}",
         cut_kernel,
-        {"z": "*fp32", "planes": "*bf16", "squares": "*fp32"},
+        {"z": "*fp32", "planes": "*bf16", "squares": "*fp32", "peaks": "*fp32"},
         {"PLANES": 3, "ROWS": max(8, min(32, 4096 // width)), "WIDTH": width},
         warps=4,
     )

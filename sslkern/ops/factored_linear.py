@@ -78,7 +78,7 @@ def stays_factored(rows: int, w: Tensor) -> bool:
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     """F.linear. On a CPU, our kernel runs a product of few rows, and the fastest library others."""
     other = _elsewhere(x, w, 1)
-    most = _FASTER[0] if other else _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
+    most = _FASTER[0] if other and w.numel() >= LEAST else _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
     few = _ours(x, w, 1, _NUMBERS[0], most)
     if not few and not other:
         return F.linear(x, w, bias)
@@ -112,7 +112,8 @@ def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
 def _elsewhere(x: Tensor, w: Tensor, axis: int) -> bool:
     """Whether another library than torch's own runs the product of x with an axis of w, for a batch that is no vector
     and a weight that is worth the call."""
-    return vendors.get(x.device.type) is not None and w.dtype == torch.float32 and _ours(x, w, axis, LEAST, x.numel())
+    faster = vendors.get(x.device.type) is not None and w.dtype == torch.float32
+    return faster and _ours(x, w, axis, _NUMBERS[0], x.numel())
 
 
 def _ours(x: Tensor, w: Tensor, axis: int, least: int, most: int) -> bool:
