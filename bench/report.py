@@ -27,8 +27,10 @@ def cpu_results() -> list[Path]:
     """The result files of `python -m bench` on CPUs: one of each machine, the one with the most rows first."""
     counts = {}
     for path in sorted(RESULTS.glob("*.json")):
-        rows = json.loads(path.read_text()).get("rows")
-        if isinstance(rows, list) and rows and rows[0].get("op") in FAMILIES:
+        results = json.loads(path.read_text())
+        rows = results.get("rows")
+        on_cpu = "machine" in results and results["machine"].get("kind", "cpu") == "cpu"
+        if on_cpu and isinstance(rows, list) and rows and rows[0].get("op") in FAMILIES:
             counts[path] = len(rows)
     return sorted(counts, key=lambda path: -counts[path])
 
@@ -61,8 +63,11 @@ def write(path: Path, readme: bool = False) -> None:
     print(table(path))
     drawn = plot(path, path.with_suffix(".png"))
     print(f"{path}, {path.with_suffix('.png')}" if drawn else path)
-    if readme:
-        documents()
+    if not readme:
+        return
+    if path.resolve() not in {found.resolve() for found in cpu_results()}:
+        raise SystemExit(f"--readme shows the results on CPUs in {RESULTS}, where {path} is not.")
+    documents()
 
 
 def documents() -> None:

@@ -207,6 +207,7 @@ def machine(device: str) -> dict:
     if device == "cpu":  # processors of one name differ in it
         name += f", {torch.backends.cpu.get_cpu_capability()}"
     return {
+        "kind": device,
         "device": torch.cuda.get_device_name() if device == "cuda" else name,
         "threads": torch.get_num_threads(),
         "torch": torch.__version__,

@@ -8,8 +8,8 @@ static PyObject* products(PyObject*, PyObject*) {
   return PyUnicode_FromString(sslkern::products_of<float>().c_str());
 }
 
-static PyObject* onednn(PyObject*, PyObject*) {
-  return PyBool_FromLong(sslkern::use_onednn());
+static PyObject* vendor(PyObject*, PyObject*) {
+  return PyUnicode_FromString(sslkern::use_onednn() ? "oneDNN" : "");
 }
 
 static PyObject* cuda(PyObject*, PyObject*) {
@@ -19,7 +19,8 @@ static PyObject* cuda(PyObject*, PyObject*) {
 PyMODINIT_FUNC PyInit__C(void) {
   static PyMethodDef methods[] = {
       {"products", products, METH_NOARGS, "The implementation of fp32 matrix products."},
-      {"onednn", onednn, METH_NOARGS, "Whether oneDNN multiplies fp32 matrices faster than torch.mm."},
+      {"vendor", vendor, METH_NOARGS,
+       "The library that runs large fp32 products in place of torch.mm, or an empty string."},
       {"cuda", cuda, METH_NOARGS, "The architectures of the CUDA kernels, or why there are none."},
       {nullptr, nullptr, 0, nullptr}};
   static PyModuleDef module = {PyModuleDef_HEAD_INIT, "_C", nullptr, -1, methods, nullptr, nullptr, nullptr, nullptr};

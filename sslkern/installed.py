@@ -49,9 +49,11 @@ def load_native() -> None:
             "`pip install --no-build-isolation .` with torch installed, compiles it",
             broken=not _absent(error, "sslkern._C"),
         ) from error
+    if not hasattr(extension, "vendor"):
+        raise MissingError("the C++ extension is older than this package: `make build` compiles it", broken=True)
     _cuda_note = extension.cuda()
-    if extension.onednn():
-        backend.faster_products("cpu", "oneDNN")
+    if library := extension.vendor():
+        backend.faster_products("cpu", library)
     backend.note("native", "cuda", _cuda_note)
     backend.compiled("native", "cpu", "cuda")
     if torch.version.cuda and targets(_cuda_note):

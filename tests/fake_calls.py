@@ -30,6 +30,9 @@ def ones(like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.float32)
 
 
+# rows whose partial sums are taken in bands
+add("pairwise_reduce (many rows)", lambda x: ops.pairwise_reduce(x, mask="offdiag"), Leaf((8257, 3)))
+
 # losses: settings, and settings that are tensors
 
 for name, (loss, *leaves) in {

@@ -58,6 +58,12 @@ for n, d in ((192, 500), (500, 192), (1300, 129)):
 same = matrix(300, 200, 0.5)
 assert error(sslkern.barlow_twins_loss(same, same), sslkern.barlow_twins_loss(same.double(), same.double())) < 2e-5
 """
+LONG = """
+z = (torch.randn(1 << 17, 128, generator=torch.Generator().manual_seed(0)) + 7).bfloat16()
+gram = torch.ops.sslkern_native.covariance_fwd(z, False, False)[3]
+exact = z.double() - z.double().mean(0)
+assert error(gram, (exact.T @ exact / (len(z) - 1)).fill_diagonal_(0)) < 1e-3
+"""
 BITS = """
 for op in cases.OPS.values():
     for shape in ((3, 261, 149), (2, 149, 261), (2, 600, 600)):
@@ -83,9 +89,10 @@ for number in (float("nan"), float("inf"), -float("inf")):
 """
 
 
-@pytest.mark.parametrize(
-    "code", (RULE, CENTRED, STANDARD, BITS, BAD), ids=("rule", "centred", "standard", "bits", "bad")
-)
+CODES = {"rule": RULE, "centred": CENTRED, "standard": STANDARD, "long sums": LONG, "bits": BITS, "bad numbers": BAD}
+
+
+@pytest.mark.parametrize("code", CODES.values(), ids=CODES)
 def test_products_of_bfloat16(code, native):
     """Every case within the rule of its dtype; nearly the error of a gradient rounded once, for any mean; a slice of a
     stack equals the slice alone, on one thread too; a bad number stays visible."""

@@ -1,11 +1,13 @@
 """The CPU kernels of x W' and dy W for a batch of few rows, and where layers with factored gradients take them."""
 
+import copy
+
 import pytest
 import torch
 from torch import nn
 
 from sslkern import backend
-from sslkern.nn import FactoredLinear
+from sslkern.nn import FactoredLinear, factored_
 from sslkern.ops import factored_linear
 
 DOUBLE = torch.float64
@@ -94,6 +96,30 @@ def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
         ours(x).sum().backward()
     ours.double()(x.double()).sum().backward()
     assert "factored_linear_product" not in taken
+
+
+@pytest.mark.parametrize("shape", ((4,), (40,), (200,), (3, 5), (2, 3, 40)), ids=str)
+@pytest.mark.parametrize("vendors", ({}, {"cpu": "some"}), ids=("torch's", "another library"))
+def test_an_activation_in_place(vendors, shape, monkeypatch):
+    """After a layer by any product, for a batch of any dimension."""
+    monkeypatch.setattr(factored_linear, "vendors", vendors)
+    plain = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(inplace=True), nn.Linear(2048, 1024))
+    ours, found = factored_(copy.deepcopy(plain)), []
+    x = torch.randn(*shape, 1024)
+    for module in (plain, ours):
+        leaf = x.clone().requires_grad_()
+        module(leaf).square().sum().backward()
+        found.append((leaf.grad, *(p.grad + 0 for p in module.parameters())))
+    for a, b in zip(*found, strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-4, atol=1e-3)
+
+
+def test_a_bias_of_another_dtype():
+    """An error, as in torch."""
+    w, bias = nn.Parameter(torch.randn(1024, 2048)), torch.ones(1024).double()
+    for rows in (4, 40, 200):
+        with pytest.raises(RuntimeError, match="dtype"):
+            factored_linear.linear(torch.randn(rows, 2048), w, bias)
 
 
 @pytest.mark.parametrize("rows", (7, 8, 64, 65, 128, 129))

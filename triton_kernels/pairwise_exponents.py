@@ -12,7 +12,7 @@ from .pairwise_tiles import PAD, SQUARED, Operand, padded_rows
 BAND = 128  # blocks of rows that have their partial sums in memory at a time
 
 
-@launch.kernel("x_blocks", "y_blocks")
+@triton.jit
 def shifts_kernel(
     x_peaks,  # (S, x_blocks): the largest |x|^2 of a block of rows
     y_peaks,  # (S, y_blocks)
@@ -81,7 +81,7 @@ def merge(top, total, parts, step, first, last, fixed, AT_ONCE: tl.constexpr):
 def collect_kernel(
     parts,  # (S, strips, most * BLOCK): rows of the band
     above,  # (S, most, padded) or None: those of a symmetric matrix from the blocks of the band before
-    before,  # (S, padded) or None: and from the bands before
+    before,  # (S, 2, padded) or None: the maxima and the sums of the bands before
     shifts,  # (S,) or None
     out,  # (S, N)
     n,
@@ -105,12 +105,13 @@ def collect_kernel(
     begin = (first + block) * BLOCK // width if above is not None else 0
     top = tl.full((BLOCK,), float("-inf"), tl.float32)
     total = tl.zeros((BLOCK,), tl.float32)
+    if before is not None:
+        top = tl.load(before + 2 * s * padded + i)
+        total = tl.load(before + (2 * s + 1) * padded + i)
     own = parts + s * strips * most * BLOCK + block * BLOCK + lane
     top, total = merge(top, total, own, most * BLOCK, begin, strips, fixed, AT_ONCE)
     if above is not None:
         top, total = merge(top, total, above + s * most * padded + i, padded, 0, block, fixed, AT_ONCE)
-    if before is not None:
-        top, total = merge(top, total, before + s * padded + i, padded, 0, 1, fixed, 1)
     base = tl.where(fixed, shift, finite(top))
     tl.store(out + s * n + i, base + tl.log(total), mask=i < n)
 
@@ -118,7 +119,7 @@ def collect_kernel(
 @launch.kernel("first", "most", "earlier")
 def fold_kernel(
     below,  # (S, most, padded)
-    before,  # (S, padded)
+    before,  # (S, 2, padded): maxima and sums, which no logarithm rounds between bands
     shifts,  # (S,) or None
     padded,
     most,
@@ -135,18 +136,20 @@ def fold_kernel(
     if shifts is not None:
         shift = tl.load(shifts + s)
     fixed = shift < float("inf")
-    top = tl.full((BLOCK,), float("-inf"), tl.float32)
-    total = tl.zeros((BLOCK,), tl.float32)
-    top, total = merge(top, total, before + s * padded + j, padded, 0, earlier, fixed, 1)
+    known = tl.arange(0, BLOCK) < earlier * BLOCK
+    tops, totals = before + 2 * s * padded + j, before + (2 * s + 1) * padded + j
+    top = tl.load(tops, mask=known, other=float("-inf"))
+    total = tl.load(totals, mask=known, other=0.0)
     top, total = merge(top, total, below + s * most * padded + j, padded, 0, blocks, fixed, AT_ONCE)
-    tl.store(before + s * padded + j, tl.where(fixed, total, finite(top) + tl.log(total)))
+    tl.store(tops, top)
+    tl.store(totals, total)
 
 
 class Bands:
-    """The partial sums of rows and columns, for some blocks of rows at a time: O(N) numbers.
+    """The partial sums of rows and columns, for at most `most` blocks of rows at a time: O(N) numbers.
 
-    `run(first, blocks, rows, below)` fills those of a band: rows (S, strips, most) and, if `columns` is set, the sums
-    over a block of rows, below (S, most / PAD, padded).
+    A kernel writes those of a band: `rows` (S, strips, most PAD) and, for a symmetric matrix or if the results of
+    columns are wanted, the sums over each block of rows, `below` (S, most, padded). `collect` then takes them in.
     """
 
     def __init__(
@@ -160,7 +163,7 @@ class Bands:
         self.rows = launch.workspace(like, slices, strips, self.most * PAD)
         self.below = launch.workspace(like, slices, self.most, padded) if self_pairs or columns else None
         banded = self.below is not None and self.blocks > self.most
-        self.before = launch.workspace(like, slices, 1, padded) if banded else None
+        self.before = launch.workspace(like, slices, 2, padded) if banded else None
         self.over_rows = launch.workspace(like, slices, self.n)
 
     def first_strip(self, first: int) -> int:
@@ -181,17 +184,17 @@ class Bands:
 
     def over_columns(self) -> Tensor | None:
         """The results of the columns of a matrix that is not symmetric; None without them."""
-        parts = self.below if self.before is None else self.before
-        if parts is None or self.self_pairs:
+        if self.below is None or self.self_pairs:
             return None
-        out = launch.workspace(parts, self.slices, self.m)
-        self._collect(parts, None, None, out, self.m, 0, parts.shape[2] // PAD)
+        out = launch.workspace(self.below, self.slices, self.m)
+        self._collect(self.below, None, self.before, out, self.m, 0, self.below.shape[2] // PAD)
         return out
 
     def _collect(self, parts, above, before, out: Tensor, n: int, first: int, blocks: int) -> None:
+        strips = 0 if parts is self.below and before is not None else parts.shape[1]  # all of them are in `before`
         collect_kernel[(self.slices * blocks,)](
-            parts, above, before, self.shifts, out, n, padded_rows(self.m), parts.shape[2] // PAD, parts.shape[1],
-            self.width, first, blocks, BLOCK=PAD, AT_ONCE=16, num_warps=2,
+            parts, above, before, self.shifts, out, n, padded_rows(self.m), parts.shape[2] // PAD, strips, self.width,
+            first, blocks, BLOCK=PAD, AT_ONCE=16, num_warps=2,
         )  # fmt: skip
 
 

@@ -70,6 +70,17 @@ def columns() -> Iterator[Check]:
         yield Check("vcreg_loss", shape, run, lambda s=shape: view(*s), captured=True, scale=vicreg_terms)
 
 
+def banded(x):
+    """Partial sums of 64 rows at a time, as those of many rows are taken of 8,192."""
+    from sslkern.triton_kernels import pairwise_exponents
+
+    before, pairwise_exponents.BAND = pairwise_exponents.BAND, 1
+    try:
+        return ops.pairwise_reduce(x, mask="offdiag", scale=0.2)
+    finally:
+        pairwise_exponents.BAND = before
+
+
 def pair_ops() -> Iterator[Check]:
     kernels = {
         "logsumexp": ("dot", "cosine", "sqeuclidean"),
@@ -93,6 +104,7 @@ def pair_ops() -> Iterator[Check]:
                 return [normal(n, d), normal(m, d, seed=1)] + ([normal(m, 3)] if r == "matmul" else [])
 
             yield Check(f"{reduction} {kernel} {mask or ''}".strip(), (n, m, d), call, inputs, dtypes)
+    yield Check("logsumexp in bands", (200, 5), banded, lambda: view(200, 5), FULL)
     for kernel, shape in itertools.product(
         ("dot", "rbf"), ((3, 70, 2), (2, 2000, 32), (2, 9, 300), (3, 70, 300), (2, 2100, 1100))
     ):

@@ -18,21 +18,27 @@ inline bool takes_pairs(const Matrix& z, int64_t m) {
   return z.dtype == ScalarType::BFloat16 && m >= kPairSide && has_bfloat_products();
 }
 
-// Whether the terms of rank one leave enough digits: their sum has at most 64 times the size of the result. NaN is not
-// near.
-inline bool nearly_centred(const float* mean, const float* variance, int64_t d) {
+// The largest ratio of the squares of means to variances for which the terms of rank one leave enough digits. In a sum
+// of N values, rounding grows as N mean^2, and the result as sqrt(N) variance.
+inline double most_off_centre(int64_t length) {
+  return std::min(64., static_cast<double>(1 << 18) / length);
+}
+
+// Whether they do, on the average of the columns, for products of this length. NaN is not near.
+inline bool nearly_centred(const float* mean, const float* variance, int64_t d, int64_t length) {
   double square = 0, total = 0;
   for (int64_t j = 0; j < d; ++j) {
     square += static_cast<double>(mean[j]) * mean[j];
     total += variance[j];
   }
-  return square <= 64 * total;
+  return square <= most_off_centre(length) * total;
 }
 
 // The same where each column is divided by its own standard deviation.
-inline bool nearly_standard(const float* mean, const float* inv_std, int64_t d) {
+inline bool nearly_standard(const float* mean, const float* inv_std, int64_t d, int64_t length) {
+  const double most = std::sqrt(most_off_centre(length));
   for (int64_t j = 0; j < d; ++j)
-    if (!(std::abs(mean[j]) * inv_std[j] <= 8)) return false;
+    if (!(std::abs(mean[j]) * inv_std[j] <= most)) return false;
   return true;
 }
 
@@ -43,18 +49,19 @@ inline Cut columns_for_pairs(int64_t d) {
 
 // Blocks of rows, with all columns. A part has whole kBlockRows, which share their sums.
 inline Cut rows_for_pairs(int64_t n, int64_t d) {
-  const int64_t rows = std::clamp<int64_t>(kPairRows / d / Pairs::kLines * Pairs::kLines, Pairs::kLines, kBlockRows);
+  const int64_t rows = std::clamp<int64_t>(kPairRows / d / BfloatPanels::kLines * BfloatPanels::kLines,
+                                           BfloatPanels::kLines, kBlockRows / 2);
   return {n, round_up(ceil_div(n, 64), kBlockRows), rows};
 }
 
 // Packs rows or columns of z, those between k0 and k1 of the other, in parallel.
-inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, Pairs& pairs) {
+inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, BfloatPanels& pairs) {
   const int64_t lines = rows ? z.rows : z.cols, across = rows ? z.row_stride : z.col_stride;
   const int64_t along = rows ? z.col_stride : z.row_stride;
   pairs.shorten(k1 - k0);
-  in_turns(0, ceil_div(lines, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
+  in_turns(0, ceil_div(lines, BfloatPanels::kLines), 1, [&](int64_t first, int64_t last) {
     for (int64_t part = first; part < last; ++part) {
-      const int64_t begin = part * Pairs::kLines, end = std::min(lines, begin + Pairs::kLines);
+      const int64_t begin = part * BfloatPanels::kLines, end = std::min(lines, begin + BfloatPanels::kLines);
       const char* from = rows ? z.at(begin, k0) : z.at(k0, begin);
       pairs.pack(reinterpret_cast<const BFloatBits*>(from), across, along, begin, end, k1 - k0);
     }
@@ -66,8 +73,8 @@ inline void pack_lines(const Matrix& z, bool rows, int64_t k0, int64_t k1, Pairs
 inline void gram_of_pairs(const Tensor& like, const Matrix& a, const Matrix& b, bool rows, bool lower, float* gram) {
   const int64_t m = rows ? a.rows : a.cols, depth = rows ? a.cols : a.rows, sides = ceil_div(m, kPairSide);
   const int64_t step = std::min(depth, round_up(ceil_div(kPairNumbers, m), 512));
-  Pairs left(like, m, step), other(like, lower ? 0 : m, step);
-  const Pairs& right = lower ? left : other;
+  BfloatPanels left(like, m, step), other(like, lower ? 0 : m, step);
+  const BfloatPanels& right = lower ? left : other;
   for (int64_t k0 = 0; k0 < depth; k0 += step) {
     const int64_t k1 = std::min(depth, k0 + step);
     pack_lines(a, rows, k0, k1, left);
@@ -143,11 +150,11 @@ class RoundedGram {
   RoundedGram(const Tensor& like, const float* gram, int64_t row, int64_t col, int64_t m, const float* scale,
               const float* weights)
       : like_(like), pairs_(like, m, m), diagonal_(m), sums_(m) {
-    in_turns(0, ceil_div(m, Pairs::kLines), 1, [&](int64_t first, int64_t last) {
-      const auto lines = room_for<float>(Pairs::kLines * m);
-      const auto rounded = room_for<BFloatBits>(Pairs::kLines * m);
+    in_turns(0, ceil_div(m, BfloatPanels::kLines), 1, [&](int64_t first, int64_t last) {
+      const auto lines = room_for<float>(BfloatPanels::kLines * m);
+      const auto rounded = room_for<BFloatBits>(BfloatPanels::kLines * m);
       for (int64_t part = first; part < last; ++part) {
-        const int64_t begin = part * Pairs::kLines, end = std::min(m, begin + Pairs::kLines);
+        const int64_t begin = part * BfloatPanels::kLines, end = std::min(m, begin + BfloatPanels::kLines);
         if (col == 1) {
           std::copy_n(gram + begin * m, (end - begin) * m, lines.get());
         } else {
@@ -175,7 +182,7 @@ class RoundedGram {
                      float* out) const {
     const int64_t cols = j1 - j0;
     const std::vector<float> ones(cols, 1.f);
-    Pairs columns(like_, cols, z.rows);
+    BfloatPanels columns(like_, cols, z.rows);
     columns.pack(reinterpret_cast<const BFloatBits*>(z.at(0, j0)), z.col_stride, z.row_stride, 0, cols, z.rows);
     multiply(pairs_, 0, z.rows, columns, 0, cols, out, cols, false, false);
     for (int64_t i = 0; i < z.rows; ++i)
@@ -186,7 +193,7 @@ class RoundedGram {
   // out (i1 - i0, D) = rows of z, centred, times the transpose of this (D, D), whose diagonal is zero.
   void times_rows(const Matrix& z, int64_t i0, int64_t i1, float* out) const {
     const int64_t rows = i1 - i0;
-    Pairs packed(like_, rows, z.cols);
+    BfloatPanels packed(like_, rows, z.cols);
     packed.pack(reinterpret_cast<const BFloatBits*>(z.at(i0, 0)), z.row_stride, z.col_stride, 0, rows, z.cols);
     for (int64_t i = 0; i < rows; ++i)
       for (int64_t j = 0; j < z.cols; ++j) out[i * z.cols + j] = -sums_[j];
@@ -195,7 +202,7 @@ class RoundedGram {
 
  private:
   const Tensor like_;
-  Pairs pairs_;
+  BfloatPanels pairs_;
   std::vector<float> diagonal_, sums_;
 };
 

@@ -22,7 +22,7 @@ SSLKERN_BFLOAT void tile(const uint32_t* a, const uint32_t* b, int64_t panel, in
   __m512 sum[kRows][2];
 #pragma GCC unroll 8
   for (int r = 0; r < kRows; ++r) sum[r][0] = sum[r][1] = _mm512_setzero_ps();
-  for (int64_t k = 0; k < pairs; ++k, a += Pairs::kPanel, b += Pairs::kPanel) {
+  for (int64_t k = 0; k < pairs; ++k, a += BfloatPanels::kPanel, b += BfloatPanels::kPanel) {
     const __m512bh left = (__m512bh)_mm512_loadu_si512(b), right = (__m512bh)_mm512_loadu_si512(b + panel);
 #pragma GCC unroll 8
     for (int r = 0; r < kRows; ++r) {
@@ -35,7 +35,7 @@ SSLKERN_BFLOAT void tile(const uint32_t* a, const uint32_t* b, int64_t panel, in
   for (int r = 0; r < kRows; ++r)
 #pragma GCC unroll 2
     for (int c = 0; c < 2; ++c) {
-      float* to = out + r * ld + c * Pairs::kPanel;
+      float* to = out + r * ld + c * BfloatPanels::kPanel;
       _mm512_storeu_ps(to, add ? _mm512_add_ps(_mm512_loadu_ps(to), sum[r][c]) : sum[r][c]);
     }
 }
@@ -55,9 +55,9 @@ void portable_pairs(const uint32_t* a, const uint32_t* b, int64_t panel, int64_t
                     bool add) {
   for (int64_t r = 0; r < kRows; ++r)
     for (int64_t c = 0; c < kCols; ++c) {
-      const uint32_t *x = a + r, *y = b + c / Pairs::kPanel * panel + c % Pairs::kPanel;
+      const uint32_t *x = a + r, *y = b + c / BfloatPanels::kPanel * panel + c % BfloatPanels::kPanel;
       float sum = 0;
-      for (int64_t k = 0; k < pairs * Pairs::kPanel; k += Pairs::kPanel)
+      for (int64_t k = 0; k < pairs * BfloatPanels::kPanel; k += BfloatPanels::kPanel)
         sum += float_of(x[k] << 16) * float_of(y[k] << 16) + float_of(x[k] & ~0xffffu) * float_of(y[k] & ~0xffffu);
       out[r * ld + c] = (add ? out[r * ld + c] : 0.f) + sum;
     }
@@ -74,29 +74,31 @@ PairTile tile_of_processor() {
 
 // Packs a panel whose 16 lines are neighbours in memory.
 SSLKERN_CLONES static void interleave(const BFloatBits* from, int64_t along, int64_t pairs, uint32_t* to) {
-  for (int64_t k = 0; k < pairs; ++k, from += 2 * along, to += Pairs::kPanel) {
+  for (int64_t k = 0; k < pairs; ++k, from += 2 * along, to += BfloatPanels::kPanel) {
 #pragma omp simd
-    for (int r = 0; r < Pairs::kPanel; ++r) to[r] = from[r].bits | static_cast<uint32_t>(from[along + r].bits) << 16;
+    for (int r = 0; r < BfloatPanels::kPanel; ++r)
+      to[r] = from[r].bits | static_cast<uint32_t>(from[along + r].bits) << 16;
   }
 }
 
 // Packs one panel of `lines` lines.
 void pack_panel(const BFloatBits* from, int64_t across, int64_t along, int64_t lines, int64_t depth, uint32_t* to) {
   const int64_t whole = depth / 2, pairs = ceil_div(depth, 2);
-  if (lines < Pairs::kPanel) std::fill_n(to, Pairs::kPanel * pairs, 0u);
-  if (across == 1 && lines == Pairs::kPanel) {
+  if (lines < BfloatPanels::kPanel) std::fill_n(to, BfloatPanels::kPanel * pairs, 0u);
+  if (across == 1 && lines == BfloatPanels::kPanel) {
     interleave(from, along, whole, to);
   } else {
     for (int64_t r = 0; r < lines; ++r) {
       const BFloatBits* line = from + r * across;
       for (int64_t k = 0; k < whole; ++k)
-        to[k * Pairs::kPanel + r] = line[2 * k * along].bits | static_cast<uint32_t>(line[(2 * k + 1) * along].bits)
-                                                                   << 16;
+        to[k * BfloatPanels::kPanel + r] =
+            line[2 * k * along].bits | static_cast<uint32_t>(line[(2 * k + 1) * along].bits) << 16;
     }
   }
   if (whole == pairs) return;
-  std::fill_n(to + whole * Pairs::kPanel, Pairs::kPanel, 0u);
-  for (int64_t r = 0; r < lines; ++r) to[whole * Pairs::kPanel + r] = from[r * across + (depth - 1) * along].bits;
+  std::fill_n(to + whole * BfloatPanels::kPanel, BfloatPanels::kPanel, 0u);
+  for (int64_t r = 0; r < lines; ++r)
+    to[whole * BfloatPanels::kPanel + r] = from[r * across + (depth - 1) * along].bits;
 }
 
 }  // namespace
@@ -111,23 +113,23 @@ std::string bfloat_products() {
   return finds_bfloat() ? "AVX512-BF16" : "plain C++";
 }
 
-void Pairs::pack(const BFloatBits* from, int64_t across, int64_t along, int64_t begin, int64_t end,
-                 int64_t depth) const {
+void BfloatPanels::pack(const BFloatBits* from, int64_t across, int64_t along, int64_t begin, int64_t end,
+                        int64_t depth) const {
   for (int64_t line = begin; line < end; line += kPanel)
     pack_panel(from + (line - begin) * across, across, along, std::min(kPanel, end - line), depth, at(line));
   for (int64_t line = round_up(end, kPanel); line < round_up(end, kLines); line += kPanel)
     std::fill_n(at(line), kPanel * pairs_, 0u);
 }
 
-void multiply(const Pairs& a, int64_t i0, int64_t i1, const Pairs& b, int64_t j0, int64_t j1, float* out, int64_t ld,
-              bool lower, bool add) {
+void multiply(const BfloatPanels& a, int64_t i0, int64_t i1, const BfloatPanels& b, int64_t j0, int64_t j1, float* out,
+              int64_t ld, bool lower, bool add) {
   static const PairTile tile = tile_of_processor();
-  const int64_t pairs = a.pairs(), panel = Pairs::kPanel * pairs;
+  const int64_t pairs = a.pairs(), panel = BfloatPanels::kPanel * pairs;
   const int64_t chunk = std::max(kDepth, kLeft / (i1 - i0) / kDepth * kDepth);
   const auto one = [&](int64_t i, int64_t j, int64_t k, int64_t depth, bool more) {
-    const int64_t first = i / Pairs::kPanel * Pairs::kPanel;
-    const uint32_t* left = a.at(first) + k * Pairs::kPanel + (i - first);
-    const uint32_t* right = b.at(j) + k * Pairs::kPanel;
+    const int64_t first = i / BfloatPanels::kPanel * BfloatPanels::kPanel;
+    const uint32_t* left = a.at(first) + k * BfloatPanels::kPanel + (i - first);
+    const uint32_t* right = b.at(j) + k * BfloatPanels::kPanel;
     float* to = out + (i - i0) * ld + (j - j0);
     if (i + kRows <= i1 && j + kCols <= j1) return tile(left, right, panel, depth, to, ld, more);
     float corner[kRows * kCols];

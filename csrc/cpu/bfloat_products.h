@@ -20,11 +20,11 @@ constexpr int64_t kPairSide = 128;  // smallest Gram matrix for which they gain,
 
 // Rows or columns of a bf16 matrix ("lines"), packed for products along them. A panel holds 16 lines; number
 // [k * 16 + r] of it holds elements 2k and 2k + 1 of its line r. Lines are padded with zeros to a multiple of 32.
-class Pairs {
+class BfloatPanels {
  public:
   static constexpr int64_t kPanel = 16, kLines = 32;
 
-  Pairs(const Tensor& like, int64_t lines, int64_t depth)
+  BfloatPanels(const Tensor& like, int64_t lines, int64_t depth)
       : pairs_(ceil_div(depth, 2)),
         memory_(fresh(like, {round_up(lines, kLines) * pairs_}, ScalarType::Int)),
         data_(data<uint32_t>(memory_)) {}
@@ -55,7 +55,7 @@ class Pairs {
 
 // out = or += a b', for lines [i0, i1) of a and [j0, j1) of b; i0 and j0 are multiples of 16. `out` points to the
 // element (i0, j0). With `lower`, for i0 = j0, only what reaches the diagonal or lies below it. Serial.
-void multiply(const Pairs& a, int64_t i0, int64_t i1, const Pairs& b, int64_t j0, int64_t j1, float* out, int64_t ld,
-              bool lower, bool add);
+void multiply(const BfloatPanels& a, int64_t i0, int64_t i1, const BfloatPanels& b, int64_t j0, int64_t j1, float* out,
+              int64_t ld, bool lower, bool add);
 
 }  // namespace sslkern

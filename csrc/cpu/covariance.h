@@ -100,7 +100,7 @@ void dual_gram(const Tensor& like, const ColumnSlice<T>& s, std::optional<RowPow
       start(cut);
       for_column_blocks<T>(like, n, cut, 1, Gemm::tiles,
                            [&](const Span& span, const auto& block, Products<T>&) { centre(span, block); });
-      if (nearly_centred(s.high, s.variance, d)) return gram_of_rows(like, s.z, s.high, s.gram);
+      if (nearly_centred(s.high, s.variance, d, d)) return gram_of_rows(like, s.z, s.high, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(n, d);
@@ -140,7 +140,8 @@ void primal_gram(const Tensor& like, const ColumnSlice<T>& s, RowPass<T>& pass) 
     if (takes_pairs(s.z, d)) {
       pass.squares(s.unbiased ? s.row_sq : nullptr);
       pass.variances(s.variance);
-      if (nearly_centred(s.high, s.variance, d)) return gram_of_columns(like, s.z, s.z, s.high, s.high, true, s.gram);
+      if (nearly_centred(s.high, s.variance, d, n))
+        return gram_of_columns(like, s.z, s.z, s.high, s.high, true, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(d, n);
@@ -231,7 +232,7 @@ class GramProducts {
       : s_(s), n_(s.z.rows), d_(s.z.cols), gemm_(s.dual ? gemm_for<T>(n_, d_) : gemm_for<T>(d_, n_)) {
     const int64_t m = s.dual ? n_ : d_;
     if constexpr (std::is_same_v<T, float>) {
-      if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_)) {
+      if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_, s.dual ? d_ : n_)) {
         gemm_ = Gemm::tiles;
         rounded_.emplace(grams, s.gram, m, 1, m, nullptr, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
         return;

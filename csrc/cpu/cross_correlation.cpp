@@ -111,7 +111,7 @@ struct Gradient {
 };
 
 template <class T>
-void dual_backward(const Tensor& like, const GramProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
+void dual_backward(const Tensor& like, const CorrelationProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
   const Gemm gemm = gram.gemm();
   for_column_blocks<T>(like, p.n, gram.cut(), 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
     const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
@@ -162,7 +162,7 @@ std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
 }
 
 template <class T>
-void primal_backward(const Tensor& like, const GramProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
+void primal_backward(const Tensor& like, const CorrelationProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
   const Gemm gemm = gram.gemm();
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   std::vector<T> along[2];
@@ -211,7 +211,7 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
           static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
     for (int k = 0; k < 2; ++k)
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
-    const GramProducts<T> gram(v, s, p, needed);
+    const CorrelationProducts<T> gram(v, s, p, needed);
     v.dual ? dual_backward(v.gram, gram, p, gradient) : primal_backward(v.gram, gram, p, gradient);
   });
 }

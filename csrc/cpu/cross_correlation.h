@@ -38,7 +38,8 @@ template <class T>
 bool by_pairs(const Pair<T>& p, int64_t m) {
   if constexpr (std::is_same_v<T, float>) {
     bool take = true;
-    for (int k = 0; k < 2; ++k) take = take && takes_pairs(p.z[k], m) && nearly_standard(p.high[k], p.inv_std[k], p.d);
+    for (int k = 0; k < 2; ++k)
+      take = take && takes_pairs(p.z[k], m) && nearly_standard(p.high[k], p.inv_std[k], p.d, p.n);
     return take;
   }
   return false;
@@ -46,9 +47,9 @@ bool by_pairs(const Pair<T>& p, int64_t m) {
 
 // The products of the gradients with the Gram matrices, or with the correlation. `gram` is a stack of these.
 template <class T>
-class GramProducts {
+class CorrelationProducts {
  public:
-  GramProducts(const Views& v, int64_t s, const Pair<T>& p, const bool* needed)
+  CorrelationProducts(const Views& v, int64_t s, const Pair<T>& p, const bool* needed)
       : p_(p), dual_(v.dual), pairs_(by_pairs(p, v.dual ? p.n : p.d)) {
     const int64_t m = dual_ ? p.n : p.d;
     gemm_ = pairs_ ? Gemm::tiles : gemm_for<T>(m, dual_ ? p.d : p.n);

@@ -80,11 +80,12 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     other = _elsewhere(x, w, 1)
     most = _FASTER[0] if other and w.numel() >= LEAST else _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
     few = _ours(x, w, 1, _NUMBERS[0], most)
-    if not few and not other:
+    if not (few or other) or (bias is not None and bias.dtype != w.dtype):
         return F.linear(x, w, bias)
     rows = _rows(x).contiguous()
     y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", rows)(rows, w)
-    return (y if bias is None else y.add_(bias)).view(*x.shape[:-1], w.shape[0])
+    y = y if bias is None else y.add_(bias)
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
 
 
 def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
@@ -236,7 +237,11 @@ def linear(
     formed = not orthogonal and peers is None and not stays_factored(x.numel() // max(1, w.shape[1]), w)
     if formed and (wide or not _elsewhere(x, w, 1) or _autocast(x, w) is not None):
         return F.linear(x, w, bias)
-    return _Linear.apply(x, w, bias, _autocast(x, w), orthogonal, wide, peers)[0]
+    settings = _autocast(x, w), orthogonal, wide, peers
+    if x.dim() < 3 or not x.numel():
+        return _Linear.apply(x, w, bias, *settings)[0]
+    y: Tensor = _Linear.apply(x.flatten(0, -2), w, bias, *settings)[0]  # a view made inside could not be modified
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 def _autocast(x: Tensor, w: Tensor) -> torch.dtype | None:

@@ -258,6 +258,13 @@ def test_every_machine_has_its_tables(tmp_path, monkeypatch):
     assert ["4.5x" in row for row in rows] == [True, False]
 
 
+def test_results_elsewhere_are_not_for_the_documents(tmp_path):
+    path = tmp_path / "results.json"
+    results_of(path, ("moments", 9, 4, 1))
+    with pytest.raises(SystemExit, match=r"--readme shows the results on CPUs in bench/results, where .* is not"):
+        report.write(path, readme=True)
+
+
 def test_a_slower_row_stays_and_is_marked(tmp_path):
     """The worst loss is the last row of the README's table, in bold and with the word "slower"."""
     path = tmp_path / "results.json"
