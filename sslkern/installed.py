@@ -52,8 +52,7 @@ def load_native() -> None:
     if not hasattr(extension, "vendor"):
         raise MissingError("the C++ extension is older than this package: `make build` compiles it", broken=True)
     _cuda_note = extension.cuda()
-    if library := extension.vendor():
-        backend.faster_products("cpu", library)
+    backend.faster_products("cpu", extension.vendor)
     backend.note("native", "cuda", _cuda_note)
     backend.compiled("native", "cpu", "cuda")
     if torch.version.cuda and targets(_cuda_note):

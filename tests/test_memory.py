@@ -7,9 +7,6 @@ import pytest
 import torch
 from memory import allocated, resident
 
-from sslkern import installed
-
-BLOCKS = 1 << 20  # of products of bfloat16: bytes for the blocks of two threads
 SMALL = 64 << 10  # bytes, per view and slice, beside 4 numbers per row and column
 
 
@@ -18,8 +15,7 @@ def allowed(op_name, shape, dtype):
     op, (*stack, n, d) = cases.OPS[op_name], shape
     slices = op.inputs * torch.Size(stack).numel()
     grams = slices // 2 if op_name == "cross_correlation" and n >= op.threshold * d else slices
-    blocks = BLOCKS if dtype == torch.bfloat16 and "bf16" in installed.products() else 0
-    workspace = 4 * (slices * n * d + grams * min(n, d) ** 2) + slices * (SMALL + 16 * (n + d)) + blocks
+    workspace = 4 * (slices * n * d + grams * min(n, d) ** 2) + slices * (SMALL + 16 * (n + d))
     return workspace, slices * n * d * dtype.itemsize
 
 

@@ -5,7 +5,7 @@
 #pragma once
 
 #include "bfloat_products.h"
-#include "blocks.h"
+#include "gradient_tiles.h"
 
 namespace sslkern {
 
@@ -47,10 +47,11 @@ inline Cut columns_for_pairs(int64_t d) {
   return {d, round_up(ceil_div(d, 64), kPairBlock), kPairBlock};
 }
 
-// Blocks of rows, with all columns. A part has whole kBlockRows, which share their sums.
+// Blocks of rows, with all columns: an eighth of the rows at most, since each thread has blocks of its own. A part has
+// whole kBlockRows, which share their sums.
 inline Cut rows_for_pairs(int64_t n, int64_t d) {
-  const int64_t rows = std::clamp<int64_t>(kPairRows / d / BfloatPanels::kLines * BfloatPanels::kLines,
-                                           BfloatPanels::kLines, kBlockRows / 2);
+  constexpr int64_t lines = BfloatPanels::kLines;
+  const int64_t rows = std::clamp(std::min(kPairRows / d, n / 8) / lines * lines, lines, kBlockRows / 2);
   return {n, round_up(ceil_div(n, 64), kBlockRows), rows};
 }
 
@@ -96,12 +97,11 @@ inline std::vector<double> products_with_mean(const Matrix& z, const float* mean
   std::vector<double> out(z.rows);
   in_turns(0, z.rows, ceil_div(16384, z.cols), [&](int64_t begin, int64_t end) {
     std::vector<float> scratch;
-    for (int64_t i = begin; i < end; ++i)
-      for (int64_t j0 = 0; j0 < z.cols; j0 += 1024) {
-        const int64_t j1 = std::min(z.cols, j0 + 1024);
-        int64_t ld;
-        out[i] += inner(tile(z, i, i + 1, j0, j1, scratch, ld), mean + j0, j1 - j0);
-      }
+    for_tiles(begin, end, 0, z.cols, [&](int64_t i, int64_t j, int64_t rows, int64_t cols) {
+      int64_t ld;
+      const float* x = tile(z, i, i + rows, j, j + cols, scratch, ld);
+      for (int64_t r = 0; r < rows; ++r) out[i + r] += dot_row(x + r * ld, mean + j, cols);
+    });
   });
   return out;
 }
@@ -145,22 +145,22 @@ SSLKERN_CLONES static void finish_row(float* product, float sum, const float* me
 // fp32. The product with the means is subtracted as the rounded matrix has it, so that large means add no error.
 class RoundedGram {
  public:
-  // Takes (i, k) from gram[i * row + k * col], times scale[k] if there is a scale. `weights` are those of the sums over
-  // a row: 1 where the means belong to the columns of the product, else the means.
-  RoundedGram(const Tensor& like, const float* gram, int64_t row, int64_t col, int64_t m, const float* scale,
-              const float* weights)
+  // Takes the element (i, k) of a matrix (m, m), times scale[k] if there is a scale. `weights` are those of the sums
+  // over a row: 1 where the means belong to the columns of the product, else the means.
+  RoundedGram(const Tensor& like, const Strided<float>& gram, int64_t m, const float* scale, const float* weights)
       : like_(like), pairs_(like, m, m), diagonal_(m), sums_(m) {
     in_turns(0, ceil_div(m, BfloatPanels::kLines), 1, [&](int64_t first, int64_t last) {
       const auto lines = room_for<float>(BfloatPanels::kLines * m);
       const auto rounded = room_for<BFloatBits>(BfloatPanels::kLines * m);
       for (int64_t part = first; part < last; ++part) {
         const int64_t begin = part * BfloatPanels::kLines, end = std::min(m, begin + BfloatPanels::kLines);
-        if (col == 1) {
-          std::copy_n(gram + begin * m, (end - begin) * m, lines.get());
+        if (gram.col == 1) {
+          std::copy_n(gram.data + begin * m, (end - begin) * m, lines.get());
         } else {
           for (int64_t k0 = 0; k0 < m; k0 += 8)  // more lines at a time would share a set of L1
             for (int64_t i = begin; i < end; ++i)
-              for (int64_t k = k0; k < std::min(m, k0 + 8); ++k) lines[(i - begin) * m + k] = gram[i * row + k * col];
+              for (int64_t k = k0; k < std::min(m, k0 + 8); ++k)
+                lines[(i - begin) * m + k] = gram.data[i * gram.row + k * gram.col];
         }
         for (int64_t i = begin; i < end; ++i) {
           float* line = lines.get() + (i - begin) * m;
@@ -170,7 +170,7 @@ class RoundedGram {
           if (scale != nullptr) scale_rows(line, m, 1, m, scale);
           convert(line, m, to);
           convert(to, m, line);
-          sums_[i] = inner(line, weights, m);
+          sums_[i] = dot_row(line, weights, m);
         }
         pairs_.pack(rounded.get(), m, 1, begin, end, m);
       }

@@ -99,7 +99,7 @@ SSLKERN_INLINE T square_sum_body(const T* x, int64_t n) {
 }
 
 template <class T>
-SSLKERN_INLINE T inner_body(const T* x, const T* y, int64_t n) {
+SSLKERN_INLINE T dot_row_body(const T* x, const T* y, int64_t n) {
   T sum = 0;
 #pragma omp simd reduction(+ : sum)
   for (int64_t j = 0; j < n; ++j) sum += x[j] * y[j];
@@ -165,8 +165,8 @@ SSLKERN_INLINE void cubic_rows_body(const T* z, int64_t ld, int64_t rows, int64_
   SSLKERN_CLONES static T square_sum(const T* x, int64_t n) {                                                          \
     return square_sum_body(x, n);                                                                                      \
   }                                                                                                                    \
-  SSLKERN_CLONES static T inner(const T* x, const T* y, int64_t n) {                                                   \
-    return inner_body(x, y, n);                                                                                        \
+  SSLKERN_CLONES static T dot_row(const T* x, const T* y, int64_t n) {                                                 \
+    return dot_row_body(x, y, n);                                                                                      \
   }                                                                                                                    \
   SSLKERN_CLONES static Powers<T> powers(const T* x, int64_t n) {                                                      \
     return powers_body(x, n);                                                                                          \

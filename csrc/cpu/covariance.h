@@ -1,9 +1,9 @@
 // Covariance of one slice: moments in the forward, the gradient in the backward. Shared by covariance and VICReg.
 #pragma once
 
-#include "bfloat_covariance.h"
 #include "column_blocks.h"
 #include "gradient_tiles.h"
+#include "gram_factor.h"
 #include "row_pass.h"
 
 namespace sslkern {
@@ -84,6 +84,15 @@ double unbiased_offdiag(const ColumnSlice<T>& s, double plugin, double fourth_po
          ((n - 1.) * (n - 2.) * plugin + trace * trace - square - n / (n - 1.) * (norms - fourth_powers));
 }
 
+// Whether the products of a slice whose moments are known are of bf16.
+template <class T>
+bool by_pairs(const ColumnSlice<T>& s) {
+  if constexpr (std::is_same_v<T, float>)
+    return takes_pairs(s.z, s.dual ? s.z.rows : s.z.cols) &&
+           nearly_centred(s.high, s.variance, s.z.cols, s.dual ? s.z.cols : s.z.rows);
+  return false;
+}
+
 // The moments of a wide matrix and its Gram matrix, which is the whole or its lower triangle.
 template <class T>
 void dual_gram(const Tensor& like, const ColumnSlice<T>& s, std::optional<RowPowers<T>>& powers) {
@@ -100,7 +109,7 @@ void dual_gram(const Tensor& like, const ColumnSlice<T>& s, std::optional<RowPow
       start(cut);
       for_column_blocks<T>(like, n, cut, 1, Gemm::tiles,
                            [&](const Span& span, const auto& block, Products<T>&) { centre(span, block); });
-      if (nearly_centred(s.high, s.variance, d, d)) return gram_of_rows(like, s.z, s.high, s.gram);
+      if (by_pairs(s)) return gram_of_rows(like, s.z, s.high, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(n, d);
@@ -140,8 +149,7 @@ void primal_gram(const Tensor& like, const ColumnSlice<T>& s, RowPass<T>& pass) 
     if (takes_pairs(s.z, d)) {
       pass.squares(s.unbiased ? s.row_sq : nullptr);
       pass.variances(s.variance);
-      if (nearly_centred(s.high, s.variance, d, n))
-        return gram_of_columns(like, s.z, s.z, s.high, s.high, true, s.gram);
+      if (by_pairs(s)) return gram_of_columns(like, s.z, s.z, s.high, s.high, true, s.gram);
     }
   }
   const Gemm gemm = gemm_for<T>(d, n);
@@ -224,79 +232,30 @@ void write_gradient(const ColumnSlice<T>& s, const Epilogue<T>& e, const Pull* p
   });
 }
 
-// The products of the gradient of one slice with its Gram matrix, block by block.
-template <class T>
-class GramProducts {
- public:
-  GramProducts(const Tensor& grams, int64_t index, const ColumnSlice<T>& s)
-      : s_(s), n_(s.z.rows), d_(s.z.cols), gemm_(s.dual ? gemm_for<T>(n_, d_) : gemm_for<T>(d_, n_)) {
-    const int64_t m = s.dual ? n_ : d_;
-    if constexpr (std::is_same_v<T, float>) {
-      if (takes_pairs(s.z, m) && nearly_centred(s.high, s.variance, d_, s.dual ? d_ : n_)) {
-        gemm_ = Gemm::tiles;
-        rounded_.emplace(grams, s.gram, m, 1, m, nullptr, s.dual ? std::vector<float>(m, 1.f).data() : s.high);
-        return;
-      }
-    }
-    gram_ = square_of<T>(grams, index, m, gemm_);
-  }
-
-  Gemm gemm() const {
-    return gemm_;
-  }
-
-  Cut cut() const {
-    if (s_.dual) return rounded_ ? columns_for_pairs(d_) : cut_columns(n_, d_, gemm_);
-    return rounded_ ? rows_for_pairs(n_, d_) : cut_rows(n_, d_, gemm_);
-  }
-
-  // The product with a block of centred columns or rows.
-  const T* operator()(const Span& span, const Operand<T>& block, Products<T>& products) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (rounded_) {
-        float* out = products.result(block.rows * block.cols);
-        s_.dual ? rounded_->times_columns(s_.z, span.begin, span.end, s_.high, nullptr, block.data, out)
-                : rounded_->times_rows(s_.z, span.begin, span.end, out);
-        return out;
-      }
-    }
-    return s_.dual ? products.nt(*gram_, block.t()) : products.nt(block, *gram_);
-  }
-
- private:
-  const ColumnSlice<T>& s_;
-  const int64_t n_, d_;
-  Gemm gemm_;
-  std::optional<Operand<T>> gram_;
-  std::optional<RoundedGram> rounded_;
-};
-
 // The gradient of one slice, given the gradients of its variances and of its offdiag.
 template <class T>
 void input_gradient(const Tensor& grams, int64_t index, const ColumnSlice<T>& s,
                     const std::vector<double>& grad_variance, double grad_offdiag, const Pull* pull,
                     const Matrix& grad) {
   const int64_t n = s.z.rows, d = s.z.cols;
-  const GramProducts<T> product(grams, index, s);
-  const Gemm gemm = product.gemm();
+  const GramFactor<T> gram(grams, index, false, Centred<T>{s.z, s.high, nullptr}, s.dual, by_pairs(s));
   Epilogue<T> e(s, grad_variance, grad_offdiag);
   if (s.dual) {
     for_column_blocks<T>(
-        grams, n, product.cut(), 1, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
+        grams, n, gram.cut(), 1, gram.gemm(), [&](const Span& span, const auto& block, Products<T>& products) {
           T* z = block[0].data;
           recentre_block<T>(s.z, span.begin, span.end, s.high, s.low, nullptr, z);
           if (s.unbiased) cubic_means(z, n, span.end - span.begin, s.row_sq, e.shift.data() + span.begin);
-          write_gradient(s, e, pull, 0, n, span.begin, span.end, product(span, block[0], products), z, grad);
+          write_gradient(s, e, pull, 0, n, span.begin, span.end, gram(span, block[0], products), z, grad);
         });
   } else {
     RowPass<T> pass(grams, s.z, s.high, s.low);
     if (s.unbiased) pass.cubic_means(s.row_sq, e.shift.data());
-    for_row_blocks<T>(grams, d, product.cut(), 1, gemm, false,
-                      [&](const Span& span, const auto& block, Products<T>& products) {
-                        pass.centre(span.begin, span.end, nullptr, block[0], nullptr);
-                        write_gradient(s, e, pull, span.begin, span.end, 0, d, product(span, block[0], products),
-                                       block[0].data, grad);
-                      });
+    for_row_blocks<T>(
+        grams, d, gram.cut(), 1, gram.gemm(), false, [&](const Span& span, const auto& block, Products<T>& products) {
+          pass.centre(span.begin, span.end, nullptr, block[0], nullptr);
+          write_gradient(s, e, pull, span.begin, span.end, 0, d, gram(span, block[0], products), block[0].data, grad);
+        });
   }
 }
 

@@ -3,7 +3,7 @@
 #include "cross_correlation.h"
 
 #include "column_blocks.h"
-#include "gradient_tiles.h"
+#include "gram_factor.h"
 #include "row_pass.h"
 
 namespace sslkern {
@@ -69,8 +69,6 @@ double finish_correlation(const Pair<T>& p) {
 
 template <class T>
 double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
-  const Gemm gemm = gemm_for<T>(p.d, p.n);
-  const Cut cut = cut_rows(p.n, p.d, gemm);
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   const auto invert = [&] {
     for (int k = 0; k < 2; ++k) {
@@ -89,6 +87,8 @@ double primal_forward(const Tensor& like, const Pair<T>& p, double eps) {
       }
     }
   }
+  const Gemm gemm = gemm_for<T>(p.d, p.n);
+  const Cut cut = cut_rows(p.n, p.d, gemm);
   PartialGrams<T> grams(like, p.gram[0], p.d, cut.parts());
   const bool transposed = gemm == Gemm::onednn;
   for_row_blocks<T>(like, p.d, cut, 2, gemm, transposed,
@@ -110,32 +110,37 @@ struct Gradient {
   Matrix out[2];
 };
 
+// The factor of each view's gradient, if it is needed.
 template <class T>
-void dual_backward(const Tensor& like, const CorrelationProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gram.gemm();
-  for_column_blocks<T>(like, p.n, gram.cut(), 2, gemm, [&](const Span& span, const auto& block, Products<T>& products) {
-    const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
-    for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], block[k].data);
-    for (int k = 0; k < 2; ++k) {
-      if (!g.needed[k]) continue;
-      const T *product = gram(k, span, block, products), *z = block[k].data, *other = block[1 - k].data;
-      for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
-        const int64_t cols = k1 - k0, offset = k0 - j0;
-        T along[kBlockCols];
-        column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
-        for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
-        TileWriter<T> writer(g.out[k]);
-        for_tiles(0, p.n, k0, k1, [&](int64_t i, int64_t j, int64_t rows, int64_t) {
-          const int64_t at = i * ld + offset;
-          int64_t out_ld;
-          T* out = writer.at(i, j, rows, cols, out_ld);
-          standard_rows(product + at, z + at, other + at, ld, rows, cols, g.alpha, g.column.data() + j, along,
-                        p.inv_std[k] + j, out, out_ld);
-          writer.flush(i, j, rows, cols);
-        });
+using Factor = std::optional<GramFactor<T>>;
+
+template <class T>
+void dual_backward(const Tensor& like, const Factor<T>* gram, const Pair<T>& p, const Gradient<T>& g) {
+  const GramFactor<T>& any = *gram[g.needed[0] ? 0 : 1];
+  for_column_blocks<T>(
+      like, p.n, any.cut(), 2, any.gemm(), [&](const Span& span, const auto& block, Products<T>& products) {
+        const int64_t j0 = span.begin, j1 = span.end, ld = j1 - j0;
+        for (int k = 0; k < 2; ++k) recentre_block<T>(p.z[k], j0, j1, p.high[k], p.low[k], p.inv_std[k], block[k].data);
+        for (int k = 0; k < 2; ++k) {
+          if (!g.needed[k]) continue;
+          const T *product = (*gram[k])(span, block[k], products), *z = block[k].data, *other = block[1 - k].data;
+          for_column_parts(j0, j1, p.n, [&](int64_t, int64_t k0, int64_t k1) {
+            const int64_t cols = k1 - k0, offset = k0 - j0;
+            T along[kBlockCols];
+            column_means_of_product(product + offset, z + offset, ld, p.n, cols, along);
+            for (int64_t j = 0; j < cols; ++j) along[j] = g.alpha * along[j] + g.column[k0 + j] * p.diagonal[k0 + j];
+            TileWriter<T> writer(g.out[k]);
+            for_tiles(0, p.n, k0, k1, [&](int64_t i, int64_t j, int64_t rows, int64_t) {
+              const int64_t at = i * ld + offset;
+              int64_t out_ld;
+              T* out = writer.at(i, j, rows, cols, out_ld);
+              standard_rows(product + at, z + at, other + at, ld, rows, cols, g.alpha, g.column.data() + j, along,
+                            p.inv_std[k] + j, out, out_ld);
+              writer.flush(i, j, rows, cols);
+            });
+          });
+        }
       });
-    }
-  });
 }
 
 // mean_i of x_hat_ij times the gradient: alpha * sum_k C_jk^2 + column_j * C_jj. The sum runs over rows of C for a, and
@@ -162,19 +167,19 @@ std::vector<T> along_view(const Pair<T>& p, const Gradient<T>& g, int view) {
 }
 
 template <class T>
-void primal_backward(const Tensor& like, const CorrelationProducts<T>& gram, const Pair<T>& p, const Gradient<T>& g) {
-  const Gemm gemm = gram.gemm();
+void primal_backward(const Tensor& like, const Factor<T>* gram, const Pair<T>& p, const Gradient<T>& g) {
+  const GramFactor<T>& any = *gram[g.needed[0] ? 0 : 1];
   RowPass<T> pass[2] = {{like, p.z[0], p.high[0], p.low[0]}, {like, p.z[1], p.high[1], p.low[1]}};
   std::vector<T> along[2];
   for (int k = 0; k < 2; ++k)
     if (g.needed[k]) along[k] = along_view(p, g, k);
-  for_row_blocks<T>(like, p.d, gram.cut(), 2, gemm, false,
+  for_row_blocks<T>(like, p.d, any.cut(), 2, any.gemm(), false,
                     [&](const Span& span, const auto& block, Products<T>& products) {
                       const int64_t i0 = span.begin, i1 = span.end;
                       for (int k = 0; k < 2; ++k) pass[k].centre(i0, i1, p.inv_std[k], block[k], nullptr);
                       for (int k = 0; k < 2; ++k) {
                         if (!g.needed[k]) continue;
-                        const T* product = gram(k, span, block, products);
+                        const T* product = (*gram[k])(span, block[1 - k], products);
                         const T *z = block[k].data, *other = block[1 - k].data;
                         in_turns(i0, i1, ceil_div(8192, p.d), [&](int64_t begin, int64_t end) {
                           TileWriter<T> writer(g.out[k]);
@@ -211,7 +216,15 @@ void backward(const Views& v, const Tensor& grad_diagonal, const Tensor& grad_of
           static_cast<T>(data<T>(grad_diagonal)[s * v.d + j] / n - (v.dual ? 2 * g / n * p.diagonal[j] : 0.));
     for (int k = 0; k < 2; ++k)
       if (needed[k]) gradient.out[k] = slice(grads[k], s);
-    const CorrelationProducts<T> gram(v, s, p, needed);
+    Factor<T> gram[2];
+    const bool pairs = by_pairs(p, v.dual ? v.n : v.d);
+    for (int k = 0; k < 2; ++k) {
+      if (!needed[k]) continue;
+      const int view = v.dual ? k : 1 - k;  // whose values are multiplied
+      gram[k].emplace(v.gram, v.dual ? (1 - k) * v.stack + s : s, !v.dual && k == 1,
+                      Centred<T>{p.z[view], p.high[view], p.inv_std[view]}, v.dual, pairs);
+    }
+    if (!needed[0] && !needed[1]) return;
     v.dual ? dual_backward(v.gram, gram, p, gradient) : primal_backward(v.gram, gram, p, gradient);
   });
 }

@@ -1,4 +1,4 @@
-// The two views of a cross-correlation, and the products of their gradients.
+// The two views of a cross-correlation.
 #pragma once
 
 #include "bfloat_covariance.h"
@@ -44,56 +44,5 @@ bool by_pairs(const Pair<T>& p, int64_t m) {
   }
   return false;
 }
-
-// The products of the gradients with the Gram matrices, or with the correlation. `gram` is a stack of these.
-template <class T>
-class CorrelationProducts {
- public:
-  CorrelationProducts(const Views& v, int64_t s, const Pair<T>& p, const bool* needed)
-      : p_(p), dual_(v.dual), pairs_(by_pairs(p, v.dual ? p.n : p.d)) {
-    const int64_t m = dual_ ? p.n : p.d;
-    gemm_ = pairs_ ? Gemm::tiles : gemm_for<T>(m, dual_ ? p.d : p.n);
-    gram_[0] = square_of<T>(v.gram, s, m, gemm_);
-    gram_[1] = dual_ ? square_of<T>(v.gram, v.stack + s, m, gemm_) : gram_[0]->t();
-    if constexpr (std::is_same_v<T, float>) {
-      const std::vector<float> ones(m, 1.f);
-      for (int k = 0; k < 2; ++k) {
-        if (!pairs_ || !needed[k]) continue;
-        const T *scale = dual_ ? nullptr : p.inv_std[1 - k], *weights = dual_ ? ones.data() : p.high[1 - k];
-        const auto from = (dual_ ? *gram_[1 - k] : *gram_[k]).strided();
-        rounded_[k].emplace(v.gram, from.data, from.row, from.col, m, scale, weights);
-      }
-    }
-  }
-
-  Gemm gemm() const {
-    return gemm_;
-  }
-
-  Cut cut() const {
-    if (dual_) return pairs_ ? columns_for_pairs(p_.d) : cut_columns(p_.n, p_.d, gemm_);
-    return pairs_ ? rows_for_pairs(p_.n, p_.d) : cut_rows(p_.n, p_.d, gemm_);
-  }
-
-  // The product for view k, from blocks of both standardised views.
-  const T* operator()(int k, const Span& span, const std::vector<Operand<T>>& block, Products<T>& products) const {
-    if constexpr (std::is_same_v<T, float>) {
-      if (pairs_) {
-        float* out = products.result(block[k].rows * block[k].cols);
-        dual_ ? rounded_[k]->times_columns(p_.z[k], span.begin, span.end, p_.high[k], p_.inv_std[k], block[k].data, out)
-              : rounded_[k]->times_rows(p_.z[1 - k], span.begin, span.end, out);
-        return out;
-      }
-    }
-    return dual_ ? products.nt(*gram_[1 - k], block[k].t()) : products.nt(block[1 - k], *gram_[k]);
-  }
-
- private:
-  const Pair<T>& p_;
-  const bool dual_, pairs_;
-  Gemm gemm_;
-  std::optional<Operand<T>> gram_[2];
-  std::optional<RoundedGram> rounded_[2];
-};
 
 }  // namespace sslkern

@@ -241,14 +241,6 @@ SSLKERN_INLINE void weigh_block_body(T* w, int64_t rows, int64_t cols, int64_t l
   }
 }
 
-template <class T>
-SSLKERN_INLINE T dot_row_body(const T* a, const T* b, int64_t n) {
-  T sum = 0;
-#pragma omp simd reduction(+ : sum)
-  for (int64_t j = 0; j < n; ++j) sum += a[j] * b[j];
-  return sum;
-}
-
 // t = t + a x.
 template <class T>
 SSLKERN_INLINE void add_row_body(T* t, const T* x, T a, int64_t n) {
@@ -328,9 +320,6 @@ SSLKERN_INLINE void add_row_body(T* t, const T* x, T a, int64_t n) {
   }                                                                                                                 \
   SSLKERN_CLONES static void add_row(T* t, const T* x, T a, int64_t n) {                                            \
     add_row_body(t, x, a, n);                                                                                       \
-  }                                                                                                                 \
-  SSLKERN_CLONES static T dot_row(const T* a, const T* b, int64_t n) {                                              \
-    return dot_row_body(a, b, n);                                                                                   \
   }
 SSLKERN_KERNELS(float)
 SSLKERN_KERNELS(double)

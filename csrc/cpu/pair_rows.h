@@ -2,6 +2,7 @@
 #pragma once
 
 #include "../common.h"
+#include "column_loops.h"
 #include "exponents.h"
 #include "tiles.h"
 

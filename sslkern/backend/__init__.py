@@ -24,7 +24,7 @@ from typing import NamedTuple
 import torch
 
 from ..core.dtypes import short
-from .registry import NAMES, absent, compiled, declare, devices, faster_products, implement, note, restrict, vendors
+from .registry import NAMES, absent, compiled, declare, devices, faster_products, implement, note, restrict, vendor
 from .registry import declared as _declared
 from .registry import first as _first
 from .registry import kernels as _kernels
@@ -58,7 +58,7 @@ __all__ = [
     "strict",
     "supports",
     "use",
-    "vendors",
+    "vendor",
 ]
 
 

@@ -34,7 +34,7 @@ declared: dict[str, tuple[torch.dtype, ...]] = {}  # kernel -> the dtypes that i
 only: dict[str, tuple[str, ...]] = {}  # kernel -> the device types on which its op asks for it, if not on all
 kernels: dict[tuple[str, str, str], Kernel] = {}  # by (back-end, kernel, device type)
 first: dict[tuple[str | None, str, str], Kernel] = {}  # the first to try, by (forced back-end or None, kernel, device)
-vendors: dict[str, str] = {}  # device type -> the library whose fp32 products are faster than torch.mm's, if any
+vendors: dict[str, Callable[[], str]] = {}  # device type -> names the library for fp32 products, "" for torch.mm's
 notes: dict[tuple[str, str], str] = {}  # (back-end, device type) -> why kernels may be missing, as " (...)"
 
 
@@ -163,9 +163,15 @@ def absent(backend: str, reason: str) -> None:
     sort()
 
 
-def faster_products(device: str, library: str) -> None:
-    """Set the library whose float32 products are faster than those of `torch.mm` on a device type."""
+def faster_products(device: str, library: Callable[[], str]) -> None:
+    """Set a function that names the library whose float32 products are faster than those of `torch.mm` on a device
+    type, or returns "". It is called when a product is asked for, since finding out takes a millisecond."""
     vendors[device] = library
+
+
+def vendor(device: str) -> str:
+    """The library whose float32 products are faster than those of `torch.mm` on a device type; "" if there is none."""
+    return vendors[device]() if device in vendors else ""
 
 
 def note(backend: str, device: str, text: str) -> None:

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import declare, forced, pick, vendors
+from ..backend import declare, forced, pick, vendor
 from ..core import internals
 from ..core.autograd import Op, opaque
 from ..core.collectives import Peers
@@ -76,16 +76,14 @@ def stays_factored(rows: int, w: Tensor) -> bool:
 
 
 def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
-    """F.linear. On a CPU, our kernel runs a product of few rows, and the fastest library others."""
+    """F.linear of a batch (N, p). On a CPU, our kernel runs a product of few rows, and the fastest library others."""
     other = _elsewhere(x, w, 1)
     most = _FASTER[0] if other and w.numel() >= LEAST else _FEW[2] if w.numel() >= _NUMBERS[1] else _FEW[1]
     few = _ours(x, w, 1, _NUMBERS[0], most)
     if not (few or other) or (bias is not None and bias.dtype != w.dtype):
         return F.linear(x, w, bias)
-    rows = _rows(x).contiguous()
-    y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", rows)(rows, w)
-    y = y if bias is None else y.add_(bias)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], w.shape[0])
+    y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", x)(x.contiguous(), w)
+    return y if bias is None else y.add_(bias)
 
 
 def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
@@ -96,10 +94,12 @@ def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
         return dy @ w.conj()
     if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
-    rows = _rows(dy).contiguous()
-    kernel = pick("factored_linear_bwd" if few else "factored_linear_product", rows)
-    dx: Tensor = kernel(rows, w if few else w.mT)
-    return dx.view(*dy.shape[:-1], w.shape[1])
+    dx: Tensor = (
+        pick("factored_linear_bwd", dy)(dy.contiguous(), w)
+        if few
+        else pick("factored_linear_product", dy)(dy.contiguous(), w.mT)
+    )
+    return dx
 
 
 def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
@@ -113,8 +113,8 @@ def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
 def _elsewhere(x: Tensor, w: Tensor, axis: int) -> bool:
     """Whether another library than torch's own runs the product of x with an axis of w, for a batch that is no vector
     and a weight that is worth the call."""
-    faster = vendors.get(x.device.type) is not None and w.dtype == torch.float32
-    return faster and _ours(x, w, axis, _NUMBERS[0], x.numel())
+    wanted = w.dtype == torch.float32 and _ours(x, w, axis, _NUMBERS[0], x.numel())
+    return wanted and vendor(x.device.type) != ""
 
 
 def _ours(x: Tensor, w: Tensor, axis: int, least: int, most: int) -> bool:
