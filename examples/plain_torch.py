@@ -6,7 +6,7 @@ photographs a patch comes from; it is trained on the left halves of the photogra
 the end, the whole step runs under `torch.compile`, with a batch size that changes in every step.
 
     python examples/plain_torch.py            about two minutes on two cores
-    python examples/plain_torch.py --quick    a short form with 512 features
+    python examples/plain_torch.py --quick    a short form with batches of 64
 
 Source: Bardes et al., VICReg (2105.04906). Photographs: scikit-image.
 """
@@ -27,7 +27,7 @@ PHOTOGRAPHS = ("astronaut", "camera", "chelsea", "coffee", "coins", "grass", "gr
 SIDE = 16  # pixels
 PER_HALF = 120  # patches from each half of a photograph
 SIZES = {"hidden": 512, "width": 2048, "batch": 256, "steps": 60}
-QUICK = {"width": 512, "steps": 20}
+QUICK = {"batch": 64, "steps": 20}
 
 
 def published(x, y, sim_coeff=25.0, std_coeff=25.0, cov_coeff=1.0):
