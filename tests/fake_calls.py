@@ -30,6 +30,9 @@ def ones(like: Tensor) -> Tensor:
     return torch.ones_like(like, dtype=torch.float32)
 
 
+# products of fp32 that are large enough for planes
+add("covariance (large)", lambda z: ops.covariance(z), Leaf((2048, 2304)))
+
 # rows whose partial sums are taken in bands
 add("pairwise_reduce (many rows)", lambda x: ops.pairwise_reduce(x, mask="offdiag"), Leaf((8257, 3)))
 

@@ -17,14 +17,13 @@ from types import ModuleType
 import pytest
 import torch
 import tritons
-from triton.backends.compiler import GPUTarget
 from triton.compiler import compiler
 from triton.runtime import driver, jit
 
 import sslkern
+from bench.gpu.launched import TARGET, Driver
 from sslkern.backend import registry
 
-TARGET = GPUTarget("cuda", 90, 32)
 SHARED = tritons.SHARED[TARGET.arch]
 SIZES = ("BI", "BJ", "BK", "BD", "BV", "BQ", "STAGES", "PLANES", "TILE", "ROWS", "WIDTH", "COLS", "FOLD")
 launches: Counter[str] = Counter()
@@ -34,25 +33,6 @@ _tiles: dict[tuple, int] = {}  # bytes of shared memory
 
 class LaunchError(RuntimeError):
     """A launch that a GPU would refuse."""
-
-
-class Driver:
-    """Of a GPU that is never asked to run anything."""
-
-    def get_current_device(self) -> int:
-        return 0
-
-    def get_current_stream(self, device: int) -> int:
-        return 0
-
-    def get_current_target(self) -> GPUTarget:
-        return TARGET
-
-    def get_active_torch_device(self) -> torch.device:
-        return torch.device("cpu")
-
-    def is_active(self) -> bool:
-        return True
 
 
 def compiled(source, target=None, options=None, _env_vars=None) -> object:

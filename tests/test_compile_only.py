@@ -22,7 +22,6 @@ from pathlib import Path
 from pkgutil import iter_modules
 from tempfile import TemporaryDirectory
 
-import machine_code
 import pytest
 import tritons
 
@@ -30,13 +29,14 @@ triton = pytest.importorskip("triton", reason="needs Triton") if "pytest" in sys
 import triton.language as tl  # noqa: E402
 from triton.backends.nvidia.compiler import get_ptxas  # noqa: E402
 
+from bench.gpu import machine_code  # noqa: E402
 from sslkern import triton_kernels  # noqa: E402
 from sslkern.triton_kernels import launch  # noqa: E402
 
-ARCHITECTURES = launch.ARCHITECTURES
-KNOWN = json.loads((Path(__file__).parent / "known_faults.json").read_text())
+ROOT, ARCHITECTURES = Path(__file__).parents[1], launch.ARCHITECTURES
+KNOWN = json.loads((ROOT / "tests" / "known_faults.json").read_text())
 PLANTED = SPILLING, CROWDED, SCATTERED, NARROW, SERIALISED = "spilling", "crowded", "scattered", "narrow", "serialised"
-pytestmark = machine_code.needed
+pytestmark = tritons.needs_tools
 
 
 @triton.jit
@@ -143,14 +143,13 @@ def compiled(case, architecture: int):
 
 
 def report(case, architecture: int, folder: Path) -> dict:
-    """What the machine code uses, and how the PTX loads: widths are decided there."""
+    """What the machine code uses, and how it loads."""
     kernel = compiled(case, architecture)
     cubin = folder / f"{case.name}.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     (usage,) = machine_code.resources(cubin).values()
     ptx = kernel.asm["ptx"]
-    loads = [int(n or 1) * int(bits) // 8 for n, bits in re.findall(r"\bld\.global(?:\.v(\d))?\.b(\d+)", ptx)]
-    copies = [int(size, 0) for size in re.findall(r"\bcp\.async\.c[ag]\.shared\.global [^;]*?\], (\w+)", ptx)]
+    loads, copies = machine_code.loads(cubin)
     found = {
         "stack": usage["STACK"] + usage["LOCAL"],
         "shared": kernel.metadata.shared,

@@ -6,11 +6,12 @@ import subprocess
 import sys
 from pathlib import Path
 
-import machine_code
 import pytest
 import torch
+import tritons
 from conftest import load_setup, make
 
+from bench.gpu import machine_code
 from sslkern import installed
 from sslkern.backend.registry import kernels
 
@@ -69,7 +70,7 @@ def test_a_cpu_tensor_is_refused():
         ops.rank_k_update_.default.redispatch(on_cuda, x, x, x, 0)
 
 
-@machine_code.needed
+@tritons.needs_tools
 def test_no_kernel_spills(binary):
     """No stack and no local memory, on each architecture that the binary has code for; all have the same kernels."""
     found = machine_code.resources(binary)
@@ -81,7 +82,7 @@ def test_no_kernel_spills(binary):
     assert not {key: size for key, size in kept.items() if size > allowed[key]}
 
 
-@machine_code.needed
+@tritons.needs_tools
 def test_wide_kernels_load_16_bytes(binary):
     """At least four such loads in each; of fp64, two numbers are 16 bytes."""
     architecture = min(a for a, _ in machine_code.resources(binary))
@@ -93,7 +94,7 @@ def test_wide_kernels_load_16_bytes(binary):
     assert not few
 
 
-@machine_code.needed
+@tritons.needs_tools
 def test_a_spilling_kernel_is_found(nvcc, tmp_path):
     """The check above can fail."""
     (tmp_path / "spilling.cu").write_text(SPILLING)

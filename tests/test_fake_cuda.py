@@ -75,7 +75,9 @@ def walk():
         library = devices.library()
     except Unavailable as reason:
         pytest.skip(str(reason))
-    run = python(str(ROOT / "tests" / "fake_walk.py"), timeout=900, SSLKERN_TEST_DEVICES=str(library))
+    run = python(
+        str(ROOT / "tests" / "fake_walk.py"), timeout=900, SSLKERN_TEST_DEVICES=str(library), PYTHONPATH=str(ROOT)
+    )
     assert run.returncode == 0, run.stderr[-4000:]
     return json.loads(run.stdout)
 

@@ -11,11 +11,12 @@ from pkgutil import iter_modules
 
 import pytest
 
+from bench.gpu.machine_code import TOOLS
 from sslkern.installed import OLDEST_TRITON
 
-OLDEST = (
-    Path(__file__).parents[1] / "build" / f"triton-{'.'.join(map(str, OLDEST_TRITON))}.0"
-)  # `make test` puts it there
+ROOT = Path(__file__).parents[1]
+OLDEST = ROOT / "build" / f"triton-{'.'.join(map(str, OLDEST_TRITON))}.0"  # `make test` puts it there
+needs_tools = pytest.mark.skipif(None in TOOLS.values(), reason="NVIDIA's cuobjdump and nvdisasm are not there")
 SHARED = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes that a block may have, by architecture
 GRID = (2**31 - 1, 2**16 - 1, 2**16 - 1)  # the largest grid of CUDA
 
@@ -36,6 +37,7 @@ def environment(which: str) -> dict[str, str]:
     """The environment of a process with the "newest" or the "oldest" Triton, where no interpreter replaces the
     compiler."""
     kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    kept["PYTHONPATH"] = os.pathsep.join(filter(None, (str(ROOT), kept.get("PYTHONPATH"))))
     if which == "newest":
         return kept
     if not (OLDEST / "ready").exists():
@@ -44,4 +46,4 @@ def environment(which: str) -> dict[str, str]:
         if overlay or sys.platform != "linux" or os.environ.get("SSLKERN_ALLOW_MISSING") == "1":
             pytest.skip(reason)
         pytest.fail(f"{reason}; SSLKERN_ALLOW_MISSING=1 does without", pytrace=False)
-    return kept | {"PYTHONPATH": os.pathsep.join(filter(None, (str(OLDEST), os.environ.get("PYTHONPATH"))))}
+    return kept | {"PYTHONPATH": f"{OLDEST}{os.pathsep}{kept['PYTHONPATH']}"}

@@ -106,7 +106,7 @@ def finish_kernel(
     else:
         invariance = total(parts + 4 * programs, programs) * inverse(n) * inverse(d)
         hinge = total(parts + 3 * programs, programs) + total(parts + 8 * programs, programs)
-        hinge = hinge * inverse(d) / 2
+        hinge = 0.5 * hinge * inverse(d)
         if fourth is not None:
             fourth += tl.cast(slices, tl.int64) * n
         value = (value + _offdiag(parts + 5 * programs, fourth, n, programs, DUAL)) * inverse(d)

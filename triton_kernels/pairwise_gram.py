@@ -17,12 +17,10 @@ from .pairwise_weights import VALUES, value_of
 NARROWEST = 16  # least columns of a tile
 
 
-def tile_of(width: int, planes: int, gradient: bool = False) -> dict[str, int]:
-    """The tile: two of them and their products, or one and its gradient, stay in the registers of 8 warps."""
-    columns, step = 32, min(width, 32)
-    if gradient and width > 128:
-        columns, step = (16, 32) if planes < 3 else (32, 16)
-    return {"BI": PAD, "BJ": columns, "BK": step, "BD": width, "STAGES": 2, "num_warps": 4 if width <= 64 else 8}
+def tile_of(width: int) -> dict[str, int]:
+    """The tile. Two of them and their products, or one and its gradient, stay in the registers of four warps; with
+    eight, the products of Hopper would be narrower."""
+    return {"BI": PAD, "BJ": 32, "BK": min(width, 64), "BD": width, "STAGES": 1, "num_warps": 4}
 
 
 def programs(x: Tensor) -> int:
@@ -172,7 +170,7 @@ def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str)
     """The Gram (S, G, G) and the row sums (S G, N) in fp64, for S stacks of G groups of N rows."""
     s, groups, n = sizes
     planes = x.planes.shape[1]
-    tile = tile_of(x.width, planes)
+    tile = tile_of(x.width)
     tiles, strips = strips_of(n, n, tile["BJ"])
     blocks, width = x.padded // PAD, tiles * tile["BJ"]
     most = min(blocks, BAND)
@@ -226,7 +224,7 @@ COMPILE_CASES = [
         warps=2,
     ),
     *(
-        case("both", gram_kernel, width, planes, tile_of(width, planes), ALONE=False, SUMS=True)
+        case("both", gram_kernel, width, planes, tile_of(width), ALONE=False, SUMS=True)
         for width, planes in CASES
         if planes > 1
     ),

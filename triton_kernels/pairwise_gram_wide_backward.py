@@ -113,8 +113,10 @@ def wide_gradient_kernel(
 
 def product_tile(n: int, planes: int, wgmma: bool) -> dict[str, int]:
     """The tile of weights times rows. In the larger one, Triton 3.6 makes the products of single planes wait for each
-    other."""
-    if wgmma and n >= MANY and planes > 1:
+    other; in steps of 32, they would be two between waits."""
+    if planes == 1:
+        return {"BI": PAD, "BV": 128, "BK": 64, "STAGES": 2, "num_warps": 4}
+    if wgmma and n >= MANY:
         return {"BI": 2 * PAD, "BV": 128, "BK": 64, "STAGES": 2, "num_warps": 8}
     return {"BI": PAD, "BV": 128, "BK": 32, "STAGES": 3, "num_warps": 4}
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import overload
 
 import torch
@@ -23,7 +24,7 @@ from .pairwise_argmax import argmax
 from .pairwise_matmul import Side, tile_of, weighted_rows
 from .pairwise_tiles import SQUARED, WIDEST, Operand, has_wgmma, operand, padded_columns, plane_count
 from .pairwise_weights import SLOPES, VALUES, pairs
-from .pairwise_wide import is_wide
+from .pairwise_wide import is_wide, is_wide_backward
 
 
 @overload
@@ -272,7 +273,7 @@ def pairwise_gram_bwd(grad_gram: Tensor, grad_sums: Tensor, x: Tensor, scale: Te
     groups, n, d = x.shape[-3:]
     planes, over_gram = plane_count(kernel), _flat(grad_gram, groups, groups)
     with launch.on_device(x):
-        if is_wide(x):
+        if is_wide_backward(x, planes):
             given = _flat(x, groups, n, d), _flat(scale, groups), over_gram, _flat(grad_sums, groups, n)
             grad = pairwise_gram_wide_backward.backward(*given, kernel, planes)
         else:
@@ -292,4 +293,4 @@ _FUNCTIONS: tuple[Callable, ...] = (
 for _function in _FUNCTIONS:
     launch.register(_function.__name__, _function)
 launch.register("pairwise_gram_fwd", pairwise_gram_fwd, pairwise_gram_wide.too_many_programs)
-launch.register("pairwise_gram_bwd", pairwise_gram_bwd, pairwise_gram_wide.too_many_programs)
+launch.register("pairwise_gram_bwd", pairwise_gram_bwd, partial(pairwise_gram_wide.too_many_programs, gradient=True))

@@ -133,25 +133,27 @@ def table(
     Sizes are in columns: `resident` stays on chip for 64 rows, `loaded` is read for every tile, `summed` is
     accumulated. Wide rows do not stay on chip; a tile takes them in steps of BK. `around` is set if weights are summed
     too, `wgmma` if products are Hopper's. The table has tiles that Triton 3.6 and 3.9 compile without spills, and
-    without waiting for each wgmma.
+    without waiting for each wgmma. Four warps take a product of Hopper as it is; eight would split its columns.
     """
     held = planes * resident
     heavy = planes * summed if around else 0  # with sums of the weights, a tile of fewer columns has the registers
     if not summed:
-        most, four = 512, 384
+        most = 384
     elif wgmma:
-        # Eight warps would split the columns of a sum. Products would be narrower, a tile of two planes would have 35
-        # barriers, not 5, and ptxas would make the products wait for each other.
-        most, four = (384, 384) if summed <= 128 else (256, 0)
+        most = 384 if summed <= 128 else 256
     else:  # operands are in registers, so fewer fit
-        most, four = 256 - around, 192
+        most = 256 - around
     if held > most:
         if planes * max(loaded, summed) > 1152:
             return None
-        narrow = planes * summed > 512 or (heavy > 256 and (held > 512 or not wgmma))
-        warps = 4 if 0 < summed <= 64 else 8
-        return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": warps}
-    warps = 4 if held <= four else 8
+        if not summed:
+            return {"BI": PAD, "BJ": PAD, "STAGES": 1, "BK": 64, "num_warps": 4}
+        if wgmma:
+            fits = summed <= 128
+            return {"BI": PAD, "BJ": 32, "STAGES": 1, "BK": 64, "num_warps": 4} if fits else None
+        narrow = planes * summed > 512 or heavy > 256
+        return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": 4 if summed <= 64 else 8}
+    warps = 4 if held <= (0 if summed > 128 else 384 if wgmma or not summed else 192) else 8
     for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
         crowded = summed and (128 < held < 256 or heavy > 128) and columns > 32
         if not crowded and 2 * planes * (PAD * resident + columns * stages * loaded) <= limit:

@@ -25,6 +25,11 @@ def is_wide(z: Tensor) -> bool:
     return z.shape[-1] > WIDEST
 
 
+def is_wide_backward(z: Tensor, planes: int) -> bool:
+    """A tile whose program also sums rows keeps fewer columns of them."""
+    return z.shape[-1] > (64 if planes > 2 else 128)
+
+
 def side(n: int) -> int:
     """Rows are padded to a multiple of it, and every side of a tile divides it."""
     return 2 * PAD if n >= MANY else PAD

@@ -56,10 +56,13 @@ ORDER = (
 VARIED = ("vicreg 256 8192", "vicreg 2048 8192", "pairs NT-Xent 32768 128", "pairs NT-Xent 4096 128")
 
 
+def sizes_of(name: str) -> list[int]:
+    return [int(word) for word in name.split() if word.isdigit()]
+
+
 def work(name: str) -> tuple[float, float]:
     """(numbers read and written, flops) that a case needs at least, both ways; (0, 0) where none is known."""
-    family, *words = name.split()
-    sizes = [int(word) for word in words if word.isdigit()]
+    family, sizes = name.split()[0], sizes_of(name)
     size = float(torch.Size(sizes).numel())
     if family in ("vicreg", "barlow"):  # both views read twice and written once; two Grams by triangles, two products
         n, d = sizes

@@ -71,6 +71,33 @@ def test_a_replay_has_the_bits_of_a_call(name, rows, columns):
     assert not differing(LOSSES[name], Device("cuda").captured, rows, columns)
 
 
+def example():
+    """The code of docs/gpu.md."""
+    return re.search(r"```python\n(.*?make_graphed_callables.*?)```", (ROOT / "docs" / "gpu.md").read_text(), re.S)[1]
+
+
+@pytest.mark.gpu
+def test_the_example_on_a_gpu():
+    """The graphed loss has the bits of the loss, and so have its gradients."""
+    if not torch.cuda.is_available():
+        pytest.skip("no CUDA device")
+    names = {}
+    exec(example(), names)
+    views = names["views"]
+    given = [x.grad.clone() for x in views]
+    expected = losses.vicreg_loss(*views)
+    assert torch.equal(names["loss"], expected)
+    assert all(map(torch.equal, given, torch.autograd.grad(expected, views)))
+
+
+def test_the_example(monkeypatch):
+    """With a stand-in for a graph: a call."""
+    monkeypatch.setattr(torch.cuda, "make_graphed_callables", lambda loss, views: loss)
+    names = {}
+    exec(example().replace('device="cuda", ', ""), names)
+    assert names["views"][0].grad.shape == (256, 2048)
+
+
 def test_every_loss_is_captured():
     assert {s.public for s in LOSSES.values()} == {name for name in losses.__all__ if name.endswith("_loss")}
 

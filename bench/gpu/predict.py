@@ -1,0 +1,218 @@
+"""`python -m bench.gpu.predict`: what the cases of a GPU run would take, predicted without a GPU.
+
+Launches are noted on fake tensors (`launched.py`), kernels are compiled, and their instructions are counted
+(`model.py`). Writes bench/results/predicted.json and the tables of docs/gpu.md. Kernels in C++ are not predicted, nor
+are cases that rest on them. `--report` predicts nothing, and writes the tables from the file.
+
+`--calibrate RUN.json`, in a checkout of the commit of a run, compares the model with what the run has measured, and
+adds the comparison to the file.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import statistics
+import time
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import torch
+from tqdm import tqdm
+
+from .. import cases
+from .. import run as bench_run
+from ..case import Case
+from ..report import into_document
+from . import model, speed
+from .launched import Launch, noted, on_host
+
+ROOT = Path(__file__).parents[2]
+FILE, DOCUMENT = ROOT / "bench" / "results" / "predicted.json", ROOT / "docs" / "gpu.md"
+PRECISIONS = {"": "highest", ", high": "high"}
+FAMILIES = ("vicreg", "barlow", "covariance", "pairs")  # whose kernels are Triton's or torch's
+SMALL = ("vicreg 256 2048", "barlow 256 2048", "pairs NT-Xent 512 128", "pairs CLIP 256 256", "pairs HSIC 256 32")
+PROFILED = ("vicreg 256 8192", "pairs NT-Xent 8192 128", "covariance 1000000 16")
+HOST = (16, 24)  # rows and columns at which the host's part is measured
+
+
+def chosen() -> list[str]:
+    """The cases of the speed phase that are predicted, and small ones."""
+    return [*SMALL, *(name for name in speed.ORDER if name.split()[0] in FAMILIES)]
+
+
+def case_of(name: str) -> Case:
+    known = dict(cases.all_cases("cpu"))
+    if name in known:
+        return known[name]()
+    what, *sizes = re.fullmatch(r"pairs (.*?) (\d+) (\d+)", name).groups()  # type: ignore[union-attr]
+    return cases.pairs_case(what, tuple(map(int, sizes)), "cpu")
+
+
+@contextmanager
+def precision(setting: str) -> Iterator[None]:
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision(setting)
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def launches_of(name: str) -> list[Launch]:
+    with noted() as launches:
+        case = case_of(name)
+        inputs = case.inputs()
+        launches.clear()
+        speed.Calls(case, "sslkern", [inputs]).one()
+    return launches
+
+
+class Predictions:
+    """Kernels are compiled once."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder, self.known = folder, {}  # type: ignore[var-annotated]
+
+    def time(self, launch: Launch, gpu: model.Gpu) -> model.Time:
+        if launch.source is None:
+            return model.operator_time(launch, gpu)
+        key = launch.source.hash() + str(launch.options)
+        if key not in self.known:
+            self.known[key] = model.compiled(launch, self.folder)
+        return model.time_of(self.known[key], launch, gpu)
+
+    def row(self, name: str, suffix: str) -> dict:
+        """Of a case, on every GPU; what takes most of the time, and what bounds it there."""
+        with precision(PRECISIONS[suffix]):
+            launches = launches_of(name)
+            times = {key: [self.time(launch, gpu) for launch in launches] for key, gpu in model.GPUS.items()}
+            host = host_seconds(name)
+        row: dict = {"case": name + suffix, "launches": len(launches), "host": host}
+        for key, gpu in model.GPUS.items():
+            rates = {"copy": gpu.copy, "sgemm": gpu.sgemm, "bf16 product": gpu.bf16}
+            row[key] = sum(time.seconds for time in times[key])
+            row[f"{key} floor"] = speed.floor(name, rates, PRECISIONS[suffix], 4)
+        first = next(iter(model.GPUS))
+        parts: dict[tuple[str, str], float] = {}
+        for launch, spent in zip(launches, times[first], strict=True):
+            what = launch.name, spent.bound
+            parts[what] = parts.get(what, 0.0) + spent.seconds
+        most = max(parts, key=lambda what: parts[what])
+        row["most"], row["bound"], row["share"] = *most, parts[most] / row[first]
+        return row
+
+
+def host_seconds(name: str, calls: int = 60) -> float:
+    """What a call takes on this machine's host: of a small case of the same kind, whose launches of Triton go
+    nowhere."""
+    rows, columns = speed.sizes_of(name)[-2:]
+    n, d = HOST if rows < columns else (2 * HOST[1], HOST[0])
+    small = re.sub(r"\d+ \d+$", f"{n} {d}", name)
+    with on_host():
+        case = case_of(small)
+        call = speed.Calls(case, "sslkern", [case.inputs()])
+        for _ in range(5):
+            call.one()
+        seconds = []
+        for _ in range(calls):
+            start = time.perf_counter()
+            call.one()
+            seconds.append(time.perf_counter() - start)
+    return statistics.median(seconds)
+
+
+def calibration(run: dict, predictions: Predictions) -> list[dict]:
+    """Kernels and cases that a run has measured, beside what the model says of them; at the commit of the run."""
+    gpu, found = model.GPUS["H200"], []
+    named = {row["case"]: row for row in run["rows"] if row.get("implementation") == "sslkern"}
+    profile = [row for row in run["rows"] if row.get("ours")]  # in the order of the cases and of their launches
+    for name in (*PROFILED, *named):
+        if name.split()[0] not in FAMILIES:
+            continue
+        times: dict[str, list[float]] = {}
+        for launch in launches_of(name):
+            times.setdefault(launch.name, []).append(predictions.time(launch, gpu).seconds)
+        if name in PROFILED:
+            first = next(k for k, row in enumerate(profile) if len(times.get(row["what"], ())) == row["calls"])
+            while profile[first:] and profile[first]["what"] in times:
+                row = profile.pop(first)
+                seen = {"measured": row["metrics"]["us"] * 1e-6, "predicted": sum(times.pop(row["what"]))}
+                found.append({"what": f"{row['what']}, {name}", **seen})
+        elif "kernels" in named[name]:
+            total = sum(map(sum, times.values()))
+            found.append({"what": name, "measured": named[name]["kernels"], "predicted": total})
+    return found
+
+
+PREDICTED = """\
+These times are predicted, not measured. Each case's launches are noted without a GPU, and its kernels are compiled for
+sm_90. Then their instructions are counted: how often each loop turns, what the units of a multiprocessor take for it,
+and how many programs share one. The products of cuBLAS and the kernels of torch count by their flops and bytes, at the
+rates that were measured (H200) or published (H100). Forward + backward, in us:
+
+- *floor* is the bound described above, and *ratio* is the prediction over it.
+- *launches* counts the kernels of a call, and *host* is the time that Python takes for them, measured on a CPU with
+  launches that go nowhere.
+- *most of it* is the kernel with the largest share of the time on the H200, and what bounds it there. A kernel bound by
+  "one warp" waits for its own instructions, one after the other."""
+COMPARED = """\
+The model beside the run of commit {commit}, at the sources of that commit: kernels that were profiled, and whole cases.
+Its seven constants were fitted to these rows."""
+TABLE = (
+    "| case | H200, us | floor | ratio | H100, us | floor | ratio | launches | host, us | most of it |",
+    "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+)
+
+
+def markdown(found: dict) -> str:
+    lines = [PREDICTED.format(**{name: model.GPUS[name].name for name in model.GPUS}), "", *TABLE]
+    for row in found["rows"]:
+        cells = [row["case"]]
+        for key in model.GPUS:
+            floor = row[f"{key} floor"]
+            cells += [f"{row[key] * 1e6:.0f}", f"{floor * 1e6:.0f}", f"{row[key] / floor:.2f}"]
+        where = f"{row['most']}, {row['share']:.0%}: {row['bound']}"
+        lines.append("| " + " | ".join([*cells, str(row["launches"]), f"{row['host'] * 1e6:.0f}", where]) + " |")
+    lines += ["", COMPARED.format(commit=found["commit"]), "", *_compared(found)]
+    return "\n".join(lines) + "\n"
+
+
+def _compared(found: dict) -> list[str]:
+    lines = [f"| H200, commit {found['commit']} | measured, us | predicted, us | ratio |", "| --- | --- | --- | --- |"]
+    for row in found["calibration"]:
+        ratio = row["predicted"] / row["measured"]
+        lines.append(f"| {row['what']} | {row['measured'] * 1e6:.1f} | {row['predicted'] * 1e6:.1f} | {ratio:.2f} |")
+    return lines
+
+
+def write(found: dict) -> None:
+    FILE.write_text(json.dumps(found, indent=1) + "\n")
+    into_document(DOCUMENT, "predicted", markdown(found))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.gpu.predict", description=__doc__)
+    parser.add_argument("--report", action="store_true", help="write the tables from the file")
+    parser.add_argument("--calibrate", type=Path, metavar="RUN.json", help="compare with a run, at its commit")
+    args = parser.parse_args()
+    found = json.loads(FILE.read_text()) if FILE.exists() else {"rows": [], "calibration": []}
+    warnings.filterwarnings("ignore", message="TRITON_DEFAULT_FP_FUSION")
+    with TemporaryDirectory() as folder:
+        predictions = Predictions(Path(folder))
+        if args.calibrate:
+            run = json.loads(args.calibrate.read_text())
+            found |= {"calibration": calibration(run, predictions), "commit": run["machine"]["commit"]}
+        elif not args.report:
+            plans = [(name, suffix) for name in chosen() for suffix in PRECISIONS if not suffix or name in speed.VARIED]
+            found["rows"] = [predictions.row(*plan) for plan in tqdm(plans)]
+            found["host"] = bench_run.machine("cpu")
+    write(found)
+
+
+if __name__ == "__main__":
+    main()
