@@ -172,7 +172,7 @@ def three_planes_kernel(
 
 def three_planes(x: Tensor) -> Tensor:
     """The bf16 planes of an fp32 matrix, highest first: (3, rows, columns), transposed as x is."""
-    if x.stride(-1) != 1:
+    if x.stride(-1) != 1 and x.shape[-1] > 1:
         return three_planes(x.mT).mT if x.stride(0) == 1 else three_planes(x.contiguous())
     rows, columns = x.shape
     planes = launch.pitched(x, 3, rows, columns, torch.bfloat16)

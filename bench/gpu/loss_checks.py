@@ -13,7 +13,7 @@ from sslkern import losses, metrics, ops
 from .check import FULL, LOW, Check, labels, normal, view, views
 
 PAIRS = ((37, 5), (513, 128), (2048, 128))
-COLUMNS = ((17, 33), (257, 129), (64, 8192), (2048, 512))
+COLUMNS = ((17, 33), (257, 129), (64, 8192), (2048, 512), (2048, 2304))
 
 
 def squares(z: Tensor) -> tuple[Tensor, Tensor]:

@@ -68,8 +68,13 @@ def setting(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def quiet():
-    """Inside, everything runs on the Triton kernels; torch warns of what it does not make deterministic."""
+def quiet(monkeypatch):
+    """Inside, everything runs on the Triton kernels, and products of fp32 are those of planes; torch warns of what it
+    does not make deterministic."""
+    available("triton")
+    from sslkern.triton_kernels import gemm
+
+    monkeypatch.setattr(gemm, "planes_win", lambda x, y: True)
     with warnings.catch_warnings(), backend.use(available("triton")):
         warnings.filterwarnings("ignore", message=".*deterministic")
         yield
@@ -85,7 +90,8 @@ def test_every_kernel_writes_what_is_read(setting, launches):
             if not row["ok"]:
                 found[check.name, check.shape, dtype] = row["note"]
     assert not found
-    assert sorted(launches) == tritons.kernels()
+    exact = {"three_planes_kernel"} if setting != "highest" else set()  # which cuts fp32
+    assert launches.keys() | exact == set(tritons.kernels())
 
 
 @contextmanager
