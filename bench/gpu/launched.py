@@ -166,8 +166,20 @@ def _by_triton(replaced: Callable) -> Iterator[None]:
 def noted() -> Iterator[list[Launch]]:
     """What calls in this context launch, on fake tensors."""
     launches: list[Launch] = []
-    with _by_triton(partial(_noted, launches)), FakeTensorMode(), Operators(launches):
-        yield launches
+    gemm = import_module("sslkern.triton_kernels.gemm")
+
+    def product(x: Tensor, y: Tensor, out: Tensor, add: bool = False) -> None:
+        size = sum(z.numel() * z.element_size() for z in (x, y, out)) + add * out.numel() * out.element_size()
+        flops = 2.0 * x.numel() * y.shape[-1]
+        launches.append(Launch("mm", size, flops=flops, dtype="bfloat16"))
+
+    on_cpu = gemm.fast_bf16, gemm.product
+    gemm.fast_bf16, gemm.product = (lambda _: True), product
+    try:
+        with _by_triton(partial(_noted, launches)), FakeTensorMode(), Operators(launches):
+            yield launches
+    finally:
+        gemm.fast_bf16, gemm.product = on_cpu
 
 
 @contextmanager

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import re
 import statistics
 import time
@@ -46,11 +47,12 @@ def chosen() -> list[str]:
 
 
 def case_of(name: str) -> Case:
-    known = dict(cases.all_cases("cpu"))
-    if name in known:
-        return known[name]()
-    what, *sizes = re.fullmatch(r"pairs (.*?) (\d+) (\d+)", name).groups()  # type: ignore[union-attr]
-    return cases.pairs_case(what, tuple(map(int, sizes)), "cpu")
+    """A case of one of the FAMILIES, of any size."""
+    family, what = name.split()[0], re.sub(r"^\S+ |(?:^| )\d+(?= |$)", "", name)
+    sizes = tuple(speed.sizes_of(name))
+    if family == "pairs":
+        return cases.pairs_case(what, sizes, "cpu")
+    return cases.covariance_case(sizes, "cpu") if family == "covariance" else cases.loss_case(family, *sizes, "cpu")
 
 
 @contextmanager
@@ -130,22 +132,21 @@ def calibration(run: dict, predictions: Predictions) -> list[dict]:
     """Kernels and cases that a run has measured, beside what the model says of them; at the commit of the run."""
     gpu, found = model.GPUS["H200"], []
     named = {row["case"]: row for row in run["rows"] if row.get("implementation") == "sslkern"}
-    profile = [row for row in run["rows"] if row.get("ours")]  # in the order of the cases and of their launches
-    for name in (*PROFILED, *named):
+    profile = [row for row in run["rows"] if row.get("ours")]
+    for name in dict.fromkeys((*PROFILED, *named)):
         if name.split()[0] not in FAMILIES:
             continue
-        times: dict[str, list[float]] = {}
-        for launch in launches_of(name):
-            times.setdefault(launch.name, []).append(predictions.time(launch, gpu).seconds)
-        if name in PROFILED:
-            first = next(k for k, row in enumerate(profile) if len(times.get(row["what"], ())) == row["calls"])
-            while profile[first:] and profile[first]["what"] in times:
-                row = profile.pop(first)
-                seen = {"measured": row["metrics"]["us"] * 1e-6, "predicted": sum(times.pop(row["what"]))}
-                found.append({"what": f"{row['what']}, {name}", **seen})
-        elif "kernels" in named[name]:
-            total = sum(map(sum, times.values()))
-            found.append({"what": name, "measured": named[name]["kernels"], "predicted": total})
+        launches = launches_of(name)
+        times = [predictions.time(launch, gpu).seconds for launch in launches]
+        for row in profile if name in PROFILED else ():
+            own = [k for k, launch in enumerate(launches) if launch.name == row["what"]]
+            same = len(own) == row["calls"]  # else kernels of other calls are among them
+            if same and row["metrics"]["grid"] == statistics.mean(math.prod(launches[k].grid) for k in own):
+                mean = {"predicted": statistics.mean(times[k] for k in own)}
+                each = {"measured": row["metrics"]["us"] * 1e-6 / row["calls"]}
+                found.append({"what": f"{row['what']}, {name}", **each, **mean})
+        if "kernels" in named.get(name, {}):
+            found.append({"what": name, "measured": named[name]["kernels"], "predicted": sum(times)})
     return found
 
 
