@@ -3,10 +3,12 @@
 
 import pytest
 import torch
-from conftest import available
+import tritons
+from conftest import INTERPRETED, available
 
 pytest.importorskip("triton", reason="needs Triton")
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+pytestmark = [] if INTERPRETED else [pytest.mark.gpu]
 
 
 @pytest.fixture(autouse=True)
@@ -41,19 +43,18 @@ def test_six_products_of_any_layout(shape, layout, by_six):
     from sslkern.triton_kernels import gemm
 
     m, k, n = shape
-    given = torch.Generator().manual_seed(m)
 
     def matrix(rows, columns):
         if layout == "rows":
-            return torch.randn(rows, columns, generator=given)
+            return torch.randn(rows, columns, device=DEVICE)
         if layout == "columns":
-            return torch.randn(columns, rows, generator=given).mT
-        return torch.randn(rows, 2 * columns, generator=given)[:, ::2]
+            return torch.randn(columns, rows, device=DEVICE).mT
+        return torch.randn(rows, 2 * columns, device=DEVICE)[:, ::2]
 
-    x, y, out = matrix(m, k), matrix(k, n), torch.empty(1, m, n)
+    x, y, out = matrix(m, k), matrix(k, n), torch.empty(1, m, n, device=DEVICE)
     gemm.multiply(x[None], y[None], out, k)
     torch.testing.assert_close(out[0].double(), x.double() @ y.double(), rtol=1e-5, atol=1e-6 * k**0.5)
-    gemm.multiply(x[None], x.mT[None], square := torch.empty(1, m, m), k)  # whose planes are cut once
+    gemm.multiply(x[None], x.mT[None], square := torch.empty(1, m, m, device=DEVICE), k)  # whose planes are cut once
     torch.testing.assert_close(square[0].double(), x.double() @ x.double().mT, rtol=1e-5, atol=1e-6 * k**0.5)
 
 
@@ -65,8 +66,29 @@ def test_which_products_take_planes(monkeypatch):
         def __init__(self, *shape, device="cuda"):
             self.shape, self.is_cuda, self.device = shape, device == "cuda", device
 
-    for capability, wins in (((9, 0), True), ((8, 0), True), ((10, 0), True), ((8, 9), False), ((12, 0), False)):
+    fast = {"NVIDIA H100 80GB HBM3": (9, 0), "NVIDIA A100-SXM4-40GB": (8, 0), "NVIDIA B200": (10, 0)}
+    others = {"NVIDIA H20": (9, 0), "NVIDIA GeForce RTX 4090": (8, 9), "NVIDIA GeForce RTX 5090": (12, 0)}
+    for name, capability in (fast | others).items():
+        wins = name in fast
         monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _, c=capability: c)
+        monkeypatch.setattr(torch.cuda, "get_device_name", lambda _, n=name: n)
         assert gemm.planes_win(Fake(2048, 8192), Fake(8192, 2048)) == wins
         assert not gemm.planes_win(Fake(256, 8192), Fake(8192, 256))
         assert not gemm.planes_win(Fake(2048, 8192, device="cpu"), Fake(8192, 2048, device="cpu"))
+
+
+def test_planes_of_many_rows_fit_a_grid(monkeypatch):
+    """A matrix of a million rows has more programs than the second side of a grid takes."""
+    from sslkern.triton_kernels import gemm
+
+    grids = []
+
+    class Noted:
+        def __getitem__(self, grid):
+            grids.append(grid)
+            return lambda *_, **__: None
+
+    monkeypatch.setattr(gemm, "three_planes_kernel", Noted())
+    z = torch.empty(1, device="meta").expand(1_000_000, 2000)
+    gemm.three_planes(z.as_strided(z.shape, (2000, 1)))
+    assert tritons.fits((*grids[0], 1, 1)[:3]) and grids[0][0] > 2**16

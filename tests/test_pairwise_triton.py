@@ -117,6 +117,8 @@ def test_tiles_without_wgmma(monkeypatch):
         monkeypatch.setattr(module, "has_wgmma", lambda _: False)
     cases = [*LOGSUMEXP, ("sum", "rbf", None), ("matmul", "rbf", None), ("matmul", "softplus", "offdiag")]
     assert not differences(cases, {"own 70": ((), 70, 0, 120), "70 x 81": ((), 70, 81, 120)}, (0.05,))
+    by_steps = [*LOGSUMEXP, ("max", "dot", None), ("max", "sqeuclidean", "offdiag")]
+    assert not differences(by_steps, {"own 250": ((), 70, 0, 250)}, (0.02,))
 
 
 def by_chunks(monkeypatch) -> None:

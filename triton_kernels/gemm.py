@@ -7,8 +7,8 @@ A tensor core truncates its fp32 sums toward zero, after every 16 products: a su
 1.3e-9 n of itself too small. bf16x3 drops the products of two low halves, 2.7e-6 of a sum of squares. Long sums are
 taken in blocks, so that truncation loses no more than that; blocks are added in fp32, rounded to nearest.
 
-Data-centre GPUs multiply bf16 more than six times as fast as fp32. There, a large product of fp32 matrices (ieee) is
-the sum of six products of their three bf16 planes, which is as accurate.
+GPUs for data centres multiply bf16 more than ten times as fast as fp32. There, a large product of fp32 matrices (ieee)
+is the sum of six products of their three bf16 planes, which is as accurate.
 """
 
 from __future__ import annotations
@@ -29,8 +29,9 @@ PLANES = {
 }
 BLOCK = 2048  # most products of high planes that one sum takes
 PARTS = 1 << 22  # most elements of all blocks at once: 16 MB, which stay in the second-level cache
-SIX = ((2, 0), (0, 2), (1, 1), (1, 0), (0, 1))  # pairs of planes, before that of both highest, which is taken in blocks
-EXACT = 512  # most products of both highest planes that one sum takes: truncation loses 7e-7 of it
+# The pairs of planes whose products are summed, smallest first, and how many products one sum takes at most: truncation
+# then loses less than 7e-7 of the whole.
+SIX = (((2, 0), 1 << 16), ((0, 2), 1 << 16), ((1, 1), 1 << 16), ((1, 0), 1 << 16), ((0, 1), 1 << 16), ((0, 0), 512))
 
 
 def precision() -> str:
@@ -139,18 +140,20 @@ def multiply(x: Tensor, y: Tensor, out: Tensor, plane: int) -> Tensor:
 
 
 def fast_bf16(x: Tensor) -> bool:
-    """Whether the GPU of x multiplies bf16 more than ten times as fast as fp32. Others do so two to four times as
-    fast."""
-    return x.is_cuda and torch.cuda.get_device_capability(x.device) in ((8, 0), (9, 0), (10, 0), (10, 3))
+    """Whether the GPU of x multiplies bf16 more than ten times as fast as fp32: those for data centres but the H20.
+    Others do so two to four times as fast."""
+    if not x.is_cuda or torch.cuda.get_device_capability(x.device) not in ((8, 0), (9, 0), (10, 0), (10, 3)):
+        return False
+    return "H20" not in torch.cuda.get_device_name(x.device).split()
 
 
 def planes_win(x: Tensor, y: Tensor) -> bool:
-    """Whether six products of bf16 planes take less time than one of fp32, counted for the H100: 50 Tflop/s in fp32 and
-    750 in bf16, 4 TB/s of memory for cutting, 5 TB/s of cache for adding to the result, and launches."""
+    """Whether six products of bf16 planes take less time than one of fp32, counted with the rates of an H200: 50
+    Tflop/s in fp32 and 750 in bf16, 4 TB/s of memory for cutting, 5 TB/s of cache for adding up; and launches."""
     if not fast_bf16(x):
         return False
     (m, k), n = x.shape, y.shape[1]
-    sums = len(SIX) + triton.cdiv(k, EXACT)
+    sums = sum(triton.cdiv(k, block) for _, block in SIX)
     planes = 12 * m * n * k / 750e12 + 10 * (m + n) * k / 4e12 + sums * (8 * m * n / 5e12 + 2e-6) + 8e-6
     return 1.2 * planes < 2 * m * n * k / 50e12
 
@@ -166,8 +169,9 @@ def three_planes_kernel(
     columns,
     COLS: tl.constexpr,
 ):
-    row = (tl.program_id(1) * 8 + tl.arange(0, 8)).to(tl.int64)[:, None]
-    col = (tl.program_id(0) * COLS + tl.arange(0, COLS))[None, :]
+    blocks = tl.cdiv(columns, COLS)
+    row = ((tl.program_id(0) // blocks) * 8 + tl.arange(0, 8)).to(tl.int64)[:, None]
+    col = ((tl.program_id(0) % blocks) * COLS + tl.arange(0, COLS))[None, :]
     here = (row < rows) & (col < columns)
     rest = tl.load(x + row * x_row + col, mask=here, other=0.0)
     for p in tl.static_range(3):
@@ -183,21 +187,22 @@ def three_planes(x: Tensor) -> Tensor:
     rows, columns = x.shape
     planes = launch.pitched(x, 3, rows, columns, torch.bfloat16)
     cols = launch.columns_per_program(x)
-    three_planes_kernel[(triton.cdiv(columns, cols), triton.cdiv(rows, 8))](
+    three_planes_kernel[(triton.cdiv(columns, cols) * triton.cdiv(rows, 8),)](
         x, x.stride(0), planes, planes.stride(1), planes.stride(0), rows, columns, COLS=cols, num_warps=1
     )
     return planes
 
 
 def _sum_of_six(x: Tensor, y: Tensor, out: Tensor) -> None:
-    """x y of fp32 matrices, by their planes, smallest products first."""
+    """x y of fp32 matrices, by their planes. A sum over all of k is taken in blocks."""
     a = three_planes(x)
     same = x.data_ptr() == y.data_ptr() and x.shape == y.mT.shape and x.stride() == y.mT.stride()
     b = a.mT if same else three_planes(y)
-    for k, (i, j) in enumerate(SIX):
-        product(a[i], b[j], out, add=k > 0)
-    for start in range(0, x.shape[1], EXACT):
-        product(a[0][:, start : start + EXACT], b[0][start : start + EXACT], out, add=True)
+    add = False
+    for (i, j), block in SIX:
+        for start in range(0, x.shape[1], block):
+            product(a[i][:, start : start + block], b[j][start : start + block], out, add)
+            add = True
 
 
 def _sum_of_blocks(x: Tensor, y: Tensor, out: Tensor, plane: int) -> None:

@@ -14,19 +14,19 @@ from .pairwise_logsumexp import strips_of
 from .pairwise_tiles import CASES, PAD, SQUARED, Operand, distances, products_by_steps
 from .pairwise_weights import VALUES, value_of
 
-NARROWEST = 16  # least columns of a tile
+COLUMNS = 32  # of a tile
 
 
 def tile_of(width: int) -> dict[str, int]:
     """The tile. Two of them and their products, or one and its gradient, stay in the registers of four warps; with
     eight, the products of Hopper would be narrower."""
-    return {"BI": PAD, "BJ": 32, "BK": min(width, 64), "BD": width, "STAGES": 1, "num_warps": 4}
+    return {"BI": PAD, "BJ": COLUMNS, "BK": min(width, 64), "BD": width, "STAGES": 1, "num_warps": 4}
 
 
 def programs(x: Tensor) -> int:
     """At most so many programs for (..., G, N, D): one for every pair of groups, block of rows and strip."""
     groups, n = x.shape[-3:-1]
-    return x.shape[:-3].numel() * groups**2 * triton.cdiv(n, PAD) * strips_of(n, n, NARROWEST)[1]
+    return x.shape[:-3].numel() * groups**2 * triton.cdiv(n, PAD) * strips_of(n, n, COLUMNS)[1]
 
 
 @triton.jit

@@ -23,14 +23,11 @@ from .pairwise_wide import MANY, in_shares, is_wide, kernels_kernel, shares, sid
 ROWS = 16  # rows of a program that reads kernel matrices
 
 
-def too_many_programs(x: Tensor, gradient: bool = False) -> str | None:
-    """Why the Gram of (..., G, N, D), or its gradient, is refused, if it is: its largest grid has a program for every
-    pair of groups and block of rows, and for every strip of columns unless rows are wide. Of wide rows it takes some at
-    a time; the gradient does so from fewer columns on, by precision."""
+def too_many_programs(x: Tensor) -> str | None:
+    """Why the Gram of (..., G, N, D) is refused, if it is: its largest grid has a program for every pair of groups and
+    block of rows, and for every strip of columns unless rows are wide. Of wide rows it takes some at a time."""
     groups = x.shape[-3]
-    at_once = groups * max(NUMBERS // PAD, 2 * PAD * groups) // ROWS
-    if not is_wide(x):
-        at_once = max(at_once if gradient else 0, programs(x))
+    at_once = groups * max(NUMBERS // PAD, 2 * PAD * groups) // ROWS if is_wide(x) else programs(x)
     return (
         "the pairs of groups, by blocks of rows, are more programs than a grid has, 2^31 - 1"
         if at_once >= 2**31

@@ -199,7 +199,10 @@ def _case(name: str, fixed: bool, width: int, planes: int, squared: bool = False
         "raw": None, "raw_row": 0, "FIXED": fixed, "SELF_PAIRS": True, "SQUARED": squared, "MASK": mask,
         "PLANES": planes, "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}), **tile,
     }  # fmt: skip
-    return launch.CompileCase(f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS, constants, warps)
+    by_gemm = planes * width > 384  # on Hopper, as their gradients
+    architectures = tuple(a for a in launch.ARCHITECTURES if not (by_gemm and a == 90))
+    what = f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS
+    return launch.CompileCase(*what, constants, warps, architectures=architectures)
 
 
 COMPILE_CASES = [

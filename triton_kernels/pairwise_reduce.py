@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import partial
 from typing import overload
 
 import torch
@@ -45,13 +44,15 @@ def _operands(x: Tensor, y: Tensor | None, kernel: str) -> tuple[Operand, Operan
     return operand(x, planes), None if y is None else operand(y, planes)
 
 
-def _too_wide(x: Tensor, planes: int, factor: int = 0, values: int = 0, around: bool = False) -> bool:
-    """Whether no tile fits. A width of 0 is an absent operand; `around` is as in `weighted_rows`."""
+def _too_wide(
+    x: Tensor, planes: int, factor: int = 0, values: int = 0, around: bool = False, only_sums: bool = False
+) -> bool:
+    """Whether no tile fits. A width of 0 is an absent operand; `around` and `only_sums` are as in `weighted_rows`."""
     d = x.shape[-1]
     if d > WIDEST or factor > WIDEST // 4 or values > WIDEST // 2:
         return True
     width, factor, values = (padded_columns(v) if v else 0 for v in (d, factor, values))
-    return tile_of(planes, width, factor, values, around=around, wgmma=has_wgmma(x)) is None
+    return tile_of(planes, width, factor, values, only_sums, around, has_wgmma(x)) is None
 
 
 def pairwise_logsumexp_fwd(
@@ -69,7 +70,7 @@ def pairwise_logsumexp_fwd(
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
     with launch.on_device(x):
         a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
-        if _too_wide(x, plane_count(kernel)):
+        if _too_wide(x, plane_count(kernel)):  # as in the gradient, whose exponents then have the same bits
             rows, over = pairwise_chunks.logsumexp(a, b, c, labels, mask, kernel, columns)
         else:
             sides = _operands(a, b, kernel)
@@ -162,7 +163,7 @@ def pairwise_argmax(
     labels = _flat(x_labels, n), _flat(x_labels if y is None else y_labels, m)
     with launch.on_device(x):
         a, b, c = _rows(x), None if y is None else _rows(y), _flat(scale)
-        if _too_wide(x, plane_count(kernel)):
+        if _too_wide(x, plane_count(kernel), only_sums=True):
             index = pairwise_chunks.argmax(a, b, c, labels, mask, kernel)
         else:
             index = argmax(*_operands(a, b, kernel), (n, m), c, labels, mask, kernel)
@@ -293,4 +294,4 @@ _FUNCTIONS: tuple[Callable, ...] = (
 for _function in _FUNCTIONS:
     launch.register(_function.__name__, _function)
 launch.register("pairwise_gram_fwd", pairwise_gram_fwd, pairwise_gram_wide.too_many_programs)
-launch.register("pairwise_gram_bwd", pairwise_gram_bwd, partial(pairwise_gram_wide.too_many_programs, gradient=True))
+launch.register("pairwise_gram_bwd", pairwise_gram_bwd, pairwise_gram_wide.too_many_programs)

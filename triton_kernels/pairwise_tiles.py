@@ -133,7 +133,7 @@ def table(
     Sizes are in columns: `resident` stays on chip for 64 rows, `loaded` is read for every tile, `summed` is
     accumulated. Wide rows do not stay on chip; a tile takes them in steps of BK. `around` is set if weights are summed
     too, `wgmma` if products are Hopper's. The table has tiles that Triton 3.6 and 3.9 compile without spills, and
-    without waiting for each wgmma. Four warps take a product of Hopper as it is; eight would split its columns.
+    without waiting for each wgmma. With four warps, a product of Hopper is as wide as the tile; eight would split it.
     """
     held = planes * resident
     heavy = planes * summed if around else 0  # with sums of the weights, a tile of fewer columns has the registers

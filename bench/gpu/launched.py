@@ -27,7 +27,7 @@ from sslkern.backend import registry
 from ..counter import flops_of
 
 TARGET = GPUTarget("cuda", 90, 32)
-FREE = ("detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "set_")
+FREE = ("_unsafe_view", "detach", "alias", "empty", "empty_like", "empty_strided", "new_empty", "lift_fresh", "set_")
 
 
 @dataclass

@@ -1,8 +1,8 @@
 """`python -m bench.gpu.predict`: what the cases of a GPU run would take, predicted without a GPU.
 
 Launches are noted on fake tensors (`launched.py`), kernels are compiled, and their instructions are counted
-(`model.py`). Writes bench/results/predicted.json and the tables of docs/gpu.md. Kernels in C++ are not predicted, nor
-are cases that rest on them. `--report` predicts nothing, and writes the tables from the file.
+(`model.py`). Writes bench/results/predicted.json and the tables of docs/gpu.md. Cases that rest on kernels in C++
+are left out. `--report` predicts nothing, and writes the tables from the file.
 
 `--calibrate RUN.json`, in a checkout of the commit of a run, compares the model with what the run has measured, and
 adds the comparison to the file.
@@ -26,9 +26,9 @@ import torch
 from tqdm import tqdm
 
 from .. import cases
-from .. import run as bench_run
 from ..case import Case
 from ..report import into_document
+from ..run import _commit, machine
 from . import model, speed
 from .launched import Launch, noted, on_host
 
@@ -89,11 +89,11 @@ class Predictions:
         return model.time_of(self.known[key], launch, gpu)
 
     def row(self, name: str, suffix: str) -> dict:
-        """Of a case, on every GPU; what takes most of the time, and what bounds it there."""
+        """What a case takes on every GPU, its launches, and the kernel with the largest share of the time."""
         with precision(PRECISIONS[suffix]):
             launches = launches_of(name)
             times = {key: [self.time(launch, gpu) for launch in launches] for key, gpu in model.GPUS.items()}
-            host = host_seconds(name)
+            host = host_seconds(name, [launch.name for launch in launches])
         row: dict = {"case": name + suffix, "launches": len(launches), "host": host}
         for key, gpu in model.GPUS.items():
             rates = {"copy": gpu.copy, "sgemm": gpu.sgemm, "bf16 product": gpu.bf16}
@@ -109,12 +109,14 @@ class Predictions:
         return row
 
 
-def host_seconds(name: str, calls: int = 60) -> float:
-    """What a call takes on this machine's host: of a small case of the same kind, whose launches of Triton go
-    nowhere."""
+def host_seconds(name: str, names: list[str], calls: int = 60) -> float | None:
+    """What a call takes on this machine's host: that of a small case of the same kind, whose launches of Triton go
+    nowhere. None if the small case launches other kernels than `names`."""
     rows, columns = speed.sizes_of(name)[-2:]
     n, d = HOST if rows < columns else (2 * HOST[1], HOST[0])
     small = re.sub(r"\d+ \d+$", f"{n} {d}", name)
+    if [launch.name for launch in launches_of(small)] != names:
+        return None
     with on_host():
         case = case_of(small)
         call = speed.Calls(case, "sslkern", [case.inputs()])
@@ -151,19 +153,20 @@ def calibration(run: dict, predictions: Predictions) -> list[dict]:
 
 
 PREDICTED = """\
-These times are predicted, not measured. Each case's launches are noted without a GPU, and its kernels are compiled for
-sm_90. Then their instructions are counted: how often each loop turns, what the units of a multiprocessor take for it,
-and how many programs share one. The products of cuBLAS and the kernels of torch count by their flops and bytes, at the
-rates that were measured (H200) or published (H100). Forward + backward, in us:
+These times are predicted, not measured. `python -m bench.gpu.predict` notes the launches of each case without a GPU,
+and compiles its kernels for sm_90. Then it counts their instructions: how often each loop turns, how long the units of
+a multiprocessor are busy, and how many programs share one. The products of cuBLAS and the kernels of torch count by
+their flops and bytes, at the rates that were measured on the H200. The H100 is the same processor with slower memory.
+Commit {commit}; forward + backward, in us:
 
 - *floor* is the bound described above, and *ratio* is the prediction over it.
-- *launches* counts the kernels of a call, and *host* is the time that Python takes for them, measured on a CPU with
-  launches that go nowhere.
+- *launches* counts the kernels of a call. *host* is the time that Python takes for them, measured on a CPU with
+  launches that go nowhere, for a small case that launches the same kernels.
 - *most of it* is the kernel with the largest share of the time on the H200, and what bounds it there. A kernel bound by
   "one warp" waits for its own instructions, one after the other."""
 COMPARED = """\
-The model beside the run of commit {commit}, at the sources of that commit: kernels that were profiled, and whole cases.
-Its seven constants were fitted to these rows."""
+The model beside the run of commit {commit}, with the sources of that commit: kernels that were profiled, and whole
+cases. The constants of the model were fitted to these rows."""
 TABLE = (
     "| case | H200, us | floor | ratio | H100, us | floor | ratio | launches | host, us | most of it |",
     "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
@@ -171,14 +174,15 @@ TABLE = (
 
 
 def markdown(found: dict) -> str:
-    lines = [PREDICTED.format(**{name: model.GPUS[name].name for name in model.GPUS}), "", *TABLE]
+    lines = [PREDICTED.format(commit=found["predicted"]), "", *TABLE]
     for row in found["rows"]:
         cells = [row["case"]]
         for key in model.GPUS:
             floor = row[f"{key} floor"]
-            cells += [f"{row[key] * 1e6:.0f}", f"{floor * 1e6:.0f}", f"{row[key] / floor:.2f}"]
+            cells += [f"{row[key] * 1e6:.0f}", f"{floor * 1e6:.3g}", f"{row[key] / floor:#.3g}".rstrip(".")]
         where = f"{row['most']}, {row['share']:.0%}: {row['bound']}"
-        lines.append("| " + " | ".join([*cells, str(row["launches"]), f"{row['host'] * 1e6:.0f}", where]) + " |")
+        host = "" if row["host"] is None else f"{row['host'] * 1e6:.0f}"
+        lines.append("| " + " | ".join([*cells, str(row["launches"]), host, where]) + " |")
     lines += ["", COMPARED.format(commit=found["commit"]), "", *_compared(found)]
     return "\n".join(lines) + "\n"
 
@@ -211,7 +215,7 @@ def main() -> None:
         elif not args.report:
             plans = [(name, suffix) for name in chosen() for suffix in PRECISIONS if not suffix or name in speed.VARIED]
             found["rows"] = [predictions.row(*plan) for plan in tqdm(plans)]
-            found["host"] = bench_run.machine("cpu")
+            found |= {"host": machine("cpu"), "predicted": _commit()}
     write(found)
 
 

@@ -6,9 +6,9 @@ Memory is taken to be full of zeros. What a bound cannot depend on, such as tens
 
 from __future__ import annotations
 
-import math
 import operator
 import re
+import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 
@@ -72,14 +72,12 @@ class Op:
 class Program:
     ops: list[Op]
     parents: list[int]  # of every loop, the loop around it, or -1
-    parameters: list[str]
 
 
 def parsed(text: str) -> Program:
     """The only function of a module."""
     lines = [line.strip() for line in text.splitlines()]
     start = next(k for k, line in enumerate(lines) if line.startswith("tt.func public"))
-    parameters = re.findall(r"(%\w+): ", lines[start])
     parents: list[int] = []
     at = start + 1
 
@@ -102,7 +100,7 @@ def parsed(text: str) -> Program:
                     break
         return ops
 
-    return Program(block(-1), parents, parameters)
+    return Program(block(-1), parents)
 
 
 class Run:
@@ -209,5 +207,5 @@ class Run:
         if text in ("true", "false"):
             return text == "true"
         if text.startswith("0x"):  # the bits of a float: infinities and NaN are written so
-            return math.inf
+            return struct.unpack(">f" if len(text) == 10 else ">d", bytes.fromhex(text[2:]))[0]
         return float(text) if "." in text else int(text)

@@ -90,7 +90,7 @@ def test_every_kernel_writes_what_is_read(setting, launches):
             if not row["ok"]:
                 found[check.name, check.shape, dtype] = row["note"]
     assert not found
-    exact = {"three_planes_kernel"} if setting != "highest" else set()  # which cuts fp32
+    exact = {"three_planes_kernel"} if setting != "highest" else set()  # it cuts fp32 alone
     assert launches.keys() | exact == set(tritons.kernels())
 
 

@@ -68,6 +68,8 @@ def test_a_replay_has_the_bits_of_a_call(name, rows, columns):
     """Forward and backward."""
     if not torch.cuda.is_available():
         pytest.skip("no CUDA device")
+    if LOSSES[name].public == "mmcr_loss":
+        pytest.skip("its eigenvalues come from a solver that waits for the device")
     assert not differing(LOSSES[name], Device("cuda").captured, rows, columns)
 
 
