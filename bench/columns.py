@@ -92,13 +92,16 @@ def _over_step(cell: Cell, gemms: str) -> float | None:
     return ours / sum(floors)
 
 
+PRODUCTS = {"NT-Xent": 4, "CLIP": 8, "HSIC": 8}  # flops over N^2 D, of what consists of products
+
+
 def _over_gemm_rate(cell: Cell) -> str:
-    """The flop rate over that of torch.mm at 2048. A loss has 4 N^2 D flops, or 8 N^2 D if it has two inputs."""
+    """The flop rate over that of torch.mm at 2048."""
     ours, product = cell.row("sslkern"), cell.row("product")
-    if ours is None or product is None or cell.first["note"] == "HSIC of all features":
-        return ""  # products are not the bulk of its work
+    if ours is None or product is None or cell.first["note"] not in PRODUCTS:
+        return ""
     n, d = cell.first["shape"]
-    flops = {"NT-Xent": 4, "CLIP": 8, "HSIC": 8}[cell.first["note"]] * n**2 * d
+    flops = PRODUCTS[cell.first["note"]] * n**2 * d
     return f"{flops / ours['median'] / (2 * 2048**3 / product['median']):.2f}"
 
 

@@ -113,6 +113,7 @@ class Run:
         self.grid = grid
         self.place, self.turns = place, [0.0] * len(program.parents)
         self.seen = self.total = 0
+        self.looped = False
         blocks = self._blocks(program.ops)
         here: str | None = ""
         self.total = sum(map(len, blocks.values()))
@@ -121,8 +122,8 @@ class Run:
 
     @property
     def returned(self) -> bool:
-        """Whether it returned before most of its work."""
-        return self.seen < self.total / 2
+        """Whether it returned before its work: before its loops, or if there are none, before most of its operations."""
+        return not self.looped if self.turns else self.seen < self.total / 2
 
     @staticmethod
     def _blocks(ops: list[Op]) -> dict[str, list[Op]]:
@@ -159,6 +160,7 @@ class Run:
             first, last, step = (self.values.get(name) for name in loop.groups()[1:])
             if first is None or last is None or not step:
                 raise ValueError(f"the bounds of a loop are not known: {op.text}")
+            self.looped = True
             count = max(0, -(-(int(last) - int(first)) // int(step)))
             self.turns[op.number] += weight * count
             tried = sorted({round(k * (count - 1) / max(1, TURNS - 1)) for k in range(TURNS)}) if count else []
