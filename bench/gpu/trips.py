@@ -122,7 +122,7 @@ class Run:
 
     @property
     def returned(self) -> bool:
-        """Whether it returned before its work: before its loops, or if there are none, before most of its operations."""
+        """Whether it returned before its loops or, if there are none, before most of its operations."""
         return not self.looped if self.turns else self.seen < self.total / 2
 
     @staticmethod
