@@ -160,6 +160,7 @@ def machine(capability: tuple[int, int], watch: Watch) -> Iterator[None]:
     stubs = {
         "device": Device,
         "get_device_capability": lambda device=None: capability,
+        "get_device_name": lambda device=None: "a GPU of this capability",
         "get_rng_state": rng_state,
         "is_current_stream_capturing": lambda: False,
         "set_rng_state": lambda new, device="cuda": None,
