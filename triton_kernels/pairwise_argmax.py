@@ -15,12 +15,14 @@ from .pairwise_tiles import (
     SQUARED,
     Operand,
     distances,
+    has_wgmma,
     kept,
     load_planes,
     padded_rows,
     products,
     products_by_steps,
     table,
+    tiles_for,
 )
 
 
@@ -129,7 +131,7 @@ def argmax(
     """The index of the largest similarity, (S, N) int64; -1 if the mask keeps no pair."""
     z, (n, m) = (x if y is None else y), sizes
     s, planes = x.planes.shape[:2]
-    tile = table(planes, x.width, x.width)
+    tile = table(planes, x.width, x.width, wgmma=has_wgmma(scale))
     assert tile is not None
     tiles, strips = strips_of(n, m, tile["BJ"])
     blocks = x.padded // PAD
@@ -170,20 +172,23 @@ def _first(best: Tensor, index: Tensor, n: int) -> Tensor:
     return out
 
 
-def _case(width: int, planes: int) -> launch.CompileCase:
-    tile = table(planes, width, width)
-    assert tile is not None
-    warps = tile.pop("num_warps")
-    pointers = {
-        **dict.fromkeys(("x", "y"), "*bf16"),
-        **dict.fromkeys(("x_squares", "y_squares", "scale", "best"), "*fp32"),
-        "index": "*i32",
-    }
+_POINTERS = {
+    **dict.fromkeys(("x", "y"), "*bf16"),
+    **dict.fromkeys(("x_squares", "y_squares", "scale", "best"), "*fp32"),
+    "index": "*i32",
+}
+
+
+def _cases(width: int, planes: int) -> list[launch.CompileCase]:
     constants = {
         "raw": None, "raw_row": 0, "x_labels": None, "y_labels": None, "SELF_PAIRS": True, "SQUARED": False, "MASK": 1,
-        "PLANES": planes, "BD": width, **tile,
+        "PLANES": planes, "BD": width,
     }  # fmt: skip
-    return launch.CompileCase(f"pairwise_argmax_{width}_{planes}", argmax_kernel, pointers, constants, warps)
+    what = f"pairwise_argmax_{width}_{planes}", argmax_kernel, _POINTERS
+    return [
+        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        for tile, warps, architectures in tiles_for(lambda wgmma: table(planes, width, width, wgmma=wgmma))
+    ]
 
 
-COMPILE_CASES = [_case(width, planes) for width, planes in CASES]
+COMPILE_CASES = [case for width, planes in CASES for case in _cases(width, planes)]

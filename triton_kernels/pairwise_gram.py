@@ -11,16 +11,19 @@ from . import launch
 from .gram import block_sum, total
 from .pairwise_exponents import BAND
 from .pairwise_logsumexp import strips_of
-from .pairwise_tiles import CASES, PAD, SQUARED, Operand, distances, products_by_steps
+from .pairwise_tiles import CASES, PAD, SQUARED, Operand, distances, has_wgmma, products_by_steps, tiles_for
 from .pairwise_weights import VALUES, value_of
 
 COLUMNS = 32  # of a tile
 
 
-def tile_of(width: int) -> dict[str, int]:
-    """The tile. Two of them and their products, or one and its gradient, stay in the registers of four warps; with
-    eight, the products of Hopper would be narrower."""
-    return {"BI": PAD, "BJ": COLUMNS, "BK": min(width, 64), "BD": width, "STAGES": 1, "num_warps": 4}
+def tile_of(width: int, wgmma: bool) -> dict[str, int]:
+    """The tile: two of them and their products, or one and its gradient, stay in registers. With eight warps, the
+    products of Hopper would be narrower; products of other processors have their operands in registers as well."""
+    if wgmma:
+        return {"BI": PAD, "BJ": COLUMNS, "BK": min(width, 64), "BD": width, "STAGES": 1, "num_warps": 4}
+    warps = 4 if width <= 64 else 8
+    return {"BI": PAD, "BJ": COLUMNS, "BK": min(width, 32), "BD": width, "STAGES": 2, "num_warps": warps}
 
 
 def programs(x: Tensor) -> int:
@@ -170,7 +173,7 @@ def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str)
     """The Gram (S, G, G) and the row sums (S G, N) in fp64, for S stacks of G groups of N rows."""
     s, groups, n = sizes
     planes = x.planes.shape[1]
-    tile = tile_of(x.width)
+    tile = tile_of(x.width, has_wgmma(scale))
     tiles, strips = strips_of(n, n, tile["BJ"])
     blocks, width = x.padded // PAD, tiles * tile["BJ"]
     most = min(blocks, BAND)
@@ -200,16 +203,19 @@ def forward(x: Operand, sizes: tuple[int, int, int], scale: Tensor, kernel: str)
     return gram, over
 
 
-def case(name: str, kernel, width: int, planes: int, tile: dict[str, int], **more: object) -> launch.CompileCase:
-    """A compile case of a kernel over tiles of kernel matrices."""
+def compile_cases(name: str, kernel, width: int, planes: int, **more: object) -> list[launch.CompileCase]:
+    """Compile cases of a kernel over tiles of kernel matrices."""
     pointers = {
         "x": "*bf16",
         **dict.fromkeys(("squares", "scale", "columns", "both", "grad_sums", "out", "sums"), "*fp32"),
         **dict.fromkeys(("parts", "rows"), "*fp64"),
     }
-    warps = tile.pop("num_warps")
-    constants = {"FUNCTION": "exp", "SQUARED": True, "PLANES": planes, **tile, **more}
-    return launch.CompileCase(f"pairwise_gram_{name}_{width}_{planes}", kernel, pointers, constants, warps)
+    what = f"pairwise_gram_{name}_{width}_{planes}", kernel, pointers
+    constants = {"FUNCTION": "exp", "SQUARED": True, "PLANES": planes, **more}
+    return [
+        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        for tile, warps, architectures in tiles_for(lambda wgmma: tile_of(width, wgmma))
+    ]
 
 
 COMPILE_CASES = [
@@ -224,8 +230,9 @@ COMPILE_CASES = [
         warps=2,
     ),
     *(
-        case("both", gram_kernel, width, planes, tile_of(width), ALONE=False, SUMS=True)
+        case
         for width, planes in CASES
         if planes > 1
+        for case in compile_cases("both", gram_kernel, width, planes, ALONE=False, SUMS=True)
     ),
 ]

@@ -9,9 +9,9 @@ from torch import Tensor
 
 from . import launch
 from .pairwise_gather import gather
-from .pairwise_gram import case, kernel_tile, tile_of
+from .pairwise_gram import compile_cases, kernel_tile, tile_of
 from .pairwise_matmul import PROGRAMS
-from .pairwise_tiles import PAD, SQUARED, Operand, add_weighted
+from .pairwise_tiles import PAD, SQUARED, Operand, add_weighted, has_wgmma
 from .pairwise_weights import VALUES
 
 
@@ -79,7 +79,7 @@ def backward(
 ) -> Tensor:
     """The gradient with respect to z, (S G, N, D), per unit of scale."""
     (count, n, d), planes = z.shape, x.planes.shape[1]
-    tile = tile_of(x.width)
+    tile = tile_of(x.width, has_wgmma(z))
     blocks, tiles = x.padded // PAD, triton.cdiv(n, tile["BJ"])
     each = triton.cdiv(tiles, max(1, min(tiles, PROGRAMS // blocks, 16)))
     splits = triton.cdiv(tiles, each)
@@ -95,6 +95,7 @@ def backward(
 
 
 COMPILE_CASES = [
-    case("gradient", gram_gradient_kernel, width, planes, tile_of(width))
+    case
     for width, planes in ((64, 2), (64, 3), (128, 2))
+    for case in compile_cases("gradient", gram_gradient_kernel, width, planes)
 ]

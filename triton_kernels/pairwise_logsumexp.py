@@ -20,12 +20,14 @@ from .pairwise_tiles import (
     SQUARED,
     Operand,
     distances,
+    has_wgmma,
     kept,
     load_planes,
     padded_rows,
     products,
     products_by_steps,
     table,
+    tiles_for,
 )
 
 
@@ -143,7 +145,7 @@ def forward(
     """Log-sum-exp over rows (S, N), and over columns (S, M) if `columns` is set."""
     z, self_pairs, (n, m) = (x if y is None else y), y is None, sizes
     s, planes = x.planes.shape[:2]
-    tile = table(planes, x.width, x.width)
+    tile = table(planes, x.width, x.width, wgmma=has_wgmma(scale))
     assert tile is not None
     tiles, strips = strips_of(n, m, tile["BJ"])
     shifts = fixed_shifts(x, z, scale, kernel) if self_pairs or columns else None
@@ -191,21 +193,28 @@ _POINTERS = {
 }
 
 
-def _case(name: str, fixed: bool, width: int, planes: int, squared: bool = False, mask: int = 0) -> launch.CompileCase:
-    tile = table(planes, width, width)
-    assert tile is not None
-    warps = tile.pop("num_warps")
+def _cases(
+    name: str, fixed: bool, width: int, planes: int, squared: bool = False, mask: int = 0
+) -> list[launch.CompileCase]:
+    """Without wide rows of several planes on Hopper, where the vendor's GEMM takes them, as in the gradient."""
     constants = {
         "raw": None, "raw_row": 0, "FIXED": fixed, "SELF_PAIRS": True, "SQUARED": squared, "MASK": mask,
-        "PLANES": planes, "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}), **tile,
+        "PLANES": planes, "BD": width, **({} if mask & 6 else {"x_labels": None, "y_labels": None}),
     }  # fmt: skip
-    by_gemm = planes * width > 384  # on Hopper, as their gradients
-    architectures = tuple(a for a in launch.ARCHITECTURES if not (by_gemm and a == 90))
     what = f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS
-    return launch.CompileCase(*what, constants, warps, architectures=architectures)
+    return [
+        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        for tile, warps, architectures in tiles_for(
+            lambda wgmma: None if wgmma and planes * width > 384 else table(planes, width, width, wgmma=wgmma)
+        )
+    ]
 
 
 COMPILE_CASES = [
-    *(_case(f"{n}_{p}", n == "fixed", w, p) for n in ("fixed", "online") for w, p in CASES),
-    _case("masked", True, 128, 3, squared=True, mask=3),
+    case
+    for cases in (
+        *(_cases(f"{n}_{p}", n == "fixed", w, p) for n in ("fixed", "online") for w, p in CASES),
+        _cases("masked", True, 128, 3, squared=True, mask=3),
+    )
+    for case in cases
 ]

@@ -29,6 +29,7 @@ from .pairwise_tiles import (
     products,
     products_by_steps,
     table,
+    tiles_for,
 )
 from .pairwise_weights import pair_weights
 
@@ -81,6 +82,7 @@ def weighted_rows_kernel(
     BQ: tl.constexpr,
     BK: tl.constexpr,
     STAGES: tl.constexpr,
+    BF: tl.constexpr,  # columns per step through the factors; 0: those of this side stay on chip
     HALVES: tl.constexpr,  # 2: the columns of the sum are taken in two halves
 ):
     per_slice = n_padded // BI * splits
@@ -102,8 +104,8 @@ def weighted_rows_kernel(
     square_i = tl.load(x_squares + s * n_padded + i) if SQUARED else None
     if BK == 0:
         x0, x1, x2 = load_planes(x, s, block * BI, n_padded, BI, BD, PLANES)
-        if left is not None:
-            l0, l1, l2 = load_planes(left, s, block * BI, n_padded, BI, BQ, PLANES)
+    if left is not None and BF == 0:
+        l0, l1, l2 = load_planes(left, s, block * BI, n_padded, BI, BQ, PLANES)
     COLS: tl.constexpr = BV // HALVES
     acc = tl.zeros((BI, COLS), tl.float32)
     if HALVES == 2:
@@ -120,9 +122,9 @@ def weighted_rows_kernel(
         if SQUARED:
             t = distances(t, i, j, square_i, tl.load(y_squares + s * m_padded + j), SELF_PAIRS)
         mixed = None
-        if left is not None and BK:
+        if left is not None and BF:
             mixed = products_by_steps(
-                left, right, s, block * BI, start, n_padded, m_padded, BI, BJ, BQ, min(BQ, 32), PLANES, STAGES
+                left, right, s, block * BI, start, n_padded, m_padded, BI, BJ, BQ, BF, PLANES, STAGES
             )
         elif left is not None:
             r0, r1, r2 = load_planes(right, s, start, m_padded, BJ, BQ, PLANES)
@@ -162,7 +164,8 @@ def tile_of(
     tile = table(planes, width + factor, width + factor + values, summed, around, wgmma)
     # a sum of operands that are loaded for it can be taken in halves, of which registers hold one beside the sum
     loaded = tile is not None and (values or tile["BK"])
-    return tile and {**tile, "HALVES": 2 if wgmma and loaded and planes * summed > 256 else 1}
+    steps = min(factor, 32) if wgmma and tile is not None and tile["BK"] else 0
+    return tile and {**tile, "BF": steps, "HALVES": 2 if wgmma and loaded and planes * summed > 256 else 1}
 
 
 def weighted_rows(
@@ -219,23 +222,18 @@ def _cases(
     name: str, function: str, width: int, planes: int, absent: tuple[str, ...], values: int = 0, factor: int = 0
 ) -> list[launch.CompileCase]:
     """One case for all architectures, or two if the tiles with and without wgmma differ."""
-    found: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    around = not {"sums", "out"} & set(absent)
     cases = []
-    for architecture in launch.ARCHITECTURES:
-        around = not {"sums", "out"} & set(absent)
-        fitting = tile_of(planes, width, factor, values, "out" in absent, around, architecture == 90)
-        if fitting is not None:  # else the vendor's GEMM takes them
-            found.setdefault(tuple(fitting.items()), []).append(architecture)
-    for tile, architectures in found.items():
-        sizes = dict(tile)
-        warps = sizes.pop("num_warps")
+    for sizes, warps, architectures in tiles_for(
+        lambda wgmma: tile_of(planes, width, factor, values, "out" in absent, around, wgmma)
+    ):
         constants = {
             "FUNCTION": function, "SELF_PAIRS": True, "SQUARED": "sums" not in absent, "MASK": 1, "PLANES": planes,
             "BD": width, "BV": values or width, "BQ": factor or 16, "x_labels": None, "y_labels": None,
             **dict.fromkeys(absent), **sizes,
         }  # fmt: skip
         what = f"pairwise_{name}_{width}_{planes}", weighted_rows_kernel, _POINTERS
-        cases.append(launch.CompileCase(*what, constants, warps, architectures=tuple(architectures)))
+        cases.append(launch.CompileCase(*what, constants, warps, architectures=architectures))
     return cases
 
 

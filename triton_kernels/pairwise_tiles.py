@@ -11,6 +11,7 @@ tiles are added up in fp32, rounded to nearest.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -138,7 +139,7 @@ def table(
     held = planes * resident
     heavy = planes * summed if around else 0  # with sums of the weights, a tile of fewer columns has the registers
     if not summed:
-        most = 384
+        most = 384 if wgmma else 512
     elif wgmma:
         most = 384 if summed <= 128 else 256
     else:  # operands are in registers, so fewer fit
@@ -146,13 +147,12 @@ def table(
     if held > most:
         if planes * max(loaded, summed) > 1152:
             return None
-        if not summed:
-            return {"BI": PAD, "BJ": PAD, "STAGES": 1, "BK": 64, "num_warps": 4}
         if wgmma:
-            fits = summed <= 128
-            return {"BI": PAD, "BJ": 32, "STAGES": 1, "BK": 64, "num_warps": 4} if fits else None
+            by_steps = {"BI": PAD, "BJ": 32 if summed else PAD, "STAGES": 1, "BK": 64, "num_warps": 4}
+            return by_steps if summed <= 128 else None
         narrow = planes * summed > 512 or heavy > 256
-        return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": 4 if summed <= 64 else 8}
+        warps = 4 if 0 < summed <= 64 else 8
+        return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": warps}
     warps = 4 if held <= (0 if summed > 128 else 384 if wgmma or not summed else 192) else 8
     for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
         crowded = summed and (128 < held < 256 or heavy > 128) and columns > 32
@@ -265,6 +265,17 @@ def kept(i, j, n, m, label_i, y_labels, s, MASK: tl.constexpr):
         equal = label_i[:, None] == label_j[None, :]
         keep &= equal if MASK & 2 else ~equal
     return keep
+
+
+def tiles_for(choose: Callable[[bool], dict[str, int] | None]) -> list[tuple[dict[str, int], int, tuple[int, ...]]]:
+    """(tile, warps, architectures) of compile cases. `choose` gives the tile for a processor with wgmma or without."""
+    found: dict[tuple[tuple[str, int], ...], list[int]] = {}
+    for architecture in launch.ARCHITECTURES:
+        tile = choose(architecture == 90)
+        if tile is not None:  # else the vendor's GEMM takes them
+            found.setdefault(tuple(tile.items()), []).append(architecture)
+    tiles = [(dict(tile), tuple(architectures)) for tile, architectures in found.items()]
+    return [(tile, tile.pop("num_warps"), architectures) for tile, architectures in tiles]
 
 
 CASES = [(width, planes) for width in (64, 128, 256) for planes in (1, 2, 3)]
