@@ -186,7 +186,7 @@ def _cases(width: int, planes: int) -> list[launch.CompileCase]:
     }  # fmt: skip
     what = f"pairwise_argmax_{width}_{planes}", argmax_kernel, _POINTERS
     return [
-        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        launch.CompileCase(*what, {**constants, **tile}, warps, architectures=architectures)
         for tile, warps, architectures in tiles_for(lambda wgmma: table(planes, width, width, wgmma=wgmma))
     ]
 

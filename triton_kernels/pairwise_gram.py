@@ -213,7 +213,7 @@ def compile_cases(name: str, kernel, width: int, planes: int, **more: object) ->
     what = f"pairwise_gram_{name}_{width}_{planes}", kernel, pointers
     constants = {"FUNCTION": "exp", "SQUARED": True, "PLANES": planes, **more}
     return [
-        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        launch.CompileCase(*what, {**constants, **tile}, warps, architectures=architectures)
         for tile, warps, architectures in tiles_for(lambda wgmma: tile_of(width, wgmma))
     ]
 

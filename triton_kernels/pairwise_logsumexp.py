@@ -203,7 +203,7 @@ def _cases(
     }  # fmt: skip
     what = f"pairwise_logsumexp_{name}_{width}", logsumexp_kernel, _POINTERS
     return [
-        launch.CompileCase(*what, constants | tile, warps, architectures=architectures)
+        launch.CompileCase(*what, {**constants, **tile}, warps, architectures=architectures)
         for tile, warps, architectures in tiles_for(
             lambda wgmma: None if wgmma and planes * width > 384 else table(planes, width, width, wgmma=wgmma)
         )
