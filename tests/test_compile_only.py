@@ -149,14 +149,15 @@ def report(case, architecture: int, folder: Path) -> dict:
     cubin.write_bytes(kernel.asm["cubin"])
     (usage,) = machine_code.resources(cubin).values()
     ptx = kernel.asm["ptx"]
-    loads, copies = machine_code.loads(cubin)
+    code = machine_code.disassembled(cubin)
+    loads, copies = machine_code.loads(code)
     found = {
         "stack": usage["STACK"] + usage["LOCAL"],
         "shared": kernel.metadata.shared,
         "narrow_loads": sum(size <= 4 for size in loads),
         # asynchronous copies of a small tile are of 8 bytes, where it has no more for each thread
         "wide_loads": sum(size >= 16 for size in loads) + sum(size >= 8 for size in copies),
-        **machine_code.products(cubin),
+        **machine_code.products(code),
         "warnings": [],
     }
     if "wgmma" in ptx:

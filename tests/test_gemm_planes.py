@@ -16,14 +16,6 @@ def triton():
     available("triton")
 
 
-@pytest.fixture
-def by_six(monkeypatch):
-    """Products of fp32 are those of bf16 planes, as large ones are on a GPU for data centres."""
-    from sslkern.triton_kernels import gemm
-
-    monkeypatch.setattr(gemm, "planes_win", lambda x, y: True)
-
-
 @pytest.mark.gpu
 def test_planes_sum_to_the_matrix():
     """Highest first; in the layout of the matrix."""

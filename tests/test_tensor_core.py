@@ -198,14 +198,6 @@ def test_blocks_one_after_the_other(case, monkeypatch):
     assert not beyond_bf16x3(Results("high", value(function), tensors()))
 
 
-@pytest.fixture
-def by_six(monkeypatch):
-    """Products of fp32 are those of bf16 planes, as large ones are on a GPU for data centres."""
-    from sslkern.triton_kernels import gemm
-
-    monkeypatch.setattr(gemm, "planes_win", lambda x, y: True)
-
-
 @pytest.mark.parametrize("case", COLUMNS)
 def test_six_products_are_as_exact_as_fp32(case, by_six):
     function, tensors = COLUMNS[case]

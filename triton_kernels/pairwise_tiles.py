@@ -139,11 +139,11 @@ def table(
     held = planes * resident
     heavy = planes * summed if around else 0  # with sums of the weights, a tile of fewer columns has the registers
     if not summed:
-        most = 384 if wgmma else 512
+        most, four = 384 if wgmma else 512, 384
     elif wgmma:
-        most = 384 if summed <= 128 else 256
+        most, four = (384, 384) if summed <= 128 else (256, 0)
     else:  # operands are in registers, so fewer fit
-        most = 256 - around
+        most, four = 256 - around, 192
     if held > most:
         if planes * max(loaded, summed) > 1152:
             return None
@@ -153,7 +153,7 @@ def table(
         narrow = planes * summed > 512 or heavy > 256
         warps = 4 if 0 < summed <= 64 else 8
         return {"BI": PAD, "BJ": 16 if narrow else 32, "STAGES": 2, "BK": 32, "num_warps": warps}
-    warps = 4 if held <= (0 if summed > 128 else 384 if wgmma or not summed else 192) else 8
+    warps = 4 if held <= four else 8
     for columns, stages, limit in ((64, 2, 112_000), (32, 2, 135_000), (32, 1, 150_000)):
         crowded = summed and (128 < held < 256 or heavy > 128) and columns > 32
         if not crowded and 2 * planes * (PAD * resident + columns * stages * loaded) <= limit:

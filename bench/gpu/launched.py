@@ -42,7 +42,6 @@ class Launch:
     grid: tuple[int, int, int] = (1, 1, 1)
     flops: float = 0.0
     dtype: str = ""
-    target: GPUTarget = TARGET
 
 
 class Driver:

@@ -35,10 +35,14 @@ def resources(binary: Path) -> dict[tuple[int, str], dict[str, int]]:
     return found
 
 
-def products(cubin: Path) -> dict[str, object]:
-    """Hopper's matrix products (wgmma) in a file of one kernel: how wide they are, how many there are and how often the
-    kernel waits for them. Also the number of spills, loads and stores of local memory."""
-    code = tool("nvdisasm", "-c", str(cubin))
+def disassembled(cubin: Path) -> str:
+    """The machine code of a file of one kernel."""
+    return tool("nvdisasm", "-c", str(cubin))
+
+
+def products(code: str) -> dict[str, object]:
+    """Hopper's matrix products (wgmma) in a kernel: how wide they are, how many there are and how often the kernel
+    waits for them. Also the number of spills, loads and stores of local memory."""
     widths = [int(width) for width in re.findall(r"HGMMA\.\d+x(\d+)x\d+", code)]
     return {
         "widths": sorted(set(widths)),
@@ -48,10 +52,8 @@ def products(cubin: Path) -> dict[str, object]:
     }
 
 
-def loads(cubin: Path) -> tuple[list[int], list[int]]:
-    """Bytes per thread of every load of global memory in a file of one kernel, and of every copy from it to shared
-    memory."""
-    code = tool("nvdisasm", "-c", str(cubin))
+def loads(code: str) -> tuple[list[int], list[int]]:
+    """Bytes per thread of every load of global memory in a kernel, and of every copy from it to shared memory."""
 
     def sizes(name: str) -> list[int]:
         found = re.findall(rf"\b{name}\b((?:\.\w+)*)", code)
@@ -82,12 +84,12 @@ class Loop:
     rest: Loop | None = None
 
 
-def instructions(cubin: Path) -> tuple[list[str], list[Loop]]:
-    """The instructions of a file of one kernel, and its outer loops in order."""
+def instructions(text: str) -> tuple[list[str], list[Loop]]:
+    """The instructions of a kernel, and its outer loops in order."""
     code: list[str] = []
     labels: dict[str, int] = {}
     spans = []
-    for line in tool("nvdisasm", "-c", str(cubin)).splitlines():
+    for line in text.splitlines():
         if label := re.match(r"\s*\.(L_x_\d+):", line):
             labels[label[1]] = len(code)
         if instruction := re.search(r"/\*[0-9a-f]{4,}\*/\s+(.*?)\s*;", line):

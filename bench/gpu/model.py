@@ -21,9 +21,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from triton.compiler import compiler
 
 from . import trips
-from .machine_code import Loop, instructions, resources
+from .launched import TARGET, Launch
+from .machine_code import Loop, disassembled, instructions, resources
 
 
 @dataclass(frozen=True)
@@ -88,14 +90,12 @@ class Compiled:
         return max(1, min(of_registers, of_shared, WARPS // self.warps, BLOCKS))
 
 
-def compiled(launch: Any, folder: Path) -> Compiled:
-    from triton.compiler import compiler
-
-    kernel = compiler.compile(launch.source, target=launch.target, options=launch.options)
+def compiled(launch: Launch, folder: Path) -> Compiled:
+    kernel = compiler.compile(launch.source, target=TARGET, options=launch.options)
     cubin = folder / "kernel.cubin"
     cubin.write_bytes(kernel.asm["cubin"])
     (usage,) = resources(cubin).values()
-    code, loops = instructions(cubin)
+    code, loops = instructions(disassembled(cubin))
     program = trips.parsed(kernel.asm["ttir"])
     return Compiled(code, loops, program, usage["REG"], kernel.metadata.shared, launch.options["num_warps"])
 
@@ -207,7 +207,7 @@ def executions(kernel: Compiled, counts: np.ndarray) -> np.ndarray:
     return times
 
 
-def time_of(kernel: Compiled, launch: Any, gpu: Gpu) -> Time:
+def time_of(kernel: Compiled, launch: Launch, gpu: Gpu) -> Time:
     """What a launch of Triton takes."""
     counts, share = turns(kernel, launch.arguments, launch.grid)
     working = math.prod(launch.grid) * share
@@ -236,7 +236,7 @@ def time_of(kernel: Compiled, launch: Any, gpu: Gpu) -> Time:
     return Time(sum(x**OVERLAP for x in both) ** (1 / OVERLAP) + NODE, bound, parts)
 
 
-def operator_time(launch: Any, gpu: Gpu) -> Time:
+def operator_time(launch: Launch, gpu: Gpu) -> Time:
     """What an operator of torch takes: its bytes at the rate of a copy, or its products at that of cuBLAS."""
     rate = gpu.bf16 if launch.dtype in ("bfloat16", "float16") else gpu.sgemm
     parts = {"bytes": launch.bytes / gpu.copy, "products": launch.flops / rate}

@@ -78,7 +78,8 @@ class Predictions:
     """Kernels are compiled once."""
 
     def __init__(self, folder: Path) -> None:
-        self.folder, self.known = folder, {}  # type: ignore[var-annotated]
+        self.folder = folder
+        self.known: dict[str, model.Compiled] = {}
 
     def time(self, launch: Launch, gpu: model.Gpu) -> model.Time:
         if launch.source is None:

@@ -68,13 +68,9 @@ def setting(request, monkeypatch):
 
 
 @pytest.fixture(autouse=True)
-def quiet(monkeypatch):
+def quiet(by_six):
     """Inside, everything runs on the Triton kernels, and products of fp32 are those of planes; torch warns of what it
     does not make deterministic."""
-    available("triton")
-    from sslkern.triton_kernels import gemm
-
-    monkeypatch.setattr(gemm, "planes_win", lambda x, y: True)
     with warnings.catch_warnings(), backend.use(available("triton")):
         warnings.filterwarnings("ignore", message=".*deterministic")
         yield
