@@ -26,6 +26,7 @@ def test_simulated_kernels(dtype, retraction, simulator):
         ((2, 2, 20, 20), 2, 0.05),
         ((1100, 3), 2, 0.05),
         ((41, 36), 33, 1e-3),
+        ((66, 66), 64, 1e-3),
         ((48, 48), 5, 3),
     ]
     limit = 4e-7 if dtype in (torch.float32, torch.complex64) else 1e-13

@@ -100,10 +100,7 @@ class Solver {
     const int n = n_;
     const auto left = [=](int i, int q) { return x[i * n + q]; };
     const auto right = [=](int q, int j) { return y[q * n + j]; };
-    if (n >= 64 && n % 4 == 0)
-      products<4>(n, n, n, left, right, put);
-    else
-      products<2>(n, n, n, left, right, put);
+    square_products(n, n, left, right, put);
   }
 
   // Threads may still read the scratch when others return. A barrier must come before it is written again.

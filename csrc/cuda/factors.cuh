@@ -167,25 +167,25 @@ __device__ void project(const Problem<T>& q, const Cut& c, int tile, int split, 
     if (k0 + r < q.k) store(sums[r], partial + static_cast<int64_t>(split * q.k + k0 + r) * c.padded + j);
 }
 
-// a'a of some rows, in tiles of (S, S). With few tiles, several threads share the rows of each.
+// a'a of some rows, (S, S) sums a thread. With few of them, several threads share the rows of each.
 template <int S, class T>
 __device__ void square(const T* a, int rows, int k, double* out) {
   const int across = k / S, tiles = across * across, parts = tiles < kThreads ? kThreads / tiles : 1;
   double* const shares = parts > 1 ? reinterpret_cast<double*>(shared_memory()) : out;
   each(tiles * parts, [&](int at) {
-    const int part = at / tiles, r = at % tiles / across * S, t = at % across * S;
+    const int part = at / tiles, r = at % tiles / across, t = at % across;
     double sums[S][S] = {};
     for (int i = part; i < rows; i += parts) {
       const T* const row = a + static_cast<int64_t>(i) * k;
 #pragma unroll
       for (int x = 0; x < S; ++x)
 #pragma unroll
-        for (int y = 0; y < S; ++y) sums[x][y] += static_cast<double>(row[r + x]) * row[t + y];
+        for (int y = 0; y < S; ++y) sums[x][y] += static_cast<double>(row[r + x * across]) * row[t + y * across];
     }
 #pragma unroll
     for (int x = 0; x < S; ++x)
 #pragma unroll
-      for (int y = 0; y < S; ++y) shares[(part * k + r + x) * k + t + y] = sums[x][y];
+      for (int y = 0; y < S; ++y) shares[(part * k + r + x * across) * k + t + y * across] = sums[x][y];
   });
   if (parts > 1)
     each(k * k, [&](int at) { out[at] = sum_of<8>(parts, [&](int part) { return shares[part * k * k + at]; }); });
@@ -226,13 +226,16 @@ __device__ void gather(const Problem<T>& q, const Cut& c, int index, const Room<
     }
     const auto left = [=](int x, int row) { return static_cast<double>(w[row * w_stride + x]); };
     const auto right = [=](int row, int x) { return static_cast<double>(w[row * w_stride + x]); };
-    products<2>(m, m, kColumns, left, right,
-                [=](int x, int y, double sum) { gram[x * m + y] = j0 == begin ? sum : gram[x * m + y] + sum; });
+    square_products(m, kColumns, left, right, [=](int x, int y, double sum) {
+      gram[x * m + y] = j0 == begin ? sum : gram[x * m + y] + sum;
+    });
   }
   if (begin >= end) each(m * m, [&](int at) { gram[at] = 0; });
   const int64_t first = index * c.per_share, rest = q.n - first;
   const int rows = rest < 0 ? 0 : rest < c.per_share ? rest : c.per_share;
-  if (k % 2 == 0)
+  if (k >= 64 && k % 4 == 0)
+    square<4>(q.a + first * k, rows, k, gram + m * m);
+  else if (k % 2 == 0)
     square<2>(q.a + first * k, rows, k, gram + m * m);
   else
     square<1>(q.a + first * k, rows, k, gram + m * m);

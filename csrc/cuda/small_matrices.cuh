@@ -26,18 +26,20 @@ __device__ double sum_of(int count, const F& f) {
   return sum;
 }
 
-// Calls put(i, j, sum over q of x(i, q) y(q, j)), in tiles of (S, S). S divides rows and columns.
+// Calls put(i, j, sum over q of x(i, q) y(q, j)). A thread has (S, S) of these sums at a time, in rows and columns that
+// lie far apart: adjacent threads read adjacent columns, so that no two banks of shared memory conflict. S divides rows
+// and columns.
 template <int S, class X, class Y, class Put>
 __device__ void products(int rows, int columns, int depth, const X& x, const Y& y, const Put& put) {
-  const int across = columns / S;
-  each(rows / S * across, [&](int tile) {
-    const int i = tile / across * S, j = tile % across * S;
+  const int down = rows / S, across = columns / S;
+  each(down * across, [&](int tile) {
+    const int i = tile / across, j = tile % across;
     double sums[S][S] = {};
 #pragma unroll 2
     for (int q = 0; q < depth; ++q) {
       double left[S], right[S];
 #pragma unroll
-      for (int s = 0; s < S; ++s) left[s] = x(i + s, q), right[s] = y(q, j + s);
+      for (int s = 0; s < S; ++s) left[s] = x(i + s * down, q), right[s] = y(q, j + s * across);
 #pragma unroll
       for (int s = 0; s < S; ++s)
 #pragma unroll
@@ -46,8 +48,17 @@ __device__ void products(int rows, int columns, int depth, const X& x, const Y& 
 #pragma unroll
     for (int s = 0; s < S; ++s)
 #pragma unroll
-      for (int t = 0; t < S; ++t) put(i + s, j + t, sums[s][t]);
+      for (int t = 0; t < S; ++t) put(i + s * down, j + t * across, sums[s][t]);
   });
+}
+
+// The same for an even number n of rows and columns.
+template <class X, class Y, class Put>
+__device__ void square_products(int n, int depth, const X& x, const Y& y, const Put& put) {
+  if (n >= 64 && n % 4 == 0)
+    products<4>(n, n, depth, x, y, put);
+  else
+    products<2>(n, n, depth, x, y, put);
 }
 
 // Memory for the small matrices of an update of rank k, counted in real columns.
