@@ -83,7 +83,7 @@ KERNELS: dict[str, Callable[[dict[str, Any]], float]] = {
     "batch_moments_fwd": lambda told: 0.0,
     "factored_linear_fwd": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
     "factored_linear_bwd": lambda told: 2.0 * told["dy"].shape[0] * told["w"].numel(),
-    "factored_linear_product": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
+    "matrix_product": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
     "factored_momentum_": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
     "factored_adam_": lambda told: 2.0 * told["x"].shape[0] * told["w"].numel(),
 }

@@ -34,7 +34,7 @@ def samples(kernel, dtype, device):
         for kind in (dtype, torch.complex64) if dtype == torch.float32 else ():
             left, right = (torch.randn(*shape[:-2], n, 2, device=device, dtype=kind) for n in shape[-2:])
             yield torch.randn(shape, device=device, dtype=kind), right, left[..., :1].contiguous()
-    if kernel.startswith("factored_linear_") and dtype == torch.float32:
+    if kernel.startswith(("factored_linear_", "matrix_product")) and dtype == torch.float32:
         rows = (3, 6) if kernel.endswith("bwd") else (3, 5)
         yield tuple(torch.randn(shape, device=device) for shape in (rows, (6, 5)))
     yield from factored_samples(kernel, dtype, device) if kernel in ("factored_momentum_", "factored_adam_") else ()

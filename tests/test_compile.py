@@ -88,7 +88,7 @@ def test_opcheck(kernel, dtype, backend, device):
     for place, arguments in enumerate(tried):
         tests = DEEP if place == deep and backend == "native" else SHALLOW
         torch.library.opcheck(operator, arguments, test_utils=tests)
-    others = "rank_k_update_", "skinny_products", "low_rank_residual", "contrastive_fwd"
+    others = "rank_k_update_", "skinny_products", "low_rank_residual", "contrastive_fwd", "matrix_product"
     single = kernel.startswith(("pairwise_", "factored_linear_")) or kernel in others
     refused = single and dtype == torch.bfloat16
     assert tried or refused, f"{kernel} has no sample arguments"

@@ -9,7 +9,7 @@ from torch import nn
 from sslkern import vicreg_loss
 from sslkern.core.factored_gradient import FactoredGradient
 from sslkern.nn import FactoredLinear, factored_
-from sslkern.ops import factored_linear
+from sslkern.ops import factored_linear, matrix_product
 from sslkern.train.large_batch import large_batch
 
 DOUBLE = torch.float64
@@ -44,7 +44,7 @@ def test_output_and_gradients(shape, bias):
 def test_rows_from_which_the_gradient_is_formed(monkeypatch):
     """By memory, and for a large weight on a CPU by time, but not for a sum. Then the layer has torch's own nodes, if
     torch's products are the fastest."""
-    monkeypatch.setattr(factored_linear, "vendor", lambda device: "")
+    monkeypatch.setattr(matrix_product, "vendor", lambda device: "")
     for size, most in ((64, 16), (1024, 256), (2048, 128)):
         layer = FactoredLinear(size, size, bias=False)
         for rows in (most, most + 1):

@@ -8,7 +8,7 @@ from torch import nn
 
 from sslkern import backend
 from sslkern.nn import FactoredLinear, factored_
-from sslkern.ops import factored_linear
+from sslkern.ops import factored_linear, matrix_product
 
 DOUBLE = torch.float64
 KERNELS = (("factored_linear_fwd", lambda x, w: x @ w.mT), ("factored_linear_bwd", lambda dy, w: dy @ w))
@@ -55,26 +55,14 @@ def test_bits_of_the_kernels(kernel, multiplied):
     assert torch.equal(found[0].isfinite(), plain.isfinite()) and not plain.isfinite().all()
 
 
-def test_products_by_the_fastest_library():
-    """Of matrices and of whole transposed views, in both dtypes."""
-    for dtype in (torch.float32, DOUBLE):
-        x, w = torch.randn(70, 300, dtype=dtype), torch.randn(200, 300, dtype=dtype)
-        for a in (x, x.mT.contiguous().mT):
-            for b in (w, w.mT.contiguous().mT):
-                ours = torch.ops.sslkern_native.factored_linear_product(a, b)
-                torch.testing.assert_close(ours, (x.double() @ w.double().mT).to(dtype), rtol=1e-5, atol=1e-4)
-        for shapes in (((0, 3), (3, 3)), ((2, 4), (3, 3)), ((2, 3, 3), (3, 3)), ((2, 0), (0, 0))):
-            with pytest.raises(RuntimeError):
-                torch.ops.sslkern_native.factored_linear_product(*(torch.randn(s, dtype=dtype) for s in shapes))
-
-
 @pytest.mark.parametrize("rows", (7, 16, 17, 64, 65, 129, 600))
 def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
     """Where it is not torch's own, for all three products but those of our kernels; the values are torch's."""
     taken = []
     pick = factored_linear.pick
-    monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
-    monkeypatch.setattr(factored_linear, "vendor", lambda device: "some")
+    for module in (factored_linear, matrix_product):
+        monkeypatch.setattr(module, "pick", lambda name, x: taken.append(name) or pick(name, x))
+    monkeypatch.setattr(matrix_product, "vendor", lambda device: "some")
     for p, q in ((2048, 2048), (1000, 2100)):
         plain, ours = layers(p, q)
         x, dy, found = torch.randn(p, rows).mT.requires_grad_(), torch.randn(1).expand(rows, q), []
@@ -88,21 +76,24 @@ def test_a_layer_takes_the_fastest_library(rows, monkeypatch):
             torch.testing.assert_close(a, b, rtol=1e-4, atol=2e-3)
         formed = rows > min(p, q) // 16
         few = (16, 64 if p * q >= 1 << 22 else 0)
-        expected = ["fwd" if rows <= few[0] else "product", "bwd" if rows <= few[1] else "product"]
-        expected = [f"factored_linear_{name}" for name in [*expected, *(["product"] if formed else [])]]
+        forward, backward = (
+            f"factored_linear_{name}" if rows <= most else "matrix_product"
+            for name, most in zip(("fwd", "bwd"), few, strict=True)
+        )
+        expected = [forward, backward, *(["matrix_product"] if formed else [])]
         assert taken == (expected if rows >= 8 else [])
         taken.clear()
     with torch.autocast("cpu", torch.bfloat16):
         ours(x).sum().backward()
     ours.double()(x.double()).sum().backward()
-    assert "factored_linear_product" not in taken
+    assert "matrix_product" not in taken
 
 
 @pytest.mark.parametrize("shape", ((4,), (40,), (200,), (3, 5), (2, 3, 40)), ids=str)
 @pytest.mark.parametrize("library", ("", "some"), ids=("torch's", "another library"))
 def test_an_activation_in_place(library, shape, monkeypatch):
     """After a layer by any product, for a batch of any dimension."""
-    monkeypatch.setattr(factored_linear, "vendor", lambda device: library)
+    monkeypatch.setattr(matrix_product, "vendor", lambda device: library)
     plain = nn.Sequential(nn.Linear(1024, 2048), nn.ReLU(inplace=True), nn.Linear(2048, 1024))
     ours, found = factored_(copy.deepcopy(plain)), []
     x = torch.randn(*shape, 1024)
@@ -126,7 +117,7 @@ def test_a_bias_of_another_dtype():
 def test_a_layer_takes_them_where_they_win(rows, monkeypatch):
     """By shape; with any strides of the input and of the gradient, and a bias."""
     taken = []
-    monkeypatch.setattr(factored_linear, "vendor", lambda device: "")
+    monkeypatch.setattr(matrix_product, "vendor", lambda device: "")
     pick = factored_linear.pick
     monkeypatch.setattr(factored_linear, "pick", lambda name, x: taken.append(name) or pick(name, x))
     for (q, p), forward, backward in (((100, 100), 0, 0), ((600, 500), 64, 0), ((2048, 2048), 128, 64)):

@@ -1,7 +1,6 @@
 // The products of a batch of few rows with a weight: y = x W', and dx = dy W. A vendor library packs the weight for
 // them, which can take as long as the product. Here W is read once, from where it is, and lines of it arrive while
 // others are multiplied.
-#include "gemm.h"
 #include "panels.h"
 
 namespace sslkern {
@@ -191,18 +190,10 @@ Tensor factored_linear_bwd(const Tensor dy, const Tensor w) {
   return multiplied<InputGradient>(dy, w, w.size(1));
 }
 
-// x w' for matrices that are contiguous, or transposes of such.
-Tensor factored_linear_product(const Tensor x, const Tensor w) {
-  STD_TORCH_CHECK(x.dim() == 2 && w.dim() == 2 && x.numel() > 0 && w.numel() > 0, "two matrices with numbers");
-  STD_TORCH_CHECK(x.size(1) == w.size(1), "the sides that are summed over must be the same");
-  return matmul_nt(x, w, !is_double(x) && use_onednn());
-}
-
 }  // namespace
 }  // namespace sslkern
 
 STABLE_TORCH_LIBRARY_IMPL(sslkern_native, CPU, m) {
   m.impl("factored_linear_fwd", TORCH_BOX(&sslkern::factored_linear_fwd));
   m.impl("factored_linear_bwd", TORCH_BOX(&sslkern::factored_linear_bwd));
-  m.impl("factored_linear_product", TORCH_BOX(&sslkern::factored_linear_product));
 }

@@ -11,6 +11,7 @@ from ..core import checks, ranks
 from ..core.autograd import Op, first_order, intermediate
 from ..core.dtypes import accumulation_dtype, without_autocast
 from ..core.ranks import Batch, Group
+from ..ops.matrix_product import product
 from ..ops.unit_rows import check_eps, unit_rows
 from ._pairs import shown_last
 
@@ -109,7 +110,7 @@ def _updated(before: Tensor | None, x: Tensor, beta: float, batch: Batch, in_pla
     scale = (1 - beta) / n
     with without_autocast(x):
         if before is None:
-            return batch.summed(x.mT @ x) * scale
+            return batch.summed(product(x.mT, x)) * scale
         before = before.detach()
         add = before.addmm_ if in_place and before.dtype == x.dtype else before.to(x.dtype).addmm
         return batch.summed(add(x.mT, x, beta=beta * len(x) / n, alpha=scale))
@@ -121,8 +122,8 @@ class _Quadratic(Op):
     @staticmethod
     def forward(x: Tensor, matrix: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(x):
-            product = x @ matrix
-        return (product * x).sum(-1), product
+            half = product(x, matrix)
+        return (half * x).sum(-1), half
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -132,8 +133,8 @@ class _Quadratic(Op):
     @staticmethod
     @first_order
     def backward(ctx: Any, grad: Tensor | None, _: None):
-        _, product = ctx.saved_tensors
-        return None if grad is None else product * (2 * grad[..., None]), None
+        _, half = ctx.saved_tensors
+        return None if grad is None else half * (2 * grad[..., None]), None
 
 
 class _GramSquares(Op):
@@ -142,7 +143,7 @@ class _GramSquares(Op):
     @staticmethod
     def forward(x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
         with without_autocast(x):
-            gram = x @ y.mT
+            gram = product(x, y.mT)
         return gram.square().sum(-1), gram
 
     @staticmethod
@@ -157,7 +158,7 @@ class _GramSquares(Op):
         if grad is None:
             return None, None
         with without_autocast(y):
-            return (gram * (2 * grad[..., None])) @ y, None
+            return product(gram * (2 * grad[..., None]), y), None
 
 
 def _check_beta(beta: object) -> float:

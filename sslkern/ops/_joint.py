@@ -16,6 +16,7 @@ from ..core.autograd import Op, first_order, intermediate, or_zeros
 from ..core.collectives import Peers
 from ..core.dtypes import accumulation_dtype, without_autocast
 from ..core.ranks import JointBatch
+from .matrix_product import product
 
 Counts = tuple[int, ...]
 
@@ -37,14 +38,14 @@ class _Products(Op):
     def forward(x: Tensor, y: Tensor | None, counts: Counts, peers: Peers, dual: bool) -> tuple[Tensor, ...]:
         with without_autocast(x):
             if not dual:
-                matrix = collectives.all_reduce(x.mT @ (x if y is None else y), peers.name)
+                matrix = collectives.all_reduce(product(x.mT, x if y is None else y), peers.name)
                 diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
                 matrix.diagonal(dim1=-2, dim2=-1).zero_()
                 # `vector_norm` makes no D x D temporary
                 return diagonal, torch.linalg.vector_norm(matrix, dim=(-2, -1)).square(), matrix
             every = [collectives.gather_rows(z, counts, peers) for z in (x, y) if z is not None]
             own = [collectives.own_rows(z, counts, peers) for z in every]
-            grams = [z @ e.mT for z, e in zip(own, every, strict=True)]
+            grams = [product(z, e.mT) for z, e in zip(own, every, strict=True)]
             square = (grams[0] * grams[-1]).sum((-2, -1), dtype=torch.float64)
             sums = torch.cat([(own[0] * own[-1]).sum(-2, dtype=torch.float64), square[..., None]], -1)
             sums = collectives.all_reduce(sums, peers.name)
@@ -70,14 +71,14 @@ class _Products(Op):
         with without_autocast(x):
             if not dual:
                 (matrix,), other = saved, x if ctx.alone else y
-                of_x = scale * (other @ matrix.mT) + column * other
-                of_y = None if ctx.alone else scale * (x @ matrix) + column * x
+                of_x = scale * product(other, matrix.mT) + column * other
+                of_y = None if ctx.alone else scale * product(x, matrix) + column * x
             else:
                 every, grams = saved[: len(saved) // 2], saved[len(saved) // 2 :]
                 own = [collectives.own_rows(z, counts, peers) for z in every]
                 column = column - scale * diagonal[..., None, :]
-                of_x = scale * (grams[-1] @ every[0]) + column * own[-1]
-                of_y = None if ctx.alone else scale * (grams[0] @ every[1]) + column * own[0]
+                of_x = scale * product(grams[-1], every[0]) + column * own[-1]
+                of_y = None if ctx.alone else scale * product(grams[0], every[1]) + column * own[0]
         return 2 * of_x if ctx.alone else of_x, of_y, None, None, None
 
 

@@ -1,7 +1,7 @@
 """The arithmetic of prototype heads, a block of rows at a time.
 
-A block holds the logits of some rows against all K prototypes. Its products are matrix products of the library, whose
-rate a kernel of ours would not exceed; the passes between them find the block in cache. No N x K tensor exists.
+A block holds the logits of some rows against all K prototypes. Its products are matrix products of the fastest library,
+whose rate a kernel of ours would not exceed; the passes between them find the block in cache. No N x K tensor exists.
 """
 
 from __future__ import annotations
@@ -13,10 +13,12 @@ import torch
 from torch import Tensor
 
 from ..core.dtypes import without_autocast
+from .matrix_product import other_library, product
 
 _NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # logits of a block
 _LEAST_ROWS = 128  # of a block: 64 rows multiply at two thirds of the rate
 _COLUMNS = 4096  # of one product on a CPU: MKL multiplies by 65536 at half the rate
+_WIDE = 16384  # the same of oneDNN
 _KEPT = 1 << 22  # logits that may be kept from one pass to the next: 16 MiB
 
 
@@ -27,26 +29,35 @@ def _blocks(rows: int, columns: int, together: int, device: torch.device) -> Ite
     return (slice(i, min(rows, i + step)) for i in range(0, rows, step))
 
 
-def _parts(columns: int, device: torch.device) -> Iterator[slice]:
-    """Slices of the K columns of a block."""
-    step = _COLUMNS if device.type == "cpu" else max(1, columns)
+def _parts(columns: int, device: torch.device, most: int = _COLUMNS) -> Iterator[slice]:
+    """Slices of the K columns of a block, of `most` columns on a CPU."""
+    step = most if device.type == "cpu" else max(1, columns)
     return (slice(j, min(columns, j + step)) for j in range(0, columns, step))
 
 
 def _product(x: Tensor, w: Tensor) -> Tensor:
     """x w', for x (..., D)."""
-    rows = x.reshape(-1, x.shape[-1])
+    rows, other = x.reshape(-1, x.shape[-1]), other_library(x, w)
+    if other and w.shape[0] <= _WIDE:
+        return product(rows, w.mT).view(*x.shape[:-1], w.shape[0])
     out = x.new_empty(rows.shape[0], w.shape[0])
-    for some in _parts(w.shape[0], x.device):
-        torch.mm(rows, w[some].mT, out=out[:, some])
+    for some in _parts(w.shape[0], x.device, _WIDE if other else _COLUMNS):
+        if other:
+            out[:, some] = product(rows, w[some].mT)
+        else:
+            torch.mm(rows, w[some].mT, out=out[:, some])
     return out.view(*x.shape[:-1], w.shape[0])
 
 
 def _add_transposed(to: Tensor, weights: Tensor, x: Tensor) -> None:
     """Add weights' x to `to` (K, D), for x (..., D) and weights (..., K)."""
     weights, x = weights.flatten(0, -2), x.reshape(-1, x.shape[-1])
-    for some in _parts(to.shape[0], x.device):
-        to[some].addmm_(weights[:, some].mT, x)
+    other = other_library(weights, x)
+    for some in _parts(to.shape[0], x.device, _WIDE if other else _COLUMNS):
+        if other:
+            to[some].mT.add_(product(x.mT, weights[:, some]))
+        else:
+            to[some].addmm_(weights[:, some].mT, x)
 
 
 def _softmax_(t: Tensor) -> Tensor:
@@ -122,6 +133,8 @@ def cross_entropy(
     weights = [pairs[s * count : (s + 1) * count] for s in range(views)]
     losses = x.new_zeros(views, n)
     grad_x, grad_w = x.new_zeros(x.shape if need_x else 0), w.new_zeros(w.shape if need_w else 0)
+    if need_w and other_library(x, w):
+        grad_w = w.new_zeros(w.mT.shape).mT  # to which oneDNN adds at twice the rate
     with without_autocast(x):
         for rows in _blocks(n, w.shape[0], max(views, count), x.device):
             some = x[:, rows]
@@ -131,13 +144,13 @@ def cross_entropy(
             if row_weights is not None:
                 g.mul_(row_weights[rows, None])
             if need_x:
-                grad_x[:, rows] = g @ w
+                grad_x[:, rows] = product(g, w)
             if need_w:
                 _add_transposed(grad_w, g, some)
             del t, q, g  # so that the next block takes their memory
     if row_weights is not None:
         losses.mul_(row_weights)
-    return losses.sum(), grad_x, grad_w
+    return losses.sum(), grad_x, grad_w.contiguous()
 
 
 def _targets(t: Tensor, y: Tensor | None, v: Tensor | None, bias: Tensor | None, ratio: Tensor | None) -> Tensor:

@@ -13,6 +13,7 @@ from ..core.dtypes import without_autocast
 from ..core.ranks import Batch, JointBatch
 from ._joint import products
 from .covariance import takes_dual
+from .matrix_product import product
 
 
 def column_products(a: Tensor, b: Tensor, eps: float, batch: Batch, form: str = "auto") -> tuple[Tensor, Tensor]:
@@ -82,11 +83,11 @@ class _ColumnProducts(Op):
         with without_autocast(x):
             if dual:
                 diagonal = (x * y).sum(-2)
-                grams = views @ views.mT
+                grams = product(views, views.mT)
                 squares = (grams[0] * grams[1]).sum((-2, -1), dtype=torch.float64)
                 offdiag = squares - diagonal.square().sum(-1, dtype=torch.float64)
                 return diagonal, offdiag.to(x.dtype), views, inverse, share, grams
-            matrix = x.mT @ y
+            matrix = product(x.mT, y)
             diagonal = matrix.diagonal(dim1=-2, dim2=-1).clone()
             matrix.diagonal(dim1=-2, dim2=-1).zero_()
             # `vector_norm` makes no D x D temporary
@@ -109,9 +110,9 @@ class _ColumnProducts(Op):
         with without_autocast(x):
             if ctx.dual:
                 column = column - scale * diagonal
-                grads = saved.flip(0) @ views
+                grads = product(saved.flip(0), views)
             else:
-                grads = torch.stack([y @ saved.mT, x @ saved])
+                grads = torch.stack([product(y, saved.mT), product(x, saved)])
         grads.mul_(scale[..., None]).addcmul_(column[..., None, :], views.flip(0))
         grad_a, grad_b = _input_gradient(grads, views, inverse, share)
         return grad_a, grad_b, None, None

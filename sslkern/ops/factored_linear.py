@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..backend import declare, forced, pick, vendor
+from ..backend import declare, forced, pick
 from ..core import internals
 from ..core.autograd import Op, opaque
 from ..core.collectives import Peers
@@ -19,6 +19,7 @@ from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
 from ..core.factored_gradient import FactoredGradient
 from ..core.factored_tensor import ANY
 from ..reference import factored_linear as _reference
+from .matrix_product import by_other_library, other_library
 
 _FULL = (torch.float32, torch.float64)
 _FEW = (8, 64, 128)  # rows of x from which and up to which our kernel for x W' wins on a CPU; up to 128 for a large W
@@ -43,7 +44,6 @@ def _no_product(*_: Any) -> NoReturn:
 _products = partial(declare, vmap=_no_product, dtypes=_FULL, devices=("cpu",))
 _products("factored_linear_fwd(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_fwd)
 _products("factored_linear_bwd(Tensor dy, Tensor w) -> Tensor", _reference.factored_linear_bwd)
-_products("factored_linear_product(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_product)
 
 
 def _no_vmap(*_: Any) -> NoReturn:
@@ -82,7 +82,8 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     few = _ours(x, w, 1, _NUMBERS[0], most)
     if not (few or other) or (bias is not None and bias.dtype != w.dtype):
         return F.linear(x, w, bias)
-    y: Tensor = pick("factored_linear_fwd" if few else "factored_linear_product", x)(x.contiguous(), w)
+    x = x.contiguous()
+    y: Tensor = pick("factored_linear_fwd", x)(x, w) if few else by_other_library(x, w)
     return y if bias is None else y.add_(bias)
 
 
@@ -94,27 +95,22 @@ def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
         return dy @ w.conj()
     if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
-    dx: Tensor = (
-        pick("factored_linear_bwd", dy)(dy.contiguous(), w)
-        if few
-        else pick("factored_linear_product", dy)(dy.contiguous(), w.mT)
-    )
+    dy = dy.contiguous()
+    dx: Tensor = pick("factored_linear_bwd", dy)(dy, w) if few else by_other_library(dy, w.mT)
     return dx
 
 
 def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """The gradient dy' x as a matrix, from rows (N, q) and (N, p), where it is not differentiated in turn."""
     if w.dtype == dy.dtype and _elsewhere(dy, w, 0):
-        formed: Tensor = pick("factored_linear_product", dy)(dy.contiguous().mT, x.contiguous().mT)
-        return formed
+        return by_other_library(dy.contiguous().mT, x.contiguous().mT)
     return (dy.mT @ x.conj()).to(w.dtype)
 
 
 def _elsewhere(x: Tensor, w: Tensor, axis: int) -> bool:
     """Whether another library than torch's own runs the product of x with an axis of w, for a batch that is no vector
     and a weight that is worth the call."""
-    wanted = w.dtype == torch.float32 and _ours(x, w, axis, _NUMBERS[0], x.numel())
-    return wanted and vendor(x.device.type) != ""
+    return other_library(x, w) and _ours(x, w, axis, _NUMBERS[0], x.numel())
 
 
 def _ours(x: Tensor, w: Tensor, axis: int, least: int, most: int) -> bool:

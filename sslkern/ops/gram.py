@@ -9,6 +9,7 @@ from torch import Tensor
 from ..core.autograd import Op
 from ..core.dtypes import accumulation_dtype, rounds_products, without_autocast
 from ..core.ranks import ALONE, Batch, JointBatch
+from .matrix_product import product
 
 
 class Gram(Op):
@@ -17,7 +18,7 @@ class Gram(Op):
     @staticmethod
     def forward(y, dual):
         with without_autocast(y):
-            return y @ y.mT if dual else y.mT @ y
+            return product(y, y.mT) if dual else product(y.mT, y)
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
@@ -29,7 +30,7 @@ class Gram(Op):
         (y,) = ctx.saved_tensors
         with without_autocast(y):
             both = grad + grad.mT
-            return both @ y if ctx.dual else y @ both, None
+            return product(both, y) if ctx.dual else product(y, both), None
 
 
 def smaller_gram(y: Tensor, batch: Batch) -> Tensor:

@@ -16,6 +16,7 @@ from ..core.dtypes import accumulation_dtype, without_autocast
 from ..core.ranks import ALONE, Batch, JointBatch
 from .gram import centred_rows
 from .kernel_sums import linear_sums
+from .matrix_product import product
 
 
 def gram_alignment(x: Tensor, y: Tensor, eps: float = 0.0) -> Tensor:
@@ -54,8 +55,8 @@ def linear_cka(x: Tensor, y: Tensor, unbiased: bool, batch: Batch = ALONE) -> Te
     for u, v in ((x, y), (x, x), (y, y)):
         total, rows, totals = linear_sums(u, v, unbiased, batch)
         values.append(total + totals / ((n - 1) * (n - 2)) - 2 / (n - 2) * rows if unbiased else total)
-    product, of_x, of_y = values
-    return product / (of_x.sqrt() * of_y.sqrt())
+    inner, of_x, of_y = values
+    return inner / (of_x.sqrt() * of_y.sqrt())
 
 
 class _GramAlignment(Op):
@@ -63,14 +64,14 @@ class _GramAlignment(Op):
     def forward(x: Tensor, y: Tensor, eps: float, dual: bool) -> tuple[Tensor, ...]:
         with without_autocast(x):
             if dual:
-                of_x, of_y, cross = x @ x.mT, y @ y.mT, x.new_empty(0)
-                product = (of_x * of_y).sum((-2, -1))
+                of_x, of_y, cross = product(x, x.mT), product(y, y.mT), x.new_empty(0)
+                inner = (of_x * of_y).sum((-2, -1))
             else:
-                of_x, of_y, cross = x.mT @ x, y.mT @ y, x.mT @ y
-                product = cross.square().sum((-2, -1))
+                of_x, of_y, cross = product(x.mT, x), product(y.mT, y), product(x.mT, y)
+                inner = cross.square().sum((-2, -1))
         x_square, y_square = of_x.square().sum((-2, -1)), of_y.square().sum((-2, -1))
         scale = (x_square.clamp_min(eps).sqrt() * y_square.clamp_min(eps).sqrt()).reciprocal()
-        return product * scale, scale, x_square, y_square, of_x, of_y, cross
+        return inner * scale, scale, x_square, y_square, of_x, of_y, cross
 
     @staticmethod
     def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
@@ -88,8 +89,8 @@ class _GramAlignment(Op):
         def gradient(z: Tensor, own: Tensor, square: Tensor, other: Tensor, of_other: Tensor, cross: Tensor) -> Tensor:
             along = (2 * grad * value / square).masked_fill(square <= ctx.eps, 0)[..., None, None]
             if ctx.dual:
-                return (shared * of_other - along * own) @ z
-            return other @ (shared * cross) - z @ (along * own)
+                return product(shared * of_other - along * own, z)
+            return product(other, shared * cross) - product(z, along * own)
 
         with without_autocast(x):
             return (
@@ -108,10 +109,10 @@ class _GramDistance(Op):
         e, u = s - t, s + t
         with without_autocast(s):
             if dual:
-                half = u @ e.mT
+                half = product(u, e.mT)
                 m = (half + half.mT).mul(0.5)
                 return m.square().sum((-2, -1)), m, s.new_empty(0), s.new_empty(0)
-            of_u, of_e, cross = u.mT @ u, e.mT @ e, u.mT @ e
+            of_u, of_e, cross = product(u.mT, u), product(e.mT, e), product(u.mT, e)
             value = ((of_u * of_e).sum((-2, -1)) + (cross * cross.mT).sum((-2, -1))) / 2
         return value, of_u, of_e, cross
 
@@ -132,15 +133,15 @@ class _GramDistance(Op):
             if ctx.dual:
                 m = 4 * weight * first
                 return (
-                    m @ s if ctx.needs_input_grad[0] else None,
-                    -(m @ t) if ctx.needs_input_grad[1] else None,
+                    product(m, s) if ctx.needs_input_grad[0] else None,
+                    -product(m, t) if ctx.needs_input_grad[1] else None,
                     None,
                 )
             e, u = s - t, s + t
 
             def gradient(sign: int) -> Tensor:
                 of_u, of_cross = weight * (first + sign * cross), weight * (cross.mT + sign * of_e)
-                return sign * (u @ of_cross + e @ of_u)
+                return sign * (product(u, of_cross) + product(e, of_u))
 
             return (
                 gradient(1) if ctx.needs_input_grad[0] else None,

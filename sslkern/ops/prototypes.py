@@ -39,6 +39,7 @@ from ..core.autograd import Op, differentiated, first_order, intermediate, opaqu
 from ..core.dtypes import without_autocast
 from ..core.ranks import Batch, JointBatch
 from . import _prototype_blocks as blocks
+from .matrix_product import product
 from .pairs import reduce_pairs
 
 _library = torch.library.Library("sslkern_prototypes", "DEF")
@@ -146,7 +147,7 @@ def few_logits(x: Tensor, w: Tensor) -> Tensor | None:
     if not blocks.may_keep(x.shape[:-1].numel(), w.shape[0]):
         return None
     with without_autocast(x):
-        return x @ w.mT
+        return product(x, w.mT)
 
 
 @torch.no_grad()

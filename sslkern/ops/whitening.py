@@ -15,6 +15,7 @@ from ..core.autograd import Op, first_order, intermediate
 from ..core.dtypes import accumulation_dtype, without_autocast
 from ..core.ranks import Batch, JointBatch
 from .gram import Gram, centred_rows
+from .matrix_product import product
 
 Method = Literal["cholesky", "zca", "iterative"]
 METHODS = get_args(Method)
@@ -123,12 +124,12 @@ class _Cholesky(Op):
         with without_autocast(z):
             x = z - (_summed(z.sum(-2, keepdim=True), group_name) / n if group_name else z[..., :1, :])
             x = x - _summed(x.sum(-2, keepdim=True), group_name) / n
-            covariance = _summed(x.mT @ x, group_name) / (n - 1)
+            covariance = _summed(product(x.mT, x), group_name) / (n - 1)
             factor = _factor(covariance, eps)
             if _inverts(x):
                 eye = torch.eye(x.shape[-1], dtype=x.dtype, device=x.device)
                 factor = torch.linalg.solve_triangular(factor, eye, upper=False)
-                return x @ factor.mT, factor, covariance
+                return product(x, factor.mT), factor, covariance
             return torch.linalg.solve_triangular(factor.mT, x, upper=True, left=False), factor, covariance
 
     @staticmethod
@@ -146,11 +147,13 @@ class _Cholesky(Op):
         if grad is None:
             return None, None, None, None
         with without_autocast(y):
-            lower = _summed(grad.mT @ y, ctx.group_name).tril()
+            lower = _summed(product(grad.mT, y), ctx.group_name).tril()
             both = lower + lower.tril(-1).mT
-            grad = grad - ctx.scale * (y @ both)
+            grad = grad - ctx.scale * product(y, both)
             grad = (
-                grad @ factor if ctx.inverted else torch.linalg.solve_triangular(factor, grad, upper=False, left=False)
+                product(grad, factor)
+                if ctx.inverted
+                else torch.linalg.solve_triangular(factor, grad, upper=False, left=False)
             )
             return grad - _summed(grad.sum(-2, keepdim=True), ctx.group_name) / ctx.n, None, None, None
 

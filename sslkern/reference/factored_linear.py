@@ -14,9 +14,3 @@ def factored_linear_fwd(x: Tensor, w: Tensor) -> Tensor:
 def factored_linear_bwd(dy: Tensor, w: Tensor) -> Tensor:
     """dy W, (N, p), for dy (N, q) and W (q, p). Both are contiguous and have one dtype, float32 or float64."""
     return dy @ w
-
-
-def factored_linear_product(x: Tensor, w: Tensor) -> Tensor:
-    """x W', (N, q), for x (N, p) and W (q, p), each contiguous or the transpose of a contiguous matrix, of one dtype,
-    float32 or float64. By the library that is fastest on the processor."""
-    return x @ w.mT

@@ -1,0 +1,69 @@
+"""Matrix products by the library that is fastest on the processor.
+
+`torch.mm` runs float32 on a CPU by a library that multiplies at half the rate of another one, which torch contains too,
+on some processors: `backend.vendor` names this other one there. Operators in plain torch take their products from here.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NoReturn
+
+import torch
+from torch import Tensor
+
+from ..backend import declare, forced, pick, vendor
+from ..core import internals
+from ..core.autograd import differentiated
+from ..reference.matrix_product import matrix_product as _reference
+
+_LEAST = 1 << 22  # multiplications of a product that is worth the call
+
+
+def _no_product(*_: Any) -> NoReturn:
+    raise NotImplementedError("matrix_product takes two matrices, not a stack: torch's own product runs in vmap.")
+
+
+declare(
+    "matrix_product(Tensor x, Tensor w) -> Tensor",
+    _reference,
+    vmap=_no_product,
+    dtypes=(torch.float32, torch.float64),
+    devices=("cpu",),
+)
+
+
+def other_library(x: Tensor, y: Tensor) -> bool:
+    """Whether another library than torch's own runs float32 products of x and y faster, and may run these."""
+    if x.device.type != "cpu" or y.device.type != "cpu" or x.dtype != torch.float32 or y.dtype != torch.float32:
+        return False
+    if torch.compiler.is_compiling() or forced() not in (None, "native"):
+        return False
+    return vendor("cpu") != ""
+
+
+def by_other_library(x: Tensor, w: Tensor) -> Tensor:
+    """x W' by this library, for matrices with numbers, outside of vmap."""
+    y: Tensor = pick("matrix_product", x)(_whole(x), _whole(w))
+    return y
+
+
+def product(x: Tensor, y: Tensor) -> Tensor:
+    """x @ y, for x (..., m, k) and y (..., k, n) without autocast."""
+    (*stack, m, k), n = x.shape, y.shape[-1]
+    if m * n * k < _LEAST or not other_library(x, y) or internals.transforms_active() or differentiated(x, y):
+        return x @ y
+    if internals.batched(x) or internals.batched(y):
+        return x @ y
+    if y.dim() == 2:
+        return by_other_library(x.reshape(-1, k), y.mT).view(*stack, m, n)
+    if y.shape[:-2] != x.shape[:-2]:
+        return x @ y
+    slices = zip(x.reshape(-1, m, k), y.reshape(-1, k, n), strict=True)
+    return torch.stack([by_other_library(one, other.mT) for one, other in slices]).view(*stack, m, n)
+
+
+def _whole(x: Tensor) -> Tensor:
+    """x if it is a contiguous matrix or the transpose of one, whose memory starts as that of a new tensor does; else a
+    copy. The library takes long for a part of a matrix, and may choose the order of a sum by the address."""
+    whole, start = x.is_contiguous() or x.mT.is_contiguous(), x.storage_offset() * x.element_size()
+    return x if whole and start % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
