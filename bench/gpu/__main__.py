@@ -135,7 +135,8 @@ def tests(run: Run, seconds: float) -> None:
 
 def speed(run: Run, seconds: float) -> None:
     """A kernel that only the reference has there is an error: its time is not ours."""
-    run.start("speed", [module("speed", run.args.cases)], seconds, threads=4, SSLKERN_STRICT="1")
+    extra = {"SSLKERN_STRICT": "1", "BENCH_GPU_PEERS": run.args.peers}
+    run.start("speed", [module("speed", run.args.cases)], seconds, threads=4, **extra)
 
 
 def profile(run: Run, seconds: float) -> None:
@@ -206,9 +207,12 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=330.0, help="of the whole run; phases shrink, the last first")
     parser.add_argument("--phases", default=os.environ.get("PHASES", ",".join(PHASES)), help="names, by commas")
     parser.add_argument("--cases", default=os.environ.get("CASES", ""), help="regular expression on checks and cases")
+    peers = os.environ.get("GPU_PEERS", "")
+    parser.add_argument("--peers", default=peers, help="folder with the packages of bench/gpu/peers.py")
     parser.add_argument("--dry-run", action="store_true", help="tiny shapes on the CPU, to try this program out")
     args = parser.parse_args()
     args.out = args.out.absolute()
+    args.peers = args.peers and os.path.abspath(args.peers)
     chosen = [name for name in args.phases.split(",") if name]
     if unknown := sorted(set(chosen) - set(PHASES)):
         parser.error(f"--phases takes {', '.join(PHASES)}, got {', '.join(unknown)}")

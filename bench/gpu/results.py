@@ -30,6 +30,12 @@ KERNELS = (
     "The kernels of five ops, profiled with Nsight Compute. *calls* and *us* are totals; all other columns are means. "
     "The kernels of sslkern come first."
 )
+PEERS = (
+    "The same loss from the kernels of other packages, in the same run and in fp32. *vs sslkern* is the time of the "
+    "package over that of sslkern. *Extra MiB* and *error* are package / sslkern. The ratio is shown even where the "
+    "package is less exact, for instance because its products are in TF32. *note* says why a time is missing."
+)
+PEER_HEADS = ("case", "package", "kernels", "wall", "vs sslkern", "extra MiB", "error", "note")
 FAILED = (
     "Failed checks. *part* is the index of a result within its check; the values come first, then the gradients. "
     "*error* is against fp64, *plain* is the error of plain torch, and *size* is the magnitude of the result. Lines of "
@@ -112,6 +118,9 @@ def markdown(results: dict, path: Path) -> str:
         for text in (table.megabytes, table.error_of):
             cells.append(" / ".join(text(row) or "-" for row in (line.published or line.smart, line.ours)))
         lines.append("| " + " | ".join(cells) + " |")
+    if peers := table.peers(results["rows"]):
+        lines += ["", PEERS, "", *_head(PEER_HEADS)]
+        lines += [f"| {' | '.join(_peer(line, row))} |" for line, row in peers]
     heads, kernels = table.kernels(results["rows"])
     if kernels:
         lines += ["", KERNELS, ""]
@@ -135,6 +144,13 @@ def markdown(results: dict, path: Path) -> str:
 
 def _head(names: Sequence[str]) -> list[str]:
     return ["| " + " | ".join(names) + " |", "|" + " --- |" * len(names)]
+
+
+def _peer(line: table.Line, row: dict) -> list[str]:
+    pairs = [" / ".join(text(one) or "-" for one in (row, line.ours)) for text in (table.megabytes, table.error_of)]
+    times = [_spread(row, key) for key in ("kernels", "wall")]
+    note = table.note(row)[:130].replace("|", "\\|")
+    return [line.name, table.peer(row), *times, _faster(line, row), *pairs, note]
 
 
 def _spread(row: dict, key: str) -> str:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass
 
+from .peers import PEERS
+
 ABORT = "abort"  # a row of this name ends the run, since no later phase could give a valid result
 FOUND = 3  # exit status of a process that has recorded its own failures; an uncaught exception gives 1
 MOST = 30  # failures that are listed; the others are counted
@@ -14,7 +16,7 @@ EPS = 2.0**-23
 def make(rows: list[dict]) -> tuple[str, bool]:
     """The table, and whether anything failed."""
     failed = failures(rows)
-    lines = ["", *machine(rows), *ceilings(rows), *counts(rows), *speeds(rows), *profiles(rows)]
+    lines = ["", *machine(rows), *ceilings(rows), *counts(rows), *speeds(rows), *others(rows), *profiles(rows)]
     lines += [f"\n{len(failed)} failures" if failed else "\nnothing failed"]
     lines += [f"  {row['phase']}: {row['what'][-80:]}: {note(row)[:130]}" for row in failed[:MOST]]
     if len(failed) > MOST:
@@ -122,6 +124,29 @@ def speeds(rows: list[dict]) -> list[str]:
         cells += [f"{error_of(one):>6}" for one in (line.ours, line.published)]
         lines.append(f"{line.name[:46]:<46} {' '.join(cells)}")
     return lines
+
+
+def peers(rows: list[dict]) -> list[tuple[Line, dict]]:
+    """Each row of another package, after the line of sslkern for the same case."""
+    lines = {line.name: line for line in comparison(rows)}
+    return [(lines[row["case"]], row) for row in of(rows, "speed") if row.get("implementation") in PEERS]
+
+
+def peer(row: dict) -> str:
+    return " ".join((row["implementation"], row.get("version", ""))).strip()
+
+
+def others(rows: list[dict]) -> list[str]:
+    """A line for each row of another package, with the speed-up of sslkern over it and the reason of what is empty;
+    and a sentence on each package that is not there."""
+    head = f"{'other packages, us':<46} {'kernels':>8} {'wall':>8} {'sslkern':>7} {'MiB':>6} {'error':>6}"
+    found = [
+        f"{row['case'] + ', ' + peer(row):<46} {micro(row.get('kernels')):>8} {micro(row.get('wall')):>8} "
+        f"{times(line.ratio(row)):>7} {megabytes(row):>6} {error_of(row):>6}  {note(row)[:130]}".rstrip()
+        for line, row in peers(rows)
+    ]
+    missing = [note(row)[:200] for row in of(rows, "speed") if "missing" in row]
+    return [*(["", head, *found] if found else []), *(["", *missing] if missing else [])]
 
 
 def times(ratio: tuple[float, str] | None) -> str:
