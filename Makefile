@@ -53,6 +53,7 @@ peers: .venv-peers/ready $(VENV)/built
 	.venv-peers/bin/python -m pytest tests/peers $(ARGS)
 
 # For a machine with an NVIDIA GPU; takes minutes: ceilings, every op, tests, times, a profile, a sanitizer, a table
+# GPU_PEERS= names a folder with the packages of bench/gpu/peers.py, which are measured too
 gpu: $(if $(BUNDLE),,$(VENV)/complete)
 	$(if $(BUNDLE),$(or $(PYTHON),python3),$(PY)) -m bench.gpu --out $(OUT) $(ARGS)
 
