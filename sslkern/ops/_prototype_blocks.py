@@ -53,7 +53,7 @@ def _add_transposed(to: Tensor, weights: Tensor, x: Tensor) -> None:
     """Add weights' x to `to` (K, D), for x (..., D) and weights (..., K)."""
     weights, x = weights.flatten(0, -2), x.reshape(-1, x.shape[-1])
     other = other_library(weights, x)
-    for some in _parts(to.shape[0], x.device, _WIDE if other else _COLUMNS):
+    for some in _parts(to.shape[0], x.device):
         if other:
             to[some].mT.add_(product(x.mT, weights[:, some]))
         else:
