@@ -18,6 +18,7 @@ def taken(monkeypatch):
     names, pick = [], matrix_product.pick
     monkeypatch.setattr(matrix_product, "pick", lambda name, x: names.append(name) or pick(name, x))
     monkeypatch.setattr(matrix_product, "vendor", lambda device: "some")
+    monkeypatch.setattr(matrix_product, "_LEAST", 1 << 22)
     return names
 
 

@@ -16,7 +16,7 @@ from ..core import internals
 from ..core.autograd import differentiated
 from ..reference.matrix_product import matrix_product as _reference
 
-_LEAST = 1 << 22  # multiplications of a product that is worth the call
+_LEAST = 1 << 25  # multiplications of a product that is worth the call: below, the operands are as large as the work
 
 
 def _no_product(*_: Any) -> NoReturn:
