@@ -17,6 +17,7 @@ import re
 import statistics
 import time
 import warnings
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -101,13 +102,22 @@ class Predictions:
             row[key] = sum(time.seconds for time in times[key])
             row[f"{key} floor"] = speed.floor(name, rates, PRECISIONS[suffix], 4)
         first = next(iter(model.GPUS))
-        parts: dict[tuple[str, str], float] = {}
+        kernels: dict[tuple[str, str], list[model.Time]] = {}
         for launch, spent in zip(launches, times[first], strict=True):
-            what = launch.name, spent.bound
-            parts[what] = parts.get(what, 0.0) + spent.seconds
-        most = max(parts, key=lambda what: parts[what])
-        row["most"], row["bound"], row["share"] = *most, parts[most] / row[first]
+            kernels.setdefault((launch.name, spent.bound), []).append(spent)
+        taken = {what: sum(spent.seconds for spent in each) for what, each in kernels.items()}
+        most = max(taken, key=lambda what: taken[what])
+        row["most"], row["bound"], row["share"] = *most, taken[most] / row[first]
+        row["parts"] = largest_parts(kernels[most])
         return row
+
+
+def largest_parts(times: list[model.Time], count: int = 3) -> dict[str, float]:
+    """The parts that would take longest alone, of several launches together."""
+    total: Counter[str] = Counter()
+    for time_of_launch in times:
+        total.update(time_of_launch.parts)
+    return {part: float(seconds) for part, seconds in total.most_common(count) if seconds}
 
 
 def host_seconds(name: str, names: list[str], calls: int = 60) -> float | None:
@@ -163,8 +173,10 @@ Commit {commit}; forward + backward, in us:
 - *floor* is the bound described above, and *ratio* is the prediction over it.
 - *launches* counts the kernels of a call. *host* is the time that Python takes for them, measured on a CPU with
   launches that go nowhere, for a small case that launches the same kernels.
-- *most of it* is the kernel with the largest share of the time on the H200, and what bounds it there. A kernel bound by
-  "one warp" waits for its own instructions, one after the other."""
+- *most of it* is the kernel with the largest share of the time on the H200, and what would take longest there if
+  nothing else took time, in us: "one warp" waits for its own instructions, one after the other; a unit of the
+  multiprocessors, such as "tensor", is busy; bytes come from memory or from the second-level cache. These overlap in
+  part."""
 COMPARED = """\
 The model beside the run of commit {commit}, with the sources of that commit: kernels that were profiled, and whole
 cases. The constants of the model were fitted to these rows."""
@@ -181,7 +193,8 @@ def markdown(found: dict) -> str:
         for key in model.GPUS:
             floor = row[f"{key} floor"]
             cells += [f"{row[key] * 1e6:.0f}", f"{floor * 1e6:.3g}", f"{row[key] / floor:#.3g}".rstrip(".")]
-        where = f"{row['most']}, {row['share']:.0%}: {row['bound']}"
+        parts = ", ".join(f"{part} {seconds * 1e6:.3g}" for part, seconds in row["parts"].items())
+        where = f"{row['most']}, {row['share']:.0%}: {parts or row['bound']}"
         host = "" if row["host"] is None else f"{row['host'] * 1e6:.0f}"
         lines.append("| " + " | ".join([*cells, str(row["launches"]), host, where]) + " |")
     lines += ["", COMPARED.format(commit=found["commit"]), "", *_compared(found)]

@@ -226,9 +226,8 @@ __device__ void gather(const Problem<T>& q, const Cut& c, int index, const Room<
     }
     const auto left = [=](int x, int row) { return static_cast<double>(w[row * w_stride + x]); };
     const auto right = [=](int row, int x) { return static_cast<double>(w[row * w_stride + x]); };
-    square_products(m, kColumns, left, right, [=](int x, int y, double sum) {
-      gram[x * m + y] = j0 == begin ? sum : gram[x * m + y] + sum;
-    });
+    square_products(m, kColumns, left, right,
+                    [=](int x, int y, double sum) { gram[x * m + y] = j0 == begin ? sum : gram[x * m + y] + sum; });
   }
   if (begin >= end) each(m * m, [&](int at) { gram[at] = 0; });
   const int64_t first = index * c.per_share, rest = q.n - first;
