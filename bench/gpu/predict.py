@@ -193,8 +193,8 @@ def markdown(found: dict) -> str:
         for key in model.GPUS:
             floor = row[f"{key} floor"]
             cells += [f"{row[key] * 1e6:.0f}", f"{floor * 1e6:.3g}", f"{row[key] / floor:#.3g}".rstrip(".")]
-        parts = ", ".join(f"{part} {seconds * 1e6:.3g}" for part, seconds in row["parts"].items())
-        where = f"{row['most']}, {row['share']:.0%}: {parts or row['bound']}"
+        parts = ", ".join(f"{part} {seconds * 1e6:.0f}" for part, seconds in row["parts"].items())
+        where = f"{row['most']}, {row['share']:.0%}: {'launch' if row['bound'] == 'launch' else parts}"
         host = "" if row["host"] is None else f"{row['host'] * 1e6:.0f}"
         lines.append("| " + " | ".join([*cells, str(row["launches"]), host, where]) + " |")
     lines += ["", COMPARED.format(commit=found["commit"]), "", *_compared(found)]
