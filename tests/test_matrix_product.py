@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.func import vmap
 
 from sslkern import backend
@@ -51,10 +52,12 @@ def test_products_of_any_strides(taken):
         for b in (y, y.mT.contiguous().mT, torch.randn(500, 600)[3:263, 5:295], torch.randn(1, 290).expand(260, 290)):
             assert near(matrix_product.product(a, b), a, b)
     assert torch.equal(matrix_product.product(crooked, y), matrix_product.product(x, y))
+    tall = torch.randn(2, 600001, 15)  # the second slice starts where no new tensor does
+    assert torch.equal(*(matrix_product.product(z.mT, z) for z in (tall[1], tall[1].clone())))
     stack, other = torch.randn(2, 3, 131, 257), torch.randn(2, 3, 257, 129)
     for a, b in ((stack, y[:257]), (stack, other), (stack.mT, stack), (other.mT.flatten(0, 1), y[:257])):
         assert near(matrix_product.product(a, b), a, b)
-    assert set(taken) == {"matrix_product"} and len(taken) == 16 + 2 + 1 + 6 + 6 + 1
+    assert set(taken) == {"matrix_product"} and len(taken) == 16 + 2 + 2 + 1 + 6 + 6 + 1
 
 
 def test_products_that_torch_runs(taken):
@@ -73,6 +76,28 @@ def test_products_that_torch_runs(taken):
     with backend.use("reference"):
         assert torch.equal(product(x, y), x @ y)
     assert not taken
+
+
+def test_one_compiled_graph_serves_all_sizes(taken):
+    """Below and above the size from which the other library is taken; in a dynamic export too."""
+
+    def gram(x):
+        return matrix_product.product(x.mT, x)
+
+    counter = CompileCounter()
+    compiled = torch.compile(gram, backend=counter, dynamic=True)
+    for rows in (40, 3000, 90):
+        x = torch.randn(rows, 64)
+        torch.testing.assert_close(compiled(x), x.mT @ x)
+    assert counter.frame_count == 1 and not taken
+
+
+def test_subclasses_of_tensors_are_torchs(taken):
+    class Sub(torch.Tensor):
+        pass
+
+    x = torch.randn(300, 300)
+    assert isinstance(matrix_product.product(x.as_subclass(Sub), x), Sub) and not taken
 
 
 def test_derivatives_of_an_operator_that_takes_them(taken):

@@ -173,10 +173,11 @@ Commit {commit}; forward + backward, in us:
 - *floor* is the bound described above, and *ratio* is the prediction over it.
 - *launches* counts the kernels of a call. *host* is the time that Python takes for them, measured on a CPU with
   launches that go nowhere, for a small case that launches the same kernels.
-- *most of it* is the kernel with the largest share of the time on the H200, and what would take longest there if
-  nothing else took time, in us: "one warp" waits for its own instructions, one after the other; a unit of the
-  multiprocessors, such as "tensor", is busy; bytes come from memory or from the second-level cache. These overlap in
-  part."""
+- *most of it* names the kernel with the largest share of the time on the H200, with its three slowest parts and the
+  time that each would take alone, in us. They overlap in part. "one warp": a warp waits for its own instructions, one
+  after the other. "issue", "tensor" and others: a unit of the multiprocessors is busy; "memory" is the one that loads
+  and stores. "bytes" and "cache": traffic to memory and to the second-level cache. "products": flops of cuBLAS.
+  "launch": the kernel is too short for anything but its launch to matter."""
 COMPARED = """\
 The model beside the run of commit {commit}, with the sources of that commit: kernels that were profiled, and whole
 cases. The constants of the model were fitted to these rows."""

@@ -129,7 +129,8 @@ def speeds(rows: list[dict]) -> list[str]:
 def peers(rows: list[dict]) -> list[tuple[Line, dict]]:
     """Each row of another package, after the line of sslkern for the same case."""
     lines = {line.name: line for line in comparison(rows)}
-    return [(lines[row["case"]], row) for row in of(rows, "speed") if row.get("implementation") in PEERS]
+    own = [row for row in of(rows, "speed") if row.get("implementation") in PEERS]
+    return [(lines[row["case"]], row) for row in own if row["case"] in lines]
 
 
 def peer(row: dict) -> str:

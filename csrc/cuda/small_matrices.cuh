@@ -27,7 +27,7 @@ __device__ double sum_of(int count, const F& f) {
 }
 
 // Calls put(i, j, sum over q of x(i, q) y(q, j)). A thread has (S, S) of these sums at a time, in rows and columns that
-// lie far apart: adjacent threads read adjacent columns, so that no two banks of shared memory conflict. S divides rows
+// lie far apart: adjacent threads read adjacent columns, which lie in different banks of shared memory. S divides rows
 // and columns.
 template <int S, class X, class Y, class Put>
 __device__ void products(int rows, int columns, int depth, const X& x, const Y& y, const Put& put) {

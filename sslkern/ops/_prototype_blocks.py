@@ -19,6 +19,7 @@ _NUMBERS = {"cpu": 1 << 20, "cuda": 1 << 25}  # logits of a block
 _LEAST_ROWS = 128  # of a block: 64 rows multiply at two thirds of the rate
 _COLUMNS = 4096  # of one product on a CPU: MKL multiplies by 65536 at half the rate
 _WIDE = 16384  # the same of oneDNN
+_MANY = 512  # rows of all views from which another order of the gradient of w is worth the copy at the end
 _KEPT = 1 << 22  # logits that may be kept from one pass to the next: 16 MiB
 
 
@@ -52,7 +53,7 @@ def _product(x: Tensor, w: Tensor) -> Tensor:
 def _add_transposed(to: Tensor, weights: Tensor, x: Tensor) -> None:
     """Add weights' x to `to` (K, D), for x (..., D) and weights (..., K)."""
     weights, x = weights.flatten(0, -2), x.reshape(-1, x.shape[-1])
-    other = other_library(weights, x)
+    other = to.mT.is_contiguous() and other_library(weights, x)
     for some in _parts(to.shape[0], x.device):
         if other:
             to[some].mT.add_(product(x.mT, weights[:, some]))
@@ -133,7 +134,7 @@ def cross_entropy(
     weights = [pairs[s * count : (s + 1) * count] for s in range(views)]
     losses = x.new_zeros(views, n)
     grad_x, grad_w = x.new_zeros(x.shape if need_x else 0), w.new_zeros(w.shape if need_w else 0)
-    if need_w and other_library(x, w):
+    if need_w and views * n >= _MANY and other_library(x, w):
         grad_w = w.new_zeros(w.mT.shape).mT  # to which oneDNN adds at twice the rate
     with without_autocast(x):
         for rows in _blocks(n, w.shape[0], max(views, count), x.device):

@@ -16,6 +16,7 @@ from ..core import internals
 from ..core.autograd import differentiated
 from ..reference.matrix_product import matrix_product as _reference
 
+_PLAIN = (Tensor, torch.nn.Parameter)
 _LEAST = 1 << 25  # multiplications of a product that is worth the call: below, the operands are as large as the work
 
 
@@ -36,6 +37,8 @@ def other_library(x: Tensor, y: Tensor) -> bool:
     """Whether another library than torch's own runs float32 products of x and y faster, and may run these."""
     if x.device.type != "cpu" or y.device.type != "cpu" or x.dtype != torch.float32 or y.dtype != torch.float32:
         return False
+    if type(x) not in _PLAIN or type(y) not in _PLAIN:  # a DTensor shards torch's own products
+        return False
     if torch.compiler.is_compiling() or forced() not in (None, "native"):
         return False
     return vendor("cpu") != ""
@@ -50,7 +53,8 @@ def by_other_library(x: Tensor, w: Tensor) -> Tensor:
 def product(x: Tensor, y: Tensor) -> Tensor:
     """x @ y, for x (..., m, k) and y (..., k, n) without autocast."""
     (*stack, m, k), n = x.shape, y.shape[-1]
-    if m * n * k < _LEAST or not other_library(x, y) or internals.transforms_active() or differentiated(x, y):
+    # a compiled graph must not depend on the sizes, so they are asked for last
+    if not other_library(x, y) or internals.transforms_active() or differentiated(x, y) or m * n * k < _LEAST:
         return x @ y
     if internals.batched(x) or internals.batched(y):
         return x @ y
@@ -58,12 +62,12 @@ def product(x: Tensor, y: Tensor) -> Tensor:
         return by_other_library(x.reshape(-1, k), y.mT).view(*stack, m, n)
     if y.shape[:-2] != x.shape[:-2]:
         return x @ y
-    slices = zip(x.reshape(-1, m, k), y.reshape(-1, k, n), strict=True)
-    return torch.stack([by_other_library(one, other.mT) for one, other in slices]).view(*stack, m, n)
+    slices = [by_other_library(a, b.mT) for a, b in zip(x.reshape(-1, m, k), y.reshape(-1, k, n), strict=True)]
+    return (torch.stack(slices) if len(slices) > 1 else slices[0]).view(*stack, m, n)
 
 
 def _whole(x: Tensor) -> Tensor:
     """x if it is a contiguous matrix or the transpose of one, whose memory starts as that of a new tensor does; else a
     copy. The library takes long for a part of a matrix, and may choose the order of a sum by the address."""
     whole, start = x.is_contiguous() or x.mT.is_contiguous(), x.storage_offset() * x.element_size()
-    return x if whole and start % 64 == 0 else x.clone(memory_format=torch.contiguous_format)
+    return x if whole and start % 64 == 0 else x.clone()  # a transpose stays one: the order of a sum depends on it
