@@ -39,10 +39,11 @@ def _parts(columns: int, device: torch.device, most: int = _COLUMNS) -> Iterator
 def _product(x: Tensor, w: Tensor) -> Tensor:
     """x w', for x (..., D)."""
     rows, other = x.reshape(-1, x.shape[-1]), other_library(x, w)
-    if other and w.shape[0] <= _WIDE:
+    parts = list(_parts(w.shape[0], x.device, _WIDE if other else _COLUMNS))
+    if len(parts) == 1:
         return product(rows, w.mT).view(*x.shape[:-1], w.shape[0])
     out = x.new_empty(rows.shape[0], w.shape[0])
-    for some in _parts(w.shape[0], x.device, _WIDE if other else _COLUMNS):
+    for some in parts:
         if other:
             out[:, some] = product(rows, w[some].mT)
         else:

@@ -19,7 +19,7 @@ from ..core.factor_exchange import mean_gradient, mean_gradient_by_name
 from ..core.factored_gradient import FactoredGradient
 from ..core.factored_tensor import ANY
 from ..reference import factored_linear as _reference
-from .matrix_product import by_other_library, other_library
+from .matrix_product import by_other_library, no_stack, other_library
 
 _FULL = (torch.float32, torch.float64)
 _FEW = (8, 64, 128)  # rows of x from which and up to which our kernel for x W' wins on a CPU; up to 128 for a large W
@@ -37,11 +37,7 @@ _ALONE = (
 _library = torch.library.Library("sslkern_factored", "DEF")
 
 
-def _no_product(*_: Any) -> NoReturn:
-    raise NotImplementedError("The products of factored layers take one weight, not a stack: torch's own run in vmap.")
-
-
-_products = partial(declare, vmap=_no_product, dtypes=_FULL, devices=("cpu",))
+_products = partial(declare, vmap=no_stack, dtypes=_FULL, devices=("cpu",))
 _products("factored_linear_fwd(Tensor x, Tensor w) -> Tensor", _reference.factored_linear_fwd)
 _products("factored_linear_bwd(Tensor dy, Tensor w) -> Tensor", _reference.factored_linear_bwd)
 
@@ -82,8 +78,7 @@ def product(x: Tensor, w: Tensor, bias: Tensor | None = None) -> Tensor:
     few = _ours(x, w, 1, _NUMBERS[0], most)
     if not (few or other) or (bias is not None and bias.dtype != w.dtype):
         return F.linear(x, w, bias)
-    x = x.contiguous()
-    y: Tensor = pick("factored_linear_fwd", x)(x, w) if few else by_other_library(x, w)
+    y: Tensor = pick("factored_linear_fwd", x)(x.contiguous(), w) if few else by_other_library(x, w)
     return y if bias is None else y.add_(bias)
 
 
@@ -95,15 +90,14 @@ def product_of_gradient(dy: Tensor, w: Tensor) -> Tensor:
         return dy @ w.conj()
     if torch.is_grad_enabled() or internals.transforms_active() or internals.batched(dy):
         return dy @ w.conj()
-    dy = dy.contiguous()
-    dx: Tensor = pick("factored_linear_bwd", dy)(dy, w) if few else by_other_library(dy, w.mT)
+    dx: Tensor = pick("factored_linear_bwd", dy)(dy.contiguous(), w) if few else by_other_library(dy, w.mT)
     return dx
 
 
 def _formed(w: Tensor, dy: Tensor, x: Tensor) -> Tensor:
     """The gradient dy' x as a matrix, from rows (N, q) and (N, p), where it is not differentiated in turn."""
     if w.dtype == dy.dtype and _elsewhere(dy, w, 0):
-        return by_other_library(dy.contiguous().mT, x.contiguous().mT)
+        return by_other_library(dy.mT, x.mT)
     return (dy.mT @ x.conj()).to(w.dtype)
 
 

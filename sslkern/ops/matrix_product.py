@@ -17,17 +17,18 @@ from ..core.autograd import differentiated
 from ..reference.matrix_product import matrix_product as _reference
 
 _PLAIN = (Tensor, torch.nn.Parameter)
-_LEAST = 1 << 25  # multiplications of a product that is worth the call: below, the operands are as large as the work
+_LEAST = 1 << 25  # multiplications of a product that is worth the call
 
 
-def _no_product(*_: Any) -> NoReturn:
-    raise NotImplementedError("matrix_product takes two matrices, not a stack: torch's own product runs in vmap.")
+def no_stack(*_: Any) -> NoReturn:
+    """The vmap rule of products of two matrices."""
+    raise NotImplementedError("These products take one weight, not a stack: torch's own run in vmap.")
 
 
 declare(
     "matrix_product(Tensor x, Tensor w) -> Tensor",
     _reference,
-    vmap=_no_product,
+    vmap=no_stack,
     dtypes=(torch.float32, torch.float64),
     devices=("cpu",),
 )
@@ -59,15 +60,21 @@ def product(x: Tensor, y: Tensor) -> Tensor:
     if internals.batched(x) or internals.batched(y):
         return x @ y
     if y.dim() == 2:
-        return by_other_library(x.reshape(-1, k), y.mT).view(*stack, m, n)
+        return by_other_library(_aligned(x.reshape(-1, k)), _aligned(y.mT)).view(*stack, m, n)
     if y.shape[:-2] != x.shape[:-2]:
         return x @ y
-    slices = [by_other_library(a, b.mT) for a, b in zip(x.reshape(-1, m, k), y.reshape(-1, k, n), strict=True)]
+    pairs = zip(x.reshape(-1, m, k), y.reshape(-1, k, n), strict=True)
+    slices = [by_other_library(_aligned(a), _aligned(b.mT)) for a, b in pairs]
     return (torch.stack(slices) if len(slices) > 1 else slices[0]).view(*stack, m, n)
 
 
 def _whole(x: Tensor) -> Tensor:
-    """x if it is a contiguous matrix or the transpose of one, whose memory starts as that of a new tensor does; else a
-    copy. The library takes long for a part of a matrix, and may choose the order of a sum by the address."""
-    whole, start = x.is_contiguous() or x.mT.is_contiguous(), x.storage_offset() * x.element_size()
-    return x if whole and start % 64 == 0 else x.clone()  # a transpose stays one: the order of a sum depends on it
+    """x if it is a contiguous matrix or the transpose of one, else a copy: the library takes long for a part of a
+    matrix."""
+    return x if x.is_contiguous() or x.mT.is_contiguous() else x.contiguous()
+
+
+def _aligned(x: Tensor) -> Tensor:
+    """x if its memory starts as that of a new tensor does, else a copy in the same order: the library may choose the
+    order of a sum by the address, and a slice of a stack has the bits of the slice alone."""
+    return x if x.storage_offset() * x.element_size() % 64 == 0 else x.clone()
